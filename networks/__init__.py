@@ -1,0 +1,20 @@
+"""The network of the paper, one file per idea."""
+
+from networks.dmwla import DMWLA, PrototypeMemoryBank
+from networks.dsgim import DSGIM
+from networks.errors import NetworkError
+from networks.maxvit import SCALES, pretrained_file
+from networks.release import load_release_state_dict
+from networks.sim_mpnet import VARIANTS, SimMPNet
+
+__all__ = [
+    "DMWLA",
+    "DSGIM",
+    "SCALES",
+    "VARIANTS",
+    "NetworkError",
+    "PrototypeMemoryBank",
+    "SimMPNet",
+    "load_release_state_dict",
+    "pretrained_file",
+]

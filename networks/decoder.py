@@ -1,0 +1,85 @@
+"""The decoder: DMW-LA at every level, and CBAM's two attentions on the skips.
+
+CBAM: Woo et al., ECCV 2018.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from networks.dmwla import DMWLA
+from networks.layers import ConvBlock
+
+
+class Decoder(nn.Module):
+    """Four levels from the deepest skip up, each through DMW-LA and a ConvBlock.
+
+    Args:
+        widths: C_1 ... C_4, shallowest first.
+        variant: ``"paper"`` or ``"release"``.
+        dmwla_options: further arguments of each ``DMWLA``.
+    """
+
+    def __init__(self, widths: tuple[int, ...], variant: str, **dmwla_options):
+        super().__init__()
+        c1, c2, c3, c4 = widths
+        self.conv1x1 = nn.Conv2d(c4, c4, 1)
+        # Each list below runs in the order of the forward pass, deepest level first.
+        self.dmwla = nn.ModuleList(DMWLA(c, variant=variant, **dmwla_options) for c in (c4, c3, c2, c1))
+        self.conv_blocks = nn.ModuleList(ConvBlock(c, c) for c in (c4, c3, c2, c1))
+        self.ups = nn.ModuleList([UpConv(c4, c3), UpConv(c3, c2), UpConv(c2, c1)])
+        self.channel_attentions = nn.ModuleList(ChannelAttention(c) for c in (c3, c2, c1))
+        self.spatial_attention = SpatialAttention()  # shared by the levels
+
+    def forward(self, skips: list[Tensor]) -> list[Tensor]:
+        """Return d_4 ... d_1 of the skips s_1 ... s_4; d_i has the shape of s_i, (B, C_i, H_i, W_i)."""
+        *shallower, deepest = skips
+        d = self.conv_blocks[0](self.dmwla[0](self.conv1x1(deepest)))
+        outputs = [d]
+        for i, skip in enumerate(reversed(shallower)):
+            u = self.ups[i](d)
+            v = u + skip
+            v = self.channel_attentions[i](v) * v
+            v = self.spatial_attention(v) * v
+            d = self.conv_blocks[i + 1](self.dmwla[i + 1](u + v))
+            outputs.append(d)
+        return outputs
+
+
+class UpConv(nn.Sequential):
+    """Nearest-neighbour doubling, 3x3 convolution, BatchNorm, ReLU: (B, in, H, W) to (B, out, 2H, 2W)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(in_channels, out_channels, 3, padding=1),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+
+class ChannelAttention(nn.Module):
+    """CBAM's channel attention: (B, C, H, W) to weights (B, C, 1, 1) in (0, 1)."""
+
+    def __init__(self, channels: int, reduction: int = 16):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Conv2d(channels, channels // reduction, 1, bias=False),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels // reduction, channels, 1, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        average, largest = x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+        return torch.sigmoid(self.mlp(average) + self.mlp(largest))
+
+
+class SpatialAttention(nn.Module):
+    """CBAM's spatial attention: (B, C, H, W) to weights (B, 1, H, W) in (0, 1)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        average, largest = x.mean(1, keepdim=True), x.amax(1, keepdim=True)
+        return torch.sigmoid(self.conv(torch.cat([average, largest], dim=1)))

@@ -1,0 +1,292 @@
+"""DMW-LA, dynamic memory weights-loss attention, and the prototype memory bank it reads and rewrites.
+
+A token attends twice: to the remembered columns of its own cluster (intra-cluster interaction) and to all tokens
+of its image (global interaction). After each training step the bank forgets its weakest columns in favour of the
+step's strongest keys; how many, W-LD decides (``replaced_columns``, the paper's K).
+"""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from networks.errors import NetworkError
+
+logger = logging.getLogger(__name__)
+
+OTHER_CLUSTER = 2.0**15  # subtracted from the logits of foreign columns; exact in float32, bfloat16 and float16
+
+
+class DMWLA(nn.Module):
+    """Dynamic memory weights-loss attention, ``x + o(intra-cluster + global)``.
+
+    theta, phi, g and o are the paper's bias-free 1x1 convolutions, written as linear maps of tokens.
+
+    Args:
+        channels: width c of the feature map.
+        feature_dim: width d of theta, phi, g and of the memory.
+        num_clusters: clusters (prototypes) of the memory.
+        columns_per_cluster: M.
+        pool_momentum: weight of a key when it is blended into a column (m).
+        phi_k_momentum: share of phi_k that survives an update.
+        replaced_columns: K at the start, columns per cluster renewed in a step; W-LD changes it.
+        warmup_iterations: training steps of plain attention that fill the pool before K-means orders it.
+        variant: ``"paper"``, or ``"release"``: the bank is written in evaluation too, and one warm-up step more
+            follows the K-means.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        feature_dim: int,
+        num_clusters: int,
+        columns_per_cluster: int = 100,
+        pool_momentum: float = 0.3,
+        phi_k_momentum: float = 0.95,
+        replaced_columns: int = 50,
+        warmup_iterations: int = 2000,
+        variant: str = "paper",
+    ):
+        super().__init__()
+        self.phi_k_momentum = phi_k_momentum
+        self.written_in_evaluation = variant == "release"
+        self.theta = nn.Linear(channels, feature_dim, bias=False)
+        self.phi = nn.Linear(channels, feature_dim, bias=False)
+        self.g = nn.Linear(channels, feature_dim, bias=False)
+        self.o = nn.Linear(feature_dim, channels, bias=False)
+        self.register_buffer("phi_k", self.phi.weight.detach().clone())  # (d, c), momentum copy of phi
+        self.bank = PrototypeMemoryBank(
+            feature_dim,
+            num_clusters,
+            columns_per_cluster,
+            pool_momentum,
+            replaced_columns,
+            # the release tests its counter one step late
+            sampling_steps=warmup_iterations + (variant == "release"),
+            kmeans_step=warmup_iterations,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the attended map (B, c, H, W) of ``x`` (B, c, H, W); writes the bank in training mode."""
+        height, width = x.shape[-2:]
+        tokens = rearrange(x, "b c h w -> b (h w) c")
+        writes = self.training or self.written_in_evaluation
+        update = self.global_interaction(tokens)
+        if self.bank.in_warmup:
+            if writes:
+                self.bank.sample(F.linear(tokens.detach(), self.phi.weight.detach()))
+        else:
+            update = update + self.intra_cluster_interaction(tokens)
+            if writes:
+                self._update_memory(tokens)
+        return x + rearrange(update, "b (h w) c -> b c h w", h=height, w=width)
+
+    def global_interaction(self, tokens: Tensor) -> Tensor:
+        """Return o(softmax(theta . phi) g), (B, N, c), of tokens (B, N, c); the logits are not scaled.
+
+        Without biases ``theta . phi = x (W_theta^T W_phi) x`` and ``o(P g) = (P x) (W_o W_g)^T``, so a block that
+        is narrower than the memory attends at its own width.
+        """
+        if self.theta.in_features < self.theta.out_features:
+            query = F.linear(tokens, self.phi.weight.mT @ self.theta.weight)
+            return F.linear(_attend(query, tokens, tokens), self.o.weight @ self.g.weight)
+        return self.o(_attend(self.theta(tokens), self.phi(tokens), self.g(tokens)))
+
+    def intra_cluster_interaction(self, tokens: Tensor) -> Tensor:
+        """Return o(softmax(theta . columns) columns), (B, N, c), over the columns of each token's own cluster."""
+        cluster = self.assign(tokens)
+        pool = self.bank.pool.clone()  # (num_clusters, M, d); backward needs these values after the bank is rewritten
+        num_clusters, columns_per_cluster, _ = pool.shape
+        pool = pool.flatten(0, 1)
+        narrow = self.theta.in_features < self.theta.out_features
+        query = tokens if narrow else self.theta(tokens)
+        key = pool @ self.theta.weight if narrow else pool
+        value = F.linear(pool, self.o.weight) if narrow else pool
+
+        # One more coordinate per cluster moves every foreign column out of the softmax: no mask in memory.
+        own = F.one_hot(cluster, num_clusters)  # (B, N, num_clusters)
+        column_cluster = torch.eye(num_clusters, dtype=key.dtype, device=key.device)
+        column_cluster = repeat(column_cluster, "k j -> (k m) j", m=columns_per_cluster)
+        query = torch.cat([query, (own - 1).to(query.dtype) * OTHER_CLUSTER], dim=-1)
+        key = torch.cat([key, column_cluster], dim=-1)
+
+        batch = len(tokens)
+        read = _attend(query, key.expand(batch, -1, -1), value.expand(batch, -1, -1))
+        return read if narrow else self.o(read)
+
+    @torch.no_grad()
+    def assign(self, tokens: Tensor) -> Tensor:
+        """Return the cluster, int64 (B, N), whose prototype has the largest cosine with theta of each token."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            prototypes = F.normalize(self.bank.prototypes, dim=1) @ self.theta.weight.float()  # (num_clusters, c)
+            return F.linear(tokens.float(), prototypes).argmax(-1)
+
+    @torch.no_grad()
+    def _update_memory(self, tokens: Tensor) -> None:
+        with torch.autocast(tokens.device.type, enabled=False):
+            self.bank.update(F.linear(tokens.float().flatten(0, 1), self.phi_k))
+            self.phi_k.lerp_(self.phi.weight.detach().to(self.phi_k.dtype), 1 - self.phi_k_momentum)
+
+
+class PrototypeMemoryBank(nn.Module):
+    """The memory of a DMW-LA block: columns by cluster, and a prototype for each cluster.
+
+    Everything is a buffer in float32, so a checkpoint holds all of it. Nothing here carries a gradient.
+
+    Buffers:
+        pool: (num_clusters, M, d), the remembered columns.
+        prototypes: (num_clusters, d).
+        warmup_counter: int64 (), sampling steps done.
+        replaced_columns: int64 (), K.
+        key_counts: int64 (num_clusters,), keys that each cluster has received; only a record, for figures.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        num_clusters: int,
+        columns_per_cluster: int = 100,
+        momentum: float = 0.3,
+        replaced_columns: int = 50,
+        sampling_steps: int = 2000,
+        kmeans_step: int = 2000,
+    ):
+        super().__init__()
+        self.momentum = momentum
+        self.sampling_steps = sampling_steps
+        self.kmeans_step = kmeans_step
+        self.register_buffer("pool", torch.rand(num_clusters, columns_per_cluster, feature_dim))
+        self.register_buffer("prototypes", torch.zeros(num_clusters, feature_dim))
+        self.register_buffer("warmup_counter", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("replaced_columns", torch.tensor(replaced_columns))
+        self.register_buffer("key_counts", torch.zeros(num_clusters, dtype=torch.int64))
+        self._steps_done: int | None = 0  # warmup_counter on the host, so that no step waits for the device
+
+    @property
+    def in_warmup(self) -> bool:
+        """Whether the pool is still being sampled and not yet read."""
+        if self._steps_done is None:
+            self._steps_done = int(self.warmup_counter)
+        return self._steps_done < self.sampling_steps
+
+    @torch.no_grad()
+    def sample(self, phi: Tensor) -> None:
+        """Do one warm-up step: write random columns of ``phi`` (B, N, d) into random slots of the pool."""
+        batch, num_tokens, feature_dim = phi.shape
+        slots = self.pool.view(-1, feature_dim)
+        in_warmup = self.in_warmup
+        assert in_warmup, "a bank that is in use is updated, not sampled"
+
+        per_image = max(len(slots) // batch, 1)
+        drawn = torch.randint(num_tokens, (batch, per_image), device=phi.device)
+        columns = phi.gather(1, repeat(drawn, "b n -> b n d", d=feature_dim)).flatten(0, 1)
+        share = 0.5 * (self._steps_done + 1) / self.kmeans_step
+        kept = min(max(int(share * len(columns)), 1), len(slots))
+        columns = columns[torch.randperm(len(columns), device=phi.device)[:kept]]
+        slots[torch.randperm(len(slots), device=phi.device)[:kept]] = columns.to(slots.dtype)
+
+        self._steps_done += 1
+        self.warmup_counter.fill_(self._steps_done)
+        if self._steps_done == self.kmeans_step:
+            self.order()
+
+    @torch.no_grad()
+    def order(self) -> None:
+        """Lay the pool out cluster by cluster by K-means and set the prototypes to the unit centroids.
+
+        A cluster of more than M columns keeps its first M, one of fewer repeats its own at random, and one without
+        any is filled with its centroid.
+        """
+        num_clusters, size, _ = self.pool.shape
+        columns = self.pool.flatten(0, 1)
+        centroids, nearest = kmeans(columns, num_clusters)
+        for k in range(num_clusters):
+            own = columns[nearest == k][:size]
+            if len(own) == 0:
+                own = centroids[k : k + 1]
+            repeated = torch.randint(len(own), (size - len(own),), device=own.device)
+            self.pool[k] = torch.cat([own, own[repeated]])
+        self.prototypes.copy_(F.normalize(centroids, dim=1))
+
+    @torch.no_grad()
+    def update(self, keys: Tensor) -> None:
+        """Blend the strongest of ``keys`` (T, d) into the weakest columns of the cluster that each belongs to.
+
+        All clusters at once. A cluster without keys keeps its columns; one with fewer than K repeats them at random.
+        """
+        num_clusters, size, feature_dim = self.pool.shape
+        cluster = F.linear(keys, self.prototypes).argmax(1)  # (T,), by dot product
+        counts = F.one_hot(cluster, num_clusters).sum(0)  # (num_clusters,)
+
+        weakest = self.pool.softmax(dim=1).sum(2).argsort(dim=1)  # (num_clusters, M), slots in ascending order
+        by_strength = segment_softmax(keys, cluster, num_clusters).sum(1).argsort(descending=True)
+        by_strength = by_strength[cluster[by_strength].argsort(stable=True)]  # (T,), cluster by cluster
+
+        rank = torch.arange(size, device=keys.device)
+        again = (torch.rand(num_clusters, size, device=keys.device) * counts[:, None]).long()
+        chosen = torch.where(rank < counts[:, None], rank, again) + (counts.cumsum(0) - counts)[:, None]
+        strongest = keys[by_strength[chosen.clamp(max=len(keys) - 1)]]  # (num_clusters, M, d)
+
+        slots = repeat(weakest, "k m -> k m d", d=feature_dim)
+        renewed = (rank < self.replaced_columns) & (counts > 0)[:, None]  # (num_clusters, M)
+        old = self.pool.gather(1, slots)
+        new = torch.where(renewed[..., None], old.lerp(strongest, self.momentum), old)
+        self.pool.scatter_(1, slots, new)
+        self.prototypes.copy_(self.pool.mean(1))
+        self.key_counts.add_(counts)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._steps_done = None  # read again from the loaded counter
+
+
+def segment_softmax(x: Tensor, segment: Tensor, num_segments: int) -> Tensor:
+    """Return the softmax of each column of ``x`` (T, d) within the rows of the same ``segment`` (T,)."""
+    index = repeat(segment, "t -> t d", d=x.shape[1])
+    shape = (num_segments, x.shape[1])
+    largest = x.new_full(shape, -torch.inf).scatter_reduce(0, index, x, "amax")
+    exponential = (x - largest[segment]).exp()
+    total = x.new_zeros(shape).index_add(0, segment, exponential)
+    return exponential / total[segment]
+
+
+def kmeans(columns: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+    """Cluster the rows of ``columns`` (n, d) by Euclidean K-means, on the GPU where faiss has one.
+
+    Returns:
+        Centroids (num_clusters, d) and the nearest centroid of each row, int64 (n,).
+
+    Raises:
+        NetworkError: the columns are not finite (training has diverged), or faiss is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise NetworkError(
+            "the end of the warm-up needs faiss for its K-means; pip install faiss-gpu (Linux x86-64) or faiss-cpu"
+        ) from error
+    points = columns.detach().float().cpu().numpy()
+    if not torch.isfinite(columns).all():
+        raise NetworkError("the memory pool holds values that are not finite: lower the learning rate")
+    clustering = faiss.Kmeans(
+        points.shape[1],
+        num_clusters,
+        niter=100,
+        nredo=10,
+        seed=int(torch.randint(2**31 - 1, ())),  # torch's generator: seeded and checkpointed with the rest
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(points),
+        gpu=columns.is_cuda and faiss.get_num_gpus() > 0,
+    )
+    clustering.train(points)
+    _, nearest = clustering.index.search(points, 1)
+    centroids = torch.from_numpy(clustering.centroids).to(columns)
+    return centroids, torch.from_numpy(nearest[:, 0]).to(columns.device)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Return softmax(query . key) value, (B, N, e), without forming the N x n matrix; logits are not scaled."""
+    heads = (t.unsqueeze(1) for t in (query, key, value))  # kernels expect (B, heads, N, d)
+    return F.scaled_dot_product_attention(*heads, scale=1.0).squeeze(1)

@@ -1,0 +1,63 @@
+"""The DMW-LA encoder, the paper's encoder 1 ("smaller image")."""
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from networks.dmwla import DMWLA
+from networks.dsgim import DSGIM
+from networks.layers import ImageInjection, resize
+
+DEPTHS = (2, 2, 6, 2)  # DMW-LA blocks of each stage
+DSGIM_STAGE = 2  # counted from 0: each of its blocks is followed by DS-GIM
+
+
+class OverlapPatchEmbedding(nn.Module):
+    """A strided convolution whose patches overlap, then LayerNorm over channels."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2)
+        self.norm = nn.LayerNorm(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, out, H / stride, W / stride) from (B, in, H, W)."""
+        x = self.proj(x)
+        height, width = x.shape[-2:]
+        x = self.norm(rearrange(x, "b c h w -> b (h w) c"))
+        return rearrange(x, "b (h w) c -> b c h w", h=height, w=width)
+
+
+class DMWLAEncoder(nn.Module):
+    """Four stages of patch embedding and DMW-LA blocks; DS-GIM after each block of the third.
+
+    Args:
+        widths: C_1 ... C_4.
+        img_size: side in pixels to which the gated image is resized, a multiple of 32.
+        variant: ``"paper"`` or ``"release"``.
+        dmwla_options: further arguments of each ``DMWLA``.
+    """
+
+    def __init__(self, widths: tuple[int, ...], img_size: int, variant: str, **dmwla_options):
+        super().__init__()
+        self.img_size = img_size
+        kernels, strides, previous = (7, 3, 3, 3), (4, 2, 2, 2), (3, *widths[:-1])
+        self.patch_embeddings = nn.ModuleList(map(OverlapPatchEmbedding, previous, widths, kernels, strides))
+        self.stages = nn.ModuleList(
+            nn.ModuleList(DMWLA(width, variant=variant, **dmwla_options) for _ in range(depth))
+            for width, depth in zip(widths, DEPTHS, strict=True)
+        )
+        self.dsgim = DSGIM(widths[DSGIM_STAGE], DEPTHS[DSGIM_STAGE], variant)
+        self.injection = ImageInjection(widths)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Return e_1 ... e_4, (B, C_i, s / 2^(i+1), s / 2^(i+1)) with s = img_size, of an image (B, 3, S, S)."""
+        features, outputs = resize(image, self.img_size), []
+        for i, (embedding, blocks) in enumerate(zip(self.patch_embeddings, self.stages, strict=True)):
+            features = embedding(features)
+            for position, block in enumerate(blocks):
+                features = block(features)
+                if i == DSGIM_STAGE:
+                    features = self.dsgim(features, position)
+            features = self.injection(features, image, i)
+            outputs.append(features)
+        return outputs

@@ -1,0 +1,110 @@
+"""The MaxViT encoder, the paper's encoder 2 ("larger image"): timm's backbone with the image injected.
+
+MaxViT: Tu et al., ECCV 2022; the ``rmlp`` models and their ImageNet weights are timm's.
+"""
+
+from pathlib import Path
+from urllib.parse import urlparse
+
+import timm
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from networks.errors import NetworkError
+from networks.layers import ImageInjection
+
+SCALES = {
+    "pico": "maxvit_rmlp_pico_rw_256",
+    "nano": "maxxvit_rmlp_nano_rw_256",
+    "tiny": "maxxvit_rmlp_tiny_rw_256",
+    "small": "maxxvit_rmlp_small_rw_256",  # the paper's
+    "base": "maxxvitv2_rmlp_base_rw_224",
+}
+PRETRAINED_DIR = Path("pretrained_pth/maxvit")
+
+
+class MaxViTEncoder(nn.Module):
+    """Four stages of a MaxViT at strides 4, 8, 16 and 32, the image injected after each.
+
+    Args:
+        scale: a key of ``SCALES``.
+        img_size: side S of the image in pixels, a multiple of 32.
+        pretrained: a weight file (``.pth`` or ``.safetensors`` with timm's names), ``"hub"`` or ``None``.
+
+    Raises:
+        NetworkError: the scale is unknown, or the weights are missing or do not fit.
+    """
+
+    def __init__(self, scale: str = "small", img_size: int = 256, pretrained: str | Path | None = None):
+        super().__init__()
+        backbone = _backbone(scale, img_size, pretrained)
+        self.stem = backbone.stem
+        self.stages = backbone.stages
+        self.widths = tuple(stage["num_chs"] for stage in backbone.feature_info[1:])
+        self.injection = ImageInjection(self.widths)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Return f_1 ... f_4, (B, C_i, S / 2^(i+1), S / 2^(i+1)), of an image (B, 3, S, S)."""
+        features, outputs = self.stem(image), []
+        for i, stage in enumerate(self.stages):
+            features = self.injection(stage(features), image, i)
+            outputs.append(features)
+        return outputs
+
+
+def pretrained_file(scale: str) -> Path | None:
+    """Return where the ImageNet weights of ``scale`` are expected, or None where nobody published any."""
+    url = timm.get_pretrained_cfg(_model_name(scale)).url
+    return PRETRAINED_DIR / Path(urlparse(url).path).name if url else None
+
+
+def _model_name(scale: str) -> str:
+    if scale not in SCALES:
+        raise NetworkError(f"model_scale is {scale!r}; choose one of {', '.join(SCALES)}")
+    return SCALES[scale]
+
+
+def _backbone(scale: str, img_size: int, pretrained: str | Path | None) -> nn.Module:
+    name = _model_name(scale)
+    if pretrained == "hub":
+        try:
+            return timm.create_model(name, pretrained=True, img_size=img_size, num_classes=0)
+        except Exception as error:  # no network, no such weights, a broken cache: timm raises many kinds
+            raise NetworkError(
+                f"timm could not fetch the weights of {name} ({type(error).__name__}); {_where_from(scale)}"
+            ) from error
+    backbone = timm.create_model(name, pretrained=False, img_size=img_size, num_classes=0)
+    if pretrained is not None:
+        _load_file(backbone, Path(pretrained), scale)
+    return backbone
+
+
+def _load_file(backbone: nn.Module, path: Path, scale: str) -> None:
+    if not path.is_file():
+        raise NetworkError(f"no pretrained weights at {path}; {_where_from(scale)}")
+    try:
+        weights = load_state_dict(str(path), weights_only=True)
+    except Exception as error:  # torch and safetensors raise many kinds for a file that is not theirs
+        raise NetworkError(
+            f"{path} is not a readable weight file ({type(error).__name__}); {_where_from(scale)}"
+        ) from error
+    weights = {name: value for name, value in weights.items() if name.startswith(("stem.", "stages."))}
+    expected = {n: v for n, v in backbone.state_dict().items() if n.startswith(("stem.", "stages."))}
+    unfit = sorted(set(weights) ^ set(expected))
+    unfit += [name for name in set(weights) & set(expected) if weights[name].shape != expected[name].shape]
+    if unfit:
+        raise NetworkError(
+            f"{path} does not fit {SCALES[scale]} ({len(unfit)} tensors differ, such as {unfit[0]}); "
+            f"{_where_from(scale)}"
+        )
+    backbone.load_state_dict(weights, strict=False)
+
+
+def _where_from(scale: str) -> str:
+    path, url = pretrained_file(scale), timm.get_pretrained_cfg(SCALES[scale]).url
+    hub_id = timm.get_pretrained_cfg(SCALES[scale]).hf_hub_id
+    if path is not None:
+        return f"download {url} to {path}, or train from scratch with pretrained none"
+    if timm.list_pretrained(f"{SCALES[scale]}*"):
+        return f"download model.safetensors of {hub_id} to {PRETRAINED_DIR}, or train from scratch with pretrained none"
+    return f"nobody published weights of scale {scale}: take another scale, or train from scratch with pretrained none"

@@ -1,0 +1,112 @@
+"""Takes a checkpoint of the authors' release into our network, name by name."""
+
+import re
+from collections.abc import Mapping
+
+from einops import rearrange
+from torch import Tensor
+
+from networks.errors import NetworkError
+from networks.sim_mpnet import SimMPNet
+
+# Our prefix, the release's; the first that fits is taken.
+PREFIXES = [
+    (r"stem\.", "conv."),
+    (r"maxvit\.stem\.", "stem_1."),
+    (r"maxvit\.stages\.(\d)\.", lambda m: f"encoder1_{int(m[1]) + 1}."),
+    (r"maxvit\.injection\.(\d)\.", lambda m: f"out_head1_{int(m[1]) + 1}_in."),
+    (r"gate\.", "out_head4_in."),
+    (r"dmwla_encoder\.patch_embeddings\.(\d)\.", lambda m: f"patch_embed{int(m[1]) + 1}."),
+    (r"dmwla_encoder\.stages\.(\d)\.", lambda m: f"DMWLA_{int(m[1]) + 1}."),
+    (r"dmwla_encoder\.injection\.(\d)\.", lambda m: f"out_head2_{int(m[1]) + 1}_in."),
+    (r"dmwla_encoder\.dsgim\.norm1\.(statistics\.\d\.)?", "DSGIM.ConvBlock.conv.1."),
+    (r"dmwla_encoder\.dsgim\.norm2\.(statistics\.\d\.)?", "DSGIM.ConvBlock.conv.4."),
+    (r"dmwla_encoder\.dsgim\.conv1\.", "DSGIM.ConvBlock.conv.0."),
+    (r"dmwla_encoder\.dsgim\.conv2\.", "DSGIM.ConvBlock.conv.3."),
+    (r"dmwla_encoder\.dsgim\.", "DSGIM."),
+    (r"decoder\.conv1x1\.", "decoder.Conv_1x1."),
+    (r"decoder\.dmwla\.(\d)\.", lambda m: f"decoder.DMWLA_{4 - int(m[1])}."),
+    (r"decoder\.conv_blocks\.(\d)\.", lambda m: f"decoder.ConvBlock{4 - int(m[1])}.conv."),
+    (r"decoder\.ups\.(\d)\.", lambda m: f"decoder.Up{3 - int(m[1])}.up."),
+    (r"decoder\.channel_attentions\.(\d)\.mlp\.0\.", lambda m: f"decoder.CA{3 - int(m[1])}.fc1."),
+    (r"decoder\.channel_attentions\.(\d)\.mlp\.2\.", lambda m: f"decoder.CA{3 - int(m[1])}.fc2."),
+    (r"decoder\.spatial_attention\.conv\.", "decoder.SA.conv1."),
+    (r"heads\.(\d)\.", lambda m: f"out_head{int(m[1]) + 1}."),
+]
+BANK = {
+    "bank.pool": "concept_pool",
+    "bank.prototypes": "concept_proto",
+    "bank.warmup_counter": "warmup_iter_counter",
+    "phi_k": "phi.weight",  # not stored by the release: a copy of phi
+}
+# Ours alone: K comes from W-LD, the counts are a record.
+OURS = re.compile(r".*\.bank\.(replaced_columns|key_counts)$")
+# Second names of the backbone's tensors, layers that no forward pass uses, and constants.
+IGNORED = re.compile(r"backbone1\.|decoder\.CA4\.|(.*\.)?k$|.*\.pool_structured$")
+GREY_STEM = re.compile(r"conv\.")  # present in a colour model too, and unused there
+
+
+def load_release_state_dict(model: SimMPNet, state_dict: Mapping[str, Tensor]) -> None:
+    """Fill ``model`` from a state dict with the release's own names, perhaps behind ``module.``.
+
+    Args:
+        model: a network at scale ``small`` and 256 px, of the state dict's class and cluster counts.
+        state_dict: the release's tensors.
+
+    Raises:
+        NetworkError: tensors are missing, left over, or of another shape; all are listed. The model is unchanged.
+    """
+    theirs = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    unused = {name for name in theirs if not IGNORED.match(name)}
+    if model.config["in_channels"] == 3:
+        unused = {name for name in unused if not GREY_STEM.match(name)}
+    filled, missing, unfit = {}, [], []
+    for name, own in model.state_dict().items():
+        if OURS.match(name):
+            filled[name] = own
+            continue
+        source = release_name(name)
+        unused.discard(source)
+        if source not in theirs:
+            missing.append(source)
+            continue
+        value = _in_our_layout(theirs[source], own)
+        if value is None:
+            unfit.append(f"{source} {tuple(theirs[source].shape)}")
+        else:
+            filled[name] = value
+    if missing or unused or unfit:
+        raise NetworkError(
+            "this is not the release's checkpoint of such a network: "
+            f"missing: {_listed(missing)}; left over: {_listed(unused)}; of another shape: {_listed(unfit)}"
+        )
+    model.load_state_dict(filled)
+
+
+def release_name(name: str) -> str:
+    """Return the release's name of our tensor ``name``; several of ours may come from one of theirs."""
+    for pattern, replacement in PREFIXES:
+        name, found = re.subn(f"^{pattern}", replacement, name, count=1)
+        if found:
+            break
+    for ours, theirs in BANK.items():
+        if name.endswith(ours):
+            return name.removesuffix(ours) + theirs
+    return name
+
+
+def _in_our_layout(value: Tensor, own: Tensor) -> Tensor | None:
+    """Return ``value`` in the shape of ``own``, or None where it does not fit."""
+    if own.ndim == 3 and value.ndim == 2 and value.shape == (own.shape[2], own.shape[0] * own.shape[1]):
+        return rearrange(value, "d (k m) -> k m d", m=own.shape[1])  # pool
+    if own.ndim == 2 and value.shape == (*own.shape, 1, 1):
+        return value.flatten(1)  # a 1x1 convolution
+    if own.ndim == 0 and value.numel() == 1:
+        return value.reshape(()).to(own.dtype)  # counters
+    if own.ndim == 2 and value.ndim == 2 and value.T.shape == own.shape != value.shape:
+        return value.T  # prototypes
+    return value if value.shape == own.shape else None
+
+
+def _listed(names) -> str:
+    return ", ".join(sorted(set(names))) or "none"
