@@ -112,21 +112,24 @@ class DMWLA(nn.Module):
         query = torch.cat([query, (own - 1).to(query.dtype) * OTHER_CLUSTER], dim=-1)
         key = torch.cat([key, column_cluster], dim=-1)
 
+        value = F.pad(value, (0, num_clusters))  # fused kernels want keys and values of one width
+
         batch = len(tokens)
-        read = _attend(query, key.expand(batch, -1, -1), value.expand(batch, -1, -1))
+        read = _attend(query, key.expand(batch, -1, -1), value.expand(batch, -1, -1))[..., :-num_clusters]
         return read if narrow else self.o(read)
 
     @torch.no_grad()
     def assign(self, tokens: Tensor) -> Tensor:
         """Return the cluster, int64 (B, N), whose prototype has the largest cosine with theta of each token."""
         with torch.autocast(tokens.device.type, enabled=False):
-            prototypes = F.normalize(self.bank.prototypes, dim=1) @ self.theta.weight.float()  # (num_clusters, c)
-            return F.linear(tokens.float(), prototypes).argmax(-1)
+            prototypes = F.normalize(self.bank.prototypes, dim=1)
+            prototypes = prototypes @ self.theta.weight.to(prototypes.dtype)  # (num_clusters, c)
+            return F.linear(tokens.to(prototypes.dtype), prototypes).argmax(-1)
 
     @torch.no_grad()
     def _update_memory(self, tokens: Tensor) -> None:
         with torch.autocast(tokens.device.type, enabled=False):
-            self.bank.update(F.linear(tokens.float().flatten(0, 1), self.phi_k))
+            self.bank.update(F.linear(tokens.to(self.phi_k.dtype).flatten(0, 1), self.phi_k))
             self.phi_k.lerp_(self.phi.weight.detach().to(self.phi_k.dtype), 1 - self.phi_k_momentum)
 
 

@@ -43,10 +43,12 @@ class DSGIM(nn.Module):
         height, width = x.shape[-2:]
         query_scale, key_scale = self._decays(x, position)  # (B, 1, h, w) each
         with torch.autocast(x.device.type, enabled=False):  # thresholds must not hang on bf16 rounding
-            x32 = x.float()
-            query = rearrange(self.query(x32 * query_scale), "b c h w -> b (h w) c")
-            key = rearrange(self.key(x32 * key_scale), "b c h w -> b (h w) c")
+            exact = x.to(self.query.weight.dtype)
+            query = rearrange(self.query(exact * query_scale), "b c h w -> b (h w) c")
+            key = rearrange(self.key(exact * key_scale), "b c h w -> b (h w) c")
             scores = query @ key.mT  # T (B, hw, hw), unscaled
+            if self.variant == "release":  # image 0 is constant: no rounding of the product may say otherwise
+                scores = torch.cat([scores[:1, :1, :1].expand_as(scores[:1]), scores[1:]])
             attention = self._branches(scores)
         value = rearrange(self.value(x), "b c h w -> b (h w) c")
         out = self.fc(attention.to(value.dtype) @ value)
@@ -119,7 +121,7 @@ def select_windows(x: Tensor, count: int = 2) -> Tensor:
     Returns:
         bool (B, 4), row-major, ``count`` of each row true.
     """
-    tokens = F.normalize(x.float(), dim=1)
+    tokens = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
     windows = rearrange(tokens, "b c (r h) (s w) -> b (r s) (h w) c", r=2, s=2)
     pairs = windows.sum(2).square().sum(-1)  # (B, 4)
     diagonal = windows.square().sum((2, 3))  # (B, 4)

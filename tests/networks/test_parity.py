@@ -5,7 +5,6 @@ The release writes its memory in evaluation, so each array is compared from fres
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,17 +14,8 @@ from einops import rearrange
 from networks import DMWLA, DSGIM, SimMPNet, load_release_state_dict
 from networks.decoder import Decoder
 from networks.release import release_name
-from tests.synthetic_weights import state_dict_for, tensor_for
-
-FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
-
-
-def load(name: str) -> np.lib.npyio.NpzFile:
-    return np.load(FIXTURES / name, allow_pickle=False)
-
-
-def synthetic(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.from_numpy(tensor_for(name, shape))
+from tests.parity import FIXTURES, load, synthetic
+from tests.synthetic_weights import state_dict_for
 
 
 def assert_close(actual: torch.Tensor, expected: np.ndarray, tolerance: float) -> None:

@@ -1,0 +1,136 @@
+"""The network's code equals ``tests/oracle.py`` on random shapes, cluster counts and empty clusters."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from networks import DMWLA, DSGIM
+from tests import oracle
+
+VARIANTS = st.sampled_from(["paper", "release"])
+SIZES = st.fixed_dictionaries(
+    {
+        "batch": st.integers(1, 3),
+        "channels": st.integers(1, 10),
+        "height": st.integers(1, 6),
+        "width": st.integers(1, 6),
+        "feature_dim": st.integers(1, 10),
+        "num_clusters": st.integers(1, 6),
+        "columns_per_cluster": st.integers(1, 8),
+        "replaced_columns": st.integers(0, 12),
+    }
+)
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+    """Decisions (which cluster, which column) must not hang on rounding: compare in float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def block_and_input(sizes: dict, variant: str, seed: int, **options) -> tuple[DMWLA, torch.Tensor]:
+    torch.manual_seed(seed)
+    block = DMWLA(
+        sizes["channels"],
+        sizes["feature_dim"],
+        sizes["num_clusters"],
+        sizes["columns_per_cluster"],
+        replaced_columns=sizes["replaced_columns"],
+        variant=variant,
+        **options,
+    )
+    block.bank.pool.normal_()
+    block.bank.prototypes.normal_()
+    block.phi_k.add_(torch.randn_like(block.phi_k), alpha=0.1)
+    return block, torch.randn(sizes["batch"], sizes["channels"], sizes["height"], sizes["width"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(SIZES, VARIANTS, st.integers(0, 10**6))
+def test_a_steady_step_and_its_gradients(sizes, variant, seed):
+    block, x = block_and_input(sizes, variant, seed, warmup_iterations=0)
+    block.bank.warmup_counter.fill_(1)
+    block.load_state_dict(block.state_dict())  # a counter set by hand is read like a loaded one
+    plain = copy.deepcopy(block)
+    x.requires_grad_()
+    coefficients = torch.randn(x.shape)
+
+    torch.manual_seed(seed)
+    output = block.train()(x)
+    gradients = torch.autograd.grad((output * coefficients).sum(), [x, *block.parameters()])
+    expected = oracle.steady_forward(plain, x)
+    expected_gradients = torch.autograd.grad((expected * coefficients).sum(), [x, *plain.parameters()])
+    torch.manual_seed(seed)
+    pool, prototypes, phi_k = oracle.updated_memory(plain, x)
+
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(gradients, expected_gradients)
+    torch.testing.assert_close(block.bank.pool, pool)
+    torch.testing.assert_close(block.bank.prototypes, prototypes)
+    torch.testing.assert_close(block.phi_k, phi_k)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SIZES, VARIANTS, st.integers(0, 10**6), st.integers(3, 40))
+def test_a_warm_up_step(sizes, variant, seed, warmup_iterations):
+    block, x = block_and_input(sizes, variant, seed, warmup_iterations=warmup_iterations)
+    block.bank.warmup_counter.fill_(warmup_iterations // 2)
+    block.load_state_dict(block.state_dict())
+    plain = copy.deepcopy(block)
+
+    torch.manual_seed(seed)
+    output = block.train()(x)
+    torch.manual_seed(seed)
+    pool = oracle.sampled_pool(plain, x, warmup_iterations)
+
+    torch.testing.assert_close(output, oracle.warm_up_forward(plain, x))
+    torch.testing.assert_close(block.bank.pool, pool)
+    assert block.bank.warmup_counter == warmup_iterations // 2 + 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    VARIANTS,
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(0, 5),
+    st.booleans(),
+    st.sampled_from([0.3, 4.0]),
+    st.integers(0, 10**6),
+)
+def test_dsgim(variant, batch, half_height, half_width, position, biased, strength, seed):
+    assume(half_height * half_width > 1)  # windows of one token resemble themselves alike: the choice is a tie
+    torch.manual_seed(seed)
+    module = DSGIM(8, variant=variant).eval()
+    for linear in (module.query, module.key):
+        torch.nn.init.normal_(linear.weight, std=strength)
+        if not biased:  # in release a decayed token then scores exactly zero against every other
+            torch.nn.init.zeros_(linear.bias)
+    for norm in (*module.norm1.statistics, *module.norm2.statistics):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    x = torch.randn(batch, 8, 2 * half_height, 2 * half_width)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x, position), oracle.dsgim_forward(module, x, position))
+
+
+def test_an_empty_cluster_keeps_its_columns_and_one_with_few_keys_uses_them_all():
+    sizes = dict(batch=1, channels=4, height=2, width=2, feature_dim=4, num_clusters=3, columns_per_cluster=6)
+    block, x = block_and_input(sizes | {"replaced_columns": 6}, "paper", seed=3, warmup_iterations=0)
+    keys = x.flatten(2)[0].T @ block.phi_k.T
+    block.bank.prototypes[0] = keys.mean(0)
+    block.bank.prototypes[1] = 0  # no key goes there: one of its neighbours has a positive product
+    block.bank.prototypes[2] = -keys.mean(0)
+    before = block.bank.pool.clone()
+    block.train()(x)
+    counts = block.bank.key_counts
+    assert counts[1] == 0 and counts.sum() == 4
+    assert torch.equal(block.bank.pool[1], before[1])
+    for k in counts.nonzero().flatten():
+        assert not torch.isclose(block.bank.pool[k], before[k]).all(dim=1).any()
