@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from networks.errors import NetworkError
 
-logger = logging.getLogger(__name__)
-
 OTHER_CLUSTER = 2.0**15  # subtracted from the logits of foreign columns; exact in float32, bfloat16 and float16
 
 
@@ -203,7 +201,7 @@ class PrototypeMemoryBank(nn.Module):
         any is filled with its centroid.
         """
         num_clusters, size, _ = self.pool.shape
-        columns = self.pool.flatten(0, 1)
+        columns = self.pool.flatten(0, 1).clone()
         centroids, nearest = kmeans(columns, num_clusters)
         for k in range(num_clusters):
             own = columns[nearest == k][:size]
@@ -264,6 +262,7 @@ def kmeans(columns: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
     Raises:
         NetworkError: the columns are not finite (training has diverged), or faiss is not installed.
     """
+    logging.getLogger("faiss").setLevel(logging.WARNING)  # it reports every instruction set that it tries
     try:
         import faiss
     except ImportError as error:

@@ -1,0 +1,143 @@
+"""The pictures are there, of the right slices, under safe names, and survive missing values."""
+
+import csv
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+from PIL import Image
+
+from utils.figures import COLOURS, save_overlays, save_progress
+
+
+@pytest.fixture
+def volume():
+    label = np.zeros((6, 40, 30), np.uint8)
+    label[:, 10:30, 5:25] = 1
+    label[:, 15:25, 10:20] = 2
+    label[4] = 0
+    label[4, 10:14, 5:9] = 1
+    image = np.random.default_rng(0).random(label.shape, np.float32)
+    return SimpleNamespace(
+        name="patient001_frame01", image=image, label=label, spacing=(10.0, 1.5, 1.5), class_names=("box", "core")
+    )
+
+
+def pixels(path) -> np.ndarray:
+    with Image.open(path) as image:
+        image.load()
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+def shows(picture: np.ndarray, colour: str) -> bool:
+    rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return bool((np.abs(picture.astype(int) - rgb).max(-1) <= 2).any())
+
+
+def test_the_worst_slices_are_drawn_worst_first(volume, tmp_path):
+    prediction = volume.label.copy()
+    prediction[3, :8, :8] = 2
+    prediction[1, :3, :3] = 1
+    prediction[5, 0, 0] = 1
+    paths = save_overlays(tmp_path, volume, prediction, worst=2)
+    assert [p.name for p in paths] == ["patient001_frame01_slice003.png", "patient001_frame01_slice001.png"]
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+
+
+def test_a_perfect_prediction_shows_the_largest_slices_and_never_more_than_there_are(volume, tmp_path):
+    paths = save_overlays(tmp_path, volume, volume.label, worst=10)
+    assert len(paths) == 6
+    assert paths[-1].name == "patient001_frame01_slice004.png"
+
+
+def test_label_and_prediction_stand_beside_the_image_in_their_own_colours(volume, tmp_path):
+    prediction = np.where(volume.label == 2, 0, volume.label).astype(np.uint8)
+    (path,) = save_overlays(tmp_path, volume, prediction, worst=1)
+    picture = pixels(path)
+    third = picture.shape[1] // 3
+    maps = picture[: picture.shape[0] * 4 // 5]  # above the legend
+    image, label, seen = maps[:, :third], maps[:, third : 2 * third], maps[:, 2 * third :]
+    assert [shows(panel, COLOURS[0]) for panel in (image, label, seen)] == [False, True, True]
+    assert [shows(panel, COLOURS[1]) for panel in (image, label, seen)] == [False, True, False]
+    assert shows(picture[picture.shape[0] * 4 // 5 :], COLOURS[1])  # in the legend
+
+
+@pytest.mark.parametrize("change", ["nothing", "single_slice", "no_spacing", "no_names", "constant", "more_classes"])
+def test_unusual_volumes_are_drawn_too(volume, tmp_path, change):
+    prediction = volume.label.copy()
+    if change == "nothing":
+        volume.label, prediction = np.zeros_like(volume.label), np.zeros_like(prediction)
+    elif change == "single_slice":
+        volume.label, volume.image, prediction = volume.label[:1], volume.image[:1], prediction[:1]
+    elif change == "no_spacing":
+        volume.spacing = None
+    elif change == "no_names":
+        volume.class_names = ()
+    elif change == "constant":
+        volume.image = np.zeros_like(volume.image)
+    elif change == "more_classes":
+        prediction[0, 0, :20] = np.arange(20)
+    (path,) = save_overlays(tmp_path, volume, prediction, worst=1)
+    assert pixels(path).std() > 0
+
+
+@pytest.mark.parametrize("name", ["../../outside", "$x$ and $y", "..", "a/b"])
+def test_any_name_stays_in_the_folder_and_is_no_formula(volume, tmp_path, name):
+    volume.name = volume.class_names = name
+    volume.class_names = (name, "100 % $")
+    folder = tmp_path / "in" / "here"
+    (path,) = save_overlays(folder, volume, volume.label, worst=1)
+    assert list(tmp_path.rglob("*.png")) == [path]
+    assert path.resolve().parent == folder.resolve()
+
+
+def history(epochs: int) -> list[dict]:
+    return [
+        {"epoch": e, "train_loss": 9 / e, "val_dice": 1 - 1 / e, "k": 50, "lr": 1e-4, "cluster_use": 0.5, "note": "x"}
+        for e in range(1, epochs + 1)
+    ]
+
+
+def same_picture(a, b) -> bool:
+    return np.array_equal(pixels(a), pixels(b))
+
+
+def test_every_series_of_the_progress_shows(tmp_path):
+    save_progress(tmp_path / "all.png", history(12))
+    for key in ("train_loss", "val_dice", "k", "lr", "cluster_use"):
+        without = [{name: value for name, value in row.items() if name != key} for row in history(12)]
+        save_progress(tmp_path / "without.png", without)
+        assert not same_picture(tmp_path / "all.png", tmp_path / "without.png"), key
+
+
+def test_rows_read_back_from_a_csv_make_the_same_picture(tmp_path):
+    rows = history(5)
+    with open(tmp_path / "metrics.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        save_progress(tmp_path / "text.png", list(csv.DictReader(file)))
+    save_progress(tmp_path / "numbers.png", rows)
+    assert same_picture(tmp_path / "text.png", tmp_path / "numbers.png")
+
+
+@pytest.mark.parametrize("missing", ["", None, float("nan"), "absent"])
+def test_an_epoch_without_validation_leaves_a_gap_and_not_a_zero(tmp_path, missing):
+    rows = history(6)
+    del rows[2]["val_dice"]
+    save_progress(tmp_path / "expected.png", rows)
+    if missing != "absent":
+        rows[2]["val_dice"] = missing
+    save_progress(tmp_path / "progress.png", rows)
+    assert same_picture(tmp_path / "expected.png", tmp_path / "progress.png")
+
+
+@pytest.mark.parametrize("rows", [[], [{"epoch": 1}], [{"epoch": "1", "train_loss": "nan", "val_dice": "inf"}]])
+def test_little_or_nothing_to_draw_is_no_error(tmp_path, rows):
+    save_progress(tmp_path / "progress.png", rows)
+    assert pixels(tmp_path / "progress.png").std() > 0
+    assert [p.name for p in tmp_path.iterdir()] == ["progress.png"]

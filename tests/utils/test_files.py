@@ -1,0 +1,53 @@
+"""Files appear whole or not at all."""
+
+import errno
+
+import pytest
+
+from utils.files import atomic_write, file_stem
+
+
+def test_the_file_appears_when_the_block_ends(tmp_path):
+    target = tmp_path / "new" / "table.nii.gz"
+    with atomic_write(target) as temporary:
+        assert temporary.parent == target.parent and temporary.name.endswith(".nii.gz")
+        temporary.write_text("whole")
+        assert not target.exists()
+    assert target.read_text() == "whole"
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_leaves_neither_file_nor_temporary(tmp_path, error):
+    with pytest.raises(error), atomic_write(tmp_path / "table.csv") as temporary:
+        temporary.write_text("half")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_leaves_the_former_file_as_it_was(tmp_path):
+    target = tmp_path / "table.csv"
+    target.write_text("former")
+    with pytest.raises(RuntimeError), atomic_write(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "former"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path):
+    with pytest.raises(OSError, match=r"last\.pth") as caught, atomic_write(tmp_path / "last.pth"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "last.pth")
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "..", ".", "", "a\\b", "a\0b", "~/x", "c:x", "-\n"])
+def test_a_stem_is_one_harmless_part_of_a_path(tmp_path, name):
+    path = tmp_path / f"{file_stem(name)}_pred.png"
+    path.touch()
+    assert path.resolve().parent == tmp_path.resolve()
+    assert not path.name.startswith(".")
+
+
+def test_an_ordinary_name_stays_as_it_is():
+    assert file_stem("patient001_frame01.v2-é") == "patient001_frame01.v2-é"

@@ -1,0 +1,139 @@
+"""Dice, HD95, Jaccard and ASSD against paper, medpy and the fixture, and both conventions on empty masks."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from tests.parity import load
+from utils.errors import RunError
+from utils.metrics import case_metrics, class_metrics, dice_only
+
+
+def ball(centre: tuple[int, int, int], radius: float, size: int = 40) -> np.ndarray:
+    grid = np.indices((size, size, size))
+    return sum((g - c) ** 2 for g, c in zip(grid, centre, strict=True)) <= radius**2
+
+
+def test_every_value_of_the_fixture():
+    f = load("metrics.npz")
+    shape, count = f["shape"], int(np.prod(f["shape"]))
+    prediction, label = (np.unpackbits(f[k], count=count).reshape(shape) for k in ("prediction", "label"))
+    ours = [class_metrics(p, q).transunet for p, q in zip(prediction, label, strict=True)]
+    np.testing.assert_allclose(ours, f["dice_hd95_jaccard_assd"], rtol=0, atol=1e-6)
+
+
+@st.composite
+def mask_pairs(draw):
+    shape = draw(array_shapes(min_dims=2, max_dims=3, min_side=1, max_side=7))
+    masks = []
+    for _ in range(2):
+        mask = draw(arrays(bool, shape))
+        mask.flat[draw(st.integers(0, mask.size - 1))] = True
+        masks.append(mask)
+    spacing = draw(st.none() | st.tuples(*[st.floats(0.1, 10)] * len(shape)))
+    return *masks, spacing
+
+
+@settings(max_examples=150, deadline=None)
+@given(mask_pairs())
+def test_equals_medpy_on_masks_that_have_voxels(pair):
+    binary = pytest.importorskip("medpy.metric.binary")
+    a, b, spacing = pair
+    result = class_metrics(a, b, spacing)
+    for ours, voxel in ((result.transunet, None), (result.strict, spacing)):
+        medpy = binary.dc(a, b), binary.hd95(a, b, voxel), binary.jc(a, b), binary.assd(a, b, voxel)
+        np.testing.assert_allclose(ours, medpy, rtol=1e-9, atol=1e-9)
+
+
+def test_far_voxels_and_the_rim_of_the_image_equal_medpy():
+    binary = pytest.importorskip("medpy.metric.binary")
+    a, b = np.zeros((2, 9, 40, 30), bool)
+    a[:, :20, :] = True
+    b[3:, 5:, 10:] = True
+    a[8, 39, 29] = b[0, 0, 0] = True
+    ours = class_metrics(a, b, (8.0, 1.5, 1.25)).strict
+    spacing = (8.0, 1.5, 1.25)
+    medpy = binary.dc(a, b), binary.hd95(a, b, spacing), binary.jc(a, b), binary.assd(a, b, spacing)
+    np.testing.assert_allclose(ours, medpy, rtol=1e-9)
+
+
+def test_a_ball_against_itself_is_perfect():
+    result = class_metrics(ball((20, 20, 20), 9), ball((20, 20, 20), 9), (2.0, 1.0, 1.0))
+    assert result.transunet == result.strict == (1.0, 0.0, 1.0, 0.0)
+    assert result.state == "found"
+
+
+def test_concentric_balls_are_apart_by_the_difference_of_their_radii():
+    inner, outer = ball((20, 20, 20), 8), ball((20, 20, 20), 14)
+    metrics = class_metrics(inner, outer).transunet
+    ratio = inner.sum() / outer.sum()
+    assert metrics.jaccard == pytest.approx(ratio)
+    assert metrics.dice == pytest.approx(2 * ratio / (1 + ratio))
+    assert metrics.hd95 == pytest.approx(6, abs=0.8)  # the grid rounds a radius by less than a voxel
+    assert metrics.assd == pytest.approx(6, abs=0.8)
+
+
+@pytest.mark.parametrize(("spacing", "mm"), [((1.0, 1.0, 1.0), 5.0), ((10.0, 1.5, 1.5), 50.0), ((0.5, 3.0, 3.0), 2.5)])
+def test_two_voxels_are_as_far_apart_as_the_spacing_says(spacing, mm):
+    a, b = np.zeros((2, 8, 4, 4), bool)
+    a[1, 2, 2] = b[6, 2, 2] = True
+    result = class_metrics(a, b, spacing)
+    assert result.transunet == (0, 5, 0, 5)
+    assert result.strict == (0, mm, 0, mm)
+
+
+def test_hd95_pools_both_directions_and_assd_weighs_them_by_their_voxels():
+    a, b = np.zeros((2, 1, 60), bool)
+    a[0, 0] = True
+    b[0, :40] = True  # every voxel of a map one voxel high is border: distances 0 and 0..39
+    distances = [0, *range(40)]
+    metrics = class_metrics(a, b).transunet
+    assert metrics.hd95 == pytest.approx(np.percentile(distances, 95))
+    assert metrics.assd == pytest.approx(np.mean(distances))
+
+
+EMPTY, FULL = np.zeros((3, 4, 12), bool), np.pad(np.ones((1, 1, 2), bool), ((1, 1), (1, 2), (5, 5)))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "label", "state", "transunet", "strict"),
+    [
+        (FULL, EMPTY, "spurious", (1, 0, 1, 0), (0, 13, 0, 13)),
+        (EMPTY, FULL, "missed", (0, 0, 0, 0), (0, 13, 0, 13)),
+        (EMPTY, EMPTY, "absent", (0, 0, 0, 0), (np.nan,) * 4),
+    ],
+)
+def test_empty_masks_count_as_each_convention_says(prediction, label, state, transunet, strict):
+    result = class_metrics(prediction, label)  # a volume of 3 x 4 x 12 voxels has a diagonal of 13
+    assert result.state == state
+    np.testing.assert_equal(result.transunet, transunet)
+    np.testing.assert_equal(result.strict, strict)
+
+
+def test_the_diagonal_of_a_missed_class_is_in_mm_where_the_spacing_is_known():
+    strict = class_metrics(EMPTY, FULL, (2.0, 2.0, 2.0)).strict
+    assert strict.hd95 == strict.assd == pytest.approx(26)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_dice_only_is_the_strict_dice(data):
+    shape = data.draw(array_shapes(min_dims=2, max_dims=3, max_side=6))
+    prediction, label = (data.draw(arrays(np.uint8, shape, elements=st.integers(0, 4))) for _ in range(2))
+    expected = [c.strict.dice for c in case_metrics(prediction, label, 5)]
+    np.testing.assert_allclose(dice_only(prediction, label, 5), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0), (0.0, 1.0, 1.0), (1.0, -1.0, 1.0), (1.0, 1.0, np.nan)])
+def test_an_impossible_spacing_is_refused(spacing):
+    with pytest.raises(RunError, match="3 positive numbers"):
+        class_metrics(FULL, FULL, spacing)
+
+
+def test_masks_of_different_shape_are_refused():
+    with pytest.raises(RunError, match="shape"):
+        class_metrics(FULL, FULL[:, :, 1:])
+    with pytest.raises(RunError, match="shape"):
+        dice_only(FULL, FULL[:, :, 1:], 2)

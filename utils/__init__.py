@@ -1,0 +1,1 @@
+"""How a network is trained and judged: losses, the training loop, checkpoints, metrics, evaluation, figures."""

@@ -1,0 +1,165 @@
+"""What every script shares: arguments, one-line errors, the log, the device and the seed."""
+
+import argparse
+import errno
+import logging
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+
+from utils.errors import RunError
+
+REMEDIES = {
+    errno.ENOSPC: "make room on the disk or choose another folder",
+    errno.EDQUOT: "make room on the disk or choose another folder",
+    errno.EACCES: "check the permissions or choose another folder",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.ENOENT: "check the path",
+    errno.EEXIST: "expected a folder, check the path",
+    errno.ENOTDIR: "a folder of this path is a file, check the path",
+    errno.EISDIR: "expected a file, check the path",
+}
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help that keeps the lines of the description and shows every default that says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's parser with one-line errors, exit status 1, defaults in its help, no abbreviated flags."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        kwargs.setdefault("formatter_class", HelpFormatter)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(1, f"{self.prog}: error: {_one_line(message)} (see {self.prog} --help)\n")
+
+
+def run_script(main: Callable[[], object], *errors: type[Exception]) -> None:
+    """Run `main` and turn an error that the user can put right into one logged line and exit status 1.
+
+    Such errors are RunError, OSError and the classes in `errors`; Ctrl-C exits with status 130. Anything
+    else is a bug and keeps its traceback.
+    """
+    try:
+        main()
+    except (RunError, OSError, *errors) as error:
+        _complain(_message(error))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _complain("stopped by the keyboard")
+        sys.exit(130)
+
+
+def setup_logging(file: str | Path | None = None) -> None:
+    """Log to stderr and, if given, to the end of `file`; a second call replaces what the first set up.
+
+    The folder of `file` is made. A warning or error on stderr is a bare `error: ...`, all else has the time.
+    """
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    for handler in [h for h in root.handlers if isinstance(h, _Terminal | _LogFile)]:
+        root.removeHandler(handler)
+        handler.close()
+    terminal = _Terminal(sys.stderr)
+    terminal.setFormatter(_LineFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    root.addHandler(terminal)
+    if file is not None:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        log_file = _LogFile(file, encoding="utf-8")
+        log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%m-%d %H:%M:%S"))
+        root.addHandler(log_file)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Give the device called `auto` (the GPU if there is one), `cpu`, `cuda` or `cuda:<number>`.
+
+    Raises RunError for another name and for a GPU that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or (number and not number.isdecimal()) or name == "cuda:"):
+        raise RunError(f"device {name!r}: expected auto, cpu, cuda or cuda:<number>")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise RunError(f"device {name!r}: PyTorch {torch.__version__} finds no GPU here, use --device cpu")
+    if number and int(number) >= torch.cuda.device_count():
+        raise RunError(f"device {name!r}: there are {torch.cuda.device_count()} GPUs, numbered from cuda:0")
+    return torch.device(name)
+
+
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seed Python, NumPy and PyTorch, on every device.
+
+    With `deterministic`, cuDNN and PyTorch use only algorithms that repeat exactly and warn where they have
+    none; without, cuDNN picks the fastest. Raises RunError for a seed outside [0, 2^32).
+    """
+    if not 0 <= seed < 2**32:
+        raise RunError(f"seed {seed}: expected a number from 0 to {2**32 - 1}")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
+    # use_deterministic_algorithms does the same and imports the compiler first, which takes seconds.
+    torch.set_deterministic_debug_mode("warn" if deterministic else "default")
+    if deterministic:
+        # cuBLAS reads this when it starts, so it has to be set before the first product on the GPU.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+class _LineFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        if record.levelno < logging.WARNING:
+            return super().format(record)
+        line = f"{record.levelname.lower()}: {record.getMessage()}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+class _Terminal(logging.StreamHandler):
+    pass
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            return super().handleError(record)
+        # logging would print a traceback for every line that a full disk refuses.
+        logging.getLogger().removeHandler(self)
+        logging.warning("%s: %s, the log goes on without this file", self.baseFilename, error.strerror)
+
+
+def _complain(message: str) -> None:
+    if not logging.getLogger().handlers:
+        setup_logging()
+    logging.error(message)
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        remedy = REMEDIES.get(error.errno)
+        return _one_line(f"{where}{error.strerror}" + (f", {remedy}" if remedy else ""))
+    text = str(error) or type(error).__name__
+    if text.startswith("Caught ") and "Original Traceback" in text:
+        # A data loader's worker sends its traceback as the message; the last line is the error.
+        text = text.rsplit(f"{type(error).__name__}: ", 1)[-1]
+    return _one_line(text)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,317 @@
+"""From a model and labelled volumes to predictions, scores, their means, tables and files."""
+
+import csv
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from utils.errors import RunError
+from utils.files import atomic_write, file_stem
+from utils.metrics import ABSENT, MISSED, SPURIOUS, ClassResult, Metrics, case_metrics, dice_only
+
+CONVENTIONS = {
+    "transunet": "as papers report: spurious counts as Dice 100, missed as 0, both at distance 0",
+    "strict": "spurious and missed count as Dice 0 at the volume's diagonal, absent is left out",
+}
+STATES = (MISSED, SPURIOUS, ABSENT)
+
+
+class Volume(Protocol):
+    """What this room asks of a volume; `datasets.Volume` has it.
+
+    image: float32 (D, H, W). label: uint8 (D, H, W) or None. spacing: mm along (z, y, x) or None. affine:
+    float64 (4, 4) from indices (x, y, z) to mm, or None. class_names: without the background.
+    network_input gives float32 (D, 1, S, S); restore takes uint8 (D, S, S) to uint8 (D, H, W).
+    """
+
+    name: str
+    image: np.ndarray
+    label: np.ndarray | None
+    spacing: tuple[float, float, float] | None
+    affine: np.ndarray | None
+    class_names: tuple[str, ...]
+
+    def network_input(self, img_size: int) -> np.ndarray: ...
+
+    def restore(self, prediction: np.ndarray) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """The scores of one volume: one result per class without background, strict distances in `unit`."""
+
+    name: str
+    unit: str
+    classes: tuple[ClassResult, ...]
+
+
+@dataclass(frozen=True)
+class Means:
+    """Means over cases, per class and over classes, under one convention; distances in `unit`."""
+
+    unit: str
+    classes: tuple[Metrics, ...]
+    mean: Metrics
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The means of many cases under both conventions; in how many a class was missed, spurious or absent."""
+
+    num_cases: int
+    transunet: Means
+    strict: Means
+    missed: tuple[int, ...]
+    spurious: tuple[int, ...]
+    absent: tuple[int, ...]
+
+
+def predict_volume(
+    model: torch.nn.Module,
+    volume: Volume,
+    img_size: int,
+    batch_size: int = 16,
+    device: torch.device | str = "cpu",
+    amp_dtype: torch.dtype | None = None,
+) -> np.ndarray:
+    """Predict the class of every voxel: slices to S x S, arg max of the four summed logit maps, and back.
+
+    Gives uint8 (D, H, W). The model must be on `device`; it predicts in evaluation mode and leaves in the
+    mode it came in. `batch_size` slices go through at a time, under autocast if `amp_dtype` is given.
+    """
+    slices = torch.from_numpy(volume.network_input(img_size))  # (D, 1, S, S)
+    device = torch.device(device)
+    amp = torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
+    predictions = []
+    with _evaluation_mode(model), torch.inference_mode(), amp:
+        for batch in slices.split(batch_size):
+            maps = torch.stack(model(batch.to(device)))  # (4, B, num_classes, S, S)
+            predictions.append(maps.float().sum(0).argmax(1).to("cpu", torch.uint8))
+    return volume.restore(torch.cat(predictions).numpy())
+
+
+def evaluate(
+    model: torch.nn.Module,
+    volumes: Sequence[Volume],
+    num_classes: int,
+    img_size: int,
+    batch_size: int = 16,
+    device: torch.device | str = "cpu",
+    amp_dtype: torch.dtype | None = None,
+    on_case: Callable[[Volume, np.ndarray], None] | None = None,
+) -> list[CaseResult]:
+    """Predict and score every volume, one in memory at a time, with a line in the log for each.
+
+    `on_case(volume, prediction)` is called after each, to save pictures or files. The other arguments are
+    those of `predict_volume`. Raises RunError if there is no volume or one has no label.
+    """
+    _check_count(volumes)
+    results = []
+    for i in range(len(volumes)):
+        start = time.perf_counter()
+        volume = volumes[i]
+        prediction = predict_volume(model, volume, img_size, batch_size, device, amp_dtype)
+        unit = "voxels" if volume.spacing is None else "mm"
+        classes = case_metrics(prediction, _label_of(volume), num_classes, volume.spacing)
+        results.append(CaseResult(volume.name, unit, classes))
+        _log_case(results[-1], i + 1, len(volumes), time.perf_counter() - start)
+        if on_case is not None:
+            on_case(volume, prediction)
+    return results
+
+
+def validation_dice(
+    model: torch.nn.Module,
+    volumes: Sequence[Volume],
+    num_classes: int,
+    img_size: int,
+    batch_size: int = 16,
+    device: torch.device | str = "cpu",
+    amp_dtype: torch.dtype | None = None,
+) -> tuple[float, np.ndarray]:
+    """Give the strict Dice, over cases then over classes, and that of each class, without distances or log.
+
+    The quick form of `evaluate` for use during training: the numbers of the strict `Summary`. Gives a float
+    and float64 (num_classes - 1,), in [0, 1], NaN for a class that no label and no prediction has. Raises
+    RunError as `evaluate` does.
+    """
+    _check_count(volumes)
+    dice = []
+    for i in range(len(volumes)):
+        volume = volumes[i]
+        prediction = predict_volume(model, volume, img_size, batch_size, device, amp_dtype)
+        dice.append(dice_only(prediction, _label_of(volume), num_classes))
+    per_class = _mean(np.stack(dice))
+    return float(_mean(per_class)), per_class
+
+
+def summarise(results: Sequence[CaseResult]) -> Summary:
+    """Average over cases, then over classes, under both conventions; NaN (absent, strict) is left out.
+
+    Where some volumes have a voxel spacing and others have none, the strict unit says `mm or voxels`.
+    """
+    units = sorted({result.unit for result in results})
+
+    def count(state: str) -> tuple[int, ...]:
+        return tuple(
+            sum(c.state == state for c in column) for column in zip(*(r.classes for r in results), strict=True)
+        )
+
+    return Summary(
+        num_cases=len(results),
+        transunet=_means("voxels", [[c.transunet for c in r.classes] for r in results]),
+        strict=_means(" or ".join(units), [[c.strict for c in r.classes] for r in results]),
+        missed=count(MISSED),
+        spurious=count(SPURIOUS),
+        absent=count(ABSENT),
+    )
+
+
+def format_table(summary: Summary, class_names: Sequence[str]) -> str:
+    """Lay out a summary as plain text, one aligned table per convention, Dice and Jaccard in percent."""
+    names = _checked(class_names, summary)
+    blocks = []
+    for convention, note in CONVENTIONS.items():
+        means: Means = getattr(summary, convention)
+        header = ["class", "Dice [%]", f"HD95 [{means.unit}]", "Jaccard [%]", f"ASSD [{means.unit}]"]
+        rows = [[name, *_cells(m)] for name, m in zip(names, means.classes, strict=True)]
+        rows.append(["mean", *_cells(means.mean)])
+        if convention == "strict":
+            for state in STATES:
+                counts = getattr(summary, state)
+                header.append(state)
+                for row, count in zip(rows, [*counts, sum(counts)], strict=True):
+                    row.append(str(count))
+        title = f"{convention} convention, {summary.num_cases} cases ({note})"
+        blocks.append("\n".join([title, *_align([header, *rows])]))
+    return "\n\n".join(blocks)
+
+
+def write_case_csv(path: str | Path, results: Sequence[CaseResult], class_names: Sequence[str]) -> None:
+    """Write one row per case and class: its state and four numbers per convention, in [0, 1], voxels or mm.
+
+    A number that a convention leaves out is an empty cell; `strict_unit` is the unit of the strict distances.
+    """
+    names = _checked(class_names, summarise(results))
+    fields = [f"{convention}_{field}" for convention in CONVENTIONS for field in Metrics._fields]
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["case", "class", "state", *fields, "strict_unit"])
+        for result in results:
+            for name, c in zip(names, result.classes, strict=True):
+                numbers = ["" if np.isnan(x) else f"{x:.6f}" for x in (*c.transunet, *c.strict)]
+                writer.writerow([result.name, name, c.state, *numbers, result.unit])
+
+
+def write_summary_json(path: str | Path, summary: Summary, class_names: Sequence[str]) -> None:
+    """Write a summary as JSON: per convention its unit, the mean and a list of classes; NaN becomes null."""
+    names = _checked(class_names, summary)
+    content: dict[str, object] = {"num_cases": summary.num_cases}
+    for convention in CONVENTIONS:
+        means: Means = getattr(summary, convention)
+        classes = [{"class": n, **_numbers(m)} for n, m in zip(names, means.classes, strict=True)]
+        content[convention] = {"unit": means.unit, "mean": _numbers(means.mean), "classes": classes}
+    for state in STATES:
+        content[state] = [{"class": n, "cases": count} for n, count in zip(names, getattr(summary, state), strict=True)]
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def save_nifti(folder: str | Path, prediction: np.ndarray, volume: Volume) -> list[Path]:
+    """Write `<case>_pred.nii.gz`, `<case>_img.nii.gz` and, with a label, `<case>_gt.nii.gz` into `folder`.
+
+    prediction: class indices (D, H, W), saved as uint8 like the label. Arrays here are (z, y, x), NIfTI's are
+    (x, y, z): they are transposed, and the volume's affine goes with them; without one, its spacing is the
+    diagonal; without that, voxels are 1 mm. Gives the paths.
+    """
+    import nibabel
+
+    z, y, x = volume.spacing or (1.0, 1.0, 1.0)
+    affine = np.diag([x, y, z, 1.0]) if volume.affine is None else volume.affine
+    arrays = {"pred": prediction.astype(np.uint8), "img": volume.image.astype(np.float32)}
+    if volume.label is not None:
+        arrays["gt"] = volume.label.astype(np.uint8)
+    paths = []
+    for kind, array in arrays.items():
+        image = nibabel.Nifti1Image(array.transpose(2, 1, 0), affine)
+        image.header.set_xyzt_units("mm")
+        paths.append(Path(folder) / f"{file_stem(volume.name)}_{kind}.nii.gz")
+        with atomic_write(paths[-1]) as temporary:
+            nibabel.save(image, temporary)
+    return paths
+
+
+@contextmanager
+def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    # Module by module, because a part of the model may be held in evaluation mode during training.
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _check_count(volumes: Sequence[Volume]) -> None:
+    if len(volumes) == 0:
+        raise RunError("no volume to evaluate: expected at least one in the list of cases")
+
+
+def _label_of(volume: Volume) -> np.ndarray:
+    if volume.label is None:
+        raise RunError(f"{volume.name}: the volume has no label to compare with")
+    return volume.label
+
+
+def _log_case(result: CaseResult, number: int, total: int, seconds: float) -> None:
+    cells = [_cells(c.strict) for c in result.classes]
+    dice, hd95 = (" ".join(column) for column in list(zip(*cells, strict=True))[:2])
+    where = f"{number}/{total} {result.name}"
+    logging.info("%s: Dice %s %%, HD95 %s %s, %.1f s", where, dice, hd95, result.unit, seconds)
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Average over the first axis without the NaN; NaN where nothing is left."""
+    there = ~np.isnan(values)
+    n = there.sum(0)
+    return np.divide(np.where(there, values, 0).sum(0), n, out=np.full(n.shape, np.nan), where=n > 0)
+
+
+def _means(unit: str, metrics: Sequence[Sequence[Metrics]]) -> Means:
+    classes = _mean(np.array(metrics))  # (classes, 4)
+    return Means(unit, tuple(Metrics(*c) for c in classes.tolist()), Metrics(*_mean(classes).tolist()))
+
+
+def _checked(class_names: Sequence[str], summary: Summary) -> Sequence[str]:
+    if len(class_names) != len(summary.missed):
+        raise RunError(
+            f"{len(class_names)} class names ({', '.join(class_names)}) for {len(summary.missed)} classes: "
+            "check --num_classes, which counts the background"
+        )
+    return class_names
+
+
+def _numbers(metrics: Metrics) -> dict[str, float | None]:
+    return {field: None if np.isnan(x) else x for field, x in metrics._asdict().items()}
+
+
+def _cells(metrics: Metrics) -> list[str]:
+    scales = Metrics(dice=100, hd95=1, jaccard=100, assd=1)
+    return ["-" if np.isnan(x) else f"{s * x:.2f}" for s, x in zip(scales, metrics, strict=True)]
+
+
+def _align(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]

@@ -1,0 +1,164 @@
+"""Pictures of a run and of its predictions, as PNG files."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils.evaluation import Volume
+from utils.files import atomic_write, file_stem
+from utils.metrics import dice_only
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, the ones that stand out on grey first.
+COLOURS = ("#E69F00", "#56B4E9", "#D55E00", "#009E73", "#F0E442", "#CC79A7", "#0072B2", "#FFFFFF")
+
+
+def save_overlays(folder: str | Path, volume: Volume, prediction: np.ndarray, worst: int = 3) -> list[Path]:
+    """Draw image, label and prediction side by side for the slices with most wrong voxels.
+
+    prediction: class indices (D, H, W), as the volume's label, which must be there. Writes up to `worst` files
+    `<case>_slice<z>.png` into `folder`, worst first, and gives their paths; of equally wrong slices the one with
+    the larger label comes first. The legend gives each class's strict Dice in the slice.
+    """
+    wrong = (prediction != volume.label).sum((1, 2))
+    size = (volume.label > 0).sum((1, 2))
+    paths = []
+    for z in np.lexsort((-size, -wrong))[:worst]:
+        paths.append(Path(folder) / f"{file_stem(volume.name)}_slice{z:03d}.png")
+        title = f"{volume.name}, slice {z}, {wrong[z]} wrong voxels"
+        _save(_overlay(volume, prediction[z], z, title), paths[-1])
+    return paths
+
+
+def save_progress(path: str | Path, history: Sequence[Mapping[str, object]]) -> None:
+    """Draw the course of a training: losses with the learning rate, validation Dice, K and cluster use.
+
+    `history` is the rows of `metrics.csv`, numbers or their text: `epoch`, every `*_loss`, `val_dice` in [0, 1],
+    `k`, `lr`, `cluster_use` (share of clusters in use, in [0, 1]). What is missing, empty or NaN is left out.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    loss, dice, k, use = figure.subplots(2, 2, sharex=True).flat
+    _draw_losses(loss, history)
+    _draw_dice(dice, history)
+    _draw(k, "K (columns replaced)", history, "k", COLOURS[3])
+    _draw(use, "clusters in use [%]", history, "cluster_use", COLOURS[5], scale=100)
+    use.set_ylim(-4, 104)
+    k.set_ylim(bottom=0)
+    for axes in (k, use):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _save(figure, path)
+
+
+def _overlay(volume: Volume, prediction: np.ndarray, z: int, title: str) -> "Figure":
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    label, names = volume.label[z], _class_names(volume, prediction)
+    height, width = label.shape
+    pixel_aspect = 1.0 if volume.spacing is None else volume.spacing[1] / volume.spacing[2]
+    panel_height = min(3.6 * pixel_aspect * height / width, 7.2)
+    figure = Figure(figsize=(11, panel_height + 1.1), layout="constrained")
+    low, high = np.percentile(volume.image, (0.5, 99.5))
+    panels = {"image": None, "label": label, "prediction": prediction}
+    for axes, (name, mask) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        axes.imshow(volume.image[z], "gray", vmin=low, vmax=max(high, low + 1e-6), aspect=pixel_aspect)
+        if mask is not None:
+            axes.imshow(_coloured(mask), aspect=pixel_aspect, interpolation="nearest")
+        axes.set_title(name, fontsize=11)
+        axes.axis("off")
+    dice = dice_only(prediction, label, len(names) + 1)
+    handles = [
+        Patch(facecolor=_colour(c), edgecolor="black", linewidth=0.5, label=_legend_text(name, dice[c - 1]))
+        for c, name in enumerate(names, 1)
+    ]
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    for text in (figure.suptitle(title, fontsize=12), *legend.get_texts()):
+        text.set_parse_math(False)  # a `$` in a name is no formula
+    return figure
+
+
+def _class_names(volume: Volume, prediction: np.ndarray) -> list[str]:
+    """Give the volume's class names, and numbers for the classes beyond them."""
+    last = int(max(volume.label.max(), prediction.max()))
+    return [*volume.class_names, *(f"class {c}" for c in range(len(volume.class_names) + 1, last + 1))]
+
+
+def _legend_text(name: str, dice: float) -> str:
+    return f"{name}: absent" if math.isnan(dice) else f"{name}: Dice {100 * dice:.1f} %"
+
+
+def _coloured(mask: np.ndarray) -> np.ndarray:
+    """Paint class indices (H, W) as RGBA (H, W, 4): faint inside, so that the image shows, firm at the rim."""
+    from matplotlib.colors import to_rgba
+
+    painted = np.zeros((*mask.shape, 4))
+    padded = np.pad(mask, 1, mode="edge")
+    neighbours = padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]
+    rim = np.any([n != mask for n in neighbours], axis=0)
+    for c in np.unique(mask[mask > 0]):
+        painted[mask == c] = to_rgba(_colour(c), 0.35)
+        painted[(mask == c) & rim] = to_rgba(_colour(c), 1.0)
+    return painted
+
+
+def _colour(c: int) -> str:
+    return COLOURS[(c - 1) % len(COLOURS)]
+
+
+def _draw_losses(axes: "Axes", history: Sequence[Mapping[str, object]]) -> None:
+    names = dict.fromkeys(name for row in history for name in row if name.endswith("_loss"))
+    for name, colour in zip(names, (COLOURS[6], *COLOURS), strict=False):
+        _draw(axes, "loss", history, name, colour, label=name.removesuffix("_loss"))
+    rate = axes.twinx()
+    _draw(rate, "learning rate (dotted)", history, "lr", "0.5", linestyle=":")
+    rate.grid(False)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rate.set_ylim(bottom=0)
+    rate.tick_params(axis="y", colors="0.5")
+    rate.yaxis.label.set_color("0.5")
+    if len(names) > 1:
+        axes.legend(frameon=False)
+
+
+def _draw_dice(axes: "Axes", history: Sequence[Mapping[str, object]]) -> None:
+    epochs, dice = _draw(axes, "validation Dice [%]", history, "val_dice", COLOURS[2], scale=100)
+    if not epochs:
+        return
+    best = int(np.argmax(dice))
+    axes.plot(epochs[best], dice[best], "*", color="black", markersize=12)
+    axes.set_title(f"best {dice[best]:.2f} % in epoch {epochs[best]:.0f}", fontsize=10)
+
+
+def _draw(
+    axes: "Axes", title: str, history: Sequence[Mapping[str, object]], key: str, colour: str, scale: float = 1, **style
+) -> tuple[list[float], list[float]]:
+    """Plot one column against the epochs where both have a number, and give these points."""
+    points = [(_number(row.get("epoch")), scale * _number(row.get(key))) for row in history]
+    points = [point for point in points if all(map(math.isfinite, point))]
+    epochs, values = [p[0] for p in points], [p[1] for p in points]
+    axes.plot(epochs, values, color=colour, marker="." if len(points) < 40 else None, **style)
+    axes.set_ylabel(title)
+    axes.grid(alpha=0.3)
+    return epochs, values
+
+
+def _number(value: object) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _save(figure: "Figure", path: str | Path) -> None:
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=110)

@@ -1,0 +1,137 @@
+"""What a training and a test script do once their arguments and data are known."""
+
+import logging
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.arguments import check_n_gpu, network_arguments
+from utils.checkpoint import build_network, load_checkpoint
+from utils.cli import pick_device, seed_everything, setup_logging
+from utils.errors import RunError
+from utils.evaluation import (
+    Volume,
+    evaluate,
+    format_table,
+    save_nifti,
+    summarise,
+    write_case_csv,
+    write_summary_json,
+)
+from utils.figures import save_overlays
+from utils.training import AMP_DTYPES, DataFacts, Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def train(
+    args: Namespace,
+    checkpoint: dict | None,
+    facts: DataFacts,
+    train_set: torch.utils.data.Dataset,
+    val_set: Sequence[Volume],
+    network: Callable[..., torch.nn.Module],
+    default_weights: Callable[[str], Path | None],
+) -> None:
+    """Build the network, or take up the checkpoint's, and train it into the run folder.
+
+    Args:
+        args, checkpoint: what ``parse_training`` returned.
+        facts: what the data are.
+        train_set: slices to train on.
+        val_set: volumes to choose the best epoch on.
+        network: the class to build, ``SimMPNet``.
+        default_weights: gives the weight file of a scale where ``--pretrained`` says nothing.
+    """
+    device = pick_device(args.device)
+    seed_everything(args.seed, deterministic=bool(args.deterministic))
+    pretrained = None if checkpoint else _pretrained(args, default_weights)
+    model = network(**network_arguments(args), pretrained=pretrained)
+    setup_logging(Path(args.output_dir) / "train.log")
+    if args.val_split == "test":
+        logger.warning("the best epoch is chosen on the test volumes, as the release does: its scores are optimistic")
+    trainer = Trainer(model, train_set, val_set, facts, args, device)
+    if checkpoint:
+        trainer.load_state_dict(checkpoint)
+        logger.info("go on after epoch %d from %s", trainer.epoch, args.resume)
+    trainer.fit()
+
+
+def test(
+    args: Namespace,
+    class_names: Sequence[str],
+    open_volumes: Callable[[int], Sequence[Volume]],
+    network: Callable[..., torch.nn.Module],
+    load_release: Callable[[torch.nn.Module, dict], None],
+) -> None:
+    """Rebuild a checkpoint's network, test it and write tables, and pictures and NIfTI on request.
+
+    Args:
+        args: the arguments of ``testing_parser``.
+        class_names: names of the classes where the checkpoint (one of the release) has none.
+        open_volumes: gives the volumes to test on, for a number of classes.
+        network: the class to build, ``SimMPNet``.
+        load_release: ``load_release_state_dict``.
+    """
+    check_n_gpu(args)
+    device = pick_device(args.device)
+    seed_everything(args.seed, deterministic=bool(args.deterministic))
+    checkpoint = load_checkpoint(args.checkpoint)
+    model = build_network(checkpoint, args.checkpoint, network, load_release).to(device)
+    num_classes = model.config["num_classes"]
+    class_names = checkpoint.get("data", {}).get("class_names", class_names)
+    if len(class_names) != num_classes - 1:
+        raise RunError(
+            f"{args.checkpoint} has {num_classes} classes with background, these data {len(class_names) + 1}"
+        )
+    volumes = open_volumes(num_classes)
+    folder = args.test_save_dir or args.checkpoint.parent / f"test_{args.split}"
+    setup_logging(folder / "test.log")
+    logger.info("%s on %d volumes of the list %s, on %s", args.checkpoint, len(volumes), args.split, device)
+
+    def save(volume: Volume, prediction: np.ndarray) -> None:
+        volume.class_names = volume.class_names or tuple(class_names)
+        if args.is_savenii:
+            save_nifti(folder / "nifti", prediction, volume)
+        if args.overlays:
+            save_overlays(folder / "overlays", volume, prediction, worst=args.overlays)
+
+    results = evaluate(
+        model,
+        volumes,
+        num_classes,
+        model.config["img_size"],
+        args.batch_size,
+        device,
+        AMP_DTYPES[args.amp],
+        on_case=save,
+    )
+    summary = summarise(results)
+    write_case_csv(folder / "cases.csv", results, class_names)
+    write_summary_json(folder / "summary.json", summary, class_names)
+    print(format_table(summary, class_names))
+    logger.info("results in %s", folder)
+
+
+def class_names_of(class_names: Sequence[str], num_classes: int) -> tuple[str, ...]:
+    """Return a data set's class names, or numbered ones where the user trains with another number of classes."""
+    if len(class_names) == num_classes - 1:
+        return tuple(class_names)
+    return tuple(f"class {i}" for i in range(1, num_classes))
+
+
+def _pretrained(args: Namespace, default_weights: Callable[[str], Path | None]) -> str | Path | None:
+    if args.pretrained == "none":
+        return None
+    if args.pretrained is not None:
+        return args.pretrained
+    weights = default_weights(args.model_scale)
+    if weights is None:
+        raise RunError(
+            f"nobody published a weight file of scale {args.model_scale}: try --pretrained hub, or --pretrained none "
+            "to train from random weights"
+        )
+    return weights

@@ -1,0 +1,137 @@
+"""How well one predicted volume fits its label: Dice, HD95, Jaccard and ASSD, each under two conventions.
+
+Where both masks have voxels the values are those of medpy 0.5.2 (`dc`, `hd95`, `jc`, `assd`), found from the
+border voxels alone instead of a distance transform of the whole volume. Where one is empty there is no
+distance, and conventions part:
+
+- `transunet`, by which papers compare: distances in voxels; a spurious class scores Dice and Jaccard 1, a
+  missed or absent one 0, all with distance 0.
+- `strict`: distances in mm where the spacing is known, else in voxels; a spurious or missed class scores 0
+  and gets the diagonal of the volume as its distance; an absent one is NaN and left out of means.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.ndimage import find_objects
+from scipy.spatial import cKDTree
+
+from utils.errors import RunError
+
+Spacing = tuple[float, ...] | None
+
+FOUND, MISSED, SPURIOUS, ABSENT = "found", "missed", "spurious", "absent"
+
+
+class Metrics(NamedTuple):
+    """The four numbers of one class: Dice and Jaccard in [0, 1], HD95 and ASSD in voxels or mm."""
+
+    dice: float
+    hd95: float
+    jaccard: float
+    assd: float
+
+
+class ClassResult(NamedTuple):
+    """One class of one volume under both conventions.
+
+    `state` is `found` (both masks have voxels), `missed` (only the label has), `spurious` (only the
+    prediction has) or `absent` (neither has).
+    """
+
+    state: str
+    transunet: Metrics
+    strict: Metrics
+
+
+def class_metrics(prediction_mask: np.ndarray, label_mask: np.ndarray, spacing: Spacing = None) -> ClassResult:
+    """Compare two masks of one class, 2D or 3D, of the same shape; non-zero is inside.
+
+    `spacing` is the size of a voxel in mm along each axis of the masks, None if unknown; only the strict
+    distances use it. Empty masks count as the module says. Raises RunError for masks of different shape or
+    an impossible spacing.
+    Source: medpy 0.5.2, `medpy.metric.binary`; TransUNet's evaluation.
+    """
+    _check_shapes(prediction_mask, label_mask)
+    _check_spacing(spacing, label_mask.ndim)
+    prediction, label = prediction_mask != 0, label_mask != 0
+    n_prediction, n_label = int(prediction.sum()), int(label.sum())
+    if not (n_prediction and n_label):
+        return _empty_case(n_prediction > 0, n_label > 0, label.shape, spacing)
+
+    n_both = int((prediction & label).sum())
+    dice = 2 * n_both / (n_prediction + n_label)
+    jaccard = n_both / (n_prediction + n_label - n_both)
+    borders = _border(prediction), _border(label)
+    hd95, assd = _surface_distances(*borders)
+    voxels = Metrics(dice, hd95, jaccard, assd)
+    if spacing is None:
+        return ClassResult(FOUND, voxels, voxels)
+    hd95, assd = _surface_distances(*(border * spacing for border in borders))
+    return ClassResult(FOUND, voxels, Metrics(dice, hd95, jaccard, assd))
+
+
+def case_metrics(
+    prediction: np.ndarray, label: np.ndarray, num_classes: int, spacing: Spacing = None
+) -> tuple[ClassResult, ...]:
+    """Compare two volumes of class indices class by class, background (0) left out.
+
+    prediction, label: integers (D, H, W) or (H, W). Gives `num_classes - 1` results, class c at c - 1. The
+    other arguments, empty masks and errors are those of `class_metrics`.
+    """
+    return tuple(class_metrics(prediction == c, label == c, spacing) for c in range(1, num_classes))
+
+
+def dice_only(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> np.ndarray:
+    """Give the strict Dice of every class but the background, without the distances that take the time.
+
+    prediction, label: class indices below `num_classes`, of one shape. Gives float64 (num_classes - 1,): 0
+    for a missed or spurious class, NaN for an absent one. Raises RunError for different shapes.
+    """
+    _check_shapes(prediction, label)
+    pairs = label.ravel().astype(np.intp) * num_classes + prediction.ravel()
+    # Rows are the label's classes, columns the prediction's.
+    confusion = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+    voxels = (confusion.sum(0) + confusion.sum(1))[1:]
+    dice = np.full(num_classes - 1, np.nan)
+    return np.divide(2 * confusion.diagonal()[1:], voxels, out=dice, where=voxels > 0)
+
+
+def _empty_case(predicted: bool, labelled: bool, shape: tuple[int, ...], spacing: Spacing) -> ClassResult:
+    nothing = Metrics(0.0, 0.0, 0.0, 0.0)
+    if not (predicted or labelled):
+        return ClassResult(ABSENT, nothing, Metrics(np.nan, np.nan, np.nan, np.nan))
+    diagonal = float(np.linalg.norm(np.multiply(shape, 1.0 if spacing is None else spacing)))
+    strict = Metrics(0.0, diagonal, 0.0, diagonal)
+    if labelled:
+        return ClassResult(MISSED, nothing, strict)
+    return ClassResult(SPURIOUS, Metrics(1.0, 0.0, 1.0, 0.0), strict)
+
+
+def _border(mask: np.ndarray) -> np.ndarray:
+    """Find the voxels of a mask that an erosion with its direct neighbours takes away: (n, ndim) indices."""
+    box = find_objects(mask.view(np.uint8))[0]
+    inside = np.pad(mask[box], 1)
+    eroded = inside.copy()
+    for axis in range(mask.ndim):
+        # The padding is empty, so what the roll brings round never counts.
+        eroded &= np.roll(inside, 1, axis) & np.roll(inside, -1, axis)
+    return np.argwhere(inside & ~eroded) - 1 + [s.start for s in box]
+
+
+def _surface_distances(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """Give HD95 and ASSD: 95th percentile and mean of the distances of both directions, pooled."""
+    pooled = np.concatenate((cKDTree(b).query(a)[0], cKDTree(a).query(b)[0]))
+    return float(np.percentile(pooled, 95)), float(pooled.mean())
+
+
+def _check_shapes(prediction: np.ndarray, label: np.ndarray) -> None:
+    if prediction.shape != label.shape:
+        raise RunError(f"prediction of shape {prediction.shape}, label of shape {label.shape}: expected one shape")
+
+
+def _check_spacing(spacing: Spacing, ndim: int) -> None:
+    if spacing is None:
+        return
+    if len(spacing) != ndim or not all(np.isfinite(s) and s > 0 for s in spacing):
+        raise RunError(f"voxel spacing {tuple(spacing)}: expected {ndim} positive numbers in mm")
