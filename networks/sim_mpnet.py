@@ -68,6 +68,7 @@ class SimMPNet(nn.Module):
     ):
         super().__init__()
         # Everything that rebuilds this network, but not the weights it started from.
+        num_clusters = num_clusters or num_classes
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__", "pretrained")}
         if variant not in VARIANTS:
             raise NetworkError(f"variant is {variant!r}; choose one of {', '.join(VARIANTS)}")
@@ -96,7 +97,7 @@ class SimMPNet(nn.Module):
             img_size_dmwla,
             variant,
             feature_dim=feature_dim,
-            num_clusters=num_clusters or num_classes,
+            num_clusters=num_clusters,
             **memory,
         )
         self.decoder = Decoder(

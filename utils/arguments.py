@@ -136,17 +136,17 @@ def parse_training(parser: ArgumentParser, argv: list[str] | None = None) -> tup
         args.num_clusters = args.num_clusters or args.num_classes
         for name in NETWORK:
             trained = checkpoint["network"][name]
-            trained = checkpoint["network"]["num_classes"] if name == "num_clusters" and trained is None else trained
             if getattr(args, name) != trained:
                 raise RunError(
                     f"--{name} {getattr(args, name)} does not fit {args.resume}, which was trained with {trained}: "
                     "leave it out, or train anew without --resume"
                 )
-    elif (args.output_dir / "last.pth").exists():
+    elif (Path(args.output_dir) / "last.pth").exists():
         raise RunError(
-            f"{args.output_dir} holds a run already: go on with --resume {args.output_dir / 'last.pth'}, "
+            f"{args.output_dir} holds a run already: go on with --resume {args.output_dir}/last.pth, "
             "or choose another --output_dir"
         )
+    args.num_clusters = args.num_clusters or args.num_classes
     for name, value in VARIANT_DEFAULTS.get(args.variant, {}).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -179,13 +179,11 @@ def _add_device(group) -> None:
 
 
 def _check_positive(args: Namespace) -> None:
-    names = "max_epochs batch_size base_lr eval_interval eval_batch_size columns_per_cluster feature_dim".split()
-    names += ["decoder_feature_dim", "decoder_num_clusters"]
-    for name in names:
-        if getattr(args, name) <= 0:
+    above_0 = ("max_epochs", "max_iterations", "batch_size", "base_lr", "eval_interval", "eval_batch_size")
+    above_0 += ("columns_per_cluster", "feature_dim", "num_clusters", "decoder_feature_dim", "decoder_num_clusters")
+    for name in above_0:
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise RunError(f"--{name} is {getattr(args, name)}; expected a number above 0")
-    for name in ("warmup_iterations", "replaced_columns", "num_workers"):
+    for name in ("warmup_iterations", "replaced_columns", "num_workers", "weight_decay"):
         if getattr(args, name) < 0:
             raise RunError(f"--{name} is {getattr(args, name)}; expected 0 or more")
-    if args.max_iterations is not None and args.max_iterations <= 0:
-        raise RunError(f"--max_iterations is {args.max_iterations}; expected a number above 0")

@@ -17,6 +17,7 @@ from utils.errors import RunError
 
 REMEDIES = {
     errno.ENOSPC: "make room on the disk or choose another folder",
+    errno.EFBIG: "make room on the disk or choose another folder",
     errno.EDQUOT: "make room on the disk or choose another folder",
     errno.EACCES: "check the permissions or choose another folder",
     errno.EROFS: "choose a folder that can be written to",

@@ -1,0 +1,47 @@
+# make demo: train and test on phantoms; make test: linter and tests. Each sets itself up in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+export PYTHONWARNINGS ?= ignore
+
+.PHONY: demo test format clean
+
+demo: $(VENV)/.user
+	$(RUN) prepare_data.py phantom --out data/phantom
+	rm -rf runs/demo
+	$(RUN) train_acdc.py $(PHANTOM) --output_dir runs/demo $(SMALL)
+	$(RUN) test_acdc.py --checkpoint runs/demo/best.pth --volume_path data/phantom/test_vol_h5 \
+		--list_dir data/phantom/lists --overlays 1
+	@echo "checkpoint: runs/demo/best.pth   log: runs/demo/train.log   curves: runs/demo/progress.png"
+	@echo "per-case results: runs/demo/test_test/cases.csv   overlays: runs/demo/test_test/overlays/"
+
+test: $(VENV)/.dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pytest -m "not slow"
+
+format: $(VENV)/.dev
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean:
+	rm -rf $(VENV) runs/demo data/phantom
+
+PHANTOM := --root_path data/phantom/train_npz --volume_path data/phantom/test_vol_h5 --list_dir data/phantom/lists
+SMALL := --model_scale pico --pretrained none --img_size 96 --img_size_dmwla 64 --feature_dim 32 \
+	--decoder_feature_dim 32 --warmup_iterations 60 --batch_size 8 --max_epochs 12 --base_lr 1e-3 --lr_schedule cosine
+
+$(VENV)/.user: requirements.txt constraints.txt | $(VENV)/bin/uv
+	$(VENV)/bin/uv pip install --quiet --python $(RUN) --compile-bytecode -r requirements.txt -c constraints.txt
+	@touch $@
+
+$(VENV)/.dev: requirements.txt requirements-dev.txt constraints.txt | $(VENV)/bin/uv
+	$(VENV)/bin/uv pip install --quiet --python $(RUN) --compile-bytecode -r requirements-dev.txt -c constraints.txt
+	@touch $@ $(VENV)/.user
+
+$(VENV)/bin/uv:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, 13) and \
+		f"{sys.executable} is Python {v[0]}.{v[1]}; expected 3.10 to 3.13: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check uv
