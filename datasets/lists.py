@@ -1,0 +1,102 @@
+"""Lists of a split and the files that they name.
+
+``<list_dir>/<split>.txt`` has one entry a line. An entry is a file name with its ending, or a name without one: a
+patient, a volume or a slice, which stands for every file of that name or with ``_`` after it (``patient001`` for
+``patient001_frame01...``, never for ``patient0010...``). ``val.txt`` may also be called ``valid.txt`` (MT-UNet).
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from datasets.errors import DataError
+from datasets.volume import ENDINGS, data_name
+
+_OTHER_NAMES = {"val": "valid", "valid": "val"}
+
+
+def natural_key(name: str) -> list:
+    """Return a sort key by which slice 2 comes before slice 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
+
+
+def patient_of(name: str) -> str:
+    """Return the patient of a file or entry, its first word with a number: patient001, case_002, case0005."""
+    found = re.match(r"[A-Za-z]+_?[0-9]+", name)
+    return found.group() if found else data_name(name)
+
+
+def list_path(list_dir: str | Path, split: str) -> Path:
+    """Return the path of a split's list, under either name of a validation list; it need not exist."""
+    path = Path(list_dir) / f"{split}.txt"
+    other = path.with_stem(_OTHER_NAMES.get(split, split))
+    return other if other.is_file() and not path.is_file() else path
+
+
+def read_list(list_dir: str | Path, split: str) -> list[str]:
+    """Return the entries of a split's list, in its order, without blank lines.
+
+    Raises DataError for a list that is missing, empty or not text, an entry with a path in it, and an entry that
+    stands there twice.
+    """
+    path = list_path(list_dir, split)
+    if not path.is_file():
+        raise DataError(f"{path}: no such list; give the folder that holds {split}.txt with --list_dir (see lists/)")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not a text file ({error.reason}); one name a line was expected") from error
+    entries = [line.strip() for line in lines if line.strip()]
+    if not entries:
+        raise DataError(f"{path}: the list is empty; write one patient, volume or slice name a line")
+    for entry in entries:
+        if re.search(r"[/\\\0]|\.\.|^\.", entry):
+            raise DataError(f"{path}: entry {entry!r} has a path in it; write the name alone, without folders")
+    if len(set(entries)) < len(entries):
+        twice = next(entry for entry in entries if entries.count(entry) > 1)
+        raise DataError(f"{path}: entry {twice!r} stands there twice; remove one of them")
+    return entries
+
+
+def select_files(list_dir: str | Path, split: str, root: str | Path, endings: Sequence[str] = ENDINGS) -> list[Path]:
+    """Return the files that a split's list names, entry by entry, those of one entry in natural order.
+
+    root: their folder; a folder of the split's name in it is used in its place (MT-UNet's layout). Raises DataError
+    for a folder that is missing, entries without a file, and a file that two entries name.
+    """
+    entries, source = read_list(list_dir, split), list_path(list_dir, split)
+    folder = _data_folder(Path(root), split)
+    files_of = _files_by_entry(
+        path for path in folder.iterdir() if path.name.endswith(tuple(endings)) and not path.name.startswith(".")
+    )
+    missing = [entry for entry in entries if entry not in files_of]
+    if missing:
+        raise DataError(
+            f"{source}: {len(missing)} of {len(entries)} entries have no file ({' or '.join(endings)}) in {folder}: "
+            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; prepare that data (prepare_data.py) or "
+            "choose another --list_dir"
+        )
+    owner: dict[Path, str] = {}
+    for entry in entries:
+        for path in sorted(files_of[entry], key=lambda path: natural_key(path.name)):
+            if path in owner:
+                raise DataError(f"{source}: entries {owner[path]!r} and {entry!r} both name {path}; keep one of them")
+            owner[path] = entry
+    return list(owner)
+
+
+def _data_folder(root: Path, split: str) -> Path:
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; prepare the data first (prepare_data.py, data/README.md)")
+    inner = (root / name for name in (split, _OTHER_NAMES.get(split, split)))
+    return next((folder for folder in inner if folder.is_dir()), root)
+
+
+def _files_by_entry(paths: Iterable[Path]) -> dict[str, list[Path]]:
+    """Return every entry that could name one of the files, with the files it names."""
+    files_of: dict[str, list[Path]] = {}
+    for path in paths:
+        words = data_name(path).split("_")
+        for entry in {path.name, *("_".join(words[:count]) for count in range(1, len(words) + 1))}:
+            files_of.setdefault(entry, []).append(path)
+    return files_of

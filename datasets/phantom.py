@@ -1,0 +1,137 @@
+"""A phantom: random volumes that resemble ACDC in form, to try everything out without real data.
+
+A left ventricle inside a shell of myocardium and a right ventricle that clings to it, in random pose and size, among
+other ellipsoids of the same brightness. Blood is equally bright in both ventricles and in the bystanders, so brightness
+alone tells none of them; texture, a bias field, blur and noise lie over everything. Files, class names and lists are as
+for ACDC. Each patient has one or two frames, the second with contracted ventricles.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+
+from datasets.acdc import CLASS_NAMES
+from datasets.errors import DataError
+from datasets.preparation import prepare_all, scale_to_unit
+from datasets.volume import Volume
+from utils.files import atomic_write
+
+NUM_PATIENTS = (16, 4, 6)
+"""Patients for training, validation and test."""
+
+SPACING = (8.0, 1.5, 1.5)
+"""Of the voxels (z, y, x), in mm."""
+
+_BLOOD, _MUSCLE, _TISSUE = 0.75, 0.28, 0.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One frame of one made-up patient."""
+
+    patient: int
+    contracted: bool
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"patient{self.patient:03d}_frame{8 if self.contracted else 1:02d}"
+
+
+def write_phantom(
+    out: str | Path, num_patients: Sequence[int] = NUM_PATIENTS, seed: int = 2222, jobs: int = 1
+) -> list[str]:
+    """Write a phantom data set: ``out/train_npz``, ``out/test_vol_h5`` and ``out/lists/{train,val,test}.txt``.
+
+    num_patients: patients for training, validation and test. A patient depends on the seed and its number only. What
+    is there already is made anew, so that no two seeds mix.
+    Returns the names of all volumes. Raises DataError for a part without a patient.
+    """
+    if len(num_patients) != 3 or min(num_patients) < 1:
+        raise DataError(f"num_patients is {tuple(num_patients)}; three numbers of at least 1 were expected")
+    patients = range(1, sum(num_patients) + 1)
+    cases = [case for patient in patients for case in _cases(patient, seed)]
+    prepare_all(make_volume, cases, out, jobs, overwrite=True)
+    first = 1
+    for part, count in zip(("train", "val", "test"), num_patients, strict=True):
+        with atomic_write(Path(out) / "lists" / f"{part}.txt") as temporary:
+            temporary.write_text("".join(f"patient{patient:03d}\n" for patient in range(first, first + count)))
+        first += count
+    return [case.name for case in cases]
+
+
+def _cases(patient: int, seed: int) -> list[Case]:
+    frames = 1 + int(np.random.default_rng((seed, patient)).integers(2))
+    return [Case(patient, contracted, seed) for contracted in (False, True)[:frames]]
+
+
+def make_volume(case: Case) -> Volume:
+    """Make the Volume of one case: 7 to 9 slices of about 96 x 104, intensities in [0, 1]."""
+    anatomy = np.random.default_rng((case.seed, case.patient, 1))
+    shape = tuple(int(anatomy.integers(low, high)) for low, high in ((7, 10), (88, 105), (96, 113)))
+    label, brightness = _draw_heart(shape, anatomy, case.contracted)
+    scan = np.random.default_rng((case.seed, case.patient, 2, case.contracted))
+    image = scale_to_unit(_scan(brightness, scan))
+    return Volume(case.name, image, label, SPACING, np.diag([*SPACING[::-1], 1.0]), CLASS_NAMES)
+
+
+def _draw_heart(shape: tuple[int, ...], rng: np.random.Generator, contracted: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return (label uint8, brightness float64), both (D, H, W)."""
+    grid = np.stack(np.meshgrid(*(np.arange(size, dtype=float) for size in shape), indexing="ij"))  # (3, D, H, W)
+    middle = (np.array(shape) - 1) / 2
+    brightness = np.full(shape, _TISSUE)
+    left = middle + rng.uniform(-1, 1, 3) * (0.6, 10, 10)
+    for _ in range(rng.integers(5, 9)):
+        # Never so near that a bystander could be taken for the right ventricle.
+        angle, distance = rng.uniform(0, 2 * np.pi), rng.uniform(36, 62)
+        centre = [rng.uniform(0, shape[0]), left[1] + distance * np.sin(angle), left[2] + distance * np.cos(angle)]
+        radii = np.array([rng.uniform(2, 6), *rng.uniform(4, 13, 2)])
+        brightness[_ellipsoid(grid, centre, radii, rng.uniform(0, np.pi))] = rng.choice([_BLOOD, _MUSCLE])
+
+    radius, depth = rng.uniform(10, 15), shape[0] * rng.uniform(0.42, 0.52)
+    wall, stretch, turn = rng.uniform(4.5, 6.5), rng.uniform(0.88, 1.12), rng.uniform(0, np.pi)
+    side = rng.uniform(-0.6, 0.6)  # where the right ventricle lies, radians from the -x axis
+    right_radii = np.array([depth * rng.uniform(0.75, 0.95), rng.uniform(15, 21), rng.uniform(9, 13)])
+    if contracted:
+        squeeze = rng.uniform(0.65, 0.8)
+        radius, wall, right_radii = radius * squeeze, wall * 1.3, right_radii * (1, 0.88, 0.8)
+
+    inner = np.array([depth, radius * stretch, radius / stretch])
+    outer = inner + np.array([0.6, wall, wall])
+    reach = radius + wall + 0.45 * right_radii[2]
+    right = left + np.array([0, np.sin(side), -np.cos(side)]) * reach
+    # In this order: muscle lies over the right ventricle, which so becomes a crescent.
+    label = np.zeros(shape, np.uint8)
+    label[_ellipsoid(grid, right, right_radii, -side)] = 1
+    label[_ellipsoid(grid, left, outer, turn)] = 2
+    label[_ellipsoid(grid, left, inner, turn)] = 3
+    rim = _ellipsoid(grid, right, right_radii + np.array([0.4, 2.5, 2.5]), -side) & (label == 0)
+    brightness[rim] = _MUSCLE + 0.1
+    brightness[(label == 1) | (label == 3)] = _BLOOD
+    brightness[label == 2] = _MUSCLE
+    return label, brightness
+
+
+def _ellipsoid(grid: np.ndarray, centre: np.ndarray, radii: np.ndarray, angle: float) -> np.ndarray:
+    """Return the mask of an ellipsoid turned by ``angle`` (radians) in the slice plane; lengths in voxels."""
+    z, y, x = grid - np.reshape(centre, (3, 1, 1, 1))
+    along_y, along_x = np.cos(angle) * y - np.sin(angle) * x, np.sin(angle) * y + np.cos(angle) * x
+    return (z / radii[0]) ** 2 + (along_y / radii[1]) ** 2 + (along_x / radii[2]) ** 2 <= 1
+
+
+def _scan(brightness: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return what a scanner might make of it: partial volume, texture, bias field, noise."""
+    blurred = ndimage.gaussian_filter(brightness, (0.3, 0.9, 0.9))
+    texture = _smooth_noise(brightness.shape, (0.5, 1.5, 1.5), rng) * rng.uniform(0.03, 0.06)
+    shade = 1 + _smooth_noise(brightness.shape, (4, 25, 25), rng) * rng.uniform(0.08, 0.16)
+    noise = rng.normal(0, rng.uniform(0.03, 0.06), brightness.shape)
+    return np.clip((blurred + texture) * shade + noise, 0, None)
+
+
+def _smooth_noise(shape: tuple[int, ...], sigma: tuple[float, ...], rng: np.random.Generator) -> np.ndarray:
+    """Return noise blurred to a scale and brought back to unit variance and zero mean."""
+    noise = ndimage.gaussian_filter(rng.normal(size=shape), sigma)
+    return (noise - noise.mean()) / noise.std()

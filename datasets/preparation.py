@@ -1,0 +1,95 @@
+"""What the preparation of every volumetric data set shares: the files it writes and how it runs."""
+
+import logging
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from datasets.errors import DataError
+from datasets.volume import Volume, read_volume, write_slice, write_volume
+
+SLICE_FOLDER = "train_npz"
+VOLUME_FOLDER = "test_vol_h5"
+
+logger = logging.getLogger(__name__)
+
+
+def volume_file(out: str | Path, name: str) -> Path:
+    """Return where a prepared volume lies."""
+    return Path(out) / VOLUME_FOLDER / f"{name}.npy.h5"
+
+
+def slice_files(out: str | Path, name: str, count: int) -> list[Path]:
+    """Return where the slices of a prepared volume lie."""
+    return [Path(out) / SLICE_FOLDER / f"{name}_slice{index:03d}.npz" for index in range(count)]
+
+
+def write_prepared(volume: Volume, out: str | Path) -> None:
+    """Write a volume's slices and then the volume, whose presence says that all of them are there."""
+    target = volume_file(out, volume.name)
+    target.unlink(missing_ok=True)
+    for old in (Path(out) / SLICE_FOLDER).glob(f"{volume.name}_slice*.npz"):
+        old.unlink()
+    for index, path in enumerate(slice_files(out, volume.name, len(volume.image))):
+        write_slice(path, volume, index)
+    write_volume(target, volume)
+
+
+def is_prepared(name: str, out: str | Path) -> bool:
+    """Return whether a volume and all its slices have been written."""
+    try:
+        count = len(read_volume(volume_file(out, name)).image)
+    except DataError:
+        return False
+    return all(path.is_file() for path in slice_files(out, name, count))
+
+
+def scale_to_unit(image: np.ndarray) -> np.ndarray:
+    """Return an image scaled by its own minimum and maximum to [0, 1], float32; a constant one becomes zeros."""
+    image = image.astype(np.float64)
+    low, high = image.min(), image.max()
+    if high == low:
+        return np.zeros(image.shape, np.float32)
+    return ((image - low) / (high - low)).astype(np.float32)
+
+
+def prepare_all(
+    read: Callable[[Any], Volume], cases: Sequence[Any], out: str | Path, jobs: int = 1, overwrite: bool = False
+) -> int:
+    """Prepare every case that is not ready yet.
+
+    read: module-level function from a case (which has a ``name``) to a Volume; jobs: processes. Returns the number of
+    cases prepared now. The first error ends the run; what was finished stays and is skipped the next time.
+    """
+    waiting = [case for case in cases if overwrite or not is_prepared(case.name, out)]
+    if len(waiting) < len(cases):
+        logger.info("%d of %d volumes are ready already", len(cases) - len(waiting), len(cases))
+    work = partial(_prepare_one, read, out)
+    with tqdm(total=len(waiting), desc="volumes", disable=None) as progress:
+        if jobs <= 1 or len(waiting) <= 1:
+            for case in waiting:
+                work(case)
+                progress.update()
+            return len(waiting)
+        # Spawned, not forked: the parent may already run threads (torch, HDF5).
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(jobs, len(waiting)), mp_context=context) as pool:
+            futures = [pool.submit(work, case) for case in waiting]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    progress.update()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    return len(waiting)
+
+
+def _prepare_one(read: Callable[[Any], Volume], out: str | Path, case: Any) -> None:
+    write_prepared(read(case), out)

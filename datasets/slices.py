@@ -1,0 +1,61 @@
+"""Single slices of a split, for training."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from datasets.augmentation import augment
+from datasets.lists import select_files
+from datasets.resize import resize_cubic, resize_nearest
+from datasets.volume import data_name, read_slice
+
+
+class SliceDataset(Dataset):
+    """The slices (npz) that a list names, augmented at their own size and resized to the network's.
+
+    root_path: their folder; a folder of the split's name in it is used in its place. num_classes counts the
+    background. ``[i]`` gives ``image`` float32 (1, S, S), cubic, ``label`` int64 (S, S), nearest, and ``name``.
+    Sample i of an epoch draws from a generator seeded by (seed, epoch, i), so it is the same with any number of
+    workers and in any order; call ``set_epoch`` before the epoch's loader is iterated. Raises DataError for a bad list
+    at once, for a bad file when it is read.
+    """
+
+    def __init__(
+        self,
+        root_path: str | Path,
+        list_dir: str | Path,
+        split: str,
+        num_classes: int,
+        img_size: int,
+        augment: bool = False,
+        seed: int = 2222,
+    ):
+        self.files = select_files(list_dir, split, root_path, endings=(".npz",))
+        self.num_classes = num_classes
+        self.img_size = img_size
+        self.augment = augment
+        self.seed = seed
+        # In shared memory, so that workers which live through several epochs see the new one.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose augmentation is drawn, in this process and in its loader's workers."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
+        file = self.files[index]
+        image, label = read_slice(file, self.num_classes)
+        if self.augment:
+            position = index % len(self)  # -1 is the last sample, also for the generator
+            image, label = augment(image, label, np.random.default_rng((self.seed, int(self._epoch), position)))
+        size = (self.img_size, self.img_size)
+        return {
+            "image": torch.from_numpy(resize_cubic(image, size))[None],
+            "label": torch.from_numpy(resize_nearest(label, size)).long(),
+            "name": data_name(file),
+        }

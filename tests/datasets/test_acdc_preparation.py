@@ -1,0 +1,225 @@
+"""ACDC's raw folders become slices and volumes that hold the same voxels in the same places."""
+
+import logging
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+
+from datasets import acdc, preparation, read_slice, read_volume, volume
+from tests.datasets.conftest import REAL_ACDC
+
+nibabel = pytest.importorskip("nibabel")
+
+AFFINE = np.array([[-1.5, 0, 0, 40], [0, -1.25, 0, 60], [0, 0, 8, -20], [0, 0, 0, 1.0]])
+SHAPE = (11, 13, 4)  # nibabel's (x, y, z)
+
+
+def _write_patient(folder, patient, frames=(1, 12), ending=".nii.gz"):
+    """Write a patient as the challenge does and return its raw arrays by frame, (x, y, z)."""
+    folder = folder / f"patient{patient:03d}"
+    folder.mkdir(parents=True)
+    (folder / "Info.cfg").write_text(f"ED: {frames[0]}\nES: {frames[1]}\nGroup: DCM\nHeight: 184.0\nNbFrame: 30\n")
+    (folder / f"patient{patient:03d}_4d{ending}").write_bytes(b"never opened")
+    arrays = {}
+    for frame in frames:
+        rng = np.random.default_rng((patient, frame))
+        image = (rng.permutation(np.prod(SHAPE)) + 7).reshape(SHAPE).astype(np.int16)
+        label = np.zeros(SHAPE, np.uint8)
+        label[1:4, 2:9, 1] = 1  # lopsided along every axis
+        label[5:7, 3:12, 1:3] = 2
+        label[8, 4, 3] = 3
+        for kind, array in (("", image), ("_gt", label)):
+            file = nibabel.Nifti1Image(array, AFFINE)
+            nibabel.save(file, folder / f"patient{patient:03d}_frame{frame:02d}{kind}{ending}")
+        arrays[frame] = (image, label)
+    return arrays
+
+
+@pytest.fixture
+def raw(tmp_path):
+    _write_patient(tmp_path / "raw" / "training", 1)
+    _write_patient(tmp_path / "raw" / "testing", 102, (1, 9), ending=".nii")
+    return tmp_path / "raw"
+
+
+NAMES = ["patient001_frame01", "patient001_frame12", "patient102_frame01", "patient102_frame09"]
+
+
+def test_nifti_voxels_arrive_where_they_belong(tmp_path):
+    arrays = _write_patient(tmp_path / "raw", 1)
+    assert acdc.prepare(tmp_path / "raw", tmp_path / "out") == NAMES[:2]
+    for frame, (image, label) in arrays.items():
+        case = read_volume(tmp_path / "out" / "test_vol_h5" / f"patient001_frame{frame:02d}.npy.h5", 4)
+        assert case.image.shape == SHAPE[::-1]
+        assert case.class_names == ("right ventricle", "myocardium", "left ventricle")
+        assert case.spacing == (8.0, 1.25, 1.5)
+        np.testing.assert_allclose(case.affine, AFFINE)
+        scaled = (image - image.min()) / (image.max() - image.min())
+        for x, y, z in np.ndindex(SHAPE):
+            assert case.image[z, y, x] == pytest.approx(scaled[x, y, z], abs=1e-6)
+            assert case.label[z, y, x] == label[x, y, z]
+        for z in range(SHAPE[2]):
+            path = tmp_path / "out" / "train_npz" / f"patient001_frame{frame:02d}_slice{z:03d}.npz"
+            np.testing.assert_array_equal(read_slice(path)[0], case.image[z])
+            np.testing.assert_array_equal(read_slice(path)[1], case.label[z])
+
+
+def test_training_and_testing_folders_and_unpacked_files_are_found(raw, tmp_path):
+    assert acdc.prepare(raw, tmp_path / "out") == NAMES
+    assert len(list((tmp_path / "out" / "train_npz").iterdir())) == 4 * SHAPE[2]
+    assert len(list((tmp_path / "out" / "test_vol_h5").iterdir())) == 4
+
+
+def test_h5_volumes_give_the_same_as_their_nifti(raw, tmp_path):
+    acdc.prepare(raw, tmp_path / "nifti")
+    ready = tmp_path / "ready"
+    ready.mkdir()
+    for name in NAMES:
+        case = read_volume(tmp_path / "nifti" / "test_vol_h5" / f"{name}.npy.h5")
+        with h5py.File(ready / f"{name}.h5", "w") as file:
+            file["image"], file["label"], file["scribble"] = case.image, case.label, case.label
+    assert acdc.prepare(ready, tmp_path / "h5") == NAMES
+    for name in NAMES:
+        first, second = (read_volume(tmp_path / kind / "test_vol_h5" / f"{name}.npy.h5") for kind in ("nifti", "h5"))
+        np.testing.assert_array_equal(first.image, second.image)
+        np.testing.assert_array_equal(first.label, second.label)
+        assert first.class_names == second.class_names
+    slices = sorted(path.name for path in (tmp_path / "nifti" / "train_npz").iterdir())
+    assert slices == sorted(path.name for path in (tmp_path / "h5" / "train_npz").iterdir())
+
+
+def test_a_constant_volume_becomes_zeros(tmp_path):
+    (tmp_path / "raw").mkdir()
+    with h5py.File(tmp_path / "raw" / "patient001_frame01.h5", "w") as file:
+        file["image"], file["label"] = np.full((1, 6, 5), 7.0), np.zeros((1, 6, 5), np.uint8)
+    acdc.prepare(tmp_path / "raw", tmp_path / "out")
+    assert not read_volume(tmp_path / "out" / "test_vol_h5" / "patient001_frame01.npy.h5").image.any()
+
+
+def _times(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_interrupted_preparation_goes_on_where_it_stopped(raw, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    real, calls = volume.np.savez, []
+
+    def fails_late(file, **arrays):
+        calls.append(file)
+        if len(calls) == 2 * SHAPE[2] + 2:
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")
+        real(file, **arrays)
+
+    monkeypatch.setattr(volume.np, "savez", fails_late)
+    with pytest.raises(OSError, match="slice001"):
+        acdc.prepare(raw, out)
+    monkeypatch.undo()
+    before = _times(out)
+    assert sorted(path.name for path in before if path.suffix == ".h5") == [f"{name}.npy.h5" for name in NAMES[:2]]
+    assert sum(path.suffix == ".npz" for path in before) == 2 * SHAPE[2] + 1
+    for path in before:
+        (read_volume if path.suffix == ".h5" else read_slice)(path, 4)
+
+    acdc.prepare(raw, out)
+    after = _times(out)
+    assert len(after) == 4 * (SHAPE[2] + 1)
+    finished = [path for path in before if path.name.startswith("patient001")]
+    assert all(after[path] == before[path] for path in finished)
+
+    damaged = out / "test_vol_h5" / f"{NAMES[0]}.npy.h5"
+    damaged.write_bytes(damaged.read_bytes()[:500])
+    (out / "train_npz" / f"{NAMES[2]}_slice000.npz").unlink()
+    acdc.prepare(raw, out)
+    assert _times(out).keys() == after.keys()
+    read_volume(damaged, 4)
+    acdc.prepare(raw, out, overwrite=True)
+    assert all(time > after[path] for path, time in _times(out).items())
+
+
+def test_several_processes_write_what_one_does_and_pass_their_errors_on(raw, tmp_path, refused):
+    acdc.prepare(raw, tmp_path / "one")
+    acdc.prepare(raw, tmp_path / "two", jobs=2)
+    for path in (tmp_path / "one").rglob("*.npz"):
+        other = tmp_path / "two" / path.relative_to(tmp_path / "one")
+        np.testing.assert_array_equal(read_slice(path)[0], read_slice(other)[0])
+    bad = raw / "training" / "patient001" / "patient001_frame12_gt.nii.gz"
+    bad.write_bytes(bad.read_bytes()[:60])
+    refused(lambda: acdc.prepare(raw, tmp_path / "three", jobs=2), bad, "unpack")
+    assert not (tmp_path / "three" / "test_vol_h5" / "patient001_frame12.npy.h5").exists()
+
+
+def test_unfit_raw_folders_are_refused(raw, tmp_path, refused):
+    out, patient = tmp_path / "out", raw / "training" / "patient001"
+    image, label = patient / "patient001_frame12.nii.gz", patient / "patient001_frame12_gt.nii.gz"
+
+    def refuse(*words):
+        refused(lambda: acdc.prepare(raw, out), *words)
+
+    refused(lambda: acdc.prepare(tmp_path / "none", out), tmp_path / "none", "--raw", "download")
+    (tmp_path / "empty").mkdir()
+    refused(lambda: acdc.prepare(tmp_path / "empty", out), tmp_path / "empty", "patientXXX_frameYY.h5")
+
+    info = (patient / "Info.cfg").read_text()
+    (patient / "Info.cfg").write_text(info.replace("ES: 12", "ES: 11"))
+    refuse(patient / "Info.cfg", "[1, 11]", "[1, 12]")
+    (patient / "Info.cfg").write_text(info)
+
+    shutil.copy(image, tmp_path / "copy.nii.gz")
+    shutil.copy(image, raw / image.name)
+    refuse(image, "same frame")
+    (raw / image.name).unlink()
+    image.unlink()
+    refuse(label, "patient001_frame12.nii.gz is missing")
+    shutil.copy(tmp_path / "copy.nii.gz", image)
+
+    good = nibabel.load(label).get_fdata()
+    for bad, word in ((good + 2, "label id 5"), (good + 0.5, "whole numbers"), (good[:-1], "(4, 13, 10)")):
+        nibabel.save(nibabel.Nifti1Image(bad.astype(np.float32), AFFINE), label)
+        refuse(label, word)
+    label.unlink()
+    refuse(image, "patient001_frame12_gt.nii.gz is missing")
+    assert not list(out.rglob("patient001_frame12*")) or not (out / "test_vol_h5" / f"{NAMES[1]}.npy.h5").exists()
+
+
+def test_a_missing_info_or_a_label_elsewhere_in_space_is_told(tmp_path, caplog):
+    _write_patient(tmp_path / "raw", 1)
+    patient = tmp_path / "raw" / "patient001"
+    (patient / "Info.cfg").unlink()
+    label = patient / "patient001_frame01_gt.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.asarray(nibabel.load(label).dataobj), np.eye(4)), label)
+    with caplog.at_level(logging.WARNING):
+        acdc.prepare(tmp_path / "raw", tmp_path / "out")
+    assert "Info.cfg" in caplog.text
+    assert str(label) in caplog.text
+
+
+@pytest.mark.skipif(not REAL_ACDC.is_dir(), reason="the real ACDC volumes are not beside the checkout")
+def test_real_volumes_pass_through_unchanged(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    sources = sorted(REAL_ACDC.glob("*.h5"))[:160:40]
+    for source in sources:
+        (raw / source.name).symlink_to(source)
+    names = acdc.prepare(raw, tmp_path / "out")
+    assert names == [source.stem for source in sources]
+    for source in sources:
+        case = read_volume(preparation.volume_file(tmp_path / "out", source.stem), acdc.NUM_CLASSES)
+        with h5py.File(source) as file:
+            np.testing.assert_array_equal(case.image, file["image"][()])
+            np.testing.assert_array_equal(case.label, file["label"][()])
+        # The left ventricle lies inside the myocardium, which the class names must say.
+        middle = case.label[len(case.label) // 2]
+        rows, columns = np.nonzero(middle == 2)
+        inner_rows, inner_columns = np.nonzero(middle == 1 + case.class_names.index("left ventricle"))
+        assert rows.min() < inner_rows.min() <= inner_rows.max() < rows.max()
+        assert columns.min() < inner_columns.min() <= inner_columns.max() < columns.max()
+
+
+@pytest.mark.skipif(not REAL_ACDC.is_dir(), reason="the real ACDC volumes are not beside the checkout")
+def test_the_real_volumes_are_the_patients_that_are_not_tested_on():
+    present = {int(path.name[7:10]) for path in REAL_ACDC.glob("*.h5")}
+    train, val = acdc.split_patients()
+    assert present == set(train) | set(val)

@@ -1,0 +1,109 @@
+"""Lists name files, and only the files meant; the lists in the repository divide ACDC cleanly."""
+
+from pathlib import Path
+
+import pytest
+
+from datasets import acdc
+from datasets.lists import patient_of, read_list, select_files
+
+LISTS = Path(__file__).resolve().parents[2] / "lists"
+
+
+def _folder(tmp_path, entries, files):
+    (tmp_path / "train.txt").write_text("\n".join(entries))
+    data = tmp_path / "data"
+    data.mkdir(exist_ok=True)
+    for name in files:
+        (data / name).touch()
+    return data
+
+
+@pytest.mark.parametrize("folder", ["lists_ACDC", "lists_ACDC_mtunet"])
+def test_every_acdc_patient_is_in_exactly_one_part(folder):
+    parts = [read_list(LISTS / folder, part) for part in ("train", "val", "test")]
+    assert [len(part) for part in parts] == [70, 10, 20]
+    assert sorted(entry for part in parts for entry in part) == [f"patient{patient:03d}" for patient in range(1, 101)]
+
+
+def test_the_lists_are_those_of_the_release_and_of_our_seed():
+    def names(patients):
+        return [f"patient{patient:03d}" for patient in sorted(patients)]
+
+    train, val = acdc.split_patients()
+    assert read_list(LISTS / "lists_ACDC", "train") == names(train)
+    assert read_list(LISTS / "lists_ACDC", "val") == names(val)
+    assert read_list(LISTS / "lists_ACDC", "trainval") == names(train + val)
+    assert read_list(LISTS / "lists_ACDC", "test") == names(acdc.TEST_PATIENTS)
+    assert read_list(LISTS / "lists_ACDC_mtunet", "test") == names(acdc.MTUNET_TEST_PATIENTS)
+    assert read_list(LISTS / "lists_ACDC_mtunet", "val") == names(acdc.MTUNET_VAL_PATIENTS)
+
+
+def test_validation_has_two_patients_of_every_diagnosis():
+    _, val = acdc.split_patients()
+    for first, last in acdc.PATHOLOGY_GROUPS.values():
+        assert sum(first <= patient <= last for patient in val) == 2
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ("patient001", ["patient001_frame01_slice2.npz", "patient001_frame01_slice10.npz", "patient001_frame12.npz"]),
+        ("patient001_frame01", ["patient001_frame01_slice2.npz", "patient001_frame01_slice10.npz"]),
+        ("patient001_frame01_slice2", ["patient001_frame01_slice2.npz"]),
+        ("patient0010", ["patient0010_frame01.npz"]),
+        ("case_002_volume_ED.npz", ["case_002_volume_ED.npz"]),
+        ("case_002", ["case_002_volume_ED.npz"]),
+    ],
+)
+def test_an_entry_names_its_files_in_natural_order(tmp_path, entry, expected):
+    files = (
+        "patient001_frame01_slice10.npz patient001_frame01_slice2.npz patient001_frame12.npz patient0010_frame01.npz "
+        "case_002_volume_ED.npz case_0021_volume_ED.npz"
+        " .patient001_frame13.npz.77.tmp .patient001_x.npz patient001_x.txt"
+    )
+    data = _folder(tmp_path, [entry], files.split())
+    assert [path.name for path in select_files(tmp_path, "train", data)] == expected
+
+
+def test_the_order_of_the_list_is_kept_and_blank_lines_are_skipped(tmp_path):
+    data = _folder(tmp_path, ["", "patient002  ", "", "patient001", ""], ["patient001_a.npz", "patient002_a.h5"])
+    assert [path.name for path in select_files(tmp_path, "train", data)] == ["patient002_a.h5", "patient001_a.npz"]
+
+
+@pytest.mark.parametrize(
+    "entry", ["../patient001", "/etc/passwd", "a/b", "a\\b", "..", ".hidden", "patient001/../../x", "a\0b"]
+)
+def test_an_entry_with_a_path_is_refused(tmp_path, refused, entry):
+    data = _folder(tmp_path, ["patient001", entry], ["patient001.npz"])
+    refused(lambda: select_files(tmp_path, "train", data), tmp_path / "train.txt", repr(entry), "without folders")
+
+
+def test_unusable_lists_are_refused(tmp_path, refused):
+    data = _folder(tmp_path, ["", " "], [])
+    source = tmp_path / "train.txt"
+    refused(lambda: read_list(tmp_path, "val"), tmp_path / "val.txt", "--list_dir")
+    refused(lambda: read_list(tmp_path, "train"), source, "empty")
+    source.write_bytes(b"\xff\xfe\x00\x01")
+    refused(lambda: read_list(tmp_path, "train"), source, "text")
+    _folder(tmp_path, ["patient001", "patient001"], ["patient001_a.npz"])
+    refused(lambda: read_list(tmp_path, "train"), source, "twice")
+    _folder(tmp_path, ["patient001", "patient001_a"], [])
+    refused(lambda: select_files(tmp_path, "train", data), source, "both name")
+    _folder(tmp_path, ["patient001", "patient007", "patient008"], [])
+    refused(lambda: select_files(tmp_path, "train", data), source, "2 of 3", "patient007, patient008", data)
+    refused(lambda: select_files(tmp_path, "train", tmp_path / "none"), tmp_path / "none", "prepare_data.py")
+
+
+@pytest.mark.parametrize(
+    ("name", "patient"),
+    [
+        ("patient001_frame01_slice003.npz", "patient001"),
+        ("case_002_volume_ED.npz", "case_002"),
+        ("case_019_sliceES_4", "case_019"),
+        ("case0005_slice000", "case0005"),
+        ("something.npy.h5", "something"),
+    ],
+)
+def test_patient_of(name, patient):
+    assert patient_of(name) == patient

@@ -1,0 +1,69 @@
+"""Resizing is scipy's, only faster."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from datasets.resize import resize_cubic, resize_nearest
+
+SIZES = st.integers(1, 70)
+
+
+@settings(max_examples=100, deadline=None)
+@given(SIZES, SIZES, SIZES, SIZES, st.integers(0, 2**16))
+def test_cubic_equals_scipy(height, width, new_height, new_width, seed):
+    image = np.random.default_rng(seed).random((height, width))
+    expected = ndimage.zoom(image, (new_height / height, new_width / width), order=3, mode="mirror")
+    result = resize_cubic(image, (new_height, new_width))
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result, expected, atol=1e-5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(SIZES, SIZES, SIZES, SIZES, st.integers(0, 2**16))
+def test_nearest_equals_scipy(height, width, new_height, new_width, seed):
+    label = np.random.default_rng(seed).integers(0, 5, (height, width), dtype=np.uint8)
+    expected = ndimage.zoom(label, (new_height / height, new_width / width), order=0, mode="nearest")
+    result = resize_nearest(label, (new_height, new_width))
+    assert result.dtype == np.uint8
+    np.testing.assert_array_equal(result, expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(SIZES, SIZES, SIZES, SIZES)
+def test_only_the_border_that_scipys_default_blanks_differs(height, width, new_height, new_width):
+    image = np.random.default_rng(0).random((height, width)) + 1
+    factors = (new_height / height, new_width / width)
+    for order, result in ((3, resize_cubic(image, (new_height, new_width))),
+                          (0, resize_nearest(image, (new_height, new_width)))):  # fmt: skip
+        default = ndimage.zoom(image, factors, order=order)
+        inner = np.s_[: max(new_height - 1, 1), : max(new_width - 1, 1)]
+        blank = default[inner] == 0
+        np.testing.assert_allclose(result[inner][~blank], default[inner][~blank], atol=1e-5)
+        assert result.min() > 0
+
+
+def test_the_border_is_kept_where_scipys_default_blanks_it():
+    ones = np.ones((512, 512))
+    assert ndimage.zoom(ones, 224 / 512, order=3).min() == 0
+    np.testing.assert_allclose(resize_cubic(ones, (224, 224)), 1, atol=1e-5)
+    assert resize_nearest(np.ones((256, 256), np.uint8), (216, 216)).min() == 1
+
+
+def test_stacks_are_resized_map_by_map():
+    stack = np.random.default_rng(0).random((2, 3, 17, 31))
+    for resize in (resize_cubic, resize_nearest):
+        whole = resize(stack, (24, 19))
+        assert whole.shape == (2, 3, 24, 19)
+        np.testing.assert_allclose(whole[1, 2], resize(stack[1, 2], (24, 19)), atol=1e-6)
+
+
+def test_a_result_can_be_changed_without_changing_the_next():
+    image = np.random.default_rng(0).random((9, 9)).astype(np.float32)
+    for size in ((9, 9), (12, 12)):
+        first = resize_cubic(image, size)
+        again = first.copy()
+        first[:] = 0
+        np.testing.assert_array_equal(resize_cubic(image, size), again)
+    assert image.any()
