@@ -101,10 +101,10 @@ def _load_file(backbone: nn.Module, path: Path, scale: str) -> None:
 
 
 def _where_from(scale: str) -> str:
-    path, url = pretrained_file(scale), timm.get_pretrained_cfg(SCALES[scale]).url
-    hub_id = timm.get_pretrained_cfg(SCALES[scale]).hf_hub_id
+    path, config = pretrained_file(scale), timm.get_pretrained_cfg(SCALES[scale])
+    otherwise = "or start from random weights (--pretrained none)"
     if path is not None:
-        return f"download {url} to {path}, or train from scratch with pretrained none"
+        return f"download {config.url} to {path}, {otherwise}"
     if timm.list_pretrained(f"{SCALES[scale]}*"):
-        return f"download model.safetensors of {hub_id} to {PRETRAINED_DIR}, or train from scratch with pretrained none"
-    return f"nobody published weights of scale {scale}: take another scale, or train from scratch with pretrained none"
+        return f"download model.safetensors of {config.hf_hub_id} to {PRETRAINED_DIR}, {otherwise}"
+    return f"nobody published weights of scale {scale}: take another scale, {otherwise}"

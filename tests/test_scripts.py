@@ -38,6 +38,7 @@ def run_script(monkeypatch, capsys):
 
     def run(script: str, *arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])  # without pytest's, as in a process of its own
         monkeypatch.chdir(ROOT)
         capsys.readouterr()
         try:
@@ -46,7 +47,6 @@ def run_script(monkeypatch, capsys):
         except SystemExit as stop:
             status = stop.code or 0
         finally:
-            logging.getLogger().handlers.clear()
             torch.use_deterministic_algorithms(False)
         return Outcome(status, *capsys.readouterr())
 

@@ -19,9 +19,18 @@ REQUIRED = ("model", "network", "data")
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Write ``state`` (tensors, numbers, strings and containers of these) to ``path`` in one move."""
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:  # torch's own files hide a full disk
-        torch.save(state, file)
+    """Write ``state`` (tensors, numbers, strings and containers of these) to ``path`` in one move.
+
+    Raises:
+        RunError, OSError: there is no room, or the folder cannot be written; the file that was there stays.
+    """
+    with atomic_write(path) as temporary:
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+        except RuntimeError as error:  # how torch reports a write cut short
+            reason = str(error).splitlines()[0]
+            raise RunError(f"{path} could not be written ({reason}): make room on the disk") from error
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def test_a_hub_out_of_reach_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", no_network)
     message = message_of(MaxViTEncoder, "small", pretrained="hub")
-    assert "pretrained_pth/maxvit" in message and "pretrained none" in message
+    assert "pretrained_pth/maxvit" in message and "--pretrained none" in message
 
 
 def release_state(variant_of: SimMPNet | None = None) -> dict[str, torch.Tensor]:
