@@ -3,7 +3,6 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-export PYTHONWARNINGS ?= ignore
 
 .PHONY: demo test format clean
 
