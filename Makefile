@@ -13,7 +13,7 @@ demo: $(VENV)/.user
 	$(RUN) test_acdc.py --checkpoint runs/demo/best.pth --volume_path data/phantom/test_vol_h5 \
 		--list_dir data/phantom/lists --overlays 1
 	@echo "checkpoint: runs/demo/best.pth   log: runs/demo/train.log   curves: runs/demo/progress.png"
-	@echo "per-case results: runs/demo/test_test/cases.csv   overlays: runs/demo/test_test/overlays/"
+	@echo "per-case results: runs/demo/results_test/cases.csv   overlays: runs/demo/results_test/overlays/"
 
 test: $(VENV)/.dev
 	$(RUN) -m ruff check .

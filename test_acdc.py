@@ -6,6 +6,8 @@ A checkpoint of the authors' release is taken as it is:
     python test_acdc.py --checkpoint pretrained_pth/release_acdc.pth
 """
 
+from pathlib import Path
+
 from datasets import DataError, VolumeDataset, acdc
 from networks import NetworkError, SimMPNet, load_release_state_dict
 from utils.arguments import testing_parser
@@ -18,6 +20,8 @@ def main() -> None:
     args = parser.parse_args()
 
     def open_volumes(num_classes: int) -> VolumeDataset:
+        if not Path(args.volume_path).is_dir():
+            raise DataError(f"{args.volume_path}: no such folder; {acdc.HOW_TO_GET}")
         return VolumeDataset(args.volume_path, args.list_dir, args.split, num_classes)
 
     test(args, acdc.CLASS_NAMES, open_volumes, SimMPNet, load_release_state_dict)

@@ -22,6 +22,7 @@ from utils.training import DataFacts
 def main() -> None:
     parser = training_parser(
         __doc__,
+        SimMPNet,
         root_path="data/ACDC/train_npz",
         volume_path="data/ACDC/test_vol_h5",
         list_dir="lists/lists_ACDC",
@@ -29,7 +30,7 @@ def main() -> None:
         num_classes=4,
         feature_dim=128,
     )
-    args, checkpoint = parse_training(parser)
+    args, checkpoint = parse_training(parser, SimMPNet)
     splits = {"train": args.train_split, "val": args.val_split}
     quick_check(args.root_path, args.volume_path, args.list_dir, splits, args.num_classes, acdc.HOW_TO_GET)
     train_set = SliceDataset(

@@ -74,7 +74,7 @@ def select_files(list_dir: str | Path, split: str, root: str | Path, endings: Se
         raise DataError(
             f"{source}: {len(missing)} of {len(entries)} entries have no file ({' or '.join(endings)}) in {folder}: "
             f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; prepare that data (prepare_data.py) or "
-            "choose another --list_dir"
+            "choose another --list_dir or split"
         )
     owner: dict[Path, str] = {}
     for entry in entries:

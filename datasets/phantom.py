@@ -44,7 +44,7 @@ class Case:
 def write_phantom(
     out: str | Path, num_patients: Sequence[int] = NUM_PATIENTS, seed: int = 2222, jobs: int = 1
 ) -> list[str]:
-    """Write a phantom data set: ``out/train_npz``, ``out/test_vol_h5`` and ``out/lists/{train,val,test}.txt``.
+    """Write a phantom data set: ``out/train_npz``, ``out/test_vol_h5`` and ``out/lists/{train,val,trainval,test}.txt``.
 
     num_patients: patients for training, validation and test. A patient depends on the seed and its number only. What
     is there already is made anew, so that no two seeds mix.
@@ -60,6 +60,8 @@ def write_phantom(
         with atomic_write(Path(out) / "lists" / f"{part}.txt") as temporary:
             temporary.write_text("".join(f"patient{patient:03d}\n" for patient in range(first, first + count)))
         first += count
+    with atomic_write(Path(out) / "lists" / "trainval.txt") as temporary:
+        temporary.write_text("".join(f"patient{patient:03d}\n" for patient in range(1, 1 + sum(num_patients[:2]))))
     return [case.name for case in cases]
 
 

@@ -8,7 +8,6 @@
 The first split is read as the slices to train on, the others as volumes. Exits with status 1 where anything is wrong.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from datasets.errors import DataError
 from datasets.lists import list_path, patient_of, read_list, select_files
 from datasets.volume import Volume, read_slice
 from datasets.volumes import VolumeDataset
+from utils.cli import ArgumentParser, run_script
 
 DEFAULT_FOLDERS = {
     "acdc": ("data/ACDC/train_npz", "data/ACDC/test_vol_h5", "lists/lists_ACDC"),
@@ -161,7 +161,7 @@ def format_part(part: Part, class_names: Sequence[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the full check from the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(prog="python -m datasets.verify", description=__doc__)
     parser.add_argument("dataset", choices=DEFAULT_FOLDERS)
     parser.add_argument("--root_path", help="folder of the slices")
     parser.add_argument("--volume_path", help="folder of the volumes")
@@ -169,6 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num_classes", type=int, default=acdc.NUM_CLASSES, help="classes with background")
     parser.add_argument("--splits", nargs="+", default=["train", "val", "test"], help="lists; the first is trained on")
     args = parser.parse_args(argv)
+    if args.num_classes < 2:
+        raise DataError(f"--num_classes is {args.num_classes}; it counts background, so at least 2")
     root, volumes, lists = DEFAULT_FOLDERS[args.dataset]
     root, volumes, lists = args.root_path or root, args.volume_path or volumes, args.list_dir or lists
     parts, problems = full_check(root, volumes, lists, args.splits, args.num_classes)
@@ -189,4 +191,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(lambda: sys.exit(main()), DataError)

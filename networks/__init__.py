@@ -3,9 +3,10 @@
 from networks.dmwla import DMWLA, PrototypeMemoryBank
 from networks.dsgim import DSGIM
 from networks.errors import NetworkError
+from networks.layers import VARIANTS
 from networks.maxvit import SCALES, pretrained_file
 from networks.release import load_release_state_dict
-from networks.sim_mpnet import VARIANTS, SimMPNet
+from networks.sim_mpnet import SimMPNet
 
 __all__ = [
     "DMWLA",

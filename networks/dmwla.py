@@ -13,8 +13,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from networks.errors import NetworkError
-
-OTHER_CLUSTER = 2.0**15  # subtracted from the logits of foreign columns; exact in float32, bfloat16 and float16
+from networks.layers import check_variant
 
 
 class DMWLA(nn.Module):
@@ -48,6 +47,9 @@ class DMWLA(nn.Module):
         variant: str = "paper",
     ):
         super().__init__()
+        check_variant(variant)
+        if warmup_iterations < 1:
+            raise NetworkError(f"warmup_iterations is {warmup_iterations}; K-means needs at least 1 step of samples")
         self.phi_k_momentum = phi_k_momentum
         self.written_in_evaluation = variant == "release"
         self.theta = nn.Linear(channels, feature_dim, bias=False)
@@ -107,7 +109,7 @@ class DMWLA(nn.Module):
         own = F.one_hot(cluster, num_clusters)  # (B, N, num_clusters)
         column_cluster = torch.eye(num_clusters, dtype=key.dtype, device=key.device)
         column_cluster = repeat(column_cluster, "k j -> (k m) j", m=columns_per_cluster)
-        query = torch.cat([query, (own - 1).to(query.dtype) * OTHER_CLUSTER], dim=-1)
+        query = torch.cat([query, (own - 1).to(query.dtype) * _out_of_reach(query)], dim=-1)
         key = torch.cat([key, column_cluster], dim=-1)
 
         value = F.pad(value, (0, num_clusters))  # fused kernels want keys and values of one width
@@ -148,11 +150,11 @@ class PrototypeMemoryBank(nn.Module):
         self,
         feature_dim: int,
         num_clusters: int,
-        columns_per_cluster: int = 100,
-        momentum: float = 0.3,
-        replaced_columns: int = 50,
-        sampling_steps: int = 2000,
-        kmeans_step: int = 2000,
+        columns_per_cluster: int,
+        momentum: float,
+        replaced_columns: int,
+        sampling_steps: int,
+        kmeans_step: int,
     ):
         super().__init__()
         self.momentum = momentum
@@ -269,9 +271,9 @@ def kmeans(columns: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
         raise NetworkError(
             "the end of the warm-up needs faiss for its K-means; pip install faiss-gpu (Linux x86-64) or faiss-cpu"
         ) from error
-    points = columns.detach().float().cpu().numpy()
     if not torch.isfinite(columns).all():
         raise NetworkError("the memory pool holds values that are not finite: lower the learning rate")
+    points = columns.detach().float().cpu().numpy()
     clustering = faiss.Kmeans(
         points.shape[1],
         num_clusters,
@@ -286,6 +288,13 @@ def kmeans(columns: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
     _, nearest = clustering.index.search(points, 1)
     centroids = torch.from_numpy(clustering.centroids).to(columns)
     return centroids, torch.from_numpy(nearest[:, 0]).to(columns.device)
+
+
+def _out_of_reach(query: Tensor) -> float:
+    """Return what takes a logit out of the softmax, in the precision that attention will run in."""
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    return 2.0**15 if dtype == torch.float16 else 2.0**60
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

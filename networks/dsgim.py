@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from networks.errors import NetworkError
+from networks.layers import check_variant
+
 EXCLUDED = -100.0  # the score of a key that a branch leaves out
 
 
@@ -26,6 +29,11 @@ class DSGIM(nn.Module):
 
     def __init__(self, channels: int, num_positions: int = 6, variant: str = "paper"):
         super().__init__()
+        check_variant(variant)
+        if channels % 4:
+            raise NetworkError(f"channels is {channels}; DS-GIM takes a multiple of 4")
+        if not 1 <= num_positions < len(decay_coefficients()):
+            raise NetworkError(f"num_positions is {num_positions}; DS-GIM has decay coefficients for 1 to 11")
         self.variant = variant
         self.query = nn.Conv2d(channels, channels, 1)
         self.key = nn.Conv2d(channels, channels, 1)
@@ -41,6 +49,8 @@ class DSGIM(nn.Module):
     def forward(self, x: Tensor, position: int = 0) -> Tensor:
         """Return the enhanced map (B, C, h, w) that replaces ``x`` (B, C, h, w), h and w even."""
         height, width = x.shape[-2:]
+        if height % 2 or width % 2:
+            raise NetworkError(f"the map is {height} x {width}; DS-GIM cuts it into 2 x 2 windows: both must be even")
         query_scale, key_scale = self._decays(x, position)  # (B, 1, h, w) each
         with torch.autocast(x.device.type, enabled=False):  # thresholds must not hang on bf16 rounding
             exact = x.to(self.query.weight.dtype)

@@ -4,6 +4,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks.errors import NetworkError
+
+VARIANTS = ("paper", "release")
+
+
+def check_variant(variant: str) -> None:
+    """Raise a NetworkError for a variant that there is not."""
+    if variant not in VARIANTS:
+        raise NetworkError(f"variant is {variant!r}; choose one of {', '.join(VARIANTS)}")
+
 
 def resize(x: Tensor, size: int | tuple[int, int]) -> Tensor:
     """Resize a map (B, C, H, W) to ``size`` bilinearly, corners not aligned: the only way this network resizes."""

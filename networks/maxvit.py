@@ -102,7 +102,7 @@ def _load_file(backbone: nn.Module, path: Path, scale: str) -> None:
 
 def _where_from(scale: str) -> str:
     path, config = pretrained_file(scale), timm.get_pretrained_cfg(SCALES[scale])
-    otherwise = "or start from random weights (--pretrained none)"
+    otherwise = "or start from random weights (pretrained=None, --pretrained none)"
     if path is not None:
         return f"download {config.url} to {path}, {otherwise}"
     if timm.list_pretrained(f"{SCALES[scale]}*"):

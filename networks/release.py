@@ -42,7 +42,7 @@ BANK = {
 # Ours alone: K comes from W-LD, the counts are a record.
 OURS = re.compile(r".*\.bank\.(replaced_columns|key_counts)$")
 # Second names of the backbone's tensors, layers that no forward pass uses, and constants.
-IGNORED = re.compile(r"backbone1\.|decoder\.CA4\.|(.*\.)?k$|.*\.pool_structured$")
+IGNORED = re.compile(r"backbone1\.(stem|stages|norm)\.|decoder\.CA4\.|(.*\.)?k$|.*\.pool_structured$")
 GREY_STEM = re.compile(r"conv\.")  # present in a colour model too, and unused there
 
 
@@ -70,7 +70,7 @@ def load_release_state_dict(model: SimMPNet, state_dict: Mapping[str, Tensor]) -
         if source not in theirs:
             missing.append(source)
             continue
-        value = _in_our_layout(theirs[source], own)
+        value = _in_our_layout(name, theirs[source], own)
         if value is None:
             unfit.append(f"{source} {tuple(theirs[source].shape)}")
         else:
@@ -95,16 +95,16 @@ def release_name(name: str) -> str:
     return name
 
 
-def _in_our_layout(value: Tensor, own: Tensor) -> Tensor | None:
-    """Return ``value`` in the shape of ``own``, or None where it does not fit."""
-    if own.ndim == 3 and value.ndim == 2 and value.shape == (own.shape[2], own.shape[0] * own.shape[1]):
-        return rearrange(value, "d (k m) -> k m d", m=own.shape[1])  # pool
-    if own.ndim == 2 and value.shape == (*own.shape, 1, 1):
-        return value.flatten(1)  # a 1x1 convolution
-    if own.ndim == 0 and value.numel() == 1:
-        return value.reshape(()).to(own.dtype)  # counters
-    if own.ndim == 2 and value.ndim == 2 and value.T.shape == own.shape != value.shape:
-        return value.T  # prototypes
+def _in_our_layout(name: str, value: Tensor, own: Tensor) -> Tensor | None:
+    """Return the release's tensor in the layout of ours, or None where it does not fit."""
+    if name.endswith("bank.pool") and value.ndim == 2 and value.shape[1] == own.shape[0] * own.shape[1]:
+        value = rearrange(value, "d (k m) -> k m d", m=own.shape[1])
+    elif name.endswith("bank.prototypes") and value.ndim == 2:
+        value = value.T
+    elif name.endswith("bank.warmup_counter") and value.numel() == 1:
+        value = value.reshape(()).to(own.dtype)
+    elif value.shape == (*own.shape, 1, 1):  # theta, phi, g and o are 1x1 convolutions there
+        value = value.flatten(1)
     return value if value.shape == own.shape else None
 
 

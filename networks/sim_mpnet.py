@@ -15,10 +15,9 @@ from networks.decoder import Decoder
 from networks.dmwla import PrototypeMemoryBank
 from networks.dmwla_encoder import DMWLAEncoder
 from networks.errors import NetworkError
-from networks.layers import resize
+from networks.layers import check_variant, resize
 from networks.maxvit import MaxViTEncoder
 
-VARIANTS = ("paper", "release")
 SIZE_STEP = 32  # the deepest stage has stride 32
 
 
@@ -68,10 +67,9 @@ class SimMPNet(nn.Module):
     ):
         super().__init__()
         # Everything that rebuilds this network, but not the weights it started from.
-        num_clusters = num_clusters or num_classes
+        num_clusters = num_classes if num_clusters is None else num_clusters
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__", "pretrained")}
-        if variant not in VARIANTS:
-            raise NetworkError(f"variant is {variant!r}; choose one of {', '.join(VARIANTS)}")
+        check_variant(variant)
         if in_channels not in (1, 3):
             raise NetworkError(f"in_channels is {in_channels}; images have 1 (grey) or 3 (colour)")
         if num_classes < 2:

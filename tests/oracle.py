@@ -81,6 +81,18 @@ def sampled_pool(block: DMWLA, x: Tensor, warmup_iterations: int) -> Tensor:
     return slots.view_as(pool)
 
 
+def ordered_pool(pool: Tensor, centroids: Tensor, nearest: Tensor) -> Tensor:
+    """Return the pool laid out cluster by cluster, given the centroids (num_clusters, d) and each column's nearest."""
+    num_clusters, size, feature_dim = pool.shape
+    columns, clusters = pool.reshape(-1, feature_dim), []
+    for k in range(num_clusters):
+        own = [column for column, cluster in zip(columns, nearest.tolist(), strict=True) if cluster == k][:size]
+        own = own or [centroids[k]]
+        again = torch.randint(len(own), (size - len(own),)).tolist()
+        clusters.append(torch.stack(own + [own[i] for i in again]))
+    return torch.stack(clusters)
+
+
 def dsgim_forward(module: DSGIM, x: Tensor, position: int) -> Tensor:
     """Return DS-GIM's output (B, C, h, w) in evaluation mode, image by image and row by row."""
     statistics = position if module.variant == "paper" else 0

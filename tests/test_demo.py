@@ -15,12 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_the_demo_learns_its_phantom():
     done = subprocess.run(["make", "demo"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    summary = json.loads((ROOT / "runs/demo/test_test/summary.json").read_text())
-    assert summary["transunet"]["mean"]["dice"] >= 0.80
+    summary = json.loads((ROOT / "runs/demo/results_test/summary.json").read_text())
+    assert summary["strict"]["mean"]["dice"] >= 0.80
     for place in (
         "runs/demo/best.pth",
         "runs/demo/train.log",
         "runs/demo/progress.png",
-        "runs/demo/test_test/overlays",
+        "runs/demo/results_test/overlays",
     ):
         assert place in done.stdout and (ROOT / place).exists()

@@ -47,7 +47,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError, AttributeError) as error:
-        raise RunError(f"{path} is not a readable checkpoint ({type(error).__name__}): it may be cut off") from error
+        raise RunError(
+            f"{path} is not a checkpoint, or one cut off ({type(error).__name__}): "
+            "give a best.pth or last.pth, or copy it again"
+        ) from error
     if not isinstance(state, dict):
         raise RunError(f"{path} holds a {type(state).__name__}, expected a checkpoint of this project or the release")
     if all(key in state for key in REQUIRED):
@@ -74,13 +77,16 @@ def build_network(
     if "release" in checkpoint:
         weights = {name.removeprefix("module."): value for name, value in checkpoint["release"].items()}
         model = network(**release_config(weights, path))
-        load_release(model, weights)
+        try:
+            load_release(model, weights)
+        except ValueError as error:
+            raise RunError(f"{path}: {error}") from error
         return model
-    model = network(**checkpoint["network"])
     try:
+        model = network(**checkpoint["network"])
         model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise RunError(f"{path}: its weights do not fit its own network, {error}") from error
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise RunError(f"{path}: its weights do not fit the network that it describes, {error}") from error
     return model
 
 

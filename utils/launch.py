@@ -3,6 +3,7 @@
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +49,10 @@ def train(
     """
     device = pick_device(args.device)
     seed_everything(args.seed, deterministic=bool(args.deterministic))
+    if find_spec("faiss") is None:
+        raise RunError("faiss is not installed, which ends the memory's warm-up: pip install -r requirements.txt")
     pretrained = None if checkpoint else _pretrained(args, default_weights)
-    model = network(**network_arguments(args), pretrained=pretrained)
+    model = network(**network_arguments(args, network), pretrained=pretrained)
     setup_logging(Path(args.output_dir) / "train.log")
     if args.val_split == "test":
         logger.warning("the best epoch is chosen on the test volumes, as the release does: its scores are optimistic")
@@ -77,6 +80,8 @@ def test(
         load_release: ``load_release_state_dict``.
     """
     check_n_gpu(args)
+    if args.batch_size < 1 or args.overlays < 0:
+        raise RunError(f"--batch_size {args.batch_size} --overlays {args.overlays}; expected at least 1 and 0")
     device = pick_device(args.device)
     seed_everything(args.seed, deterministic=bool(args.deterministic))
     checkpoint = load_checkpoint(args.checkpoint)
@@ -88,7 +93,9 @@ def test(
             f"{args.checkpoint} has {num_classes} classes with background, these data {len(class_names) + 1}"
         )
     volumes = open_volumes(num_classes)
-    folder = args.test_save_dir or args.checkpoint.parent / f"test_{args.split}"
+    for i in range(len(volumes)):  # a damaged one is found before anything is predicted or written
+        _ = volumes[i]
+    folder = args.test_save_dir or args.checkpoint.parent / f"results_{args.split}"
     setup_logging(folder / "test.log")
     logger.info("%s on %d volumes of the list %s, on %s", args.checkpoint, len(volumes), args.split, device)
 

@@ -21,9 +21,14 @@ def subset_loss(logits: Sequence[Tensor], label: Tensor, ce_weight: float = 0.3,
     Returns:
         A scalar on the maps' device, in float32.
     """
-    return sum(
-        ce_weight * cross_entropy + dice_weight * dice for cross_entropy, dice in subset_terms(logits, label).values()
-    )
+    cross_entropy, dice = subset_sums(logits, label)
+    return ce_weight * cross_entropy + dice_weight * dice
+
+
+def subset_sums(logits: Sequence[Tensor], label: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums of cross entropy and of Dice loss over all subsets, unweighted scalars."""
+    cross_entropies, dices = zip(*subset_terms(logits, label).values(), strict=True)
+    return sum(cross_entropies), sum(dices)
 
 
 def subset_terms(logits: Sequence[Tensor], label: Tensor) -> dict[tuple[int, ...], tuple[Tensor, Tensor]]:

@@ -27,7 +27,7 @@ from utils.errors import RunError
 from utils.evaluation import Volume, validation_dice
 from utils.figures import save_progress
 from utils.files import atomic_write
-from utils.losses import subset_loss
+from utils.losses import subset_sums
 from utils.wld import WeightLossDynamic
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a checkpoint must say about its data: enough to prepare an image and to name the classes."""
+    """What a checkpoint says about its data: which set, and the names of the classes without background."""
 
     dataset: str
     class_names: tuple[str, ...]
@@ -77,11 +77,9 @@ class Trainer:
         self.wld = WeightLossDynamic(args.wld_start_epoch, args.replaced_columns)
         self.loader_generator = torch.Generator()
         self.loader = self.build_loader()
-        self.total_iterations = args.max_epochs * len(self.loader)
-        if args.max_iterations is not None:
-            self.total_iterations = min(self.total_iterations, args.max_iterations)
         self.epoch = 0  # epochs done
         self.iteration = 0  # iterations done
+        self.total_iterations = self.count_iterations()
         self.history: list[dict[str, float]] = []
         self.best_dice = -math.inf
 
@@ -102,6 +100,11 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
             generator=self.loader_generator,
         )
+
+    def count_iterations(self) -> int:
+        """Return the iteration at which the run ends, those done included."""
+        end = self.iteration + (self.args.max_epochs - self.epoch) * len(self.loader)
+        return end if self.args.max_iterations is None else min(end, self.args.max_iterations)
 
     def fit(self) -> None:
         """Train until the last epoch or iteration."""
@@ -127,43 +130,47 @@ class Trainer:
         for bank in self.model.memory_banks():
             bank.key_counts.zero_()
 
-        total = torch.zeros((), device=self.device)
+        totals = torch.zeros(3, device=self.device)
         batches = min(len(self.loader), self.total_iterations - self.iteration)
         bar = tqdm(self.loader, total=batches, desc=f"epoch {self.epoch}", disable=None, leave=False)
         for batch in islice(bar, batches):
-            loss = self.train_step(batch)
-            total += loss
+            losses = self.train_step(batch)
+            totals += losses
             if self.release:
-                self.update_k(loss)
-        mean_loss = total / batches
+                self.update_k(losses[0])
+        means = totals / batches
         if not self.release:
-            self.update_k(mean_loss)
+            self.update_k(means[0])
         banks = list(self.model.memory_banks())
         return {
             "epoch": self.epoch,
             "iteration": self.iteration,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "train_loss": mean_loss.item(),
+            "train_loss": means[0].item(),
+            "train_ce_loss": means[1].item(),
+            "train_dice_loss": means[2].item(),
             "k": int(banks[0].replaced_columns),
+            "k_decoder": int(banks[-1].replaced_columns),
             "cluster_use": np.mean([(bank.key_counts > 0).float().mean().item() for bank in banks]).item(),
             "train_seconds": time.perf_counter() - start,
         }
 
     def train_step(self, batch: dict[str, Any]) -> Tensor:
-        """Do one iteration and return its loss (scalar, on the device)."""
+        """Do one iteration and return its loss and the two sums that it is made of, (3,) on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.iteration)
         image = batch["image"].to(self.device, non_blocking=True)  # (B, C, S, S)
         label = batch["label"].to(self.device, non_blocking=True)  # (B, S, S)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             logits = self.model(image)
-        loss = subset_loss(logits, label, self.args.ce_weight, self.args.dice_weight)
+        cross_entropy, dice = subset_sums(logits, label)
+        loss = self.args.ce_weight * cross_entropy + self.args.dice_weight * dice
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.iteration += 1
-        return loss.detach()
+        return torch.stack([loss, cross_entropy, dice]).detach()
 
     def learning_rate(self, iteration: int) -> float:
         """Return the learning rate of an iteration (from 0)."""
@@ -204,9 +211,10 @@ class Trainer:
     def check_finite(self, row: dict[str, float]) -> None:
         """Stop a run whose loss has become NaN or infinite; the last checkpoint is of the epoch before."""
         if not math.isfinite(row["train_loss"]):
+            go_on = f", and go on from {self.folder}/last.pth, which is of the epoch before" if self.history else ""
             raise RunError(
                 f"the loss of epoch {self.epoch} is {row['train_loss']} at learning rate {row['lr']:.2e}: lower "
-                "--base_lr or use --amp none, and go on from last.pth, which is of the epoch before"
+                f"--base_lr or use --amp none{go_on}"
             )
 
     def record(self, row: dict[str, float], events) -> None:
@@ -263,18 +271,23 @@ class Trainer:
         """Go on from a checkpoint of ``state_dict``."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.args.weight_decay  # which may have been typed anew
+        if state["scaler"]:  # empty without fp16
+            self.scaler.load_state_dict(state["scaler"])
         self.wld.load_state_dict(state["wld"])
         self.epoch, self.iteration = state["epoch"], state["iteration"]
+        self.total_iterations = self.count_iterations()
         self.history, self.best_dice = state["history"], state["best_dice"]
         torch.set_rng_state(state["random"]["cpu"])
         if torch.cuda.is_available() and len(state["random"]["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["random"]["cuda"])
 
     def write_config(self) -> None:
-        """Write the merged arguments, the git revision and the versions to ``config.json``."""
+        """Write the merged arguments, the git revision and the versions; a resumed run keeps the first ones."""
         content = {"args": vars(self.args), "data": vars(self.facts), **provenance()}
-        with atomic_write(self.folder / "config.json") as temporary:
+        name = f"config_resumed_{self.epoch}.json" if self.epoch else "config.json"
+        with atomic_write(self.folder / name) as temporary:
             temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         logger.info(

@@ -1,6 +1,7 @@
 """The network's code equals ``tests/oracle.py`` on random shapes, cluster counts and empty clusters."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -33,7 +34,10 @@ def double_precision():
     torch.set_default_dtype(torch.float32)
 
 
-def block_and_input(sizes: dict, variant: str, seed: int, **options) -> tuple[DMWLA, torch.Tensor]:
+def block_and_input(
+    sizes: dict, variant: str, seed: int, warmup_iterations: int = 1, steps_done: int = 2
+) -> tuple[DMWLA, torch.Tensor]:
+    """Return a block with a random memory, past its warm-up unless told otherwise, and an input."""
     torch.manual_seed(seed)
     block = DMWLA(
         sizes["channels"],
@@ -41,21 +45,20 @@ def block_and_input(sizes: dict, variant: str, seed: int, **options) -> tuple[DM
         sizes["num_clusters"],
         sizes["columns_per_cluster"],
         replaced_columns=sizes["replaced_columns"],
+        warmup_iterations=warmup_iterations,
         variant=variant,
-        **options,
     )
     block.bank.pool.normal_()
     block.bank.prototypes.normal_()
     block.phi_k.add_(torch.randn_like(block.phi_k), alpha=0.1)
+    block.load_state_dict(block.state_dict() | {"bank.warmup_counter": torch.tensor(steps_done)})
     return block, torch.randn(sizes["batch"], sizes["channels"], sizes["height"], sizes["width"])
 
 
 @settings(max_examples=60, deadline=None)
 @given(SIZES, VARIANTS, st.integers(0, 10**6))
 def test_a_steady_step_and_its_gradients(sizes, variant, seed):
-    block, x = block_and_input(sizes, variant, seed, warmup_iterations=0)
-    block.bank.warmup_counter.fill_(1)
-    block.load_state_dict(block.state_dict())  # a counter set by hand is read like a loaded one
+    block, x = block_and_input(sizes, variant, seed)
     plain = copy.deepcopy(block)
     x.requires_grad_()
     coefficients = torch.randn(x.shape)
@@ -75,12 +78,33 @@ def test_a_steady_step_and_its_gradients(sizes, variant, seed):
     torch.testing.assert_close(block.phi_k, phi_k)
 
 
+def test_a_token_reads_no_foreign_column_however_large_the_values():
+    sizes = dict(batch=1, channels=4, height=3, width=3, feature_dim=6, num_clusters=3, columns_per_cluster=5)
+    block, x = block_and_input(sizes | {"replaced_columns": 2}, "paper", seed=1)
+    block.bank.pool[1] *= 1e6
+    torch.testing.assert_close(block.eval()(100 * x), oracle.steady_forward(block, 100 * x))
+
+
+@settings(max_examples=40, deadline=None)
+@given(SIZES, st.integers(0, 10**6))
+def test_the_order_that_k_means_gives_the_pool(sizes, seed):
+    block, _ = block_and_input(sizes, "paper", seed)
+    num_clusters, size, feature_dim = block.bank.pool.shape
+    centroids = torch.randn(num_clusters, feature_dim)
+    nearest = torch.randint(num_clusters, (num_clusters * size,))  # random, so often with an empty cluster
+    expected_draws = torch.get_rng_state()
+    expected = oracle.ordered_pool(block.bank.pool, centroids, nearest)
+    torch.set_rng_state(expected_draws)
+    with mock.patch("networks.dmwla.kmeans", return_value=(centroids, nearest)):
+        block.bank.order()
+    torch.testing.assert_close(block.bank.pool, expected)
+    torch.testing.assert_close(block.bank.prototypes, torch.stack([c / c.norm() for c in centroids]))
+
+
 @settings(max_examples=40, deadline=None)
 @given(SIZES, VARIANTS, st.integers(0, 10**6), st.integers(3, 40))
 def test_a_warm_up_step(sizes, variant, seed, warmup_iterations):
-    block, x = block_and_input(sizes, variant, seed, warmup_iterations=warmup_iterations)
-    block.bank.warmup_counter.fill_(warmup_iterations // 2)
-    block.load_state_dict(block.state_dict())
+    block, x = block_and_input(sizes, variant, seed, warmup_iterations, steps_done=warmup_iterations // 2)
     plain = copy.deepcopy(block)
 
     torch.manual_seed(seed)
@@ -122,7 +146,7 @@ def test_dsgim(variant, batch, half_height, half_width, position, biased, streng
 
 def test_an_empty_cluster_keeps_its_columns_and_one_with_few_keys_uses_them_all():
     sizes = dict(batch=1, channels=4, height=2, width=2, feature_dim=4, num_clusters=3, columns_per_cluster=6)
-    block, x = block_and_input(sizes | {"replaced_columns": 6}, "paper", seed=3, warmup_iterations=0)
+    block, x = block_and_input(sizes | {"replaced_columns": 6}, "paper", seed=3)
     keys = x.flatten(2)[0].T @ block.phi_k.T
     block.bank.prototypes[0] = keys.mean(0)
     block.bank.prototypes[1] = 0  # no key goes there: one of its neighbours has a positive product

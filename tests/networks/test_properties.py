@@ -13,7 +13,7 @@ from utils.losses import subset_loss
 TINY = dict(model_scale="pico", img_size=64, img_size_dmwla=64, feature_dim=16, decoder_feature_dim=16)
 
 
-def tiny_network(warmup_iterations: int = 0, **options) -> SimMPNet:
+def tiny_network(warmup_iterations: int = 1, **options) -> SimMPNet:
     torch.manual_seed(0)
     return SimMPNet(3, warmup_iterations=warmup_iterations, columns_per_cluster=20, **TINY | options)
 
@@ -228,6 +228,7 @@ def test_the_default_is_the_papers_network():
         (dict(img_size_dmwla=7), ["img_size_dmwla", "7", "32"]),
         (dict(img_size=0), ["img_size", "0", "32"]),
         (dict(variant="ours"), ["ours", "paper", "release"]),
+        (dict(warmup_iterations=0), ["warmup_iterations", "0", "1"]),
         (dict(in_channels=2), ["in_channels", "2", "1", "3"]),
     ],
 )

@@ -67,7 +67,7 @@ def test_a_hub_out_of_reach_says_what_to_do(monkeypatch):
     assert "pretrained_pth/maxvit" in message and "--pretrained none" in message
 
 
-def release_state(variant_of: SimMPNet | None = None) -> dict[str, torch.Tensor]:
+def release_state() -> dict[str, torch.Tensor]:
     shapes = json.loads((FIXTURES / "release_state_dict_shapes.json").read_text())
     return {name: torch.zeros(shape) for name, shape in shapes.items()}
 

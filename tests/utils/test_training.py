@@ -2,7 +2,9 @@
 
 import csv
 import json
+import shutil
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -88,14 +90,14 @@ def parse(folder: Path, *flags: str):
         "--model_scale pico --pretrained none --img_size 64 --img_size_dmwla 64 --feature_dim 16 --num_workers 0 "
         "--decoder_feature_dim 16 --columns_per_cluster 20 --warmup_iterations 3 --batch_size 2 --max_epochs 2"
     )
-    parser = training_parser("test", num_classes=3, output_dir=folder)
-    return parse_training(parser, [*small.split(), *flags])
+    parser = training_parser("test", SimMPNet, num_classes=3, output_dir=folder)
+    return parse_training(parser, SimMPNet, [*small.split(), *flags])
 
 
 def trainer(folder: Path, *flags: str, network: type[nn.Module] = MiniNet) -> Trainer:
     args, checkpoint = parse(folder, *flags)
     seed_everything(args.seed, deterministic=True)
-    model = network(**network_arguments(args))
+    model = network(**network_arguments(args, SimMPNet))
     made = Trainer(model, Drawings(5), [DrawnVolume()], DataFacts("drawings", NAMES), args, torch.device("cpu"))
     if checkpoint:
         made.load_state_dict(checkpoint)
@@ -113,12 +115,22 @@ def run(tmp_path_factory) -> Trainer:
 def test_a_run_folder_tells_the_whole_story(run):
     config = json.loads((run.folder / "config.json").read_text())
     assert config["args"]["batch_size"] == 2 and config["args"]["base_lr"] == 1e-4
-    assert config["versions"]["torch"] == torch.__version__.split("+")[0] or config["versions"]["torch"]
+    assert config["versions"]["torch"] == version("torch")
     assert "git" in config
     with open(run.folder / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2"]
-    for name in ("train_loss", "val_dice", "val_dice_ring", "val_dice_disc", "k", "cluster_use", "lr"):
+    for name in (
+        "train_loss",
+        "train_ce_loss",
+        "train_dice_loss",
+        "val_dice",
+        "val_dice_ring",
+        "val_dice_disc",
+        "k",
+        "cluster_use",
+        "lr",
+    ):
         assert all(np.isfinite(float(row[name])) for row in rows), name
     assert (run.folder / "progress.png").read_bytes().startswith(b"\x89PNG")
     assert list((run.folder / "events").glob("events.out.tfevents.*"))
@@ -157,13 +169,26 @@ def assert_same(a, b, where: str = "") -> None:
 def test_a_resumed_run_ends_as_an_uninterrupted_one(run, tmp_path):
     folder = tmp_path / "interrupted"
     assert not next(run.model.memory_banks()).in_warmup
-    first = trainer(folder)
-    first.total_iterations = 2  # as if stopped after an epoch, the schedule being constant
-    first.fit()
-    resumed = trainer(folder, "--resume", str(folder / "last.pth"))
+    trainer(folder, "--max_epochs", "1").fit()  # the schedule is constant, so this is where a stop would leave it
+    resumed = trainer(folder, "--resume", str(folder / "last.pth"), "--max_epochs", "2")
     assert resumed.epoch == 1
     resumed.fit()
     assert_same(load_checkpoint(folder / "last.pth"), load_checkpoint(run.folder / "last.pth"))
+
+
+def test_a_resumed_run_with_another_batch_size_ends_with_the_same_epoch(tmp_path):
+    trainer(tmp_path, "--max_epochs", "1").fit()
+    resumed = trainer(tmp_path, "--resume", str(tmp_path / "last.pth"), "--max_epochs", "3", "--batch_size", "1")
+    resumed.fit()
+    assert resumed.epoch == 3 and resumed.iteration == 2 + 2 * 5
+
+
+def test_an_older_checkpoint_does_not_overwrite_a_newer_one(run, tmp_path):
+    folder = Path(shutil.copytree(run.folder, tmp_path / "run"))
+    state = load_checkpoint(folder / "last.pth")
+    torch.save(state | {"iteration": state["iteration"] - 1}, folder / "best.pth")
+    with pytest.raises(RunError, match="older than"):
+        parse(folder, "--resume", str(folder / "best.pth"))
 
 
 def test_best_is_never_lost_to_a_worse_epoch(tmp_path, monkeypatch):
@@ -218,14 +243,23 @@ def test_what_is_typed_wins_over_the_checkpoint_and_that_over_the_defaults(run):
     args, _ = parse(run.folder, "--resume", str(run.folder / "last.pth"), "--base_lr", "3e-4")
     assert args.base_lr == 3e-4
     assert args.output_dir == run.folder
-    parser = training_parser("test", num_classes=3, output_dir="elsewhere")
-    args, _ = parse_training(parser, ["--resume", str(run.folder / "last.pth")])
+    parser = training_parser("test", SimMPNet, num_classes=3, output_dir="elsewhere")
+    args, _ = parse_training(parser, SimMPNet, ["--resume", str(run.folder / "last.pth")])
     assert args.batch_size == 2 and args.model_scale == "pico" and args.output_dir == run.folder
 
 
-def test_resuming_as_another_network_is_refused(run):
-    with pytest.raises(RunError, match="--columns_per_cluster 30 does not fit"):
-        parse(run.folder, "--resume", str(run.folder / "last.pth"), "--columns_per_cluster", "30")
+@pytest.mark.parametrize(
+    "flags", [("--columns_per_cluster", "30"), ("--pretrained", "hub"), ("--output_dir", "elsewhere")]
+)
+def test_what_a_resumed_run_cannot_follow_is_refused(run, flags):
+    with pytest.raises(RunError, match=f"{flags[0]} {flags[1]}"):
+        parse(run.folder, "--resume", str(run.folder / "last.pth"), *flags)
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+def test_a_resumed_run_may_change_its_weight_decay_and_precision(run, amp):
+    flags = ("--resume", str(run.folder / "last.pth"), "--weight_decay", "0.5", "--amp", amp)
+    assert trainer(run.folder, *flags).optimizer.param_groups[0]["weight_decay"] == 0.5
 
 
 def test_a_folder_with_a_run_is_not_written_over(run):
@@ -242,7 +276,21 @@ def test_variant_chooses_splits_and_selection_unless_they_are_typed(tmp_path):
     assert (typed.val_split, typed.select_from_epoch) == ("val", 3)
 
 
-@pytest.mark.parametrize("flags", [("--batch_size", "0"), ("--base_lr", "-1"), ("--n_gpu", "2"), ("--max_epochs", "0")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--batch_size", "0"),
+        ("--base_lr", "-1"),
+        ("--n_gpu", "2"),
+        ("--n_gpu", "0", "--device", "cuda"),
+        ("--max_epochs", "0"),
+        ("--pool_momentum", "7"),
+        ("--phi_k_momentum", "-3"),
+        ("--num_clusters", "0"),
+        ("--warmup_iterations", "0"),
+        ("--ce_weight", "-1"),
+    ],
+)
 def test_impossible_numbers_are_refused_by_name(tmp_path, flags):
     with pytest.raises(RunError, match=flags[0]):
         parse(tmp_path, *flags)
