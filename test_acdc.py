@@ -6,8 +6,6 @@ A checkpoint of the authors' release is taken as it is:
     python test_acdc.py --checkpoint pretrained_pth/release_acdc.pth
 """
 
-from pathlib import Path
-
 from datasets import DataError, VolumeDataset, acdc
 from networks import NetworkError, SimMPNet, load_release_state_dict
 from utils.arguments import testing_parser
@@ -16,15 +14,14 @@ from utils.launch import test
 
 
 def main() -> None:
-    parser = testing_parser(__doc__, volume_path="data/ACDC/test_vol_h5", list_dir="lists/lists_ACDC")
-    args = parser.parse_args()
+    info = acdc.INFO
+    args = testing_parser(__doc__, info).parse_args()
 
     def open_volumes(num_classes: int) -> VolumeDataset:
-        if not Path(args.volume_path).is_dir():
-            raise DataError(f"{args.volume_path}: no such folder; {acdc.HOW_TO_GET}")
-        return VolumeDataset(args.volume_path, args.list_dir, args.split, num_classes)
+        info.require(args.volume_path)
+        return VolumeDataset(args.volume_path, args.list_dir, args.split, num_classes, only=args.cases)
 
-    test(args, acdc.CLASS_NAMES, open_volumes, SimMPNet, load_release_state_dict)
+    test(args, info, open_volumes, SimMPNet, load_release_state_dict)
 
 
 if __name__ == "__main__":

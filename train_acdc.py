@@ -10,34 +10,34 @@ Small, from scratch, on a CPU:
     python train_acdc.py --model_scale pico --img_size 128 --img_size_dmwla 96 --pretrained none
 """
 
+from pathlib import Path
+
 from datasets import DataError, SliceDataset, VolumeDataset, acdc
 from datasets.verify import quick_check
 from networks import NetworkError, SimMPNet, pretrained_file
 from utils.arguments import parse_training, training_parser
 from utils.cli import run_script
-from utils.launch import class_names_of, train
+from utils.launch import train
 from utils.training import DataFacts
+
+SPLITS = {"val": ("train", "val"), "test": ("trainval", "test")}
+"""For each --select the lists to train on and to choose the best epoch on."""
 
 
 def main() -> None:
-    parser = training_parser(
-        __doc__,
-        SimMPNet,
-        root_path="data/ACDC/train_npz",
-        volume_path="data/ACDC/test_vol_h5",
-        list_dir="lists/lists_ACDC",
-        output_dir="runs/acdc",
-        num_classes=4,
-        feature_dim=128,
-    )
-    args, checkpoint = parse_training(parser, SimMPNet)
-    splits = {"train": args.train_split, "val": args.val_split}
-    quick_check(args.root_path, args.volume_path, args.list_dir, splits, args.num_classes, acdc.HOW_TO_GET)
+    info = acdc.INFO
+    parser = training_parser(__doc__, SimMPNet, info, output_dir="runs/acdc", feature_dim=128)
+    args, checkpoint = parse_training(parser, SimMPNet, SPLITS)
+    info.require(args.root_path, args.volume_path)
+
     train_set = SliceDataset(
         args.root_path, args.list_dir, args.train_split, args.num_classes, args.img_size, augment=True, seed=args.seed
     )
     val_set = VolumeDataset(args.volume_path, args.list_dir, args.val_split, args.num_classes)
-    facts = DataFacts("acdc", class_names_of(acdc.CLASS_NAMES, args.num_classes))
+    selected_on = "test" if args.val_split == "test" else "val"
+    quick_check(train_set, val_set, info, Path(args.list_dir, "test.txt") if selected_on == "val" else None)
+
+    facts = DataFacts("acdc", info.names_for(args.num_classes), info.preprocessing.to_dict(), selected_on)
     train(args, checkpoint, facts, train_set, val_set, SimMPNet, pretrained_file)
 
 

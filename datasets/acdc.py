@@ -14,18 +14,29 @@ from pathlib import Path
 import numpy as np
 
 from datasets.errors import DataError
+from datasets.info import DatasetInfo
 from datasets.preparation import prepare_all, scale_to_unit
-from datasets.storage import check_declared, checked_image, checked_label
+from datasets.preprocessing import Preprocessing
+from datasets.scan import read_scan, read_scan_label
 from datasets.volume import Volume, data_name, read_volume
 
 logger = logging.getLogger(__name__)
 
 CLASS_NAMES = ("right ventricle", "myocardium", "left ventricle")
 """Label ids 1, 2 and 3; 0 is background."""
-NUM_CLASSES = len(CLASS_NAMES) + 1
-HOW_TO_GET = (
-    "download ACDC (https://www.creatis.insa-lyon.fr/Challenge/acdc/databases.html), unpack it, then run: "
-    "python prepare_data.py acdc --raw FOLDER"
+
+INFO = DatasetInfo(
+    name="acdc",
+    class_names=CLASS_NAMES,
+    folder="data/ACDC",
+    list_dir="lists/lists_ACDC",
+    splits=("train", "val", "test"),
+    preprocessing=Preprocessing(),
+    how_to_get=(
+        "download ACDC (https://www.creatis.insa-lyon.fr/Challenge/acdc/databases.html), unpack it, then run: "
+        "python prepare_data.py acdc --raw FOLDER"
+    ),
+    train_script="train_acdc.py",
 )
 
 NUM_PATIENTS = 100
@@ -77,22 +88,26 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
 def find_cases(raw: str | Path) -> list[Case]:
     """Return the cases of a raw folder of either layout, sorted by name; raises DataError where there is neither."""
     raw = Path(raw)
-    if not raw.is_dir():
-        raise DataError(f"{raw}: no such folder; {HOW_TO_GET}")
+    INFO.require(raw)
     cases = _nifti_cases(raw) or _hdf5_cases(raw)
     if not cases:
         raise DataError(
             f"{raw}: holds neither patientXXX/patientXXX_frameYY.nii.gz (the challenge's folders) nor "
-            f"patientXXX_frameYY.h5; {HOW_TO_GET}"
+            f"patientXXX_frameYY.h5; {INFO.how_to_get}"
         )
     return sorted(cases, key=lambda case: case.name)
 
 
 def read_case(case: Case) -> Volume:
     """Read one case as a Volume, its intensities scaled to [0, 1]; raises DataError."""
-    volume = _read_nifti(case) if case.label_path else read_volume(case.image_path, NUM_CLASSES)
+    if case.label_path:
+        volume = read_scan(case.image_path, INFO.preprocessing)
+        volume.label = read_scan_label(case.label_path, volume, INFO.num_classes)
+        volume.name, volume.image = case.name, np.asarray(volume.image)
+    else:
+        volume = read_volume(case.image_path, INFO.num_classes)
+        volume.image = scale_to_unit(volume.image)
     volume.class_names = CLASS_NAMES
-    volume.image = scale_to_unit(volume.image)
     return volume
 
 
@@ -141,32 +156,3 @@ def _check_frames(folder: Path, names: set[str]) -> None:
             f"{info}: states ED and ES as frames {sorted(stated) or 'unknown'}, but the folder has {sorted(found)}; "
             "unpack the ACDC archive again"
         )
-
-
-def _read_nifti(case: Case) -> Volume:
-    image, affine, spacing = _load_nifti(case.image_path)
-    label, label_affine, _ = _load_nifti(case.label_path)
-    image = checked_image(case.image_path, image, 3)
-    label = checked_label(case.label_path, label, image.shape, NUM_CLASSES)
-    if not np.allclose(affine, label_affine, atol=1e-3):
-        logger.warning("%s: lies elsewhere in space than its image; voxels are matched by index", case.label_path)
-    return Volume(case.name, image, label, spacing, affine)
-
-
-def _load_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float]]:
-    """Return (array with axes (z, y, x), affine of the indices (x, y, z), spacing (z, y, x) in mm)."""
-    import nibabel
-
-    try:
-        file = nibabel.load(path)
-        check_declared(path, "image", file.shape, file.get_data_dtype())
-        array = np.asarray(file.dataobj)
-    except DataError:
-        raise
-    except Exception as error:  # nibabel, gzip and zlib each have their own
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: not a readable NIfTI file ({reason}); unpack the ACDC archive again") from error
-    if array.ndim == 4 and array.shape[3] == 1:
-        array = array[..., 0]
-    spacing = tuple(float(length) for length in file.header.get_zooms()[2::-1])
-    return np.ascontiguousarray(array.T), np.asarray(file.affine, dtype=np.float64), spacing

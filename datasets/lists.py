@@ -58,13 +58,42 @@ def read_list(list_dir: str | Path, split: str) -> list[str]:
     return entries
 
 
-def select_files(list_dir: str | Path, split: str, root: str | Path, endings: Sequence[str] = ENDINGS) -> list[Path]:
-    """Return the files that a split's list names, entry by entry, those of one entry in natural order.
+def select_entries(
+    list_dir: str | Path, split: str, only: Sequence[str] | None = None, without: Sequence[str] = ()
+) -> list[str]:
+    """Return the entries of a split's list, of some patients only, or without some.
 
-    root: their folder; a folder of the split's name in it is used in its place (MT-UNet's layout). Raises DataError
-    for a folder that is missing, entries without a file, and a file that two entries name.
+    only, without: patients (``case0005``); an entry is of the patient that its name begins with. Raises DataError as
+    ``read_list`` does, for a patient whom the list does not name, and where no entry is left.
     """
     entries, source = read_list(list_dir, split), list_path(list_dir, split)
+    patients = {patient_of(entry) for entry in entries}
+    unknown = [name for name in (*(only or ()), *without) if name not in patients]
+    if unknown:
+        raise DataError(f"{source}: does not name {', '.join(unknown)}; it has {', '.join(sorted(patients))}")
+    chosen = [
+        entry for entry in entries if (only is None or patient_of(entry) in only) and patient_of(entry) not in without
+    ]
+    if not chosen:
+        raise DataError(f"{source}: no entry is left without {', '.join(without)}; leave some in")
+    return chosen
+
+
+def select_files(
+    list_dir: str | Path,
+    split: str,
+    root: str | Path,
+    endings: Sequence[str] = ENDINGS,
+    only: Sequence[str] | None = None,
+    without: Sequence[str] = (),
+) -> list[Path]:
+    """Return the files that a split's list names, entry by entry, those of one entry in natural order.
+
+    root: their folder; a folder of the split's name in it is used in its place (MT-UNet's layout). only, without:
+    patients, as for ``select_entries``. Raises DataError as that does, for a folder that is missing, entries without
+    a file, and a file that two entries name.
+    """
+    entries, source = select_entries(list_dir, split, only, without), list_path(list_dir, split)
     folder = _data_folder(Path(root), split)
     files_of = _files_by_entry(
         path for path in folder.iterdir() if path.name.endswith(tuple(endings)) and not path.name.startswith(".")

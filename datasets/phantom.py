@@ -15,12 +15,25 @@ from scipy import ndimage
 
 from datasets.acdc import CLASS_NAMES
 from datasets.errors import DataError
+from datasets.info import DatasetInfo
 from datasets.preparation import prepare_all, scale_to_unit
+from datasets.preprocessing import Preprocessing
 from datasets.volume import Volume
 from utils.files import atomic_write
 
 NUM_PATIENTS = (16, 4, 6)
 """Patients for training, validation and test."""
+
+INFO = DatasetInfo(
+    name="phantom",
+    class_names=CLASS_NAMES,
+    folder="data/phantom",
+    list_dir="data/phantom/lists",
+    splits=("train", "val", "test"),
+    preprocessing=Preprocessing(),
+    how_to_get="make it: python prepare_data.py phantom",
+    train_script="train_acdc.py",
+)
 
 SPACING = (8.0, 1.5, 1.5)
 """Of the voxels (z, y, x), in mm."""

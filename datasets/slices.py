@@ -1,5 +1,6 @@
 """Single slices of a split, for training."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,8 @@ import torch
 from torch.utils.data import Dataset
 
 from datasets.augmentation import augment
-from datasets.lists import select_files
+from datasets.label_order import LabelOrder
+from datasets.lists import list_path, patient_of, select_files
 from datasets.resize import resize_cubic, resize_nearest
 from datasets.volume import data_name, read_slice
 
@@ -16,7 +18,8 @@ class SliceDataset(Dataset):
     """The slices (npz) that a list names, augmented at their own size and resized to the network's.
 
     root_path: their folder; a folder of the split's name in it is used in its place. num_classes counts the
-    background. ``[i]`` gives ``image`` float32 (1, S, S), cubic, ``label`` int64 (S, S), nearest, and ``name``.
+    background; label_order turns the ids of other people's files into ours; without: patients of the list to leave out.
+    ``[i]`` gives ``image`` float32 (1, S, S), cubic, ``label`` int64 (S, S), nearest, and ``name``.
     Sample i of an epoch draws from a generator seeded by (seed, epoch, i), so it is the same with any number of
     workers and in any order; call ``set_epoch`` before the epoch's loader is iterated. Raises DataError for a bad list
     at once, for a bad file when it is read.
@@ -31,9 +34,13 @@ class SliceDataset(Dataset):
         img_size: int,
         augment: bool = False,
         seed: int = 2222,
+        label_order: LabelOrder | None = None,
+        without: Sequence[str] = (),
     ):
-        self.files = select_files(list_dir, split, root_path, endings=(".npz",))
+        self.source = list_path(list_dir, split)
+        self.files = select_files(list_dir, split, root_path, endings=(".npz",), without=without)
         self.num_classes = num_classes
+        self.label_order = label_order
         self.img_size = img_size
         self.augment = augment
         self.seed = seed
@@ -44,12 +51,17 @@ class SliceDataset(Dataset):
         """Choose the epoch whose augmentation is drawn, in this process and in its loader's workers."""
         self._epoch.fill_(epoch)
 
+    @property
+    def patients(self) -> set[str]:
+        """Whose slices they are."""
+        return {patient_of(file.name) for file in self.files}
+
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
         file = self.files[index]
-        image, label = read_slice(file, self.num_classes)
+        image, label = read_slice(file, self.num_classes, self.label_order)
         if self.augment:
             position = index % len(self)  # -1 is the last sample, also for the generator
             image, label = augment(image, label, np.random.default_rng((self.seed, int(self._epoch), position)))

@@ -4,6 +4,7 @@ Nothing is unpickled, and no array is read before its declared size has been com
 """
 
 import math
+import re
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ import h5py
 import numpy as np
 
 from datasets.errors import DataError
+from datasets.orientation import is_orientation
 
 MAX_BYTES = 4 * 2**30
 """Largest array that is read, in bytes: about eight times a float32 CT volume of 512 x 512 x 512."""
@@ -21,13 +23,17 @@ MAX_BYTES = 4 * 2**30
 IMAGE_KEYS = ("image", "img")
 """Names of the image in a file: TransUNet's and MT-UNet's."""
 
+TEXTS = ("class_names", "orientation", "stored_type")
+FACTS = (*TEXTS, "spacing", "affine")
+"""What a file may say beside its arrays."""
+
 _PREPARE = "prepare the data again (prepare_data.py) or replace the file"
 
 
 def read_fields(path: str | Path) -> dict[str, np.ndarray]:
-    """Read ``image``, ``label`` and, where the file has them, ``class_names``, ``spacing`` and ``affine``.
+    """Read ``image``, ``label`` and what ``FACTS`` the file has.
 
-    path: ``.npz``, or anything else as HDF5 (where the last three are attributes). Returns a dictionary of arrays,
+    path: ``.npz``, or anything else as HDF5 (where the facts are attributes). Returns a dictionary of arrays,
     with the image under ``image``. Raises DataError for a file that is absent, damaged, without a key or too large.
     """
     path = Path(path)
@@ -54,7 +60,7 @@ def _read_hdf5(path: Path) -> dict[str, np.ndarray]:
                 raise DataError(f"{path}: '{key}' is a group, an array was expected; {_PREPARE}")
             check_declared(path, key, dataset.shape, dataset.dtype)
             fields[name] = dataset[()]
-        fields |= {key: file.attrs[key] for key in ("class_names", "spacing", "affine") if key in file.attrs}
+        fields |= {key: file.attrs[key] for key in FACTS if key in file.attrs}
     return fields
 
 
@@ -62,10 +68,10 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(path) as archive:
         members = {name.removesuffix(".npy"): name for name in archive.namelist()}
         keys = _array_keys(path, members)
-        keys |= {key: key for key in ("class_names", "spacing", "affine") if key in members}
+        keys |= {key: key for key in FACTS if key in members}
         for key in keys.values():
             with archive.open(members[key]) as member:
-                check_declared(path, key, *_npy_header(member), text_allowed=key == "class_names")
+                check_declared(path, key, *_npy_header(member), text_allowed=key in TEXTS)
     with np.load(path, allow_pickle=False) as file:
         return {name: file[key] for name, key in keys.items()}
 
@@ -162,3 +168,14 @@ def checked_geometry(
             raise DataError(f"{path}: affine has shape {affine.shape}, 4 x 4 finite numbers were expected; {_PREPARE}")
         affine = affine.astype(np.float64)
     return spacing, affine
+
+
+def checked_origin(path: str | Path, orientation: object, stored_type: object) -> tuple[str | None, str | None]:
+    """Return (orientation as ``RAS``, number type as ``int16``), each None where absent, or raise DataError."""
+    values = [value.item() if isinstance(value, np.ndarray) else value for value in (orientation, stored_type)]
+    orientation, stored_type = (value.decode() if isinstance(value, bytes) else value for value in values)
+    if orientation is not None and not is_orientation(orientation):
+        raise DataError(f"{path}: orientation is {orientation!r}, three letters like RAS were expected; {_PREPARE}")
+    if stored_type is not None and not re.fullmatch("u?int(8|16|32|64)|float(16|32|64)", str(stored_type)):
+        raise DataError(f"{path}: stored_type is {stored_type!r}, one like int16 was expected; {_PREPARE}")
+    return orientation, stored_type

@@ -1,37 +1,41 @@
 """Check a prepared data set before a network is trained on it.
 
     python -m datasets.verify acdc
-    python -m datasets.verify acdc --splits train val          # where the test volumes are not at hand
+    python -m datasets.verify acdc --splits train val              # where the test volumes are not at hand
+    python -m datasets.verify synapse --label_order transunet      # files that others made
     python -m datasets.verify phantom --root_path data/phantom/train_npz --volume_path data/phantom/test_vol_h5 \\
         --list_dir data/phantom/lists
 
-The first split is read as the slices to train on, the others as volumes. Exits with status 1 where anything is wrong.
+The first split is read as the slices to train on, the others as volumes. Exits with status 1 where anything is wrong;
+a warning is something that can hardly be right.
 """
 
+import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from datasets import acdc
+from datasets import DATASETS
 from datasets.errors import DataError
+from datasets.info import DatasetInfo
+from datasets.label_order import LabelOrder
 from datasets.lists import list_path, patient_of, read_list, select_files
+from datasets.slices import SliceDataset
 from datasets.volume import Volume, read_slice
 from datasets.volumes import VolumeDataset
 from utils.cli import ArgumentParser, run_script
 
-DEFAULT_FOLDERS = {
-    "acdc": ("data/ACDC/train_npz", "data/ACDC/test_vol_h5", "lists/lists_ACDC"),
-    "phantom": ("data/phantom/train_npz", "data/phantom/test_vol_h5", "data/phantom/lists"),
-}
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Part:
-    """What a split holds: its files or volumes, their patients, and the voxels of each class."""
+    """What a split holds: its files or volumes, their patients, the voxels of each class, and what is doubtful."""
 
     split: str
     kind: str
@@ -39,55 +43,53 @@ class Part:
     patients: set[str] = field(default_factory=set)
     voxels: np.ndarray | int = 0
     class_names: tuple[str, ...] = ()
+    doubts: Counter = field(default_factory=Counter)
 
 
 def quick_check(
-    root_path: str | Path,
-    volume_path: str | Path,
-    list_dir: str | Path,
-    splits: Mapping[str, str],
-    num_classes: int,
-    how_to_get: str = "",
+    train_set: SliceDataset, val_set: VolumeDataset, info: DatasetInfo, test_list: Path | None = None
 ) -> None:
-    """Do what training does first, in under a second: folders, lists, patients, first and last case of each split.
+    """Do what training does first, in seconds: no patient in two parts, the first and the last case of each readable.
 
-    root_path: folder of the slices; volume_path: folder of the volumes; splits: the names of the lists to train on
-    and to validate on, under ``train`` and ``val``; how_to_get: what to do where a folder is missing. A list ``test``
-    beside them must not share a patient with them either. Raises DataError for the first thing that is wrong.
+    info: the data set, whose doubts about the first volume are logged as warnings; test_list: list of the test
+    patients, who must be in neither part; None where they are the ones to validate on, a list that is not there is
+    passed over. Raises DataError for the first thing that is wrong.
     """
-    for folder in (root_path, volume_path):
-        if not Path(folder).is_dir():
-            raise DataError(f"{folder}: no such folder; {how_to_get or 'prepare the data first (prepare_data.py)'}")
-    names = list(dict.fromkeys(splits.values()))
-    if len(names) < len(splits):
-        raise DataError(f"{list_path(list_dir, names[0])}: the same list for training and validation; choose two")
-    test = ["test"] if "test" not in names and list_path(list_dir, "test").is_file() else []
-    for problem in _shared_patients(list_dir, names + test):
+    parts = [(train_set.source, train_set.patients), (val_set.source, val_set.patients)]
+    if test_list is not None and test_list.is_file():
+        parts.append((test_list, {patient_of(entry) for entry in read_list(test_list.parent, test_list.stem)}))
+    for problem in _shared_patients(parts):
         raise DataError(problem)
-    slices = select_files(list_dir, splits["train"], root_path, endings=(".npz",))
-    volumes = VolumeDataset(volume_path, list_dir, splits["val"], num_classes)
     for index in (0, -1):
-        read_slice(slices[index], num_classes)
-        _check_class_names(volumes, index)
+        read_slice(train_set.files[index], train_set.num_classes, train_set.label_order)
+        volume = _check_class_names(val_set, index)
+        for doubt in _doubts(volume.label, info, val_set.num_classes) if index == 0 else ():
+            logger.warning("%s: %s", val_set.files[volume.name][0], doubt)
 
 
 def full_check(
-    root_path: str | Path, volume_path: str | Path, list_dir: str | Path, splits: Sequence[str], num_classes: int
+    root_path: str | Path,
+    volume_path: str | Path,
+    list_dir: str | Path,
+    splits: Sequence[str],
+    num_classes: int,
+    info: DatasetInfo,
+    label_order: LabelOrder | None = None,
 ) -> tuple[list[Part], list[str]]:
     """Read every file of every split, the first as slices and the others as volumes.
 
     Returns (what each split holds, what is wrong, one line each).
     """
-    problems, parts, readable = [], [], []
+    problems, parts, patients = [], [], []
     for index, split in enumerate(splits):
         part = Part(split, "volumes" if index else "slices", voxels=np.zeros(num_classes, np.int64))
         try:
             if index:
-                volumes = VolumeDataset(volume_path, list_dir, split, num_classes)
-                labels, names = _volume_labels(volumes, part, problems), volumes.names
+                volumes = VolumeDataset(volume_path, list_dir, split, num_classes, label_order)
+                labels, names = _volume_labels(volumes, part, problems, info), volumes.names
             else:
                 files = select_files(list_dir, split, root_path, endings=(".npz",))
-                labels, names = _slice_labels(files, num_classes, problems), [file.name for file in files]
+                labels, names = _slice_labels(files, num_classes, label_order, problems), [file.name for file in files]
         except DataError as error:
             problems.append(str(error))
             continue
@@ -95,25 +97,28 @@ def full_check(
             part.voxels += np.bincount(label.ravel(), minlength=num_classes)
         part.count = len(names)
         part.patients = {patient_of(name) for name in names}
+        if num_classes == info.num_classes:
+            part.doubts.update(info.doubtful_sizes(part.voxels))
         parts.append(part)
     for split in splits:
         try:
-            read_list(list_dir, split)
+            patients.append((list_path(list_dir, split), {patient_of(entry) for entry in read_list(list_dir, split)}))
         except DataError:
             continue  # said above
-        readable.append(split)
-    return parts, problems + _shared_patients(list_dir, readable)
+    return parts, problems + _shared_patients(patients)
 
 
-def _slice_labels(files: Sequence[Path], num_classes: int, problems: list[str]) -> Iterator[np.ndarray]:
+def _slice_labels(
+    files: Sequence[Path], num_classes: int, label_order: LabelOrder | None, problems: list[str]
+) -> Iterator[np.ndarray]:
     for file in files:
         try:
-            yield read_slice(file, num_classes)[1]
+            yield read_slice(file, num_classes, label_order)[1]
         except DataError as error:
             problems.append(str(error))
 
 
-def _volume_labels(volumes: VolumeDataset, part: Part, problems: list[str]) -> Iterator[np.ndarray]:
+def _volume_labels(volumes: VolumeDataset, part: Part, problems: list[str], info: DatasetInfo) -> Iterator[np.ndarray]:
     for index in range(len(volumes)):
         try:
             volume = _check_class_names(volumes, index)
@@ -121,6 +126,8 @@ def _volume_labels(volumes: VolumeDataset, part: Part, problems: list[str]) -> I
             problems.append(str(error))
             continue
         part.class_names = part.class_names or volume.class_names
+        if volumes.num_classes == info.num_classes:
+            part.doubts.update(info.doubtful_places(volume.label))
         yield volume.label
 
 
@@ -136,57 +143,65 @@ def _check_class_names(volumes: VolumeDataset, index: int) -> Volume:
     return volume
 
 
-def _shared_patients(list_dir: str | Path, splits: Sequence[str]) -> list[str]:
-    """Return one line for every patient that two lists name."""
+def _doubts(label: np.ndarray, info: DatasetInfo, num_classes: int) -> list[str]:
+    if num_classes != info.num_classes:
+        return []
+    sizes = np.bincount(label.ravel(), minlength=num_classes)
+    return info.doubtful_sizes(sizes) + info.doubtful_places(label)
+
+
+def _shared_patients(parts: Iterable[tuple[Path, set[str]]]) -> list[str]:
+    """Return one line for every patient who is in two parts; a part is its list and its patients."""
     problems, home = [], {}
-    for split in splits:
-        for patient in sorted({patient_of(entry) for entry in read_list(list_dir, split)}):
-            if home.setdefault(patient, split) != split:
-                problems.append(
-                    f"{list_path(list_dir, split)}: {patient} is also in {list_path(list_dir, home[patient]).name}; "
-                    "take it out of one of them"
-                )
+    for source, patients in parts:
+        for patient in sorted(patients):
+            other = home.setdefault(patient, source)
+            if other is not source:
+                problems.append(f"{source}: {patient} is also in {other.name}; take it out of one of them")
     return problems
 
 
 def format_part(part: Part, class_names: Sequence[str]) -> str:
-    """Return what a split holds as text: counts, and the voxel share of each class by name."""
+    """Return what a split holds as text: counts, the voxel share of each class by name, and what is doubtful."""
     lines = [f"{part.split}: {part.count} {part.kind} of {len(part.patients)} patients"]
     shares = part.voxels / max(part.voxels.sum(), 1)
     for name, share in zip(("background", *class_names), shares, strict=True):
         warning = "" if share else "   warning: not one voxel of this class"
         lines.append(f"  {name:<20} {100 * share:7.3f} % of voxels{warning}")
+    for doubt, count in part.doubts.items():
+        lines.append(f"  warning: {doubt}" + (f" ({count} volumes)" if count > 1 else ""))
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the full check from the command line; returns the exit status."""
     parser = ArgumentParser(prog="python -m datasets.verify", description=__doc__)
-    parser.add_argument("dataset", choices=DEFAULT_FOLDERS)
+    parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("--root_path", help="folder of the slices")
     parser.add_argument("--volume_path", help="folder of the volumes")
     parser.add_argument("--list_dir", help="folder of the lists")
-    parser.add_argument("--num_classes", type=int, default=acdc.NUM_CLASSES, help="classes with background")
-    parser.add_argument("--splits", nargs="+", default=["train", "val", "test"], help="lists; the first is trained on")
+    parser.add_argument("--num_classes", type=int, help="classes with background")
+    parser.add_argument("--splits", nargs="+", help="lists; the first is trained on")
+    parser.add_argument("--label_order", help="what the label ids of Synapse's files mean; default: paper")
     args = parser.parse_args(argv)
-    if args.num_classes < 2:
-        raise DataError(f"--num_classes is {args.num_classes}; it counts background, so at least 2")
-    root, volumes, lists = DEFAULT_FOLDERS[args.dataset]
-    root, volumes, lists = args.root_path or root, args.volume_path or volumes, args.list_dir or lists
-    parts, problems = full_check(root, volumes, lists, args.splits, args.num_classes)
-    fallback = acdc.CLASS_NAMES
-    if len(fallback) != args.num_classes - 1:
-        fallback = tuple(f"class {index}" for index in range(1, args.num_classes))
+    info = DATASETS[args.dataset]
+    num_classes = info.num_classes if args.num_classes is None else args.num_classes
+    if num_classes < 2:
+        raise DataError(f"--num_classes is {num_classes}; it counts background, so at least 2")
+    folders = args.root_path or info.root_path, args.volume_path or info.volume_path, args.list_dir or info.list_dir
+    order = info.label_order(args.label_order, num_classes)
+    parts, problems = full_check(*folders, args.splits or info.splits, num_classes, info, order)
     for part in parts:
-        named = len(part.class_names) == args.num_classes - 1
-        print(format_part(part, part.class_names if named else fallback))
+        named = len(part.class_names) == num_classes - 1
+        print(format_part(part, part.class_names if named else info.names_for(num_classes)))
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
         print(f"{len(problems)} problem{'s' if len(problems) > 1 else ''} found", file=sys.stderr)
         return 1
-    where = f"--root_path {root} --volume_path {volumes} --list_dir {lists} --num_classes {args.num_classes}"
-    print(f"all is well; next: python train_acdc.py {where}")
+    where = " ".join(f"--{n} {v}" for n, v in zip(("root_path", "volume_path", "list_dir"), folders, strict=True))
+    where += f" --label_order {args.label_order}" if args.label_order else f" --num_classes {num_classes}"
+    print(f"all is well; next: python {info.train_script} {where}")
     return 0
 
 

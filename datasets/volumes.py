@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datasets.errors import DataError
-from datasets.lists import natural_key, select_files
+from datasets.label_order import LabelOrder
+from datasets.lists import list_path, natural_key, patient_of, select_files
 from datasets.volume import Volume, data_name, read_volume, stack_slices
 
 _SLICE = re.compile(r"(?P<volume>.+)_slice(?P<phase>[A-Za-z]*)_?[0-9]+")
@@ -16,14 +17,30 @@ class VolumeDataset(Sequence[Volume]):
 
     volume_path: folder of ``.npy.h5``, ``.h5`` or ``.npz`` volumes, or of slices, which are stacked to their volume
     (MT-UNet's validation part has slices only); a folder of the split's name in it is used in its place. num_classes
-    counts the background. ``[i]`` gives a Volume; ``names`` are the volumes' names. Raises DataError for a bad list at
-    once, for a bad file when it is read.
+    counts the background; label_order turns the ids of other people's files into ours; only: patients of the list, or
+    None for all. ``[i]`` gives a Volume; ``names`` are the volumes' names, ``source`` the list. Raises DataError
+    for a bad list at once, for a bad file when it is read.
     """
 
-    def __init__(self, volume_path: str | Path, list_dir: str | Path, split: str, num_classes: int):
+    def __init__(
+        self,
+        volume_path: str | Path,
+        list_dir: str | Path,
+        split: str,
+        num_classes: int,
+        label_order: LabelOrder | None = None,
+        only: Sequence[str] | None = None,
+    ):
         self.num_classes = num_classes
-        self.files = _group_by_volume(select_files(list_dir, split, volume_path))
+        self.label_order = label_order
+        self.source = list_path(list_dir, split)
+        self.files = _group_by_volume(select_files(list_dir, split, volume_path, only=only))
         self.names = list(self.files)
+
+    @property
+    def patients(self) -> set[str]:
+        """Whose volumes they are."""
+        return {patient_of(name) for name in self.names}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -32,8 +49,8 @@ class VolumeDataset(Sequence[Volume]):
         name = self.names[index]
         files = self.files[name]
         if _SLICE.fullmatch(data_name(files[0])):
-            return stack_slices(name, files, self.num_classes)
-        return read_volume(files[0], self.num_classes)
+            return stack_slices(name, files, self.num_classes, self.label_order)
+        return read_volume(files[0], self.num_classes, self.label_order)
 
 
 def _group_by_volume(paths: Sequence[Path]) -> dict[str, list[Path]]:

@@ -2,13 +2,10 @@
 
 import csv
 import json
-import logging
 import resource
-import runpy
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -17,40 +14,13 @@ import pytest
 import torch
 
 from datasets.phantom import write_phantom
+from tests.conftest import Outcome
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
     "--model_scale pico --pretrained none --img_size 64 --img_size_dmwla 64 --feature_dim 16 --decoder_feature_dim 16 "
     "--columns_per_cluster 20 --warmup_iterations 2 --batch_size 4 --max_iterations 3 --num_workers 0 --device cpu"
 ).split()
-
-
-@dataclass
-class Outcome:
-    status: int
-    output: str
-    error: str
-
-
-@pytest.fixture
-def run_script(monkeypatch, capsys):
-    """Run a script of the repository in this process, as ``python script.py ...`` would."""
-
-    def run(script: str, *arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        monkeypatch.setattr(logging.getLogger(), "handlers", [])  # without pytest's, as in a process of its own
-        monkeypatch.chdir(ROOT)
-        capsys.readouterr()
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-            status = 0
-        except SystemExit as stop:
-            status = stop.code or 0
-        finally:
-            torch.use_deterministic_algorithms(False)
-        return Outcome(status, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ The paper's numbers are their defaults: those of the network stand in its signat
 import inspect
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from utils.checkpoint import load_checkpoint
 from utils.cli import ArgumentParser
@@ -16,17 +16,33 @@ from utils.errors import RunError
 
 # What a variant chooses where the user has not: the release selects on the test volumes, late.
 VARIANT_DEFAULTS = {
-    "paper": {"train_split": "train", "val_split": "val", "select_from_epoch": 1},
-    "release": {"train_split": "trainval", "val_split": "test", "select_from_epoch": 100},
+    "paper": {"select": "val", "select_from_epoch": 1},
+    "release": {"select": "test", "select_from_epoch": 100},
 }
+Splits = Mapping[str, tuple[str, str]]
+"""For each choice of ``--select`` the lists to train on and to choose the best epoch on."""
 
 
-def training_parser(description: str, network: Callable, **defaults: Any) -> ArgumentParser:
+class Dataset(Protocol):
+    """What this room asks of a data set's facts; `datasets.DatasetInfo` has it."""
+
+    name: str
+    class_names: tuple[str, ...]
+    list_dir: str
+    splits: tuple[str, ...]
+    label_orders: Mapping[str, Any]
+    root_path: str
+    volume_path: str
+    num_classes: int
+
+
+def training_parser(description: str, network: Callable, dataset: Dataset, **defaults: Any) -> ArgumentParser:
     """Return the parser of a training script.
 
     Args:
         description: the script's docstring.
         network: the class to be trained; arguments that it takes have its defaults.
+        dataset: what is trained on.
         defaults: what the data set changes.
     """
     parser = ArgumentParser(description=description)
@@ -35,10 +51,17 @@ def training_parser(description: str, network: Callable, **defaults: Any) -> Arg
     data.add_argument("--root_path", type=Path, help="folder of the training slices")
     data.add_argument("--volume_path", type=Path, help="folder of the volumes")
     data.add_argument("--list_dir", type=Path, help="folder of the lists that make the splits")
-    data.add_argument("--train_split", help="list to train on; default: train, or trainval in the variant release")
-    data.add_argument("--val_split", help="list to choose the best epoch on; default: val, or test in release")
+    data.add_argument(
+        "--select",
+        choices=["val", "test"],
+        help="what the best epoch is chosen on: validation patients, or the test volumes, as papers of this family do "
+        "and every table then says; default: val, or test in the variant release",
+    )
+    data.add_argument("--train_split", help="list to train on; default: by --select")
+    data.add_argument("--val_split", help="list to choose the best epoch on; default: by --select")
     data.add_argument("--num_classes", type=int, help="classes with background")
     data.add_argument("--img_size", type=int, help="side of the network's image, a multiple of 32")
+    _add_label_order(data, dataset)
     data.add_argument("--num_workers", type=int, default=2, help="processes that prepare slices")
 
     model = parser.add_argument_group("network")
@@ -88,17 +111,20 @@ def training_parser(description: str, network: Callable, **defaults: Any) -> Arg
         "--deterministic", type=int, default=1, choices=[0, 1], help="1: repeat exactly, 0: as fast as can be"
     )
     _add_device(run)
-    parser.set_defaults(**network_defaults(network) | {"pretrained": None} | defaults)
+    folders = {"root_path": dataset.root_path, "volume_path": dataset.volume_path, "list_dir": dataset.list_dir}
+    facts = folders | {"num_classes": dataset.num_classes, "pretrained": None}
+    parser.set_defaults(**network_defaults(network) | facts | defaults)
     return parser
 
 
-def testing_parser(description: str, **defaults: Any) -> ArgumentParser:
-    """Return the parser of a test script; ``defaults`` are what its data set changes."""
+def testing_parser(description: str, dataset: Dataset) -> ArgumentParser:
+    """Return the parser of the script that tests on a data set."""
     parser = ArgumentParser(description=description)
     parser.add_argument("--checkpoint", type=Path, required=True, help="best.pth of a run, or one of the release")
-    parser.add_argument("--volume_path", type=Path, help="folder of the volumes")
-    parser.add_argument("--list_dir", type=Path, help="folder of the lists")
-    parser.add_argument("--split", default="test", help="list to test on")
+    parser.add_argument("--volume_path", type=Path, default=dataset.volume_path, help="folder of the volumes")
+    parser.add_argument("--list_dir", type=Path, default=dataset.list_dir, help="folder of the lists")
+    parser.add_argument("--split", default=dataset.splits[-1], help="list to test on")
+    parser.add_argument("--cases", nargs="+", help="only these patients of the list (case0005)")
     parser.add_argument("--batch_size", type=int, default=20, help="slices predicted at a time")
     parser.add_argument(
         "--test_save_dir", type=Path, help="folder of the results; default: results_SPLIT beside the checkpoint"
@@ -107,17 +133,18 @@ def testing_parser(description: str, **defaults: Any) -> ArgumentParser:
     parser.add_argument("--overlays", type=int, default=0, help="PNGs per volume, of the slices with most error")
     parser.add_argument("--seed", type=int, default=2222, help="of everything random")
     parser.add_argument("--deterministic", type=int, default=1, choices=[0, 1], help="1: repeat exactly")
+    _add_label_order(parser, dataset)
     _add_device(parser)
-    parser.set_defaults(**defaults)
     return parser
 
 
 def parse_training(
-    parser: ArgumentParser, network: Callable, argv: list[str] | None = None
+    parser: ArgumentParser, network: Callable, splits: Splits, argv: list[str] | None = None
 ) -> tuple[Namespace, dict | None]:
     """Return the merged arguments and, when resuming, the checkpoint.
 
-    What is typed wins over the checkpoint's arguments, and those over the defaults. What would make another network
+    splits: the lists for each choice of ``--select``. What is typed wins over the checkpoint's arguments, and those
+    over the defaults. What would make another network
     than the checkpoint's, or write over another run, is refused.
 
     Raises:
@@ -143,6 +170,9 @@ def parse_training(
     for name, value in VARIANT_DEFAULTS[args.variant].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    train_split, val_split = splits[args.select]
+    args.train_split = args.train_split or train_split
+    args.val_split = args.val_split or val_split
     _check_numbers(args)
     check_n_gpu(args)
     return args, checkpoint
@@ -172,6 +202,14 @@ def check_n_gpu(args: Namespace) -> None:
         if args.device not in ("auto", "cpu"):
             raise RunError(f"--n_gpu is 0 and --device is {args.device}; leave one of them out")
         args.device = "cpu"
+
+
+def _add_label_order(group, dataset: Dataset) -> None:
+    if dataset.label_orders:
+        first = next(iter(dataset.label_orders))
+        group.add_argument(
+            "--label_order", choices=dataset.label_orders, help=f"what the files' label ids mean; default: {first}"
+        )
 
 
 def _add_device(group) -> None:

@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,10 @@ CONVENTIONS = {
     "strict": "spurious and missed count as Dice 0 at the volume's diagonal, absent is left out",
 }
 STATES = (MISSED, SPURIOUS, ABSENT)
+OPTIMISTIC = (
+    "The checkpoint was chosen on the test volumes (--select test): optimistic, comparable only with others so chosen."
+)
+"""Heads every table of such a checkpoint."""
 
 
 class Volume(Protocol):
@@ -29,7 +34,8 @@ class Volume(Protocol):
 
     image: float32 (D, H, W). label: uint8 (D, H, W) or None. spacing: mm along (z, y, x) or None. affine:
     float64 (4, 4) from indices (x, y, z) to mm, or None. class_names: without the background.
-    network_input gives float32 (D, 1, S, S); restore takes uint8 (D, S, S) to uint8 (D, H, W).
+    network_input gives float32 (n, 1, S, S) of n slices; restore takes uint8 (D, S, S) to uint8 (D, H, W);
+    to_nifti gives a nibabel image of an array (D, H, W), lying as the file that the volume came from.
     """
 
     name: str
@@ -39,9 +45,11 @@ class Volume(Protocol):
     affine: np.ndarray | None
     class_names: tuple[str, ...]
 
-    def network_input(self, img_size: int) -> np.ndarray: ...
+    def network_input(self, img_size: int, part: slice) -> np.ndarray: ...
 
     def restore(self, prediction: np.ndarray) -> np.ndarray: ...
+
+    def to_nifti(self, array: np.ndarray): ...
 
 
 @dataclass(frozen=True)
@@ -87,13 +95,13 @@ def predict_volume(
     Gives uint8 (D, H, W). The model must be on `device`; it predicts in evaluation mode and leaves in the
     mode it came in. `batch_size` slices go through at a time, under autocast if `amp_dtype` is given.
     """
-    slices = torch.from_numpy(volume.network_input(img_size))  # (D, 1, S, S)
     device = torch.device(device)
     amp = torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
     predictions = []
     with _evaluation_mode(model), torch.inference_mode(), amp:
-        for batch in slices.split(batch_size):
-            maps = torch.stack(model(batch.to(device)))  # (4, B, num_classes, S, S)
+        for start in range(0, len(volume.image), batch_size):
+            slices = torch.from_numpy(volume.network_input(img_size, slice(start, start + batch_size)))
+            maps = torch.stack(model(slices.to(device)))  # (4, B, num_classes, S, S)
             predictions.append(maps.float().sum(0).argmax(1).to("cpu", torch.uint8))
     return volume.restore(torch.cat(predictions).numpy())
 
@@ -108,24 +116,39 @@ def evaluate(
     amp_dtype: torch.dtype | None = None,
     on_case: Callable[[Volume, np.ndarray], None] | None = None,
 ) -> list[CaseResult]:
-    """Predict and score every volume, one in memory at a time, with a line in the log for each.
+    """Predict and score every volume, with a line in the log for each.
 
-    `on_case(volume, prediction)` is called after each, to save pictures or files. The other arguments are
-    those of `predict_volume`. Raises RunError if there is no volume or one has no label.
+    One volume is in memory at a time, and the label and prediction of the one before, which is scored on another
+    thread meanwhile. `on_case(volume, prediction)` is called after the scoring, to save pictures or files; with it,
+    the whole volume before is kept too. The other arguments are those of `predict_volume`. Raises RunError if there
+    is no volume or one has no label.
     """
     _check_count(volumes)
-    results = []
-    for i in range(len(volumes)):
+
+    def score(number: int, case: tuple, seconds: float, prediction: np.ndarray, volume: Volume | None) -> CaseResult:
         start = time.perf_counter()
-        volume = volumes[i]
-        prediction = predict_volume(model, volume, img_size, batch_size, device, amp_dtype)
-        unit = "voxels" if volume.spacing is None else "mm"
-        classes = case_metrics(prediction, _label_of(volume), num_classes, volume.spacing)
-        results.append(CaseResult(volume.name, unit, classes))
-        _log_case(results[-1], i + 1, len(volumes), time.perf_counter() - start)
-        if on_case is not None:
+        name, label, spacing = case
+        unit = "voxels" if spacing is None else "mm"
+        result = CaseResult(name, unit, case_metrics(prediction, label, num_classes, spacing))
+        _log_case(result, number, len(volumes), seconds + time.perf_counter() - start)
+        if volume is not None:
             on_case(volume, prediction)
-    return results
+        return result
+
+    scores: list[Future[CaseResult]] = []
+    with ThreadPoolExecutor(max_workers=1) as scorer:
+        for i in range(len(volumes)):
+            start = time.perf_counter()
+            volume = volumes[i]
+            _check_label(volume)
+            prediction = predict_volume(model, volume, img_size, batch_size, device, amp_dtype)
+            seconds = time.perf_counter() - start
+            if scores:
+                scores[-1].result()  # waits, so that no third volume comes up, and raises what went wrong
+            case = volume.name, volume.label, volume.spacing
+            scores.append(scorer.submit(score, i + 1, case, seconds, prediction, on_case and volume))
+            del volume, case, prediction
+    return [score.result() for score in scores]
 
 
 def validation_dice(
@@ -148,7 +171,8 @@ def validation_dice(
     for i in range(len(volumes)):
         volume = volumes[i]
         prediction = predict_volume(model, volume, img_size, batch_size, device, amp_dtype)
-        dice.append(dice_only(prediction, _label_of(volume), num_classes))
+        _check_label(volume)
+        dice.append(dice_only(prediction, volume.label, num_classes))
     per_class = _mean(np.stack(dice))
     return float(_mean(per_class)), per_class
 
@@ -175,10 +199,13 @@ def summarise(results: Sequence[CaseResult]) -> Summary:
     )
 
 
-def format_table(summary: Summary, class_names: Sequence[str]) -> str:
-    """Lay out a summary as plain text, one aligned table per convention, Dice and Jaccard in percent."""
+def format_table(summary: Summary, class_names: Sequence[str], selected_on: str = "val") -> str:
+    """Lay out a summary as plain text, one aligned table per convention, Dice and Jaccard in percent.
+
+    selected_on: the volumes that the checkpoint was chosen on, `val` or `test`; the latter is said above the tables.
+    """
     names = _checked(class_names, summary)
-    blocks = []
+    blocks = [OPTIMISTIC] if selected_on == "test" else []
     for convention, note in CONVENTIONS.items():
         means: Means = getattr(summary, convention)
         header = ["class", "Dice [%]", f"HD95 [{means.unit}]", "Jaccard [%]", f"ASSD [{means.unit}]"]
@@ -195,26 +222,31 @@ def format_table(summary: Summary, class_names: Sequence[str]) -> str:
     return "\n\n".join(blocks)
 
 
-def write_case_csv(path: str | Path, results: Sequence[CaseResult], class_names: Sequence[str]) -> None:
+def write_case_csv(
+    path: str | Path, results: Sequence[CaseResult], class_names: Sequence[str], selected_on: str = "val"
+) -> None:
     """Write one row per case and class: its state and four numbers per convention, in [0, 1], voxels or mm.
 
-    A number that a convention leaves out is an empty cell; `strict_unit` is the unit of the strict distances.
+    A number that a convention leaves out is an empty cell; `strict_unit` is the unit of the strict distances,
+    `selected_on` the volumes that the checkpoint was chosen on.
     """
     names = _checked(class_names, summarise(results))
     fields = [f"{convention}_{field}" for convention in CONVENTIONS for field in Metrics._fields]
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["case", "class", "state", *fields, "strict_unit"])
+        writer.writerow(["case", "class", "state", *fields, "strict_unit", "selected_on"])
         for result in results:
             for name, c in zip(names, result.classes, strict=True):
                 numbers = ["" if np.isnan(x) else f"{x:.6f}" for x in (*c.transunet, *c.strict)]
-                writer.writerow([result.name, name, c.state, *numbers, result.unit])
+                writer.writerow([result.name, name, c.state, *numbers, result.unit, selected_on])
 
 
-def write_summary_json(path: str | Path, summary: Summary, class_names: Sequence[str]) -> None:
+def write_summary_json(
+    path: str | Path, summary: Summary, class_names: Sequence[str], selected_on: str = "val"
+) -> None:
     """Write a summary as JSON: per convention its unit, the mean and a list of classes; NaN becomes null."""
     names = _checked(class_names, summary)
-    content: dict[str, object] = {"num_cases": summary.num_cases}
+    content: dict[str, object] = {"num_cases": summary.num_cases, "selected_on": selected_on}
     for convention in CONVENTIONS:
         means: Means = getattr(summary, convention)
         classes = [{"class": n, **_numbers(m)} for n, m in zip(names, means.classes, strict=True)]
@@ -228,24 +260,19 @@ def write_summary_json(path: str | Path, summary: Summary, class_names: Sequence
 def save_nifti(folder: str | Path, prediction: np.ndarray, volume: Volume) -> list[Path]:
     """Write `<case>_pred.nii.gz`, `<case>_img.nii.gz` and, with a label, `<case>_gt.nii.gz` into `folder`.
 
-    prediction: class indices (D, H, W), saved as uint8 like the label. Arrays here are (z, y, x), NIfTI's are
-    (x, y, z): they are transposed, and the volume's affine goes with them; without one, its spacing is the
-    diagonal; without that, voxels are 1 mm. Gives the paths.
+    prediction: class indices (D, H, W), uint8. All lie as the file that the volume came from: same affine, spacing
+    and orientation, and class indices in its number type where that is one of integers. Gives the paths.
     """
     import nibabel
 
-    z, y, x = volume.spacing or (1.0, 1.0, 1.0)
-    affine = np.diag([x, y, z, 1.0]) if volume.affine is None else volume.affine
-    arrays = {"pred": prediction.astype(np.uint8), "img": volume.image.astype(np.float32)}
+    arrays = {"pred": prediction.astype(np.uint8), "img": np.asarray(volume.image, dtype=np.float32)}
     if volume.label is not None:
         arrays["gt"] = volume.label.astype(np.uint8)
     paths = []
     for kind, array in arrays.items():
-        image = nibabel.Nifti1Image(array.transpose(2, 1, 0), affine)
-        image.header.set_xyzt_units("mm")
         paths.append(Path(folder) / f"{file_stem(volume.name)}_{kind}.nii.gz")
         with atomic_write(paths[-1]) as temporary:
-            nibabel.save(image, temporary)
+            nibabel.save(volume.to_nifti(array), temporary)
     return paths
 
 
@@ -266,10 +293,9 @@ def _check_count(volumes: Sequence[Volume]) -> None:
         raise RunError("no volume to evaluate: expected at least one in the list of cases")
 
 
-def _label_of(volume: Volume) -> np.ndarray:
+def _check_label(volume: Volume) -> None:
     if volume.label is None:
         raise RunError(f"{volume.name}: the volume has no label to compare with")
-    return volume.label
 
 
 def _log_case(result: CaseResult, number: int, total: int, seconds: float) -> None:

@@ -19,21 +19,37 @@ if TYPE_CHECKING:
 COLOURS = ("#E69F00", "#56B4E9", "#D55E00", "#009E73", "#F0E442", "#CC79A7", "#0072B2", "#FFFFFF")
 
 
-def save_overlays(folder: str | Path, volume: Volume, prediction: np.ndarray, worst: int = 3) -> list[Path]:
-    """Draw image, label and prediction side by side for the slices with most wrong voxels.
+def class_colour(c: int) -> str:
+    """Give the colour of class index `c`, from 1, as `#RRGGBB`."""
+    return COLOURS[(c - 1) % len(COLOURS)]
 
-    prediction: class indices (D, H, W), as the volume's label, which must be there. Writes up to `worst` files
-    `<case>_slice<z>.png` into `folder`, worst first, and gives their paths; of equally wrong slices the one with
-    the larger label comes first. The legend gives each class's strict Dice in the slice.
+
+def save_overlays(folder: str | Path, volume: Volume, prediction: np.ndarray, count: int = 3) -> list[Path]:
+    """Draw image, label and prediction side by side for some slices, as radiologists look at them where it is known.
+
+    prediction: class indices (D, H, W). Writes up to `count` files `<case>_slice<z>.png` into `folder` and gives
+    their paths. With a label these are the slices with most wrong voxels, worst first, of equally wrong ones the one
+    with the larger label; the legend gives each class's strict Dice in the slice. Without a label they are spread
+    evenly over the slices in which something was found, and the legend gives the classes.
     """
-    wrong = (prediction != volume.label).sum((1, 2))
-    size = (volume.label > 0).sum((1, 2))
     paths = []
-    for z in np.lexsort((-size, -wrong))[:worst]:
+    for z in _slices_to_draw(volume, prediction, count):
         paths.append(Path(folder) / f"{file_stem(volume.name)}_slice{z:03d}.png")
-        title = f"{volume.name}, slice {z}, {wrong[z]} wrong voxels"
+        title = f"{volume.name}, slice {z}"
+        if volume.label is not None:
+            title += f", {(prediction[z] != volume.label[z]).sum()} wrong voxels"
         _save(_overlay(volume, prediction[z], z, title), paths[-1])
     return paths
+
+
+def _slices_to_draw(volume: Volume, prediction: np.ndarray, count: int) -> np.ndarray:
+    if volume.label is None:
+        found = np.flatnonzero(prediction.any((1, 2)))
+        found = found if len(found) else np.arange(len(prediction))
+        return np.unique(found[np.linspace(0, len(found) - 1, count + 2).round().astype(int)[1:-1]])
+    wrong = (prediction != volume.label).sum((1, 2))
+    size = (volume.label > 0).sum((1, 2))
+    return np.lexsort((-size, -wrong))[:count]
 
 
 def save_progress(path: str | Path, history: Sequence[Mapping[str, object]]) -> None:
@@ -63,23 +79,29 @@ def _overlay(volume: Volume, prediction: np.ndarray, z: int, title: str) -> "Fig
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    label, names = volume.label[z], _class_names(volume, prediction)
-    height, width = label.shape
+    names = _class_names(volume, prediction)
+    image, upright = volume.image[z], _upright(volume)
+    height, width = image.shape
     pixel_aspect = 1.0 if volume.spacing is None else volume.spacing[1] / volume.spacing[2]
+    masks = {"image": None, "label": None if volume.label is None else volume.label[z], "prediction": prediction}
+    if volume.label is None:
+        del masks["label"]
     panel_height = min(3.6 * pixel_aspect * height / width, 7.2)
-    figure = Figure(figsize=(11, panel_height + 1.1), layout="constrained")
-    low, high = np.percentile(volume.image, (0.5, 99.5))
-    panels = {"image": None, "label": label, "prediction": prediction}
-    for axes, (name, mask) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        axes.imshow(volume.image[z], "gray", vmin=low, vmax=max(high, low + 1e-6), aspect=pixel_aspect)
+    figure = Figure(figsize=(3.67 * len(masks), panel_height + 1.1), layout="constrained")
+    low, high = np.percentile(volume.image[:: max(1, len(volume.image) // 16)], (0.5, 99.5))
+    for axes, (name, mask) in zip(figure.subplots(1, len(masks)), masks.items(), strict=True):
+        axes.imshow(image[upright], "gray", vmin=low, vmax=max(high, low + 1e-6), aspect=pixel_aspect)
         if mask is not None:
-            axes.imshow(_coloured(mask), aspect=pixel_aspect, interpolation="nearest")
+            axes.imshow(_coloured(mask)[upright], aspect=pixel_aspect, interpolation="nearest")
         axes.set_title(name, fontsize=11)
         axes.axis("off")
-    dice = dice_only(prediction, label, len(names) + 1)
+    texts = names
+    if volume.label is not None:
+        dice = dice_only(prediction, volume.label[z], len(names) + 1)
+        texts = [_legend_text(name, dice[c]) for c, name in enumerate(names)]
     handles = [
-        Patch(facecolor=_colour(c), edgecolor="black", linewidth=0.5, label=_legend_text(name, dice[c - 1]))
-        for c, name in enumerate(names, 1)
+        Patch(facecolor=class_colour(c), edgecolor="black", linewidth=0.5, label=text)
+        for c, text in enumerate(texts, 1)
     ]
     legend = figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     for text in (figure.suptitle(title, fontsize=12), *legend.get_texts()):
@@ -89,7 +111,7 @@ def _overlay(volume: Volume, prediction: np.ndarray, z: int, title: str) -> "Fig
 
 def _class_names(volume: Volume, prediction: np.ndarray) -> list[str]:
     """Give the volume's class names, and numbers for the classes beyond them."""
-    last = int(max(volume.label.max(), prediction.max()))
+    last = int(max(prediction.max(), 0 if volume.label is None else volume.label.max()))
     return [*volume.class_names, *(f"class {c}" for c in range(len(volume.class_names) + 1, last + 1))]
 
 
@@ -106,13 +128,19 @@ def _coloured(mask: np.ndarray) -> np.ndarray:
     neighbours = padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]
     rim = np.any([n != mask for n in neighbours], axis=0)
     for c in np.unique(mask[mask > 0]):
-        painted[mask == c] = to_rgba(_colour(c), 0.35)
-        painted[(mask == c) & rim] = to_rgba(_colour(c), 1.0)
+        painted[mask == c] = to_rgba(class_colour(c), 0.35)
+        painted[(mask == c) & rim] = to_rgba(class_colour(c), 1.0)
     return painted
 
 
-def _colour(c: int) -> str:
-    return COLOURS[(c - 1) % len(COLOURS)]
+def _upright(volume: Volume) -> tuple[slice, slice]:
+    """Give the steps along rows and columns by which the front comes to the top and the patient's right to the left."""
+    if volume.affine is None:
+        return slice(None), slice(None)
+    from nibabel import aff2axcodes
+
+    x, y, _ = aff2axcodes(volume.affine)
+    return slice(None, None, -1 if y == "A" else 1), slice(None, None, -1 if x == "R" else 1)
 
 
 def _draw_losses(axes: "Axes", history: Sequence[Mapping[str, object]]) -> None:

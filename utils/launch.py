@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.arguments import check_n_gpu, network_arguments
+from utils.arguments import Dataset, check_n_gpu, network_arguments
 from utils.checkpoint import build_network, load_checkpoint
 from utils.cli import pick_device, seed_everything, setup_logging
 from utils.errors import RunError
@@ -54,7 +54,7 @@ def train(
     pretrained = None if checkpoint else _pretrained(args, default_weights)
     model = network(**network_arguments(args, network), pretrained=pretrained)
     setup_logging(Path(args.output_dir) / "train.log")
-    if args.val_split == "test":
+    if facts.selected_on == "test":
         logger.warning("the best epoch is chosen on the test volumes, as the release does: its scores are optimistic")
     trainer = Trainer(model, train_set, val_set, facts, args, device)
     if checkpoint:
@@ -65,7 +65,7 @@ def train(
 
 def test(
     args: Namespace,
-    class_names: Sequence[str],
+    dataset: Dataset,
     open_volumes: Callable[[int], Sequence[Volume]],
     network: Callable[..., torch.nn.Module],
     load_release: Callable[[torch.nn.Module, dict], None],
@@ -74,7 +74,7 @@ def test(
 
     Args:
         args: the arguments of ``testing_parser``.
-        class_names: names of the classes where the checkpoint (one of the release) has none.
+        dataset: what is tested on; it names the classes where the checkpoint, one of the release, does not.
         open_volumes: gives the volumes to test on, for a number of classes.
         network: the class to build, ``SimMPNet``.
         load_release: ``load_release_state_dict``.
@@ -85,9 +85,13 @@ def test(
     device = pick_device(args.device)
     seed_everything(args.seed, deterministic=bool(args.deterministic))
     checkpoint = load_checkpoint(args.checkpoint)
+    # A checkpoint of the release says nothing of its data; it was chosen on the test volumes.
+    data = checkpoint.get("data", {"dataset": dataset.name, "class_names": dataset.class_names, "selected_on": "test"})
+    if data["dataset"] != dataset.name:
+        raise RunError(f"{args.checkpoint} was trained on {data['dataset']}: test it with test_{data['dataset']}.py")
     model = build_network(checkpoint, args.checkpoint, network, load_release).to(device)
     num_classes = model.config["num_classes"]
-    class_names = checkpoint.get("data", {}).get("class_names", class_names)
+    class_names, selected_on = data["class_names"], data.get("selected_on", "val")
     if len(class_names) != num_classes - 1:
         raise RunError(
             f"{args.checkpoint} has {num_classes} classes with background, these data {len(class_names) + 1}"
@@ -104,7 +108,7 @@ def test(
         if args.is_savenii:
             save_nifti(folder / "nifti", prediction, volume)
         if args.overlays:
-            save_overlays(folder / "overlays", volume, prediction, worst=args.overlays)
+            save_overlays(folder / "overlays", volume, prediction, count=args.overlays)
 
     results = evaluate(
         model,
@@ -117,17 +121,10 @@ def test(
         on_case=save,
     )
     summary = summarise(results)
-    write_case_csv(folder / "cases.csv", results, class_names)
-    write_summary_json(folder / "summary.json", summary, class_names)
-    print(format_table(summary, class_names))
+    write_case_csv(folder / "cases.csv", results, class_names, selected_on)
+    write_summary_json(folder / "summary.json", summary, class_names, selected_on)
+    print(format_table(summary, class_names, selected_on))
     logger.info("results in %s", folder)
-
-
-def class_names_of(class_names: Sequence[str], num_classes: int) -> tuple[str, ...]:
-    """Return a data set's class names, or numbered ones where the user trains with another number of classes."""
-    if len(class_names) == num_classes - 1:
-        return tuple(class_names)
-    return tuple(f"class {i}" for i in range(1, num_classes))
 
 
 def _pretrained(args: Namespace, default_weights: Callable[[str], Path | None]) -> str | Path | None:

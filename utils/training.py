@@ -11,7 +11,7 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,16 @@ AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a checkpoint says about its data: which set, and the names of the classes without background."""
+    """What a checkpoint says about its data.
+
+    dataset: which set; class_names: without background; preprocessing: of a scan, plain values; selected_on: the
+    volumes that the best epoch is chosen on, ``val`` or ``test``.
+    """
 
     dataset: str
     class_names: tuple[str, ...]
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    selected_on: str = "val"
 
 
 class Trainer:
@@ -251,7 +257,7 @@ class Trainer:
         return {
             "model": self.model.state_dict(),
             "network": self.model.config,
-            "data": {"dataset": self.facts.dataset, "class_names": list(self.facts.class_names)},
+            "data": asdict(self.facts),
             "args": {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.args).items()},
             "epoch": self.epoch,
             "iteration": self.iteration,
@@ -285,7 +291,7 @@ class Trainer:
 
     def write_config(self) -> None:
         """Write the merged arguments, the git revision and the versions; a resumed run keeps the first ones."""
-        content = {"args": vars(self.args), "data": vars(self.facts), **provenance()}
+        content = {"args": vars(self.args), "data": asdict(self.facts), **provenance()}
         name = f"config_resumed_{self.epoch}.json" if self.epoch else "config.json"
         with atomic_write(self.folder / name) as temporary:
             temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")

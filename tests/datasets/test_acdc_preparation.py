@@ -104,16 +104,19 @@ def _times(folder):
 
 def test_an_interrupted_preparation_goes_on_where_it_stopped(raw, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    real, calls = volume.np.savez, []
+    real, calls = preparation.write_slice, []
 
-    def fails_late(file, **arrays):
-        calls.append(file)
+    def fails_late(path, case, index):
+        calls.append(path)
         if len(calls) == 2 * SHAPE[2] + 2:
-            file.write(b"half of it")
-            raise OSError(28, "No space left on device")
-        real(file, **arrays)
+            monkeypatch.setattr(volume.np.lib.format, "write_array", fails)
+        real(path, case, index)
 
-    monkeypatch.setattr(volume.np, "savez", fails_late)
+    def fails(file, array, **options):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(preparation, "write_slice", fails_late)
     with pytest.raises(OSError, match="slice001"):
         acdc.prepare(raw, out)
     monkeypatch.undo()
@@ -206,7 +209,7 @@ def test_real_volumes_pass_through_unchanged(tmp_path):
     names = acdc.prepare(raw, tmp_path / "out")
     assert names == [source.stem for source in sources]
     for source in sources:
-        case = read_volume(preparation.volume_file(tmp_path / "out", source.stem), acdc.NUM_CLASSES)
+        case = read_volume(preparation.volume_file(tmp_path / "out", source.stem), acdc.INFO.num_classes)
         with h5py.File(source) as file:
             np.testing.assert_array_equal(case.image, file["image"][()])
             np.testing.assert_array_equal(case.label, file["label"][()])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from datasets import SliceDataset, VolumeDataset, acdc, phantom
+from datasets import SliceDataset, VolumeDataset, phantom
 from datasets.lists import read_list
 from datasets.verify import full_check, quick_check
 
@@ -23,13 +23,13 @@ def _volumes(out, *parts):
 def test_it_is_a_sound_data_set_with_its_own_lists(made):
     out, names = made
     assert [len(read_list(out / "lists", part)) for part in ("train", "val", "test")] == [5, 2, 3]
-    parts, problems = full_check(out / "train_npz", out / "test_vol_h5", out / "lists", ("train", "val", "test"), 4)
+    folders = out / "train_npz", out / "test_vol_h5", out / "lists"
+    parts, problems = full_check(*folders, ("train", "val", "test"), 4, phantom.INFO)
     assert problems == []
     assert sorted(volume.name for volume in _volumes(out, "train", "val", "test")) == sorted(names)
     assert all((part.voxels > 0).all() for part in parts)
-    splits = {"train": "train", "val": "val"}
-    quick_check(out / "train_npz", out / "test_vol_h5", out / "lists", splits, acdc.NUM_CLASSES)
     slices = SliceDataset(out / "train_npz", out / "lists", "train", 4, 64)
+    quick_check(slices, VolumeDataset(*folders[1:], "val", 4), phantom.INFO, out / "lists" / "test.txt")
     assert len(slices) == sum(len(volume.image) for volume in _volumes(out, "train"))
 
 
@@ -38,7 +38,7 @@ def test_volumes_vary_and_are_anisotropic_and_scaled(made):
     assert len({volume.image.shape for volume in volumes}) > 4
     assert len(made[1]) > 10, "no patient has two frames"
     for volume in volumes:
-        assert volume.class_names == acdc.CLASS_NAMES
+        assert volume.class_names == phantom.INFO.class_names
         assert volume.spacing[0] > 3 * volume.spacing[1]
         assert (volume.image.min(), volume.image.max()) == (0, 1)
 
@@ -82,7 +82,8 @@ def test_the_seed_and_the_number_make_the_patient(tmp_path, made):
 def test_a_new_seed_replaces_what_was_there(tmp_path):
     phantom.write_phantom(tmp_path, (1, 1, 1), seed=1)
     phantom.write_phantom(tmp_path, (1, 1, 1), seed=2)
-    _, problems = full_check(tmp_path / "train_npz", tmp_path / "test_vol_h5", tmp_path / "lists", ("train", "val"), 4)
+    folders = tmp_path / "train_npz", tmp_path / "test_vol_h5", tmp_path / "lists"
+    _, problems = full_check(*folders, ("train", "val"), 4, phantom.INFO)
     assert problems == []
     for volume in _volumes(tmp_path, "train"):
         assert len(list((tmp_path / "train_npz").glob(f"{volume.name}_slice*"))) == len(volume.image)

@@ -8,15 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datasets import verify
+from datasets import SliceDataset, VolumeDataset, acdc, verify
 from datasets.verify import full_check, quick_check
 
 ROOT = Path(__file__).resolve().parents[2]
-SPLITS = {"train": "train", "val": "val"}
 
 
 def _folders(prepared):
     return prepared / "train_npz", prepared / "test_vol_h5", prepared / "lists"
+
+
+def _quick(prepared, train="train", val="val", num_classes=4):
+    root, volumes, lists = _folders(prepared)
+    train_set = SliceDataset(root, lists, train, num_classes, 32)
+    quick_check(train_set, VolumeDataset(volumes, lists, val, num_classes), acdc.INFO, lists / "test.txt")
 
 
 def _main(prepared, *more):
@@ -32,12 +37,12 @@ def test_a_sound_set_passes_and_its_counts_are_told(prepared, capsys):
     assert "left ventricle" in lines
     assert "next: python train_acdc.py" in lines
     started = time.perf_counter()
-    quick_check(*_folders(prepared), SPLITS, 4)
+    _quick(prepared)
     assert time.perf_counter() - started < 1
 
 
 def test_voxel_shares_are_counted(prepared):
-    parts, problems = full_check(*_folders(prepared), ("train", "val"), 4)
+    parts, problems = full_check(*_folders(prepared), ("train", "val"), 4, acdc.INFO)
     assert problems == []
     labels = [np.load(path)["label"] for path in (prepared / "train_npz").glob("patient00[12]*")]
     np.testing.assert_array_equal(parts[0].voxels, np.bincount(np.stack(labels).ravel(), minlength=4))
@@ -81,27 +86,24 @@ def test_a_patient_in_two_parts_is_found_however_it_is_named(prepared, refused, 
         path = prepared / "lists" / f"{part}.txt"
         before = path.read_text()
         path.write_text(before + entry + "\n")
-        refused(lambda: quick_check(*_folders(prepared), SPLITS, 4), path, "patient002", "train.txt")
+        refused(lambda: _quick(prepared), path, "patient002", "train.txt")
         assert _main(prepared) == 1
         assert "patient002 is also in train.txt" in capsys.readouterr().err
         path.write_text(before)
 
 
 def test_the_quick_check_finds_the_common_mistakes(prepared, refused):
-    root, volumes, lists = _folders(prepared)
-    refused(lambda: quick_check(root / "x", volumes, lists, SPLITS, 4, "do this"), root / "x", "do this")
-    refused(lambda: quick_check(root, volumes / "x", lists, SPLITS, 4), volumes / "x", "prepare_data.py")
-    refused(lambda: quick_check(root, volumes, lists / "x", SPLITS, 4), lists / "x", "--list_dir")
-    refused(lambda: quick_check(volumes, root, lists, SPLITS, 4), "train.txt", volumes)
-    refused(lambda: quick_check(root, volumes, lists, {"train": "val", "val": "val"}, 4), "val.txt")
-    refused(lambda: quick_check(root, volumes, lists, SPLITS, 3), "num_classes")
-    refused(lambda: quick_check(root, volumes, lists, SPLITS, 9), "--num_classes 4", "right ventricle")
+    root, _, lists = _folders(prepared)
+    refused(lambda: acdc.INFO.require(root, root / "x"), root / "x", "prepare_data.py acdc")
+    refused(lambda: _quick(prepared, train="val"), "val.txt", "is also in")
+    refused(lambda: _quick(prepared, num_classes=3), "num_classes")
+    refused(lambda: _quick(prepared, num_classes=9), "--num_classes 4", "right ventricle")
     last = root / "patient002_frame09_slice002.npz"
     last.write_bytes(last.read_bytes()[:100])
-    refused(lambda: quick_check(root, volumes, lists, SPLITS, 4), last)
+    refused(lambda: _quick(prepared), last)
     last.unlink()
     (lists / "train.txt").write_text("patient001\n")
-    quick_check(root, volumes, lists, SPLITS, 4)
+    _quick(prepared)
 
 
 def test_the_command_ends_with_status_1_and_no_traceback(prepared):

@@ -3,6 +3,8 @@
 import csv
 import json
 import logging
+import threading
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from datasets.orientation import nifti_image
 from utils.errors import RunError
 from utils.evaluation import (
     evaluate,
@@ -40,13 +43,16 @@ class BoxVolume:
         if self.image is None:
             self.image = self.label.astype(np.float32)
 
-    def network_input(self, img_size: int) -> np.ndarray:
+    def network_input(self, img_size: int, part: slice) -> np.ndarray:
         rows, columns = (np.arange(img_size) * n // img_size for n in self.image.shape[1:])
-        return np.ascontiguousarray(self.image[:, None, rows][..., columns])
+        return np.ascontiguousarray(self.image[part, None, rows][..., columns])
 
     def restore(self, prediction: np.ndarray) -> np.ndarray:
         rows, columns = (np.arange(n) * prediction.shape[1] // n for n in self.image.shape[1:])
         return prediction[:, rows][..., columns]
+
+    def to_nifti(self, array: np.ndarray):
+        return nifti_image(array, self.affine, self.spacing, None)
 
 
 class Threshold(nn.Module):
@@ -213,21 +219,57 @@ def test_units_follow_the_spacing():
     assert units == ["mm", "voxels", "mm or voxels"]
 
 
-def test_only_one_volume_is_asked_for_at_a_time(three_cases):
-    events = []
+class FromDisk:
+    """Boxes that exist only while somebody holds them."""
 
-    class Lazy:
-        def __len__(self):
-            return 3
+    def __init__(self):
+        self.images, self.alive = [], []
 
-        def __getitem__(self, i):
-            if i >= 3:
-                raise AssertionError("asked for a volume that is not there")
-            events.append(three_cases[i].name)
-            return three_cases[i]
+    def __len__(self):
+        return 4
 
-    evaluate(Threshold(), Lazy(), 4, 96, on_case=lambda v, p: events.append(p.shape))
-    assert events == ["perfect", (5, 24, 32), "missed", (5, 24, 32), "spurious", (5, 24, 32)]
+    def __getitem__(self, i):
+        if i >= 4:
+            raise AssertionError("asked for a volume that is not there")
+        self.alive.append(sum(image() is not None for image in self.images))
+        volume = with_image(box_label(), box_label(), name=str(i))
+        self.images.append(weakref.ref(volume.image))
+        return volume
+
+
+def test_one_volume_is_in_memory_at_a_time_or_two_where_pictures_are_drawn():
+    volumes = FromDisk()
+    assert len(evaluate(Threshold(), volumes, 4, 96)) == 4
+    assert volumes.alive == [0, 0, 0, 0]
+    volumes, drawn = FromDisk(), []
+    evaluate(Threshold(), volumes, 4, 96, on_case=lambda volume, prediction: drawn.append(volume.name))
+    assert max(volumes.alive) <= 2
+    assert drawn == ["0", "1", "2", "3"]
+
+
+def test_a_volume_is_scored_while_the_next_is_predicted(three_cases):
+    """The first case's scoring waits for the second's prediction: in one thread this would never end."""
+    second_is_predicted = threading.Event()
+
+    class Signals(Threshold):
+        def forward(self, x):
+            if len(self.batch_sizes) == 1:
+                second_is_predicted.set()
+            return super().forward(x)
+
+    def wait(volume, prediction):
+        assert volume.name != "perfect" or second_is_predicted.wait(timeout=60)
+
+    results = evaluate(Signals(), three_cases, 4, 96, on_case=wait)
+    assert [result.name for result in results] == ["perfect", "missed", "spurious"]
+
+
+def test_what_goes_wrong_while_a_case_is_saved_is_raised(three_cases):
+    def full(volume, prediction):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        evaluate(Threshold(), three_cases, 4, 96, on_case=full)
 
 
 def test_a_line_in_the_log_for_each_case(three_cases, caplog):
@@ -256,6 +298,17 @@ def test_the_table_is_aligned_and_labelled(results):
         assert [line.split()[0] for line in lines] == ["class", *NAMES, "mean"]
         assert len({len(line) for line in lines}) == 1
     assert strict.splitlines()[3].split() == ["core", "66.67", "13.74", "66.67", "13.74", "1", "0", "0"]
+
+
+def test_every_table_says_that_a_checkpoint_was_chosen_on_the_test_volumes(results, tmp_path):
+    assert "test volumes" not in format_table(summarise(results), NAMES)
+    assert "test volumes" in format_table(summarise(results), NAMES, "test").splitlines()[0]
+    for chosen in ("val", "test"):
+        write_summary_json(tmp_path / "summary.json", summarise(results), NAMES, chosen)
+        assert json.loads((tmp_path / "summary.json").read_text())["selected_on"] == chosen
+        write_case_csv(tmp_path / "cases.csv", results, NAMES, chosen)
+        with open(tmp_path / "cases.csv", newline="") as file:
+            assert {row["selected_on"] for row in csv.DictReader(file)} == {chosen}
 
 
 def test_a_wrong_number_of_class_names_is_refused(results, tmp_path):

@@ -21,7 +21,12 @@ def volume():
     label[4, 10:14, 5:9] = 1
     image = np.random.default_rng(0).random(label.shape, np.float32)
     return SimpleNamespace(
-        name="patient001_frame01", image=image, label=label, spacing=(10.0, 1.5, 1.5), class_names=("box", "core")
+        name="patient001_frame01",
+        image=image,
+        label=label,
+        spacing=(10.0, 1.5, 1.5),
+        affine=None,
+        class_names=("box", "core"),
     )
 
 
@@ -42,20 +47,20 @@ def test_the_worst_slices_are_drawn_worst_first(volume, tmp_path):
     prediction[3, :8, :8] = 2
     prediction[1, :3, :3] = 1
     prediction[5, 0, 0] = 1
-    paths = save_overlays(tmp_path, volume, prediction, worst=2)
+    paths = save_overlays(tmp_path, volume, prediction, count=2)
     assert [p.name for p in paths] == ["patient001_frame01_slice003.png", "patient001_frame01_slice001.png"]
     assert sorted(tmp_path.iterdir()) == sorted(paths)
 
 
 def test_a_perfect_prediction_shows_the_largest_slices_and_never_more_than_there_are(volume, tmp_path):
-    paths = save_overlays(tmp_path, volume, volume.label, worst=10)
+    paths = save_overlays(tmp_path, volume, volume.label, count=10)
     assert len(paths) == 6
     assert paths[-1].name == "patient001_frame01_slice004.png"
 
 
 def test_label_and_prediction_stand_beside_the_image_in_their_own_colours(volume, tmp_path):
     prediction = np.where(volume.label == 2, 0, volume.label).astype(np.uint8)
-    (path,) = save_overlays(tmp_path, volume, prediction, worst=1)
+    (path,) = save_overlays(tmp_path, volume, prediction, count=1)
     picture = pixels(path)
     third = picture.shape[1] // 3
     maps = picture[: picture.shape[0] * 4 // 5]  # above the legend
@@ -63,6 +68,18 @@ def test_label_and_prediction_stand_beside_the_image_in_their_own_colours(volume
     assert [shows(panel, COLOURS[0]) for panel in (image, label, seen)] == [False, True, True]
     assert [shows(panel, COLOURS[1]) for panel in (image, label, seen)] == [False, True, False]
     assert shows(picture[picture.shape[0] * 4 // 5 :], COLOURS[1])  # in the legend
+
+
+def test_without_a_label_slices_are_spread_over_what_was_found(volume, tmp_path):
+    prediction, volume.label = volume.label.copy(), None
+    prediction[[0, 5]] = 0
+    prediction[1:5, 0, 0] = 1
+    paths = save_overlays(tmp_path, volume, prediction, count=2)
+    assert [path.name[-7:-4] for path in paths] == ["002", "003"]
+    picture = pixels(paths[0])
+    assert shows(picture[:, picture.shape[1] // 2 :], COLOURS[0])
+    assert not shows(picture[: picture.shape[0] * 3 // 4, : picture.shape[1] // 2], COLOURS[0])
+    assert len(save_overlays(tmp_path / "empty", volume, np.zeros_like(prediction), count=3)) == 3
 
 
 @pytest.mark.parametrize("change", ["nothing", "single_slice", "no_spacing", "no_names", "constant", "more_classes"])
@@ -80,7 +97,7 @@ def test_unusual_volumes_are_drawn_too(volume, tmp_path, change):
         volume.image = np.zeros_like(volume.image)
     elif change == "more_classes":
         prediction[0, 0, :20] = np.arange(20)
-    (path,) = save_overlays(tmp_path, volume, prediction, worst=1)
+    (path,) = save_overlays(tmp_path, volume, prediction, count=1)
     assert pixels(path).std() > 0
 
 
@@ -89,9 +106,28 @@ def test_any_name_stays_in_the_folder_and_is_no_formula(volume, tmp_path, name):
     volume.name = volume.class_names = name
     volume.class_names = (name, "100 % $")
     folder = tmp_path / "in" / "here"
-    (path,) = save_overlays(folder, volume, volume.label, worst=1)
+    (path,) = save_overlays(folder, volume, volume.label, count=1)
     assert list(tmp_path.rglob("*.png")) == [path]
     assert path.resolve().parent == folder.resolve()
+
+
+@pytest.mark.parametrize(("x", "y"), [(-1, -1), (-1, 1), (1, 1), (1, -1)])
+def test_a_scan_is_shown_from_its_feet_with_the_front_on_top(volume, tmp_path, x, y):
+    """The patient's right and front are bright; they must appear at the left and at the top."""
+    volume.affine = np.diag([x, y, 8.0, 1.0])
+    volume.spacing, volume.label = None, None
+    image = np.zeros_like(volume.image)
+    height, width = image.shape[1:]
+    rows = slice(height // 2, None) if y > 0 else slice(None, height // 2)  # to the front
+    columns = slice(width // 2, None) if x > 0 else slice(None, width // 2)  # to the right
+    image[:, rows, columns] = 1
+    volume.image = image
+    (path,) = save_overlays(tmp_path, volume, np.zeros(image.shape, np.uint8), count=1)
+    picture = pixels(path)
+    dark = picture[:, : picture.shape[1] // 2].max(-1) < 20  # the left panel, and the letters of its titles
+    dark = dark[dark.sum(1) > 40][:, dark.sum(0) > 40]
+    quarters = [half for rows in np.array_split(dark, 2) for half in np.array_split(rows, 2, axis=1)]
+    assert [round(float(quarter.mean())) for quarter in quarters] == [0, 1, 1, 1]
 
 
 def history(epochs: int) -> list[dict]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from datasets import DatasetInfo, Preprocessing
 from networks import DMWLA, SimMPNet
 from utils.arguments import network_arguments, parse_training, training_parser
 from utils.checkpoint import build_network, load_checkpoint
@@ -21,6 +22,8 @@ from utils.errors import RunError
 from utils.training import DataFacts, Trainer
 
 NAMES = ("ring", "disc")
+DRAWINGS = DatasetInfo("drawings", NAMES, "", "", ("train", "val"), Preprocessing(), "", "")
+SPLITS = {"val": ("train", "val"), "test": ("trainval", "test")}
 SIZE = 64
 
 
@@ -59,8 +62,8 @@ class DrawnVolume:
         self.image = torch.cat([image for image, _ in slices]).numpy()
         self.label = torch.stack([label for _, label in slices]).numpy().astype(np.uint8)
 
-    def network_input(self, img_size: int) -> np.ndarray:
-        return self.image[:, None]
+    def network_input(self, img_size: int, part: slice) -> np.ndarray:
+        return self.image[part, None]
 
     def restore(self, prediction: np.ndarray) -> np.ndarray:
         return prediction
@@ -90,8 +93,8 @@ def parse(folder: Path, *flags: str):
         "--model_scale pico --pretrained none --img_size 64 --img_size_dmwla 64 --feature_dim 16 --num_workers 0 "
         "--decoder_feature_dim 16 --columns_per_cluster 20 --warmup_iterations 3 --batch_size 2 --max_epochs 2"
     )
-    parser = training_parser("test", SimMPNet, num_classes=3, output_dir=folder)
-    return parse_training(parser, SimMPNet, [*small.split(), *flags])
+    parser = training_parser("test", SimMPNet, DRAWINGS, output_dir=folder)
+    return parse_training(parser, SimMPNet, SPLITS, [*small.split(), *flags])
 
 
 def trainer(folder: Path, *flags: str, network: type[nn.Module] = MiniNet) -> Trainer:
@@ -142,7 +145,7 @@ def test_a_checkpoint_rebuilds_the_network_without_flags(run):
     path = run.folder / "last.pth"
     state = load_checkpoint(path)
     model = build_network(state, path, MiniNet, None).eval()
-    assert state["data"]["class_names"] == list(NAMES)
+    assert state["data"]["class_names"] == NAMES
     image = drawing(7)[0][None]
     with torch.no_grad():
         for a, b in zip(model(image), run.model.eval()(image), strict=True):
@@ -243,8 +246,8 @@ def test_what_is_typed_wins_over_the_checkpoint_and_that_over_the_defaults(run):
     args, _ = parse(run.folder, "--resume", str(run.folder / "last.pth"), "--base_lr", "3e-4")
     assert args.base_lr == 3e-4
     assert args.output_dir == run.folder
-    parser = training_parser("test", SimMPNet, num_classes=3, output_dir="elsewhere")
-    args, _ = parse_training(parser, SimMPNet, ["--resume", str(run.folder / "last.pth")])
+    parser = training_parser("test", SimMPNet, DRAWINGS, output_dir="elsewhere")
+    args, _ = parse_training(parser, SimMPNet, SPLITS, ["--resume", str(run.folder / "last.pth")])
     assert args.batch_size == 2 and args.model_scale == "pico" and args.output_dir == run.folder
 
 

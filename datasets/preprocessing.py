@@ -1,0 +1,83 @@
+"""From a scan as a file has it to the image that a network sees: which way the axes run, and which intensities."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from datasets.errors import DataError
+from datasets.orientation import is_orientation
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What is done to every scan of a data set; stored in a checkpoint.
+
+    orientation: the way that x, y and z are made to run, as ``LAS``, or None to leave them as they are stored.
+    window: intensities (Hounsfield units for CT) that become 0 and 1, with what lies outside clipped, or None for the
+    scan's own minimum and maximum.
+    """
+
+    orientation: str | None = None
+    window: tuple[float, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
+        """Take up what ``to_dict`` gave; raises DataError for anything else."""
+        try:
+            orientation, window = values["orientation"], values["window"]
+            window = None if window is None else (float(window[0]), float(window[1]))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise DataError(f"the checkpoint's preprocessing {values} is not one of ours; train anew") from error
+        if orientation is not None and not is_orientation(orientation):
+            raise DataError(f"the checkpoint's orientation is {orientation!r}; three letters like RAS were expected")
+        if window is not None and not window[0] < window[1]:
+            raise DataError(f"the checkpoint's window is {window}; two rising intensities were expected")
+        return cls(orientation, window)
+
+    def scale(self, image: np.ndarray, low: float, high: float) -> np.ndarray:
+        """Return an image as float32 in [0, 1], ``low`` becoming 0 and ``high`` 1; where they are one, all is 0."""
+        if high <= low:
+            return np.zeros(image.shape, np.float32)
+        return ((np.clip(image, low, high).astype(np.float64) - low) / (high - low)).astype(np.float32)
+
+
+class ScanImage:
+    """The image of a scan, brought to [0, 1] slice by slice when it is asked for, so that it need not lie in memory.
+
+    voxels: (z, y, x), as stored; their intensities are ``slope * voxels + intercept``. ``image[part]`` gives float32,
+    for a number (H, W), for anything else that indexes the first axis (n, H, W).
+    """
+
+    dtype = np.dtype(np.float32)
+    ndim = 3
+
+    def __init__(self, voxels: np.ndarray, slope: float, intercept: float, preprocessing: Preprocessing):
+        self.voxels, self.slope, self.intercept = voxels, slope, intercept
+        self.preprocessing = preprocessing
+        self.shape = voxels.shape
+        self.low, self.high = preprocessing.window or self.extent()
+
+    def extent(self) -> tuple[float, float]:
+        """Return the least and the greatest intensity."""
+        ends = self._intensities(np.array([self.voxels.min(), self.voxels.max()]))
+        return float(ends.min()), float(ends.max())
+
+    def _intensities(self, voxels: np.ndarray) -> np.ndarray:
+        return voxels if (self.slope, self.intercept) == (1, 0) else voxels * self.slope + self.intercept
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, part) -> np.ndarray:
+        return self.preprocessing.scale(self._intensities(self.voxels[part]), self.low, self.high)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        image = np.empty(self.shape, dtype or self.dtype)
+        for z in range(len(self)):  # so that no more than one slice is ever in double precision
+            image[z] = self[z]
+        return image

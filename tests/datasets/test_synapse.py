@@ -1,0 +1,192 @@
+"""Synapse: BTCV's folders become slices and volumes with our labels, and label orders cannot be confused unseen."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from datasets import SliceDataset, VolumeDataset, read_slice, read_volume, synapse, verify, write_slice, write_volume
+from datasets.lists import read_list
+from datasets.volume import Volume
+from tests.datasets.test_scan import turn
+
+nibabel = pytest.importorskip("nibabel")
+
+LISTS = Path(__file__).resolve().parents[2] / "lists" / "lists_Synapse"
+REAL_BTCV = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "BTCV"
+
+# Boxes (z, y, x) of a body that lies as LAS: the patient's right is at small x. Each organ with its BTCV id.
+ORGANS = {
+    "liver": (6, np.s_[4:9, 3:14, 1:9]), "spleen": (1, np.s_[5:9, 3:8, 17:22]), "stomach": (7, np.s_[4:8, 9:14, 13:19]),
+    "right kidney": (2, np.s_[1:4, 3:6, 4:8]), "left kidney": (3, np.s_[1:4, 3:6, 15:19]),
+    "gallbladder": (4, np.s_[2:4, 9:11, 6:8]), "aorta": (8, np.s_[0:10, 4:6, 11:13]),
+    "pancreas": (11, np.s_[3:4, 8:12, 9:16]), "esophagus": (5, np.s_[8:10, 6:7, 11:13]),
+    "left adrenal gland": (13, np.s_[4:5, 4:5, 15:16]),
+}  # fmt: skip
+SHAPE = (10, 16, 24)
+
+
+def body() -> tuple[np.ndarray, np.ndarray]:
+    """Return (Hounsfield units int16, BTCV's label ids uint8), both (z, y, x)."""
+    label = np.zeros(SHAPE, np.uint8)
+    for number, box in ORGANS.values():
+        label[box] = number
+    rng = np.random.default_rng(0)
+    return (rng.integers(-1000, 800, SHAPE)).astype(np.int16), label
+
+
+def write_raw(folder: Path, cases=(1, 5), degrees=0.0) -> Path:
+    """Write BTCV's folders."""
+    image, label = body()
+    affine = np.eye(4)
+    affine[:3, :3] = turn(degrees) @ np.diag([-0.8, 0.8, 3.0])
+    for kind, array in (("img", image), ("label", label)):
+        (folder / kind).mkdir(parents=True)
+        for case in cases:
+            file = nibabel.Nifti1Image(np.roll(array, case, 0).T, affine)
+            nibabel.save(file, folder / kind / f"{kind}{case:04d}.nii.gz")
+    return folder
+
+
+def ours(label: np.ndarray) -> np.ndarray:
+    """Return BTCV's ids as the paper's, from the organs' names alone."""
+    mapped = np.zeros_like(label)
+    for name, (number, _) in ORGANS.items():
+        if name in synapse.CLASS_NAMES:
+            mapped[label == number] = 1 + synapse.CLASS_NAMES.index(name)
+    return mapped
+
+
+def test_voxels_and_labels_arrive_where_they_belong(tmp_path):
+    raw = write_raw(tmp_path / "RawData" / "Training")
+    assert synapse.prepare(tmp_path, tmp_path / "out") == ["case0001", "case0005"]
+    image, label = body()
+    for case in (1, 5):
+        volume = read_volume(tmp_path / "out" / "test_vol_h5" / f"case{case:04d}.npy.h5", 9)
+        np.testing.assert_allclose(volume.image, np.clip((np.roll(image, case, 0) + 125) / 400, 0, 1), atol=1e-6)
+        np.testing.assert_array_equal(volume.label, ours(np.roll(label, case, 0)))
+        assert volume.class_names == synapse.CLASS_NAMES
+        np.testing.assert_allclose(volume.spacing, (3.0, 0.8, 0.8))
+        np.testing.assert_allclose(volume.affine, nibabel.load(raw / "img" / f"img{case:04d}.nii.gz").affine, atol=1e-5)
+        for z in range(SHAPE[0]):
+            path = tmp_path / "out" / "train_npz" / f"case{case:04d}_slice{z:03d}.npz"
+            np.testing.assert_array_equal(read_slice(path, 9)[0], volume.image[z])
+            np.testing.assert_array_equal(read_slice(path, 9)[1], volume.label[z])
+
+
+def test_the_specification_s_table_of_ids():
+    ids = synapse.LABEL_ORDERS["btcv13"].apply("file", np.arange(14)[:, None], (14, 1), ())[:, 0]
+    assert dict(enumerate(ids)) == {8: 1, 4: 2, 3: 3, 2: 4, 6: 5, 11: 6, 1: 7, 7: 8} | {
+        0: 0, 5: 0, 9: 0, 10: 0, 12: 0, 13: 0,
+    }  # fmt: skip
+
+
+def test_unfit_raw_folders_are_refused(tmp_path, refused):
+    refused(lambda: synapse.prepare(tmp_path / "none", tmp_path / "out"), "none", "download")
+    refused(lambda: synapse.prepare(tmp_path, tmp_path / "out"), "img and label", "download")
+    raw = write_raw(tmp_path / "raw")
+    file = raw / "label" / "label0005.nii.gz"
+    content = file.read_bytes()
+    file.unlink()
+    refused(lambda: synapse.prepare(raw, tmp_path / "out"), "img0005.nii.gz", "label0005.nii.gz is missing")
+    file.write_bytes(content[:200])
+    refused(lambda: synapse.prepare(raw, tmp_path / "out"), file, "not a readable NIfTI")
+    affine = nibabel.load(raw / "img" / "img0005.nii.gz").affine
+    nibabel.save(nibabel.Nifti1Image(np.full(SHAPE[::-1], 14, np.uint8), affine), file)
+    refused(lambda: synapse.prepare(raw, tmp_path / "out"), file, "label id 14", "btcv13")
+    assert sorted(p.name for p in (tmp_path / "out" / "test_vol_h5").iterdir()) == ["case0001.npy.h5"]
+
+
+def test_the_lists_are_the_field_s():
+    train, test = read_list(LISTS, "train"), read_list(LISTS, "test_vol")
+    assert test == [f"case{n:04d}" for n in (1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38)]
+    assert len(train) == 18 and not set(train) & set(test)
+    assert set(train) | set(test) == {f"case{n:04d}" for n in (*range(1, 11), *range(21, 41))}
+    held_out = synapse.validation_cases()
+    assert len(held_out) == 2 and set(held_out) < set(train) and held_out == synapse.validation_cases()
+
+
+def in_order(name: str, label: np.ndarray) -> np.ndarray:
+    """Return BTCV's ids as files of another order have them."""
+    numbers = {organ: number for organ, (number, _) in ORGANS.items()}
+    mapped = np.zeros_like(label)
+    for index, organ in enumerate(synapse.FILE_CLASSES[name], 1):
+        if organ in numbers:
+            mapped[label == numbers[organ]] = index
+    return mapped
+
+
+def write_other(folder: Path, order: str) -> Path:
+    """Write what others made: one case as slices and volume, without class names, in their order of labels."""
+    image, label = body()
+    volume = Volume("case0005", np.clip((image + 125) / 400, 0, 1).astype(np.float32), in_order(order, label))
+    write_volume(folder / "test_vol_h5" / "case0005.npy.h5", volume)
+    for z in range(len(label)):
+        write_slice(folder / "train_npz" / f"case0005_slice{z:03d}.npz", volume, z)
+    (folder / "lists").mkdir(exist_ok=True)
+    (folder / "lists" / "train.txt").write_text("".join(f"case0005_slice{z:03d}\n" for z in range(len(label))))
+    (folder / "lists" / "test_vol.txt").write_text("case0005\n")
+    return folder
+
+
+@pytest.mark.parametrize("order", synapse.FILE_CLASSES)
+def test_every_order_becomes_ours(tmp_path, order):
+    data, label = write_other(tmp_path, order), ours(body()[1])
+    chosen = synapse.INFO.label_order(order, 9)
+    volumes = VolumeDataset(data / "test_vol_h5", data / "lists", "test_vol", 9, chosen)
+    np.testing.assert_array_equal(volumes[0].label, label)
+    assert volumes[0].class_names == synapse.CLASS_NAMES
+    stacked = VolumeDataset(data / "train_npz", data / "lists", "train", 9, chosen, only=["case0005"])
+    np.testing.assert_array_equal(stacked[0].label, label)
+    slices = SliceDataset(data / "train_npz", data / "lists", "train", 9, 24, label_order=chosen)
+    assert set(np.unique(slices[5]["label"])) == set(np.unique(label[5]))
+
+
+def test_ids_beyond_the_order_and_files_of_another_order_are_refused(tmp_path, refused):
+    data = write_other(tmp_path / "raw ids", "btcv13")
+    merit = VolumeDataset(data / "test_vol_h5", data / "lists", "test_vol", 9, synapse.LABEL_ORDERS["merit"])
+    refused(lambda: merit[0], "case0005.npy.h5", "label id 13", "--label_order merit")
+    synapse.prepare(write_raw(tmp_path / "raw"), tmp_path / "out")
+    ready = tmp_path / "out" / "test_vol_h5" / "case0001.npy.h5"
+    refused(lambda: read_volume(ready, 9, synapse.LABEL_ORDERS["transunet"]), ready, "--label_order transunet", "aorta")
+    refused(lambda: synapse.INFO.label_order("merit", 14), "--num_classes")
+    refused(lambda: synapse.INFO.label_order("other", 9), "transunet")
+    assert synapse.INFO.label_order(None, 14) is None
+
+
+@pytest.mark.parametrize("taken", ["paper", "transunet", "merit"])
+@pytest.mark.parametrize("made", ["paper", "transunet", "merit"])
+def test_a_wrong_order_is_told_and_the_right_one_is_not(tmp_path, capsys, made, taken):
+    data = write_other(tmp_path, made)
+    arguments = ["synapse", "--root_path", f"{data}/train_npz", "--volume_path", f"{data}/test_vol_h5"]
+    arguments += ["--list_dir", f"{data}/lists", "--label_order", taken, "--splits", "train"]
+    assert verify.main(arguments) == 0
+    told = capsys.readouterr().out
+    assert ("warning" in told) == (made != taken), told
+    for name in synapse.CLASS_NAMES:
+        assert name in told
+
+
+def test_swapped_kidneys_are_told_whichever_way_the_axes_run():
+    label = ours(body()[1])
+    left, right = (1 + synapse.CLASS_NAMES.index(f"{side} kidney") for side in ("left", "right"))
+    swapped = label.copy()
+    swapped[label == left], swapped[label == right] = right, left
+    for turned in (np.rot90, np.fliplr, np.flipud, lambda plane: plane):
+        views = [np.stack([turned(plane) for plane in planes]) for planes in (label, swapped)]
+        assert not synapse.doubtful_places(views[0])
+        assert "right kidney" in synapse.doubtful_places(views[1])[0]
+    assert not synapse.doubtful_places(np.zeros_like(label))
+    assert not synapse.doubtful_sizes(np.bincount(label.ravel(), minlength=9))
+
+
+@pytest.mark.skipif(not REAL_BTCV.is_dir(), reason="the real CT is not beside the checkout")
+def test_the_real_ct_is_prepared_without_doubt(tmp_path, caplog):
+    assert synapse.prepare(REAL_BTCV, tmp_path) == ["case0001"]
+    volume = read_volume(tmp_path / "test_vol_h5" / "case0001.npy.h5", 9)
+    assert not synapse.doubtful_places(volume.label)
+    raw = np.asarray(nibabel.load(REAL_BTCV / "RawData/Training/label/label0001.nii.gz").dataobj)
+    order = {8: 1, 4: 2, 3: 3, 2: 4, 6: 5, 11: 6, 1: 7, 7: 8}
+    for theirs, mine in order.items():
+        assert (raw == theirs).sum() == (volume.label == mine).sum()
+    assert "warning" not in caplog.text.lower()
