@@ -1,0 +1,98 @@
+"""Synapse as a user runs it: raw CT to a table, two cases held out, and the release's habit called what it is."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.datasets.test_synapse import write_other, write_raw
+from tests.test_scripts import SMALL, assert_one_line
+
+pytest.importorskip("nibabel")
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> Path:
+    """Five cases of a CT phantom in BTCV's layout, with lists: 5, 7 and 21 train, 1 and 2 test."""
+    folder = tmp_path_factory.mktemp("synapse")
+    write_raw(folder / "raw", cases=(1, 2, 5, 7, 21))
+    (folder / "lists").mkdir()
+    (folder / "lists" / "train.txt").write_text("case0005\ncase0007\ncase0021\n")
+    (folder / "lists" / "test_vol.txt").write_text("case0001\ncase0002\n")
+    return folder
+
+
+@pytest.fixture
+def data(raw, run_script) -> Path:
+    if not (raw / "data").exists():
+        done = run_script("prepare_data.py", "synapse", "--raw", raw / "raw", "--out", raw / "data", "--jobs", 2)
+        assert done.status == 0, done.error
+        assert "train_synapse.py" in done.error
+    return raw
+
+
+def folders(data: Path, made: str = "data") -> list[str]:
+    where = data / made
+    return ["--root_path", f"{where}/train_npz", *volume_folders(data, made)]
+
+
+def volume_folders(data: Path, made: str = "data") -> list[str]:
+    return ["--volume_path", f"{data / made}/test_vol_h5", "--list_dir", f"{data}/lists"]
+
+
+@pytest.mark.parametrize(("select", "slices"), [("val", 20), ("test", 30)])
+def test_training_and_testing_say_what_the_best_epoch_was_chosen_on(data, run_script, tmp_path, select, slices):
+    flags = ["--output_dir", tmp_path, "--select", select, "--val_cases", "case0007"]
+    done = run_script("train_synapse.py", *folders(data), *SMALL, *flags)
+    assert done.status == 0, done.error
+    assert f"{slices} training slices, {1 if select == 'val' else 2} validation volumes" in done.error
+    assert ("chosen on the test volumes" in done.error) == (select == "test")
+    facts = torch.load(tmp_path / "best.pth", weights_only=True)["data"]
+    assert facts["selected_on"] == select
+    assert facts["preprocessing"] == {"orientation": "LAS", "window": (-125.0, 275.0)}
+    assert facts["class_names"][4] == "liver"
+
+    done = run_script("test_synapse.py", "--checkpoint", tmp_path / "best.pth", *volume_folders(data), "--is_savenii")
+    assert done.status == 0, done.error
+    results = tmp_path / "results_test_vol"
+    assert ("chosen on the test volumes" in done.output) == (select == "test")
+    assert json.loads((results / "summary.json").read_text())["selected_on"] == select
+    rows = (results / "cases.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 8 and all(row.endswith(f",{select}") for row in rows[1:])
+    assert "HD95 [mm]" in done.output and "left kidney" in done.output
+    assert len(list((results / "nifti").glob("case000[12]_pred.nii.gz"))) == 2
+
+    flags = ["--split", "train", "--cases", "case0007"]
+    done = run_script("test_synapse.py", "--checkpoint", tmp_path / "best.pth", *volume_folders(data), *flags)
+    assert done.status == 0 and "1 cases" in done.output
+
+
+def test_other_people_s_files_need_their_order(data, run_script, tmp_path):
+    write_other(data / "theirs", "transunet")
+    (data / "theirs" / "lists" / "train.txt").rename(data / "theirs" / "lists" / "slices.txt")
+    where = [*folders(data, "theirs"), "--list_dir", f"{data}/theirs/lists"]
+    flags = ["--train_split", "slices", "--val_split", "test_vol", "--output_dir", tmp_path / "run"]
+    done = run_script("train_synapse.py", *where, *SMALL, *flags, "--label_order", "transunet")
+    assert_one_line(done, "case0005 is also in slices.txt")
+    done = run_script("test_synapse.py", "--checkpoint", "none.pth", "--label_order", "other")
+    assert done.status == 1 and "transunet" in done.error
+
+
+def test_what_cannot_be_is_one_line(data, run_script, tmp_path):
+    flags = [*SMALL, "--output_dir", tmp_path / "run"]
+    done = run_script("train_synapse.py", *folders(data), *flags, "--val_cases", "case0001")
+    assert_one_line(done, "train.txt", "case0001", "case0021")
+    done = run_script("train_synapse.py", *folders(data), *flags, "--val_cases", "case0005", "case0007", "case0021")
+    assert_one_line(done, "no entry is left")
+    done = run_script("train_synapse.py", *folders(data), *flags, "--num_classes", "14", "--label_order", "merit")
+    assert_one_line(done, "--num_classes")
+    done = run_script("train_synapse.py", *flags, "--root_path", "nowhere")
+    assert_one_line(done, "nowhere", "prepare_data.py synapse")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_data_set_is_refused(data, run_script, tmp_path):
+    torch.save({"model": {}, "network": {}, "data": {"dataset": "acdc", "class_names": ["a"]}}, tmp_path / "acdc.pth")
+    done = run_script("test_synapse.py", "--checkpoint", tmp_path / "acdc.pth", *volume_folders(data))
+    assert_one_line(done, "acdc.pth", "test_acdc.py")
