@@ -2,17 +2,19 @@
 
     python prepare_data.py synapse --raw DIR    # BTCV's folders img and label
     python prepare_data.py acdc --raw DIR       # the challenge's folders, or a folder of h5 volumes
+    python prepare_data.py segpc --raw DIR      # the challenge's folders x and y; --crops for single cells
+    python prepare_data.py isic --raw DIR       # the challenge's two folders of task 1
     python prepare_data.py phantom              # a small data set made here, with its own lists
 
-All write train_npz (slices) and test_vol_h5 (volumes) under --out. Whether a patient is for training, validation or
-test is for the lists to say. A preparation that was cut short goes on where it stopped.
+Scans become train_npz (slices) and test_vol_h5 (volumes) under --out, colour images images and masks. Which of them are
+for training, validation or test is for the lists to say. A preparation that was cut short goes on where it stopped.
 """
 
 import argparse
 import logging
 import os
 
-from datasets import DATASETS, DataError, acdc, phantom, synapse
+from datasets import DATASETS, DataError, acdc, isic, phantom, segpc, synapse
 from utils.cli import ArgumentParser, run_script, setup_logging
 
 logger = logging.getLogger("prepare_data")
@@ -31,6 +33,13 @@ def parse_args() -> argparse.Namespace:
     mr = kinds.add_parser("acdc", help="ACDC, cardiac MR")
     mr.add_argument("--raw", required=True, help="folder of patientXXX folders (NIfTI) or of h5 volumes")
 
+    cells = kinds.add_parser("segpc", help="SegPC-2021, plasma cells")
+    cells.add_argument("--raw", required=True, help="folder that holds x and y, or train and valid with them")
+    cells.add_argument("--crops", action="store_true", help="single cells in place of images, to data/SegPC_crops")
+
+    lesions = kinds.add_parser("isic", help="ISIC-2018 task 1, skin lesions")
+    lesions.add_argument("--raw", required=True, help="folder that holds the challenge's folders of images and masks")
+
     made = kinds.add_parser("phantom", help="volumes of made-up hearts, to try everything out")
     made.add_argument(
         "--num_patients", type=int, nargs=3, default=phantom.NUM_PATIENTS, metavar=("TRAIN", "VAL", "TEST")
@@ -40,7 +49,8 @@ def parse_args() -> argparse.Namespace:
     for name, kind in kinds.choices.items():
         kind.add_argument("--out", default=DATASETS[name].folder, help="folder to write to")
         kind.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="processes")
-    for kind in (ct, mr):
+    cells.set_defaults(out=None)
+    for kind in (ct, mr, cells, lesions):
         kind.add_argument("--overwrite", action="store_true", help="prepare again what is ready already")
     return parser.parse_args()
 
@@ -54,11 +64,21 @@ def main() -> None:
         names = synapse.prepare(args.raw, args.out, args.jobs, args.overwrite, args.label_order)
     elif args.dataset == "acdc":
         names = acdc.prepare(args.raw, args.out, args.jobs, args.overwrite)
+    elif args.dataset == "segpc":
+        args.out = args.out or (segpc.CROPS_FOLDER if args.crops else info.folder)
+        names = segpc.prepare(args.raw, args.out, args.jobs, args.overwrite, args.crops)
+        list_dir = f"{args.out}/lists"
+    elif args.dataset == "isic":
+        names = isic.prepare(args.raw, args.out, args.jobs, args.overwrite)
+        list_dir = f"{args.out}/lists"
     else:
         names = phantom.write_phantom(args.out, args.num_patients, args.seed, args.jobs)
         list_dir = f"{args.out}/lists"
-    where = f"--root_path {args.out}/train_npz --volume_path {args.out}/test_vol_h5 --list_dir {list_dir}"
-    logger.info("%d volumes are ready in %s", len(names), args.out)
+    if info.planar:
+        where = f"--root_path {args.out} --list_dir {list_dir}"
+    else:
+        where = f"--root_path {args.out}/train_npz --volume_path {args.out}/test_vol_h5 --list_dir {list_dir}"
+    logger.info("%d %s are ready in %s", len(names), "images" if info.planar else "volumes", args.out)
     logger.info("next, check them:  python -m datasets.verify %s %s", args.dataset, where)
     logger.info("then train:        python %s %s", info.train_script, where)
 

@@ -1,25 +1,33 @@
 """The data: what it is, how it is prepared, checked and read. Knows nothing of networks or training."""
 
-from datasets import acdc, phantom, synapse
+from datasets import acdc, isic, phantom, segpc, synapse
 from datasets.errors import DataError
-from datasets.info import DatasetInfo
+from datasets.image_sets import ImageDataset, ImageFolder
+from datasets.images import ColourPreprocessing, Picture, read_picture
+from datasets.info import DatasetInfo, preprocessing_from_dict
 from datasets.preprocessing import Preprocessing
 from datasets.scan import read_scan
 from datasets.slices import SliceDataset
 from datasets.volume import Volume, read_slice, read_volume, write_slice, write_volume
 from datasets.volumes import VolumeDataset
 
-DATASETS = {info.name: info for info in (acdc.INFO, synapse.INFO, phantom.INFO)}
+DATASETS = {info.name: info for info in (synapse.INFO, acdc.INFO, segpc.INFO, isic.INFO, phantom.INFO)}
 """What every data set is, by its name in commands and checkpoints."""
 
 __all__ = [
     "DATASETS",
+    "ColourPreprocessing",
     "DataError",
     "DatasetInfo",
+    "ImageDataset",
+    "ImageFolder",
+    "Picture",
     "Preprocessing",
     "SliceDataset",
     "Volume",
     "VolumeDataset",
+    "preprocessing_from_dict",
+    "read_picture",
     "read_scan",
     "read_slice",
     "read_volume",

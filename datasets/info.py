@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from datasets.errors import DataError
+from datasets.images import ColourPreprocessing
 from datasets.label_order import LabelOrder
 from datasets.preprocessing import Preprocessing
 
@@ -15,15 +17,20 @@ def _no_doubts(_: np.ndarray) -> list[str]:
     return []
 
 
+def preprocessing_from_dict(values: dict[str, Any]) -> Preprocessing | ColourPreprocessing:
+    """Take up what a checkpoint says of either kind; raises DataError for anything else."""
+    return (ColourPreprocessing if "mean" in values else Preprocessing).from_dict(values)
+
+
 @dataclass(frozen=True)
 class DatasetInfo:
     """One data set.
 
     name: in commands and checkpoints; class_names: without background, in label order; folder: where it is prepared
-    to; list_dir: its splits; splits: the list to train on, then the others; preprocessing: of every scan; how_to_get:
-    what to do where it is missing; train_script: its own; label_orders: those in which its files circulate, by name.
-    doubtful_sizes takes the voxels of each class, (num_classes,), and doubtful_places a label (D, H, W): each returns
-    what cannot be right, one line each.
+    to; list_dir: its splits; splits: the list to train on, then the others; preprocessing: of every scan or image;
+    how_to_get: what to do where it is missing; train_script: its own; planar: whether it has images and masks, not
+    slices and volumes; label_orders: those in which its files circulate, by name. doubtful_sizes takes the voxels of
+    each class, (num_classes,), and doubtful_places a label (D, H, W): each returns what cannot be right, one line each.
     """
 
     name: str
@@ -31,9 +38,10 @@ class DatasetInfo:
     folder: str
     list_dir: str
     splits: tuple[str, ...]
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | ColourPreprocessing
     how_to_get: str
     train_script: str
+    planar: bool = False
     label_orders: Mapping[str, LabelOrder] = field(default_factory=dict)
     doubtful_sizes: Callable[[np.ndarray], list[str]] = _no_doubts
     doubtful_places: Callable[[np.ndarray], list[str]] = _no_doubts
@@ -45,13 +53,13 @@ class DatasetInfo:
 
     @property
     def root_path(self) -> str:
-        """Folder of the slices."""
-        return f"{self.folder}/train_npz"
+        """Folder of the slices, or the one that holds images and masks."""
+        return self.folder if self.planar else f"{self.folder}/train_npz"
 
     @property
     def volume_path(self) -> str:
-        """Folder of the volumes."""
-        return f"{self.folder}/test_vol_h5"
+        """Folder of the volumes, or the one that holds images and masks."""
+        return self.folder if self.planar else f"{self.folder}/test_vol_h5"
 
     def require(self, *folders: str | Path) -> None:
         """Raise DataError for the first folder that is not there, with what to do about it."""

@@ -69,15 +69,23 @@ def prepare_all(
     cases prepared now. The first error ends the run; what was finished stays and is skipped the next time.
     """
     waiting = [case for case in cases if overwrite or not is_prepared(case.name, out)]
-    if len(waiting) < len(cases):
-        logger.info("%d of %d volumes are ready already", len(cases) - len(waiting), len(cases))
-    work = partial(_prepare_one, read, out)
-    with tqdm(total=len(waiting), desc="volumes", disable=None) as progress:
+    run_all(partial(_prepare_one, read, out), waiting, len(cases), "volumes", jobs)
+    return len(waiting)
+
+
+def run_all(work: Callable[[Any], None], waiting: Sequence[Any], total: int, what: str, jobs: int = 1) -> None:
+    """Do the work of every case that waits, in several processes, behind a progress bar.
+
+    work: can be pickled; total: cases there are, for the log; what: they are, in the plural. The first error ends it.
+    """
+    if len(waiting) < total:
+        logger.info("%d of %d %s are ready already", total - len(waiting), total, what)
+    with tqdm(total=len(waiting), desc=what, disable=None) as progress:
         if jobs <= 1 or len(waiting) <= 1:
             for case in waiting:
                 work(case)
                 progress.update()
-            return len(waiting)
+            return
         # Spawned, not forked: the parent may already run threads (torch, HDF5).
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(jobs, len(waiting)), mp_context=context) as pool:
@@ -89,7 +97,6 @@ def prepare_all(
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-    return len(waiting)
 
 
 def _prepare_one(read: Callable[[Any], Volume], out: str | Path, case: Any) -> None:

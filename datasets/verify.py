@@ -3,11 +3,12 @@
     python -m datasets.verify acdc
     python -m datasets.verify acdc --splits train val              # where the test volumes are not at hand
     python -m datasets.verify synapse --label_order transunet      # files that others made
+    python -m datasets.verify segpc                                # images and masks
     python -m datasets.verify phantom --root_path data/phantom/train_npz --volume_path data/phantom/test_vol_h5 \\
         --list_dir data/phantom/lists
 
-The first split is read as the slices to train on, the others as volumes. Exits with status 1 where anything is wrong;
-a warning is something that can hardly be right.
+The first split is read as the slices to train on, the others as volumes; a set of images is read as images. Exits with
+status 1 where anything is wrong; a warning is something that can hardly be right.
 """
 
 import logging
@@ -22,6 +23,8 @@ from tqdm import tqdm
 
 from datasets import DATASETS
 from datasets.errors import DataError
+from datasets.image_sets import ImageDataset, ImageFolder, image_of
+from datasets.images import Picture
 from datasets.info import DatasetInfo
 from datasets.label_order import LabelOrder
 from datasets.lists import list_path, patient_of, read_list, select_files
@@ -35,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Part:
-    """What a split holds: its files or volumes, their patients, the voxels of each class, and what is doubtful."""
+    """What a split holds: its files or volumes, whose they are, the voxels of each class, and what is doubtful."""
 
     split: str
     kind: str
@@ -47,21 +50,24 @@ class Part:
 
 
 def quick_check(
-    train_set: SliceDataset, val_set: VolumeDataset, info: DatasetInfo, test_list: Path | None = None
+    train_set: SliceDataset | ImageDataset,
+    val_set: VolumeDataset | ImageFolder,
+    info: DatasetInfo,
+    test_list: Path | None = None,
 ) -> None:
     """Do what training does first, in seconds: no patient in two parts, the first and the last case of each readable.
 
     info: the data set, whose doubts about the first volume are logged as warnings; test_list: list of the test
     patients, who must be in neither part; None where they are the ones to validate on, a list that is not there is
-    passed over. Raises DataError for the first thing that is wrong.
+    passed over. Of a planar set the images stand for patients. Raises DataError for the first thing that is wrong.
     """
     parts = [(train_set.source, train_set.patients), (val_set.source, val_set.patients)]
     if test_list is not None and test_list.is_file():
-        parts.append((test_list, {patient_of(entry) for entry in read_list(test_list.parent, test_list.stem)}))
+        parts.append((test_list, _owners(info, read_list(test_list.parent, test_list.stem))))
     for problem in _shared_patients(parts):
         raise DataError(problem)
     for index in (0, -1):
-        read_slice(train_set.files[index], train_set.num_classes, train_set.label_order)
+        _ = train_set[index]
         volume = _check_class_names(val_set, index)
         for doubt in _doubts(volume.label, info, val_set.num_classes) if index == 0 else ():
             logger.warning("%s: %s", val_set.files[volume.name][0], doubt)
@@ -84,7 +90,11 @@ def full_check(
     for index, split in enumerate(splits):
         part = Part(split, "volumes" if index else "slices", voxels=np.zeros(num_classes, np.int64))
         try:
-            if index:
+            if info.planar:
+                part.kind = "images"
+                images = ImageFolder(root_path, list_dir, split, num_classes, info.names_for(num_classes))
+                labels, names = _volume_labels(images, part, problems, info), images.names
+            elif index:
                 volumes = VolumeDataset(volume_path, list_dir, split, num_classes, label_order)
                 labels, names = _volume_labels(volumes, part, problems, info), volumes.names
             else:
@@ -96,16 +106,21 @@ def full_check(
         for label in tqdm(labels, total=len(names), desc=f"{split}, {part.kind}", disable=None, leave=False):
             part.voxels += np.bincount(label.ravel(), minlength=num_classes)
         part.count = len(names)
-        part.patients = {patient_of(name) for name in names}
+        part.patients = _owners(info, names)
         if num_classes == info.num_classes:
             part.doubts.update(info.doubtful_sizes(part.voxels))
         parts.append(part)
     for split in splits:
         try:
-            patients.append((list_path(list_dir, split), {patient_of(entry) for entry in read_list(list_dir, split)}))
+            patients.append((list_path(list_dir, split), _owners(info, read_list(list_dir, split))))
         except DataError:
             continue  # said above
     return parts, problems + _shared_patients(patients)
+
+
+def _owners(info: DatasetInfo, names: Iterable[str]) -> set[str]:
+    """Return the patients that files or entries are of; of a planar set the images that they are, or are cut from."""
+    return {image_of(name) if info.planar else patient_of(name) for name in names}
 
 
 def _slice_labels(
@@ -131,7 +146,7 @@ def _volume_labels(volumes: VolumeDataset, part: Part, problems: list[str], info
         yield volume.label
 
 
-def _check_class_names(volumes: VolumeDataset, index: int) -> Volume:
+def _check_class_names(volumes: VolumeDataset | ImageFolder, index: int) -> Volume | Picture:
     """Return a volume whose class names, if it has any, are as many as its classes, or raise DataError."""
     volume = volumes[index]
     if volume.class_names and len(volume.class_names) != volumes.num_classes - 1:
@@ -163,7 +178,8 @@ def _shared_patients(parts: Iterable[tuple[Path, set[str]]]) -> list[str]:
 
 def format_part(part: Part, class_names: Sequence[str]) -> str:
     """Return what a split holds as text: counts, the voxel share of each class by name, and what is doubtful."""
-    lines = [f"{part.split}: {part.count} {part.kind} of {len(part.patients)} patients"]
+    of_whom = "images" if part.kind == "images" else "patients"
+    lines = [f"{part.split}: {part.count} {part.kind} of {len(part.patients)} {of_whom}"]
     shares = part.voxels / max(part.voxels.sum(), 1)
     for name, share in zip(("background", *class_names), shares, strict=True):
         warning = "" if share else "   warning: not one voxel of this class"
@@ -177,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the full check from the command line; returns the exit status."""
     parser = ArgumentParser(prog="python -m datasets.verify", description=__doc__)
     parser.add_argument("dataset", choices=DATASETS)
-    parser.add_argument("--root_path", help="folder of the slices")
+    parser.add_argument("--root_path", help="folder of the slices, or of images and masks")
     parser.add_argument("--volume_path", help="folder of the volumes")
     parser.add_argument("--list_dir", help="folder of the lists")
     parser.add_argument("--num_classes", type=int, help="classes with background")
@@ -200,6 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{len(problems)} problem{'s' if len(problems) > 1 else ''} found", file=sys.stderr)
         return 1
     where = " ".join(f"--{n} {v}" for n, v in zip(("root_path", "volume_path", "list_dir"), folders, strict=True))
+    if info.planar:
+        where = f"--root_path {folders[0]} --list_dir {folders[2]}"
     where += f" --label_order {args.label_order}" if args.label_order else f" --num_classes {num_classes}"
     print(f"all is well; next: python {info.train_script} {where}")
     return 0

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import h5py
 import numpy as np
@@ -60,6 +61,8 @@ class Volume:
     class_names: tuple[str, ...] = ()
     orientation: str | None = None
     stored_type: str | None = None
+
+    planar: ClassVar[bool] = False
 
     def network_input(self, img_size: int, part: slice = slice(None)) -> np.ndarray:
         """Return slices (all, or a part) at the network's size, cubic splines: float32 (n, 1, S, S)."""

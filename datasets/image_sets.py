@@ -1,0 +1,195 @@
+"""The images of a split, for training and for testing.
+
+A crop of an image is called ``<id>_cell<k>``; an entry of a list is an ``<id>`` and stands for the image or for all its
+crops.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from datasets.augmentation import augment
+from datasets.errors import DataError
+from datasets.images import (
+    ENDINGS,
+    IMAGE_FOLDER,
+    MASK_FOLDER,
+    ColourPreprocessing,
+    Picture,
+    read_mask,
+    read_picture,
+    read_shrunk,
+    resize_image,
+    resize_mask,
+)
+from datasets.lists import list_path, natural_key, read_list
+from datasets.photometric import photometric
+
+
+def image_of(name: str) -> str:
+    """Return the image that a file, its crop or an entry belongs to: 106 for 106.png, 106_cell3 and 106_cell3.png."""
+    return re.sub(r"_cell[0-9]+$", "", _stem(name))
+
+
+def _stem(name: str) -> str:
+    path = Path(name)
+    return path.stem if path.suffix.lower() in ENDINGS else path.name
+
+
+def image_files(folder: str | Path) -> dict[str, Path]:
+    """Return the images of a folder by name, in natural order; raises DataError for a name that two files have."""
+    files: dict[str, Path] = {}
+    for path in sorted(Path(folder).iterdir(), key=lambda path: natural_key(path.name)):
+        if path.suffix.lower() not in ENDINGS or path.name.startswith("."):
+            continue
+        if files.setdefault(path.stem, path) != path:
+            raise DataError(f"{path}: {files[path.stem].name} has the same name; remove one of the two")
+    return files
+
+
+def select_images(folder: str | Path, list_dir: str | Path, split: str) -> dict[str, tuple[Path, Path]]:
+    """Return the images that a split's list names, entry by entry, as name: (image file, mask file).
+
+    folder: the one that holds ``images`` and ``masks``. Raises DataError for a bad list, a folder that is missing,
+    entries without an image, images without a mask, and an image that two entries name.
+    """
+    entries, source = read_list(list_dir, split), list_path(list_dir, split)
+    images, masks = Path(folder) / IMAGE_FOLDER, Path(folder) / MASK_FOLDER
+    for inner in (images, masks):
+        if not inner.is_dir():
+            raise DataError(f"{inner}: no such folder; prepare the data first (prepare_data.py, data/README.md)")
+    files_of: dict[str, list[Path]] = {}
+    for name, path in image_files(images).items():
+        for entry in {path.name, name, image_of(name)}:
+            files_of.setdefault(entry, []).append(path)
+    _refuse_missing(source, f"entries have no image in {images}", entries, files_of)
+    chosen: dict[str, tuple[Path, Path]] = {}
+    for entry in entries:
+        for path in files_of[entry]:
+            if path.stem in chosen:
+                raise DataError(f"{source}: entry {entry!r} names {path.name}, as another does; keep one of them")
+            chosen[path.stem] = path, masks / f"{path.stem}.png"
+    there = {path.stem for path in masks.glob("*.png")}
+    _refuse_missing(masks, f"images of {source} have no mask", chosen, there)
+    return chosen
+
+
+def _refuse_missing(where: Path, what: str, wanted: Iterable[str], there: Iterable[str]) -> None:
+    wanted = list(wanted)
+    missing = [name for name in wanted if name not in there]
+    if missing:
+        raise DataError(
+            f"{where}: {len(missing)} of {len(wanted)} {what}: {', '.join(missing[:5])}"
+            f"{', ...' if len(missing) > 5 else ''}; prepare that data (prepare_data.py) or choose another --list_dir "
+            "or split"
+        )
+
+
+class ImageDataset(Dataset):
+    """The images that a list names, augmented and resized to the network's square, for training.
+
+    folder: the one that holds ``images`` and ``masks``; num_classes counts the background; augment: the geometric
+    augmentation of the specification; photometric: that of this field beside it. ``[i]`` gives ``image`` float32
+    (3, S, S), normalised, ``label`` int64 (S, S) and ``name``. An image is shrunk before it is augmented, so that a
+    photograph costs little more than a small image. Sample i of an epoch draws from a generator seeded by
+    (seed, epoch, i), so it is the same with any number of workers and in any order; call ``set_epoch`` before the
+    epoch's loader is iterated. Raises DataError for a bad list at once, for a bad file when it is read.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        list_dir: str | Path,
+        split: str,
+        num_classes: int,
+        img_size: int,
+        augment: bool = False,
+        photometric: bool = False,
+        seed: int = 2222,
+        preprocessing: ColourPreprocessing | None = None,
+    ):
+        self.source = list_path(list_dir, split)
+        self.pairs = list(select_images(folder, list_dir, split).values())
+        self.num_classes = num_classes
+        self.img_size = img_size
+        self.augment = augment
+        self.photometric = photometric
+        self.seed = seed
+        self.preprocessing = preprocessing or ColourPreprocessing()
+        # In shared memory, so that workers which live through several epochs see the new one.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose augmentation is drawn, in this process and in its loader's workers."""
+        self._epoch.fill_(epoch)
+
+    @property
+    def files(self) -> list[Path]:
+        """The image files, in the order of the samples."""
+        return [image for image, _ in self.pairs]
+
+    @property
+    def patients(self) -> set[str]:
+        """The images that they are, or are crops of: nothing is known of whose they are."""
+        return {image_of(file.name) for file in self.files}
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
+        file, mask_file = self.pairs[index]
+        image, own_size = read_shrunk(file, self.img_size)
+        label = resize_mask(read_mask(mask_file, own_size, self.num_classes), image.shape[:2])
+        position = index % len(self)  # -1 is the last sample, also for the generator
+        rng = np.random.default_rng((self.seed, int(self._epoch), position))
+        if self.augment:
+            image, label = augment(image, label, rng)
+        if self.photometric:
+            image, label = photometric(image, label, rng)
+        size = (self.img_size, self.img_size)
+        return {
+            "image": torch.from_numpy(self.preprocessing.normalise(resize_image(image, size))),
+            "label": torch.from_numpy(resize_mask(label, size).astype(np.int64)),
+            "name": file.stem,
+        }
+
+
+class ImageFolder(Sequence[Picture]):
+    """The images that a list names, each read and checked when it is asked for, for validation and testing.
+
+    folder: the one that holds ``images`` and ``masks``; num_classes counts the background. ``[i]`` gives a Picture;
+    ``names`` are the images' names, ``files`` their image and mask by name, ``source`` the list. Raises DataError for
+    a bad list at once, for a bad file when it is read.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        list_dir: str | Path,
+        split: str,
+        num_classes: int,
+        class_names: tuple[str, ...] = (),
+        preprocessing: ColourPreprocessing | None = None,
+    ):
+        self.num_classes = num_classes
+        self.class_names = class_names
+        self.preprocessing = preprocessing
+        self.source = list_path(list_dir, split)
+        self.files = select_images(folder, list_dir, split)
+        self.names = list(self.files)
+
+    @property
+    def patients(self) -> set[str]:
+        """The images that they are, or are crops of."""
+        return {image_of(name) for name in self.names}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Picture:
+        image, mask = self.files[self.names[index]]
+        return read_picture(image, mask, self.num_classes, self.class_names, self.preprocessing)

@@ -1,0 +1,360 @@
+"""Images and masks of any form are read as they are meant, and training and testing see the same of them."""
+
+import time
+import tracemalloc
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from datasets import images
+from datasets.image_sets import ImageDataset, ImageFolder, image_of
+from datasets.images import (
+    ColourPreprocessing,
+    read_image,
+    read_mask,
+    read_picture,
+    resize_image,
+    resize_mask,
+    shrink,
+)
+
+
+def scene(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Return a smooth image of which no two corners are alike: uint8 (H, W, 3)."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    waves = [np.sin(rng.uniform(3, 9) * x + rng.uniform(3, 9) * y + rng.uniform(0, 6)) for _ in range(3)]
+    return (127.5 + 120 * np.stack(waves, -1)).astype(np.uint8)
+
+
+def write_set(folder, names, shape=(40, 56), ending=".png", num_classes=3):
+    """Write a prepared folder in which an image's red is 100 times its label, and a list of its names."""
+    for inner in ("images", "masks", "lists"):
+        (folder / inner).mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        rng = np.random.default_rng(number)
+        label = np.zeros(shape, np.uint8)
+        for c in range(1, num_classes):
+            top, left = rng.integers(0, shape[0] - 12), rng.integers(0, shape[1] - 12)
+            label[top : top + 12, left : left + 12] = c
+        image = scene(*shape, seed=number)
+        image[..., 0] = 100 * label
+        Image.fromarray(image).save(folder / "images" / f"{name}{ending}")
+        Image.fromarray(label).save(folder / "masks" / f"{name}.png")
+    (folder / "lists" / "train.txt").write_text("".join(f"{name}\n" for name in names))
+    return folder
+
+
+# Reading
+
+
+@pytest.mark.parametrize("ending", ["png", "bmp", "tif", "tiff", "jpg", "jpeg", "PNG"])
+def test_every_kind_of_file_gives_its_pixels(tmp_path, ending):
+    image = scene(30, 41)
+    Image.fromarray(image).save(tmp_path / f"a.{ending}", quality=100, subsampling=0)
+    np.testing.assert_allclose(read_image(tmp_path / f"a.{ending}").astype(int), image, atol=4 * ending.startswith("j"))
+
+
+def test_grey_palette_alpha_and_16_bits_become_rgb(tmp_path):
+    grey = scene(20, 30)[..., 0]
+    rgb = np.repeat(grey[..., None], 3, axis=2)
+    alpha = Image.fromarray(np.full_like(grey, 40))
+    forms = {
+        "grey": Image.fromarray(grey),
+        "palette": Image.fromarray(grey).convert("P"),
+        "rgba": Image.merge("RGBA", [*Image.fromarray(rgb).split(), alpha]),
+        "grey and alpha": Image.merge("LA", [Image.fromarray(grey), alpha]),
+        "16 bits": Image.fromarray(grey.astype(np.uint16) * 257),
+    }
+    for name, form in forms.items():
+        form.save(tmp_path / f"{name}.png")
+        np.testing.assert_array_equal(read_image(tmp_path / f"{name}.png"), rgb, err_msg=name)
+    bits = grey > 127
+    Image.fromarray(bits).save(tmp_path / "bits.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "bits.png"), np.where(bits[..., None], 255, rgb * 0))
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.tif")
+    np.testing.assert_array_equal(read_image(tmp_path / "16.tif"), rgb)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["jpg", "png", "tif"])
+def test_the_exif_orientation_is_applied_also_to_a_large_image(tmp_path, orientation, ending):
+    upright = scene(300, 420)
+    # How a camera stores it: what undoes the orientation.
+    stored = {
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.swapaxes(0, 1),
+        6: np.rot90(upright), 7: upright[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(upright, -1),
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "images" / f"a.{ending}"
+    (tmp_path / "masks").mkdir()
+    path.parent.mkdir()
+    Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif, quality=95)
+    np.testing.assert_allclose(read_image(path).astype(int), upright, atol=16)
+    Image.fromarray(upright[..., 0] // 128).save(tmp_path / "masks" / "a.png")
+    (tmp_path / "train.txt").write_text("a\n")
+    sample = ImageDataset(tmp_path, tmp_path, "train", 2, 32)[0]
+    expected = ColourPreprocessing().normalise(resize_image(upright, (32, 32)))
+    assert np.abs(sample["image"].numpy() - expected).max() < 0.15
+
+
+@pytest.mark.parametrize("form", ["L", "1", "P", "RGB", "RGBA", "LA", "I;16"])
+def test_a_mask_has_its_indices_in_every_form(tmp_path, form):
+    mask = np.random.default_rng(0).integers(0, 2 if form == "1" else 3, (20, 30)).astype(np.uint8)
+    file = Image.fromarray(mask.astype(bool) if form == "1" else mask)
+    if form == "P":
+        file = Image.fromarray(mask)
+        file.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+    elif form == "I;16":
+        file = Image.fromarray(mask.astype(np.uint16))
+    elif form != "1":
+        file = file.convert(form)
+    file.save(tmp_path / "mask.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "mask.png", (20, 30), 3), mask)
+
+
+def test_unfit_files_are_refused_in_one_line(tmp_path, refused):
+    image, mask = tmp_path / "image.jpg", tmp_path / "mask.png"
+    Image.fromarray(scene(200, 200)).save(image)
+    Image.fromarray(np.full((20, 30), 7, np.uint8)).save(mask)
+    refused(lambda: read_image(tmp_path / "none.jpg"), tmp_path / "none.jpg", "no such file")
+    refused(lambda: read_mask(mask, (20, 30), 3), mask, "class index 7", "--num_classes")
+    refused(lambda: read_mask(mask, (30, 20), 8), mask, "20 x 30", "30 x 20")
+    refused(lambda: read_picture(image, mask, 8), mask, "200 x 200")
+    refused(lambda: read_mask(image), image, "colours")
+    whole = image.read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:10], b"", b"no image at all\n" * 50, b"GIF89a" + bytes(50)):
+        image.write_bytes(content)
+        refused(lambda: read_image(image), image, "not a readable image")
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tif")
+    refused(lambda: read_image(tmp_path / "float.tif"), "float.tif", "floating-point")
+
+
+@pytest.mark.parametrize("side", [9_300, 12_000, 60_000])  # Pillow says nothing to the first, warns, refuses
+def test_a_decompression_bomb_is_refused_at_once(tmp_path, refused, side):
+    small = tmp_path / "bomb.png"
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(small)
+    content = bytearray(small.read_bytes())
+    import struct
+    import zlib
+
+    content[16:24] = struct.pack(">II", side, side)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    small.write_bytes(content)
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refused(lambda: read_image(small), small, "pixels", "80 million")
+        refused(lambda: read_mask(small), small, "80 million")
+    assert time.perf_counter() - start < 1
+
+
+# What the network sees
+
+
+def test_normalisation_is_that_of_the_weights_and_survives_a_checkpoint(refused):
+    image = scene(6, 5)
+    for preprocessing in (ColourPreprocessing(), ColourPreprocessing((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))):
+        out = preprocessing.normalise(image)
+        assert out.dtype == np.float32
+        for y, x, c in np.ndindex(image.shape):
+            expected = (image[y, x, c] / 255 - preprocessing.mean[c]) / preprocessing.std[c]
+            assert out[c, y, x] == pytest.approx(expected, abs=1e-6)
+        np.testing.assert_allclose(preprocessing.denormalise(out) * 255, image, atol=1e-3)
+        assert ColourPreprocessing.from_dict(preprocessing.to_dict()) == preprocessing
+    assert ColourPreprocessing().normalise(np.stack([image, image])).shape == (2, 3, 6, 5)
+    for bad in ({}, {"mean": (0.5,) * 3}, {"mean": (0.5,) * 3, "std": (0.5, 0.5, 0)}, {"mean": "abc", "std": (1,) * 3}):
+        refused(lambda bad=bad: ColourPreprocessing.from_dict(bad), "preprocessing", "train anew")
+
+
+def test_shrinking_averages_and_keeps_the_proportions():
+    stripes = np.zeros((400, 640, 3), np.uint8)
+    stripes[:, ::2] = 255
+    small = shrink(stripes, 40)
+    assert small.shape == (40, 64, 3)
+    assert np.abs(small[:, 2:-2].astype(int) - 127).max() < 4
+    assert shrink(stripes[:30], 40).shape == (30, 640, 3)
+
+
+def test_a_mask_lies_on_its_image_after_any_change_of_size():
+    for size in ((40, 56), (17, 90), (200, 24)):
+        image = scene(120, 168)
+        mask = (image[..., 0] > 127).astype(np.uint8)
+        small, small_mask = resize_image(image, size)[..., 0].astype(int), resize_mask(mask, size)
+        clear = np.abs(small - 127) > 25  # away from the edges of the mask
+        np.testing.assert_array_equal(small_mask[clear], small[clear] > 127)
+        back = resize_mask(small_mask, mask.shape)
+        assert (back != mask).mean() < 0.06
+        # A step that is shrunk and enlarged stays where it is, not half a pixel off towards the border.
+        shift = np.abs(np.flip(back, (0, 1)) - resize_mask(np.flip(small_mask, (0, 1)).copy(), mask.shape)).mean()
+        assert shift < 0.02
+
+
+def test_a_picture_is_a_volume_of_one_slice(tmp_path):
+    image = scene(90, 130)
+    Image.fromarray(image).save(tmp_path / "a.b.png")
+    picture = read_picture(tmp_path / "a.b.png")
+    assert (picture.name, picture.label, picture.spacing, picture.affine, picture.planar) == (
+        "a.b",
+        None,
+        None,
+        None,
+        True,
+    )
+    np.testing.assert_array_equal(picture.image, image[None])
+    out = picture.network_input(32)
+    assert (out.shape, out.dtype) == ((1, 3, 32, 32), np.float32)
+    assert picture.network_input(32, slice(1, 2)).shape == (0, 3, 32, 32)
+    prediction = np.random.default_rng(0).integers(0, 3, (1, 32, 32)).astype(np.uint8)
+    restored = picture.restore(prediction)
+    assert (restored.shape, restored.dtype) == ((1, 90, 130), np.uint8)
+    for y, x in ((0, 0), (89, 129), (45, 64), (10, 100)):
+        assert restored[0, y, x] == prediction[0, int((y + 0.5) * 32 / 90), int((x + 0.5) * 32 / 130)]
+
+
+@pytest.mark.parametrize("ending", [".png", ".jpg"])
+def test_training_and_testing_see_the_same(tmp_path, ending):
+    data = write_set(tmp_path, ["1", "2"], (700, 900), ending)
+    for shape in ((700, 900), (30, 20)):
+        write_set(tmp_path, ["1", "2"], shape, ending)
+        train = ImageDataset(data, data / "lists", "train", 3, 48)
+        test = ImageFolder(data, data / "lists", "train", 3)
+        for i in range(2):
+            difference = np.abs(train[i]["image"].numpy() - test[i].network_input(48)[0])
+            # Only a JPEG is read at a fraction of its size; in grey levels of 255:
+            assert 127.5 * difference.mean() < (1.5 if ending == ".jpg" and shape[0] == 700 else 1e-3)
+            np.testing.assert_array_equal(
+                train[i]["label"][None], [resize_mask(shrunk(test[i].label[0], 48), (48, 48))]
+            )
+
+
+def shrunk(mask, side):
+    return resize_mask(mask, images.shrunk_size(mask.shape, side))
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".png"])
+def test_a_large_photograph_costs_little(tmp_path, ending):
+    data = write_set(tmp_path, ["large"], (60, 80), ".png", 2)
+    (data / "images" / "large.png").unlink()
+    photograph = Image.fromarray(scene(400, 600)).resize((6000, 4000))
+    photograph.save(data / "images" / f"large{ending}", **({"compress_level": 1} if ending == ".png" else {}))
+    Image.fromarray(np.ones((4000, 6000), np.uint8)).save(data / "masks" / "large.png", compress_level=1)
+    dataset = ImageDataset(data, data / "lists", "train", 2, 256, augment=True)
+    tracemalloc.start()
+    start = time.perf_counter()
+    sample = dataset[0]
+    seconds, peak = time.perf_counter() - start, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sample["image"].shape == (3, 256, 256)
+    assert seconds < 5
+    assert peak < 2.5 * 6000 * 4000 * 3  # bytes: decoded once and turned into an array, never into float
+
+
+# Lists and samples
+
+
+def test_names_of_images_and_of_their_crops():
+    for name in ("106", "106.jpg", "106_cell3", "106_cell12.png"):
+        assert image_of(name) == "106"
+    assert image_of("ISIC_0000000.jpg") == "ISIC_0000000"
+    assert image_of("PH2_IMD002") == "PH2_IMD002"
+
+
+def test_an_entry_names_its_image_or_its_crops_and_no_other(tmp_path):
+    names = ["1060", "106_cell10", "106_cell2", "ISIC_0000001", "ISIC_0000002", "17"]
+    data = write_set(tmp_path, names)
+    (data / "images" / "notes.txt").touch()
+    for entries, found in (
+        (["106"], ["106_cell2", "106_cell10"]),
+        (["17", "1060"], ["17", "1060"]),
+        (["ISIC_0000002.png"], ["ISIC_0000002"]),
+        (["106_cell10"], ["106_cell10"]),
+    ):
+        (data / "lists" / "val.txt").write_text("\n".join(entries))
+        folder = ImageFolder(data, data / "lists", "val", 3, ("a", "b"))
+        assert folder.names == found
+        assert [picture.name for picture in folder] == found
+        assert folder[0].class_names == ("a", "b")
+        assert folder.patients == {image_of(entry) for entry in entries}
+        dataset = ImageDataset(data, data / "lists", "val", 3, 32)
+        assert [file.stem for file in dataset.files] == found
+        assert (dataset.patients, dataset.source) == (folder.patients, folder.source)
+
+
+def test_unusable_folders_are_refused(tmp_path, refused):
+    data = write_set(tmp_path, ["1", "2", "3"])
+    lists = data / "lists"
+
+    def refuse(*words):
+        for kind in (lambda: ImageDataset(data, lists, "train", 3, 32), lambda: ImageFolder(data, lists, "train", 3)):
+            refused(kind, *words)
+
+    (lists / "train.txt").write_text("1\n4\n5\n")
+    refuse(lists / "train.txt", "2 of 3", "4, 5", "prepare_data.py")
+    (lists / "train.txt").write_text("1\n1.png\n")
+    refuse(lists / "train.txt", "1.png")
+    (lists / "train.txt").write_text("1\n2\n3\n")
+    (data / "masks" / "2.png").unlink()
+    refuse(data / "masks", "1 of 3", "2;")
+    Image.fromarray(scene(5, 5)).save(data / "images" / "1.bmp")
+    refuse("1.bmp", "1.png", "same name")
+    refused(lambda: ImageFolder(tmp_path / "none", lists, "train", 3), tmp_path / "none", "prepare_data.py")
+    (data / "images" / "1.bmp").unlink()
+    write_set(tmp_path, ["2"])
+    (lists / "train.txt").write_text("2\n")
+    refused(lambda: ImageDataset(data, lists, "train", 2, 32)[0], "2.png", "class index 2", "--num_classes")
+
+
+def test_a_sample(tmp_path):
+    data = write_set(tmp_path, ["106", "9"])
+    sample = ImageDataset(data, data / "lists", "train", 3, 32)[1]
+    assert (sample["image"].shape, sample["image"].dtype) == ((3, 32, 32), torch.float32)
+    assert (sample["label"].shape, sample["label"].dtype) == ((32, 32), torch.int64)
+    assert sample["name"] == "9"
+
+
+def test_samples_do_not_depend_on_workers_but_on_epoch_and_seed(tmp_path):
+    pytest.importorskip("imgaug")
+    data = write_set(tmp_path, [str(number) for number in range(9)])
+
+    def open_set(seed=5):
+        return ImageDataset(data, data / "lists", "train", 3, 32, augment=True, photometric=True, seed=seed)
+
+    def samples(loader):
+        batches = list(loader)
+        return torch.cat([batch["image"] for batch in batches]), torch.cat([batch["label"] for batch in batches])
+
+    dataset = open_set()
+    alone = DataLoader(dataset, batch_size=4)
+    shared = DataLoader(dataset, batch_size=4, num_workers=2, persistent_workers=True)
+    by_epoch = []
+    for epoch in (0, 1):
+        dataset.set_epoch(epoch)
+        by_epoch.append(samples(alone))
+        assert all(map(torch.equal, samples(shared), by_epoch[epoch]))
+    assert not torch.equal(by_epoch[0][0], by_epoch[1][0])
+    again = open_set()
+    backwards = torch.stack([again[i]["image"] for i in reversed(range(9))][::-1])
+    assert torch.equal(backwards, by_epoch[0][0])
+    assert torch.equal(again[-1]["image"], again[8]["image"])
+    other = open_set(seed=6)
+    assert not torch.equal(backwards, torch.stack([other[i]["image"] for i in range(9)]))
+
+
+def test_image_and_label_move_together(tmp_path):
+    data = write_set(tmp_path, [str(number) for number in range(3)], (64, 64))
+    dataset = ImageDataset(data, data / "lists", "train", 3, 64, augment=True)
+    changed = 0
+    for epoch in range(12):
+        dataset.set_epoch(epoch)
+        for i in range(3):
+            sample = dataset[i]
+            red = dataset.preprocessing.denormalise(sample["image"].numpy())[..., 0] * 255
+            np.testing.assert_allclose(red, 100 * sample["label"].numpy(), atol=0.01)
+            changed += not np.array_equal(sample["label"], read_mask(dataset.pairs[i][1]))
+    assert changed > 12

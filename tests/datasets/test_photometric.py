@@ -1,0 +1,119 @@
+"""The photometric augmentation repeats under its generator, stays moderate and bends image and label alike."""
+
+import builtins
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets import photometric as module
+from datasets.photometric import photometric
+
+pytest.importorskip("imgaug")
+
+
+def bands(height=120, width=90):
+    """Return a label of wavy bands, one at every border, and an image whose red tells them apart."""
+    y, x = np.mgrid[:height, :width]
+    label = ((y + 6 * np.sin(x / 9)) // 15 % 3).astype(np.uint8)
+    image = np.stack([20 + 100 * label, np.full_like(label, 90), np.full_like(label, 60)], -1)
+    return image, label
+
+
+def only(monkeypatch, *kept):
+    for name in {"BRIGHTNESS", "CONTRAST", "SATURATION", "HUE", "BLUR", "ELASTIC"} - set(kept):
+        monkeypatch.setattr(module, name, 0)
+    monkeypatch.setattr(module, "SHARE", 1)
+
+
+def test_the_same_generator_gives_the_same_whatever_was_drawn_before():
+    image, label = bands()
+    before = image.copy(), label.copy()
+    first = [photometric(image, label, np.random.default_rng(seed)) for seed in range(8)]
+    second = [photometric(image, label, np.random.default_rng(seed)) for seed in reversed(range(8))][::-1]
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one[0], other[0])
+        np.testing.assert_array_equal(one[1], other[1])
+    assert len({one[0].tobytes() for one in first}) > 6
+    np.testing.assert_array_equal(image, before[0])
+    np.testing.assert_array_equal(label, before[1])
+
+
+def test_image_and_label_are_bent_alike_up_to_the_border(monkeypatch):
+    only(monkeypatch, "ELASTIC")
+    monkeypatch.setattr(module, "ELASTIC", 6.0)
+    image, label = bands()
+    moved = 0
+    for seed in range(20):
+        bent, bent_label = photometric(image, label, np.random.default_rng(seed))
+        assert (bent.shape, bent.dtype, bent_label.shape, bent_label.dtype) == (image.shape, "u1", label.shape, "u1")
+        assert set(np.unique(bent_label)) <= {0, 1, 2}
+        # Between two bands the image is interpolated and the label is not.
+        told = np.rint((bent[..., 0].astype(float) - 20) / 100)
+        clear = np.abs((bent[..., 0].astype(float) - 20) / 100 - told) < 0.02
+        # What lies between bands 0 and 2 passes through 1.
+        wrong = clear & (told != bent_label)
+        assert wrong.mean() < 0.01
+        assert wrong[[0, -1]].mean() < 0.05 and wrong[:, [0, -1]].mean() < 0.05
+        moved += (bent_label != label).mean()
+    assert moved / 20 > 0.03
+
+
+def test_the_shift_is_as_far_as_stated(monkeypatch):
+    only(monkeypatch, "ELASTIC")
+    monkeypatch.setattr(module, "ELASTIC", 8.0)  # far above what rounding to grey levels does
+    y, x = np.mgrid[:256, :256].astype(np.uint8)
+    image, inside = np.stack([y, x, x], -1), (slice(40, -40), slice(40, -40))
+    found = []
+    for seed in range(16):
+        bent, _ = photometric(image, y, np.random.default_rng(seed))
+        found.append(np.mean((bent[inside].astype(float) - image[inside]) ** 2))
+    # The strength is uniform from 0 to ELASTIC, so its mean square is a third of ELASTIC's.
+    assert 0.6 < np.mean(found) / (8.0**2 / 3) < 1.5
+
+
+@pytest.mark.parametrize("kept", ["BRIGHTNESS", "CONTRAST", "SATURATION", "HUE", "BLUR"])
+def test_each_change_of_colour_is_seen_and_moderate_and_leaves_the_label_alone(monkeypatch, kept):
+    only(monkeypatch, kept)
+    image, label = bands()
+    distances = []
+    for seed in range(10):
+        changed, same = photometric(image, label, np.random.default_rng(seed))
+        np.testing.assert_array_equal(same, label)
+        distances.append(np.abs(changed.astype(int) - image).mean())
+    assert np.mean(distances) > 0.3
+    assert max(distances) < 40
+
+
+def test_hue_turns_and_saturation_stretches(monkeypatch):
+    image, label = bands()
+
+    def hsv(pixels):
+        return np.asarray(Image.fromarray(pixels).convert("HSV")).astype(int)
+
+    only(monkeypatch, "HUE")
+    for seed in range(6):
+        changed = hsv(photometric(image, label, np.random.default_rng(seed))[0])
+        turn = (changed[..., 0] - hsv(image)[..., 0] + 128) % 256 - 128
+        assert np.abs(turn).max() <= module.HUE * 256 / 360 + 3
+        np.testing.assert_allclose(changed[..., 2], hsv(image)[..., 2], atol=4)
+
+
+def test_a_missing_library_is_one_line(monkeypatch, refused):
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name.startswith("imgaug"):
+            raise ModuleNotFoundError("No module named 'imgaug'")
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    refused(lambda: photometric(*bands(), np.random.default_rng(0)), "imgaug", "requirements.txt")
+
+
+def test_tiny_images_do_not_stop_it():
+    for shape in ((1, 1), (2, 9), (16, 5)):
+        image = np.full((*shape, 3), 99, np.uint8)
+        for seed in range(6):
+            changed, label = photometric(image, np.ones(shape, np.uint8), np.random.default_rng(seed))
+            assert changed.shape == image.shape and label.shape == shape

@@ -1,0 +1,63 @@
+"""The contact sheet is drawn for every data set."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets import DATASETS, preview
+from datasets.volume import Volume, write_slice
+from tests.datasets.test_images import write_set
+
+
+@pytest.fixture
+def made(tmp_path, prepared):
+    """Made-up data of every set: its folder of samples and its lists."""
+    rng = np.random.default_rng(0)
+    case = Volume("case0005", rng.random((3, 20, 14), np.float32), rng.integers(0, 9, (3, 20, 14)).astype(np.uint8))
+    for z in range(3):
+        write_slice(tmp_path / "synapse" / f"case0005_slice{z:03d}.npz", case, z)
+    (tmp_path / "synapse" / "train.txt").write_text("case0005\n")
+    cells = write_set(tmp_path / "segpc", ["106_cell1", "106_cell2", "7"])
+    lesions = write_set(tmp_path / "isic", [f"ISIC_{number:07d}" for number in range(20)], ending=".jpg", num_classes=2)
+    return {
+        "synapse": (tmp_path / "synapse", tmp_path / "synapse"),
+        "acdc": (prepared / "train_npz", prepared / "lists"),
+        "segpc": (cells, cells / "lists"),
+        "isic": (lesions, lesions / "lists"),
+    }
+
+
+def run(made, dataset, output, *more):
+    root, lists = made[dataset]
+    preview.main([
+        dataset, "--root_path", str(root), "--list_dir", str(lists), "--output", str(output), "--img_size", "32", *more
+    ])  # fmt: skip
+    with Image.open(output) as file:
+        assert file.format == "PNG"
+        return np.asarray(file.convert("RGB")).astype(int)
+
+
+@pytest.mark.parametrize("dataset", [name for name in DATASETS if name != "phantom"])
+def test_a_sheet_is_written_for_every_set(made, tmp_path, dataset):
+    sheet = run(made, dataset, tmp_path / "sheets" / f"{dataset}.png", "--count", "7")
+    from matplotlib.colors import to_rgb
+
+    sheet = sheet[:-70]  # without the legend
+    names = DATASETS[dataset].class_names
+    for c in range(1, len(names) + 1):
+        colour = np.array([255 * part for part in to_rgb(preview.class_colour(c))])
+        assert (np.abs(sheet - colour).max(-1) < 8).sum() > 5, names[c - 1]
+    again, other = (
+        run(made, dataset, tmp_path / "again.png", "--count", "7", "--seed", seed)[:-70] for seed in ("2222", "3")
+    )
+    np.testing.assert_array_equal(sheet, again)
+    assert not np.array_equal(sheet, other)
+
+
+def test_photometric_is_seen_in_colour_and_refused_in_grey(made, tmp_path, refused):
+    pytest.importorskip("imgaug")
+    plain = run(made, "isic", tmp_path / "plain.png", "--count", "4")
+    assert not np.array_equal(plain, run(made, "isic", tmp_path / "p.png", "--count", "4", "--photometric"))
+    refused(lambda: run(made, "acdc", tmp_path / "p.png", "--photometric"), "--photometric", "grey")
+    refused(lambda: run(made, "acdc", tmp_path / "p.png", "--count", "0"), "--count 0")
+    refused(lambda: run(made, "isic", tmp_path / "p.png", "--split", "val"), "val.txt")
