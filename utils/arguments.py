@@ -34,6 +34,7 @@ class Dataset(Protocol):
     root_path: str
     volume_path: str
     num_classes: int
+    planar: bool
 
 
 def training_parser(description: str, network: Callable, dataset: Dataset, **defaults: Any) -> ArgumentParser:
@@ -48,8 +49,11 @@ def training_parser(description: str, network: Callable, dataset: Dataset, **def
     parser = ArgumentParser(description=description)
 
     data = parser.add_argument_group("data")
-    data.add_argument("--root_path", type=Path, help="folder of the training slices")
-    data.add_argument("--volume_path", type=Path, help="folder of the volumes")
+    if dataset.planar:
+        data.add_argument("--root_path", type=Path, help="folder that holds images and masks")
+    else:
+        data.add_argument("--root_path", type=Path, help="folder of the training slices")
+        data.add_argument("--volume_path", type=Path, help="folder of the volumes")
     data.add_argument("--list_dir", type=Path, help="folder of the lists that make the splits")
     data.add_argument(
         "--select",
@@ -62,6 +66,10 @@ def training_parser(description: str, network: Callable, dataset: Dataset, **def
     data.add_argument("--num_classes", type=int, help="classes with background")
     data.add_argument("--img_size", type=int, help="side of the network's image, a multiple of 32")
     _add_label_order(data, dataset)
+    if dataset.planar:
+        data.add_argument(
+            "--photometric", action="store_true", help="vary brightness, contrast, saturation, hue, focus and form too"
+        )
     data.add_argument("--num_workers", type=int, default=2, help="processes that prepare slices")
 
     model = parser.add_argument_group("network")
@@ -121,15 +129,24 @@ def testing_parser(description: str, dataset: Dataset) -> ArgumentParser:
     """Return the parser of the script that tests on a data set."""
     parser = ArgumentParser(description=description)
     parser.add_argument("--checkpoint", type=Path, required=True, help="best.pth of a run, or one of the release")
-    parser.add_argument("--volume_path", type=Path, default=dataset.volume_path, help="folder of the volumes")
+    if dataset.planar:
+        parser.add_argument("--root_path", type=Path, default=dataset.root_path, help="folder of images and masks")
+    else:
+        parser.add_argument("--volume_path", type=Path, default=dataset.volume_path, help="folder of the volumes")
     parser.add_argument("--list_dir", type=Path, default=dataset.list_dir, help="folder of the lists")
     parser.add_argument("--split", default=dataset.splits[-1], help="list to test on")
-    parser.add_argument("--cases", nargs="+", help="only these patients of the list (case0005)")
+    if not dataset.planar:
+        parser.add_argument("--cases", nargs="+", help="only these patients of the list (case0005)")
     parser.add_argument("--batch_size", type=int, default=20, help="slices predicted at a time")
     parser.add_argument(
         "--test_save_dir", type=Path, help="folder of the results; default: results_SPLIT beside the checkpoint"
     )
-    parser.add_argument("--is_savenii", action="store_true", help="save image, label and prediction as NIfTI")
+    saving = (
+        ("--save_masks", "save predictions as PNG")
+        if dataset.planar
+        else ("--is_savenii", "save image, label and prediction as NIfTI")
+    )
+    parser.add_argument(saving[0], dest="save_predictions", action="store_true", help=saving[1])
     parser.add_argument("--overlays", type=int, default=0, help="PNGs per volume, of the slices with most error")
     parser.add_argument("--seed", type=int, default=2222, help="of everything random")
     parser.add_argument("--deterministic", type=int, default=1, choices=[0, 1], help="1: repeat exactly")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +16,20 @@ import torch
 
 from utils.errors import RunError
 from utils.files import atomic_write, file_stem
-from utils.metrics import ABSENT, MISSED, SPURIOUS, ClassResult, Metrics, case_metrics, dice_only
+from utils.metrics import (
+    ABSENT,
+    ISIC_THRESHOLD,
+    MISSED,
+    SPURIOUS,
+    ClassResult,
+    Metrics,
+    PooledMetrics,
+    case_metrics,
+    confusion,
+    dice_only,
+    pooled_metrics,
+    thresholded_jaccard,
+)
 
 CONVENTIONS = {
     "transunet": "as papers report: spurious counts as Dice 100, missed as 0, both at distance 0",
@@ -36,6 +49,8 @@ class Volume(Protocol):
     float64 (4, 4) from indices (x, y, z) to mm, or None. class_names: without the background.
     network_input gives float32 (n, 1, S, S) of n slices; restore takes uint8 (D, S, S) to uint8 (D, H, W);
     to_nifti gives a nibabel image of an array (D, H, W), lying as the file that the volume came from.
+    An image is a volume of one slice that is `planar`: image uint8 (1, H, W, 3), distances in two dimensions; it has
+    no to_nifti.
     """
 
     name: str
@@ -44,6 +59,7 @@ class Volume(Protocol):
     spacing: tuple[float, float, float] | None
     affine: np.ndarray | None
     class_names: tuple[str, ...]
+    planar: bool
 
     def network_input(self, img_size: int, part: slice) -> np.ndarray: ...
 
@@ -54,11 +70,15 @@ class Volume(Protocol):
 
 @dataclass(frozen=True)
 class CaseResult:
-    """The scores of one volume: one result per class without background, strict distances in `unit`."""
+    """The scores of one volume: one result per class without background, strict distances in `unit`.
+
+    Of an image (unit pixels) also its confusion, (num_classes, num_classes).
+    """
 
     name: str
     unit: str
     classes: tuple[ClassResult, ...]
+    confusion: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +92,11 @@ class Means:
 
 @dataclass(frozen=True)
 class Summary:
-    """The means of many cases under both conventions; in how many a class was missed, spurious or absent."""
+    """The means of many cases under both conventions; in how many a class was missed, spurious or absent.
+
+    Of images also, per class, the mean of the ISIC challenge's thresholded Jaccard (strict), and the scores over all
+    pixels together.
+    """
 
     num_cases: int
     transunet: Means
@@ -80,6 +104,8 @@ class Summary:
     missed: tuple[int, ...]
     spurious: tuple[int, ...]
     absent: tuple[int, ...]
+    thresholded: tuple[float, ...] = ()
+    pooled: tuple[PooledMetrics, ...] = ()
 
 
 def predict_volume(
@@ -127,9 +153,13 @@ def evaluate(
 
     def score(number: int, case: tuple, seconds: float, prediction: np.ndarray, volume: Volume | None) -> CaseResult:
         start = time.perf_counter()
-        name, label, spacing = case
-        unit = "voxels" if spacing is None else "mm"
-        result = CaseResult(name, unit, case_metrics(prediction, label, num_classes, spacing))
+        name, label, spacing, planar = case
+        if planar:
+            classes = case_metrics(prediction[0], label[0], num_classes)
+            result = CaseResult(name, "pixels", classes, confusion(prediction, label, num_classes))
+        else:
+            unit = "voxels" if spacing is None else "mm"
+            result = CaseResult(name, unit, case_metrics(prediction, label, num_classes, spacing))
         _log_case(result, number, len(volumes), seconds + time.perf_counter() - start)
         if volume is not None:
             on_case(volume, prediction)
@@ -145,7 +175,7 @@ def evaluate(
             seconds = time.perf_counter() - start
             if scores:
                 scores[-1].result()  # waits, so that no third volume comes up, and raises what went wrong
-            case = volume.name, volume.label, volume.spacing
+            case = volume.name, volume.label, volume.spacing, volume.planar
             scores.append(scorer.submit(score, i + 1, case, seconds, prediction, on_case and volume))
             del volume, case, prediction
     return [score.result() for score in scores]
@@ -189,14 +219,20 @@ def summarise(results: Sequence[CaseResult]) -> Summary:
             sum(c.state == state for c in column) for column in zip(*(r.classes for r in results), strict=True)
         )
 
-    return Summary(
+    planar = all(result.confusion is not None for result in results)
+    summary = Summary(
         num_cases=len(results),
-        transunet=_means("voxels", [[c.transunet for c in r.classes] for r in results]),
+        transunet=_means("pixels" if planar else "voxels", [[c.transunet for c in r.classes] for r in results]),
         strict=_means(" or ".join(units), [[c.strict for c in r.classes] for r in results]),
         missed=count(MISSED),
         spurious=count(SPURIOUS),
         absent=count(ABSENT),
     )
+    if not planar:
+        return summary
+    thresholded = _mean(np.array([[thresholded_jaccard(c.strict.jaccard) for c in r.classes] for r in results]))
+    pooled = pooled_metrics(sum(result.confusion for result in results))
+    return replace(summary, thresholded=tuple(thresholded.tolist()), pooled=pooled)
 
 
 def format_table(summary: Summary, class_names: Sequence[str], selected_on: str = "val") -> str:
@@ -217,8 +253,18 @@ def format_table(summary: Summary, class_names: Sequence[str], selected_on: str 
                 header.append(state)
                 for row, count in zip(rows, [*counts, sum(counts)], strict=True):
                     row.append(str(count))
+            if summary.thresholded:
+                header.append(f"Jaccard, 0 below {ISIC_THRESHOLD} [%]")
+                column = [*summary.thresholded, float(_mean(np.array(summary.thresholded)))]
+                for row, value in zip(rows, column, strict=True):
+                    row.append(_percent(value))
         title = f"{convention} convention, {summary.num_cases} cases ({note})"
         blocks.append("\n".join([title, *_align([header, *rows])]))
+    if summary.pooled:
+        header = ["class", *(f"{field.capitalize()} [%]" for field in PooledMetrics._fields)]
+        mean = _mean(np.array(summary.pooled))
+        rows = [[n, *map(_percent, v)] for n, v in zip([*names, "mean"], [*summary.pooled, mean], strict=True)]
+        blocks.append("\n".join(["over the pixels of all cases together", *_align([header, *rows])]))
     return "\n\n".join(blocks)
 
 
@@ -253,6 +299,11 @@ def write_summary_json(
         content[convention] = {"unit": means.unit, "mean": _numbers(means.mean), "classes": classes}
     for state in STATES:
         content[state] = [{"class": n, "cases": count} for n, count in zip(names, getattr(summary, state), strict=True)]
+    if summary.pooled:
+        content["thresholded_jaccard"] = [
+            {"class": n, "mean": None if np.isnan(x) else x} for n, x in zip(names, summary.thresholded, strict=True)
+        ]
+        content["pooled"] = [{"class": n, **_numbers(m)} for n, m in zip(names, summary.pooled, strict=True)]
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -274,6 +325,14 @@ def save_nifti(folder: str | Path, prediction: np.ndarray, volume: Volume) -> li
         with atomic_write(paths[-1]) as temporary:
             nibabel.save(volume.to_nifti(array), temporary)
     return paths
+
+
+def save_mask(path: str | Path, prediction: np.ndarray) -> None:
+    """Write class indices (H, W), uint8, as the grey values of a PNG."""
+    from PIL import Image
+
+    with atomic_write(path) as temporary:
+        Image.fromarray(prediction).save(temporary)
 
 
 @contextmanager
@@ -326,13 +385,17 @@ def _checked(class_names: Sequence[str], summary: Summary) -> Sequence[str]:
     return class_names
 
 
-def _numbers(metrics: Metrics) -> dict[str, float | None]:
+def _numbers(metrics: Metrics | PooledMetrics) -> dict[str, float | None]:
     return {field: None if np.isnan(x) else x for field, x in metrics._asdict().items()}
 
 
 def _cells(metrics: Metrics) -> list[str]:
     scales = Metrics(dice=100, hd95=1, jaccard=100, assd=1)
     return ["-" if np.isnan(x) else f"{s * x:.2f}" for s, x in zip(scales, metrics, strict=True)]
+
+
+def _percent(value: float) -> str:
+    return "-" if np.isnan(value) else f"{100 * value:.2f}"
 
 
 def _align(rows: list[list[str]]) -> list[str]:

@@ -24,6 +24,12 @@ def class_colour(c: int) -> str:
     return COLOURS[(c - 1) % len(COLOURS)]
 
 
+def class_rgb(c: int) -> tuple[int, int, int]:
+    """Give the colour of class index `c`, from 1, as red, green and blue from 0 to 255."""
+    colour = class_colour(c)
+    return tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+
+
 def save_overlays(folder: str | Path, volume: Volume, prediction: np.ndarray, count: int = 3) -> list[Path]:
     """Draw image, label and prediction side by side for some slices, as radiologists look at them where it is known.
 
@@ -34,8 +40,10 @@ def save_overlays(folder: str | Path, volume: Volume, prediction: np.ndarray, co
     """
     paths = []
     for z in _slices_to_draw(volume, prediction, count):
-        paths.append(Path(folder) / f"{file_stem(volume.name)}_slice{z:03d}.png")
-        title = f"{volume.name}, slice {z}"
+        stem, title = f"{file_stem(volume.name)}_slice{z:03d}", f"{volume.name}, slice {z}"
+        if volume.planar:
+            stem, title = file_stem(volume.name), volume.name
+        paths.append(Path(folder) / f"{stem}.png")
         if volume.label is not None:
             title += f", {(prediction[z] != volume.label[z]).sum()} wrong voxels"
         _save(_overlay(volume, prediction[z], z, title), paths[-1])
@@ -50,6 +58,25 @@ def _slices_to_draw(volume: Volume, prediction: np.ndarray, count: int) -> np.nd
     wrong = (prediction != volume.label).sum((1, 2))
     size = (volume.label > 0).sum((1, 2))
     return np.lexsort((-size, -wrong))[:count]
+
+
+def save_picture_overlay(path: str | Path, image: np.ndarray, mask: np.ndarray) -> None:
+    """Write an image with its classes painted over it, at its own size, as PNG or by the path's ending.
+
+    image: uint8 (H, W, 3); mask: class indices (H, W).
+    """
+    from PIL import Image
+
+    painted = image.copy()
+    padded = np.pad(mask, 1, mode="edge")
+    rim = (padded[:-2, 1:-1] != mask) | (padded[2:, 1:-1] != mask)
+    rim |= (padded[1:-1, :-2] != mask) | (padded[1:-1, 2:] != mask)
+    for c in np.unique(mask[mask > 0]):
+        colour, inside = np.array(class_rgb(c)), mask == c
+        painted[inside] = (0.65 * image[inside] + 0.35 * colour).astype(np.uint8)
+        painted[inside & rim] = colour
+    with atomic_write(path) as temporary:
+        Image.fromarray(painted).save(temporary)
 
 
 def save_progress(path: str | Path, history: Sequence[Mapping[str, object]]) -> None:
@@ -81,14 +108,16 @@ def _overlay(volume: Volume, prediction: np.ndarray, z: int, title: str) -> "Fig
 
     names = _class_names(volume, prediction)
     image, upright = volume.image[z], _upright(volume)
-    height, width = image.shape
+    height, width = image.shape[:2]
     pixel_aspect = 1.0 if volume.spacing is None else volume.spacing[1] / volume.spacing[2]
     masks = {"image": None, "label": None if volume.label is None else volume.label[z], "prediction": prediction}
     if volume.label is None:
         del masks["label"]
     panel_height = min(3.6 * pixel_aspect * height / width, 7.2)
     figure = Figure(figsize=(3.67 * len(masks), panel_height + 1.1), layout="constrained")
-    low, high = np.percentile(volume.image[:: max(1, len(volume.image) // 16)], (0.5, 99.5))
+    low, high = 0, 255
+    if not volume.planar:
+        low, high = np.percentile(volume.image[:: max(1, len(volume.image) // 16)], (0.5, 99.5))
     for axes, (name, mask) in zip(figure.subplots(1, len(masks)), masks.items(), strict=True):
         axes.imshow(image[upright], "gray", vmin=low, vmax=max(high, low + 1e-6), aspect=pixel_aspect)
         if mask is not None:

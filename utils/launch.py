@@ -17,12 +17,14 @@ from utils.evaluation import (
     Volume,
     evaluate,
     format_table,
+    save_mask,
     save_nifti,
     summarise,
     write_case_csv,
     write_summary_json,
 )
 from utils.figures import save_overlays
+from utils.files import file_stem
 from utils.training import AMP_DTYPES, DataFacts, Trainer
 
 logger = logging.getLogger(__name__)
@@ -97,15 +99,18 @@ def test(
             f"{args.checkpoint} has {num_classes} classes with background, these data {len(class_names) + 1}"
         )
     volumes = open_volumes(num_classes)
-    for i in range(len(volumes)):  # a damaged one is found before anything is predicted or written
-        _ = volumes[i]
+    if not dataset.planar:  # photographs take too long to be read twice
+        for i in range(len(volumes)):  # a damaged one is found before anything is predicted or written
+            _ = volumes[i]
     folder = args.test_save_dir or args.checkpoint.parent / f"results_{args.split}"
     setup_logging(folder / "test.log")
-    logger.info("%s on %d volumes of the list %s, on %s", args.checkpoint, len(volumes), args.split, device)
+    logger.info("%s on %d cases of the list %s, on %s", args.checkpoint, len(volumes), args.split, device)
 
     def save(volume: Volume, prediction: np.ndarray) -> None:
         volume.class_names = volume.class_names or tuple(class_names)
-        if args.is_savenii:
+        if args.save_predictions and volume.planar:
+            save_mask(folder / "masks" / f"{file_stem(volume.name)}.png", prediction[0])
+        elif args.save_predictions:
             save_nifti(folder / "nifti", prediction, volume)
         if args.overlays:
             save_overlays(folder / "overlays", volume, prediction, count=args.overlays)
@@ -118,7 +123,7 @@ def test(
         args.batch_size,
         device,
         AMP_DTYPES[args.amp],
-        on_case=save,
+        on_case=save if args.save_predictions or args.overlays else None,
     )
     summary = summarise(results)
     write_case_csv(folder / "cases.csv", results, class_names, selected_on)

@@ -20,6 +20,9 @@ from utils.errors import RunError
 
 Spacing = tuple[float, ...] | None
 
+ISIC_THRESHOLD = 0.65
+"""Jaccard below which the ISIC challenge counts a segmentation as failed."""
+
 FOUND, MISSED, SPURIOUS, ABSENT = "found", "missed", "spurious", "absent"
 
 
@@ -30,6 +33,16 @@ class Metrics(NamedTuple):
     hd95: float
     jaccard: float
     assd: float
+
+
+class PooledMetrics(NamedTuple):
+    """The scores of one class over the pixels of all images together, in [0, 1]."""
+
+    dice: float
+    jaccard: float
+    sensitivity: float
+    specificity: float
+    accuracy: float
 
 
 class ClassResult(NamedTuple):
@@ -88,13 +101,55 @@ def dice_only(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> np
     prediction, label: class indices below `num_classes`, of one shape. Gives float64 (num_classes - 1,): 0
     for a missed or spurious class, NaN for an absent one. Raises RunError for different shapes.
     """
+    counts = confusion(prediction, label, num_classes)
+    voxels = (counts.sum(0) + counts.sum(1))[1:]
+    dice = np.full(num_classes - 1, np.nan)
+    return np.divide(2 * counts.diagonal()[1:], voxels, out=dice, where=voxels > 0)
+
+
+def confusion(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> np.ndarray:
+    """Count how often each class was taken for each: int64 (num_classes, num_classes), rows the label's classes.
+
+    prediction, label: class indices below `num_classes`, of one shape. Raises RunError for different shapes.
+    """
     _check_shapes(prediction, label)
     pairs = label.ravel().astype(np.intp) * num_classes + prediction.ravel()
-    # Rows are the label's classes, columns the prediction's.
-    confusion = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
-    voxels = (confusion.sum(0) + confusion.sum(1))[1:]
-    dice = np.full(num_classes - 1, np.nan)
-    return np.divide(2 * confusion.diagonal()[1:], voxels, out=dice, where=voxels > 0)
+    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def pooled_metrics(counts: np.ndarray) -> tuple[PooledMetrics, ...]:
+    """Give the scores of each class but the background over all pixels together.
+
+    counts: the summed `confusion` of all images. Gives `num_classes - 1` results, class c at c - 1; a share of
+    nothing is NaN.
+    """
+    total = int(counts.sum())
+    results = []
+    for c in range(1, len(counts)):
+        both, labelled, predicted = (int(n) for n in (counts[c, c], counts[c].sum(), counts[:, c].sum()))
+        outside, wrong = total - labelled, labelled + predicted - 2 * both
+        results.append(
+            PooledMetrics(
+                dice=_share(2 * both, labelled + predicted),
+                jaccard=_share(both, labelled + predicted - both),
+                sensitivity=_share(both, labelled),
+                specificity=_share(outside - (predicted - both), outside),
+                accuracy=_share(total - wrong, total),
+            )
+        )
+    return tuple(results)
+
+
+def thresholded_jaccard(jaccard: float) -> float:
+    """Give a Jaccard as the ISIC challenge scores it: 0 below 0.65, NaN where it is.
+
+    Source: Codella et al., "Skin lesion analysis toward melanoma detection 2018", arXiv 1902.03368.
+    """
+    return 0.0 if jaccard < ISIC_THRESHOLD else jaccard
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else float("nan")
 
 
 def _empty_case(predicted: bool, labelled: bool, shape: tuple[int, ...], spacing: Spacing) -> ClassResult:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.figures import class_colour
+from utils.figures import class_rgb
 from utils.files import atomic_write
 
 Row = tuple[str, str, int, float]
+"""Scan or image, class, voxels or pixels, and what these are: millilitres, or the share of the image."""
 
 
 def write_colour_tables(stem: str | Path, class_names: Sequence[str]) -> list[Path]:
@@ -19,7 +20,7 @@ def write_colour_tables(stem: str | Path, class_names: Sequence[str]) -> list[Pa
     Source: the colour table format of Slicer's user guide, the label description format of ITK-SNAP's.
     """
     entries = [(0, "background", (0, 0, 0))]
-    entries += [(c, name, _rgb(class_colour(c))) for c, name in enumerate(class_names, 1)]
+    entries += [(c, name, class_rgb(c)) for c, name in enumerate(class_names, 1)]
     slicer = ["# Color table file", f"# {len(entries)} values"]
     slicer += [f"{c} {name.replace(' ', '_')} {r} {g} {b} {255 if c else 0}" for c, name, (r, g, b) in entries]
     itksnap = ["# ITK-SnAP Label Description File", "# IDX -R- -G- -B- -A- VIS MSH LABEL"]
@@ -42,18 +43,26 @@ def organ_volumes(
 
     prediction: class indices (D, H, W); affine: (4, 4), voxel index to mm.
     """
-    counts = np.bincount(prediction.ravel(), minlength=len(class_names) + 1)[1:]
     millilitres = np.nan if affine is None else abs(np.linalg.det(affine[:3, :3])) / 1000
-    return [(name, c, int(n), float(n * millilitres)) for c, n in zip(class_names, counts, strict=True)]
+    return [(name, c, n, n * millilitres) for c, n in _counts(prediction, class_names)]
 
 
-def write_volumes_csv(path: str | Path, rows: Iterable[Row]) -> None:
-    """Write the rows of `organ_volumes` as CSV; unknown millilitres are an empty cell."""
+def picture_areas(name: str, prediction: np.ndarray, class_names: Sequence[str]) -> list[Row]:
+    """Give (image, class, pixels, share of the image) for every class but the background.
+
+    prediction: class indices (H, W).
+    """
+    return [(name, c, n, n / prediction.size) for c, n in _counts(prediction, class_names)]
+
+
+def write_report(path: str | Path, header: Sequence[str], rows: Iterable[Row]) -> None:
+    """Write the rows of `organ_volumes` or `picture_areas` as CSV; NaN is an empty cell."""
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["scan", "class", "voxels", "millilitres"])
-        writer.writerows((scan, c, n, "" if np.isnan(ml) else f"{ml:.3f}") for scan, c, n, ml in rows)
+        writer.writerow(header)
+        writer.writerows((name, c, n, "" if np.isnan(x) else f"{x:.6f}") for name, c, n, x in rows)
 
 
-def _rgb(colour: str) -> tuple[int, int, int]:
-    return tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+def _counts(prediction: np.ndarray, class_names: Sequence[str]) -> list[tuple[str, int]]:
+    counts = np.bincount(prediction.ravel(), minlength=len(class_names) + 1)[1:]
+    return list(zip(class_names, counts.tolist(), strict=True))

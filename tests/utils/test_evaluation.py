@@ -24,6 +24,7 @@ from utils.evaluation import (
     write_case_csv,
     write_summary_json,
 )
+from utils.metrics import case_metrics
 
 NAMES = ("box", "core", "nowhere")
 
@@ -38,6 +39,7 @@ class BoxVolume:
     affine: np.ndarray | None = None
     class_names: tuple[str, ...] = NAMES
     image: np.ndarray | None = None
+    planar: bool = False
 
     def __post_init__(self):
         if self.image is None:
@@ -396,3 +398,38 @@ def test_a_name_never_leads_out_of_the_folder(lopsided, tmp_path, name):
     assert {p.resolve() for p in tmp_path.rglob("*.nii.gz")} == {p.resolve() for p in paths}
     assert {p.resolve().parent for p in paths} == {folder.resolve()}
     assert not any(p.name.startswith(".") for p in paths)
+
+
+@dataclass
+class BoxPicture(BoxVolume):
+    """The same as an image: one slice, measured in two dimensions."""
+
+    planar: bool = True
+
+
+def test_images_are_measured_in_two_dimensions_and_pooled(tmp_path):
+    first = box_label(1)
+    first[0, 4:20, 6:26] = 1
+    second = np.zeros_like(first)
+    second[0, :10, :10] = 1
+    seen = np.roll(first, 2, axis=2)
+    pictures = [
+        BoxPicture(first, image=seen.astype(np.float32), name="a"),
+        BoxPicture(second, image=second.astype(np.float32), name="b"),
+    ]
+    results = evaluate(Threshold(), pictures, 4, 96)
+    assert results[0].classes == case_metrics(seen[0], first[0], 4)
+    assert results[0].classes[0].transunet.hd95 < 3  # in three dimensions every pixel would be at the border
+    summary = summarise(results)
+    assert summary.transunet.unit == summary.strict.unit == "pixels"
+    both, one = 16 * 18, 16 * 20
+    assert summary.pooled[0].dice == pytest.approx(2 * (both + 100) / (2 * (one + 100)))
+    jaccard = both / (2 * one - both)
+    assert summary.thresholded[0] == pytest.approx((jaccard + 1) / 2)
+    table = format_table(summary, NAMES)
+    assert "HD95 [pixels]" in table and "Jaccard, 0 below 0.65 [%]" in table
+    assert "over the pixels of all cases together" in table and "Sensitivity [%]" in table
+    write_summary_json(tmp_path / "summary.json", summary, NAMES)
+    content = json.loads((tmp_path / "summary.json").read_text())
+    assert content["pooled"][0]["dice"] == pytest.approx(summary.pooled[0].dice)
+    assert content["thresholded_jaccard"][2] == {"class": "nowhere", "mean": None}

@@ -26,6 +26,7 @@ def volume():
         label=label,
         spacing=(10.0, 1.5, 1.5),
         affine=None,
+        planar=False,
         class_names=("box", "core"),
     )
 

@@ -56,6 +56,7 @@ class DrawnVolume:
     name: str = "volume"
     spacing = None
     affine = None
+    planar = False
 
     def __post_init__(self):
         slices = [drawing(10**6 + i) for i in range(3)]

@@ -1,0 +1,121 @@
+"""The two colour data sets as a user runs them: raw images to tables, masks and overlays."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import predict
+from tests.datasets.test_isic import write_raw as write_isic
+from tests.datasets.test_segpc import write_raw as write_segpc
+from tests.test_scripts import SMALL, assert_one_line
+
+IDS = {"train": ("3", "5", "8", "9", "10"), "valid": ("20", "21")}
+
+
+def write(folder: Path, dataset: str) -> None:
+    """Write a raw data set of a few images."""
+    if dataset == "segpc":
+        for part, ids in IDS.items():
+            write_segpc(folder / part, ids)
+    else:
+        write_isic(folder, [f"ISIC_{number:07d}" for number in range(10)])
+
+
+@pytest.fixture(scope="module", params=["segpc", "isic"])
+def made(request, tmp_path_factory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    write(folder / "raw", request.param)
+    return request.param, folder
+
+
+def where(folder: Path) -> list:
+    return ["--root_path", folder / "data", "--list_dir", folder / "data/lists"]
+
+
+def test_from_raw_images_to_tables_masks_and_overlays(made, run_script):
+    dataset, folder = made
+    done = run_script("prepare_data.py", dataset, "--raw", folder / "raw", "--out", folder / "data")
+    assert done.status == 0, done.error
+    assert f"train_{dataset}.py --root_path" in done.error
+
+    flags = [*where(folder), *SMALL, "--batch_size", 2, "--output_dir", folder / "run", "--photometric"]
+    done = run_script(f"train_{dataset}.py", *flags)
+    assert done.status == 0, done.error
+    state = torch.load(folder / "run/best.pth", weights_only=True)
+    assert state["network"]["in_channels"] == 3
+    assert state["data"]["preprocessing"] == {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+
+    flags = ["--save_masks", "--overlays", 1, "--checkpoint", folder / "run/best.pth"]
+    done = run_script(f"test_{dataset}.py", *where(folder), *flags)
+    assert done.status == 0, done.error
+    for words in ("HD95 [pixels]", "Jaccard, 0 below 0.65 [%]", "over the pixels of all cases together"):
+        assert words in done.output
+    results = folder / "run" / "results_test"
+    names = (folder / "data/lists/test.txt").read_text().split()
+    assert {path.stem for path in (results / "masks").iterdir()} == set(names)
+    assert {path.stem for path in (results / "overlays").iterdir()} == set(names)
+    assert json.loads((results / "summary.json").read_text())["num_cases"] == len(names)
+    with open(results / "cases.csv") as file:
+        assert {row["case"] for row in csv.DictReader(file)} == set(names)
+
+    mask = np.asarray(Image.open(results / "masks" / f"{names[0]}.png"))
+    image = next((folder / "data/images").glob(f"{names[0]}.*"))
+    np.testing.assert_array_equal(predict.Predictor(folder / "run/best.pth", "cpu")(image), mask)
+    out = folder / "out" / "mask.png"
+    flags = ["--checkpoint", folder / "run/best.pth", "--device", "cpu", "--overlays", 1]
+    done = run_script("predict.py", *flags, "--input", image, "--output", out)
+    assert done.status == 0, done.error
+    np.testing.assert_array_equal(np.asarray(Image.open(out)), mask)
+    with Image.open(folder / "out/mask_overlays/mask.png") as overlay, Image.open(image) as own:
+        assert overlay.size == own.size
+    with open(folder / "out/mask_areas.csv") as file:
+        areas = [int(row["pixels"]) for row in csv.DictReader(file)]
+    assert areas == [(mask == c).sum() for c in range(1, len(areas) + 1)]
+
+    done = run_script("predict.py", *flags, "--input", folder / "data/images", "--output", folder / "many")
+    assert done.status == 0, done.error
+    assert len(list((folder / "many").glob("*.png"))) == len(list((folder / "data/images").iterdir()))
+
+
+def test_what_is_wrong_is_one_line(tmp_path, run_script):
+    write(tmp_path / "raw", "segpc")
+    run_script("prepare_data.py", "segpc", "--raw", tmp_path / "raw", "--out", tmp_path / "data")
+    flags = [*where(tmp_path), *SMALL, "--batch_size", 2, "--output_dir", tmp_path / "run"]
+    name = (tmp_path / "data/lists/train.txt").read_text().split()[0]
+    (tmp_path / "data/lists/val.txt").write_text(f"{name}\n")
+    done = run_script("train_segpc.py", *flags)
+    assert_one_line(done, "val.txt", f"{name} is also in train.txt")
+    mask = tmp_path / "data/masks" / f"{name}.png"
+    mask.write_bytes(mask.read_bytes()[:40])
+    done = run_script("train_segpc.py", *flags, "--val_split", "test")
+    assert_one_line(done, mask)
+    done = run_script("train_isic.py", *SMALL, "--root_path", tmp_path / "nowhere")
+    assert_one_line(done, "nowhere", "prepare_data.py isic")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_photograph_of_24_million_pixels_is_segmented_at_its_own_size(tmp_path):
+    class Reddish(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = {"num_classes": 2, "img_size": 64}
+
+        def forward(self, x):
+            return [torch.cat([-x[:, :1], x[:, :1]], 1)] * 4
+
+    image = np.zeros((4000, 6000, 3), np.uint8)
+    image[1000:3000, 1500:4500] = 255
+    Image.fromarray(image).save(tmp_path / "photo.jpg")
+    predictor = predict.Predictor.__new__(predict.Predictor)
+    predictor.model, predictor.planar, predictor.class_names = Reddish(), True, ("lesion",)
+    predictor.preprocessing = predict.DATASETS["isic"].preprocessing
+    predictor.device, predictor.amp_dtype, predictor.batch_size = torch.device("cpu"), None, 1
+    mask = predictor(tmp_path / "photo.jpg")
+    assert mask.shape == (4000, 6000)
+    assert mask[1100:2900, 1600:4400].all()
+    assert not mask[:900].any() and not mask[:, 4600:].any()
