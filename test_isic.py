@@ -5,6 +5,7 @@ python test_isic.py --checkpoint runs/isic/best.pth --split val --save_masks --o
 """
 
 from datasets import DataError, ImageFolder, isic
+from datasets.image_sets import images_of
 from networks import NetworkError, SimMPNet, load_release_state_dict
 from utils.arguments import testing_parser
 from utils.cli import run_script
@@ -16,10 +17,7 @@ def main() -> None:
     args = testing_parser(__doc__, info).parse_args()
 
     def open_images(num_classes: int) -> ImageFolder:
-        info.require(args.root_path)
-        return ImageFolder(
-            args.root_path, args.list_dir, args.split, num_classes, info.names_for(num_classes), info.preprocessing
-        )
+        return images_of(info, args.root_path, args.list_dir, args.split, num_classes)
 
     test(args, info, open_images, SimMPNet, load_release_state_dict)
 

@@ -18,7 +18,6 @@ from networks import NetworkError, SimMPNet, pretrained_file
 from utils.arguments import parse_training, training_parser
 from utils.cli import run_script
 from utils.launch import train
-from utils.training import DataFacts
 
 SPLITS = {"val": ("train", "val"), "test": ("trainval", "test")}
 """For each --select the lists to train on and to choose the best epoch on."""
@@ -34,11 +33,8 @@ def main() -> None:
         args.root_path, args.list_dir, args.train_split, args.num_classes, args.img_size, augment=True, seed=args.seed
     )
     val_set = VolumeDataset(args.volume_path, args.list_dir, args.val_split, args.num_classes)
-    selected_on = "test" if args.val_split == "test" else "val"
-    quick_check(train_set, val_set, info, Path(args.list_dir, "test.txt") if selected_on == "val" else None)
-
-    facts = DataFacts("acdc", info.names_for(args.num_classes), info.preprocessing.to_dict(), selected_on)
-    train(args, checkpoint, facts, train_set, val_set, SimMPNet, pretrained_file)
+    quick_check(train_set, val_set, info, Path(args.list_dir, "test.txt"))
+    train(args, checkpoint, info, train_set, val_set, SimMPNet, pretrained_file)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from networks import NetworkError, SimMPNet, pretrained_file
 from utils.arguments import parse_training, training_parser
 from utils.cli import run_script
 from utils.launch import train
-from utils.training import DataFacts
 
 SPLITS = {"val": ("train", "train"), "test": ("train", "test_vol")}
 """For each --select the lists to train on and to choose the best epoch on; in one list, --val_cases part them."""
@@ -47,11 +46,8 @@ def main() -> None:
     else:
         info.require(args.volume_path)
         val_set = VolumeDataset(args.volume_path, args.list_dir, args.val_split, args.num_classes, order)
-    selected_on = "test" if args.val_split == "test_vol" else "val"
-    quick_check(train_set, val_set, info, Path(args.list_dir, "test_vol.txt") if selected_on == "val" else None)
-
-    facts = DataFacts("synapse", info.names_for(args.num_classes), info.preprocessing.to_dict(), selected_on)
-    train(args, checkpoint, facts, train_set, val_set, SimMPNet, pretrained_file)
+    quick_check(train_set, val_set, info, Path(args.list_dir, "test_vol.txt"))
+    train(args, checkpoint, info, train_set, val_set, SimMPNet, pretrained_file)
 
 
 if __name__ == "__main__":

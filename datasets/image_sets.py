@@ -5,8 +5,10 @@ crops.
 """
 
 import re
+from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,6 +30,9 @@ from datasets.images import (
 )
 from datasets.lists import list_path, natural_key, read_list
 from datasets.photometric import photometric
+
+if TYPE_CHECKING:
+    from datasets.info import DatasetInfo
 
 
 def image_of(name: str) -> str:
@@ -87,6 +92,27 @@ def _refuse_missing(where: Path, what: str, wanted: Iterable[str], there: Iterab
             f"{', ...' if len(missing) > 5 else ''}; prepare that data (prepare_data.py) or choose another --list_dir "
             "or split"
         )
+
+
+def training_images(info: "DatasetInfo", args: Namespace) -> tuple["ImageDataset", "ImageFolder"]:
+    """Return the images to train and to validate on that the arguments of a training script name.
+
+    Raises DataError for a folder or list that is missing or unfit.
+    """
+    info.require(args.root_path)
+    train_set = ImageDataset(
+        args.root_path, args.list_dir, args.train_split, args.num_classes, args.img_size, augment=True,
+        photometric=args.photometric, seed=args.seed, preprocessing=info.preprocessing,
+    )  # fmt: skip
+    return train_set, images_of(info, args.root_path, args.list_dir, args.val_split, args.num_classes)
+
+
+def images_of(
+    info: "DatasetInfo", root_path: str | Path, list_dir: str | Path, split: str, num_classes: int
+) -> "ImageFolder":
+    """Return the images of a data set that a split's list names, whole; raises DataError."""
+    info.require(root_path)
+    return ImageFolder(root_path, list_dir, split, num_classes, info.names_for(num_classes), info.preprocessing)
 
 
 class ImageDataset(Dataset):

@@ -21,7 +21,7 @@ SPACING_TOLERANCE = 0.01
 def scan_name(path: str | Path) -> str:
     """Return a scan's name, its file's without the ending or its folder's."""
     name = Path(path).absolute().name
-    return next((name.removesuffix(ending) for ending in NIFTI_ENDINGS if name.endswith(ending)), name)
+    return next((name[: -len(ending)] for ending in NIFTI_ENDINGS if name.lower().endswith(ending)), name)
 
 
 def read_scan(path: str | Path, preprocessing: Preprocessing) -> Volume:
@@ -120,8 +120,8 @@ def _load_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray, float, float]:
 
     series = SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if len(series) != 1:
-        found = f"{len(series)} DICOM series" if series else "no DICOM series"
-        raise DataError(f"{folder}: {found} in this folder; one was expected: give a folder that holds that alone")
+        found = f"{len(series)} DICOM series" if series else "no .nii, no .nii.gz and no DICOM series"
+        raise DataError(f"{folder}: holds {found}; one series was expected: give a folder with that alone")
     files = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
     affine = _dicom_affine(folder, files)
     reader = SimpleITK.ImageFileReader()

@@ -53,16 +53,16 @@ def quick_check(
     train_set: SliceDataset | ImageDataset,
     val_set: VolumeDataset | ImageFolder,
     info: DatasetInfo,
-    test_list: Path | None = None,
+    test_list: Path,
 ) -> None:
     """Do what training does first, in seconds: no patient in two parts, the first and the last case of each readable.
 
     info: the data set, whose doubts about the first volume are logged as warnings; test_list: list of the test
-    patients, who must be in neither part; None where they are the ones to validate on, a list that is not there is
-    passed over. Of a planar set the images stand for patients. Raises DataError for the first thing that is wrong.
+    patients, who must be in neither part unless it is the one to validate on; one that is not there is passed over. Of
+    a planar set the images stand for patients. Raises DataError for the first thing that is wrong.
     """
     parts = [(train_set.source, train_set.patients), (val_set.source, val_set.patients)]
-    if test_list is not None and test_list.is_file():
+    if test_list != val_set.source and test_list.is_file():
         parts.append((test_list, _owners(info, read_list(test_list.parent, test_list.stem))))
     for problem in _shared_patients(parts):
         raise DataError(problem)

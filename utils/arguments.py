@@ -35,6 +35,9 @@ class Dataset(Protocol):
     volume_path: str
     num_classes: int
     planar: bool
+    preprocessing: Any
+
+    def names_for(self, num_classes: int) -> tuple[str, ...]: ...
 
 
 def training_parser(description: str, network: Callable, dataset: Dataset, **defaults: Any) -> ArgumentParser:
@@ -190,6 +193,7 @@ def parse_training(
     train_split, val_split = splits[args.select]
     args.train_split = args.train_split or train_split
     args.val_split = args.val_split or val_split
+    args.selected_on = "test" if args.val_split == splits["test"][1] else "val"
     _check_numbers(args)
     check_n_gpu(args)
     return args, checkpoint

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 def train(
     args: Namespace,
     checkpoint: dict | None,
-    facts: DataFacts,
+    dataset: Dataset,
     train_set: torch.utils.data.Dataset,
     val_set: Sequence[Volume],
     network: Callable[..., torch.nn.Module],
@@ -43,9 +43,9 @@ def train(
 
     Args:
         args, checkpoint: what ``parse_training`` returned.
-        facts: what the data are.
-        train_set: slices to train on.
-        val_set: volumes to choose the best epoch on.
+        dataset: what is trained on.
+        train_set: slices or images to train on.
+        val_set: volumes or images to choose the best epoch on.
         network: the class to build, ``SimMPNet``.
         default_weights: gives the weight file of a scale where ``--pretrained`` says nothing.
     """
@@ -56,6 +56,8 @@ def train(
     pretrained = None if checkpoint else _pretrained(args, default_weights)
     model = network(**network_arguments(args, network), pretrained=pretrained)
     setup_logging(Path(args.output_dir) / "train.log")
+    names, preprocessing = dataset.names_for(args.num_classes), dataset.preprocessing.to_dict()
+    facts = DataFacts(dataset.name, names, preprocessing, args.selected_on)
     if facts.selected_on == "test":
         logger.warning("the best epoch is chosen on the test volumes, as the release does: its scores are optimistic")
     trainer = Trainer(model, train_set, val_set, facts, args, device)
