@@ -37,15 +37,18 @@ from datasets.images import ENDINGS as IMAGE_ENDINGS
 from datasets.scan import NIFTI_ENDINGS, scan_name
 from networks import NetworkError, SimMPNet, load_release_state_dict
 from utils.checkpoint import build_network, load_checkpoint
-from utils.cli import ArgumentParser, pick_device, run_script, seed_everything, setup_logging
+from utils.cli import ArgumentParser, pick_device, run_script, seed_everything
 from utils.errors import RunError
 from utils.evaluation import predict_volume, save_mask
 from utils.figures import save_overlays, save_picture_overlay
-from utils.files import atomic_write, file_stem
+from utils.files import atomic_write, check_writable, file_stem
 from utils.reports import organ_volumes, picture_areas, write_colour_tables, write_report
 from utils.training import AMP_DTYPES
 
 logger = logging.getLogger("predict")
+
+OTHER_ENDINGS = (*NIFTI_ENDINGS, *IMAGE_ENDINGS, ".gz", ".mha", ".mhd", ".nrrd", ".dcm", ".gif", ".webp")
+"""Endings that nobody gives to a folder."""
 
 
 class Predictor:
@@ -67,6 +70,8 @@ class Predictor:
     ):
         state = load_checkpoint(checkpoint)
         data = state.get("data", {})
+        if dataset is not None and data.get("dataset", dataset) != dataset:
+            raise RunError(f"{checkpoint} was trained on {data['dataset']}, not on {dataset}: leave out --dataset")
         facts = DATASETS.get(dataset or data.get("dataset"))
         if "preprocessing" in data:
             self.preprocessing = preprocessing_from_dict(data["preprocessing"])
@@ -76,7 +81,8 @@ class Predictor:
             raise RunError(f"{checkpoint} does not say how scans are prepared for it: give --dataset")
         self.planar = isinstance(self.preprocessing, ColourPreprocessing)
         self.device, self.amp_dtype, self.batch_size = pick_device(device), AMP_DTYPES[amp], batch_size
-        self.model = build_network(state, checkpoint, SimMPNet, load_release_state_dict).to(self.device)
+        channels = 3 if self.planar else 1
+        self.model = build_network(state, checkpoint, SimMPNet, load_release_state_dict, channels).to(self.device)
         self.class_names = tuple(data["class_names"] if data else facts.names_for(self.model.config["num_classes"]))
 
     def read(self, path: str | Path) -> Volume | Picture:
@@ -125,24 +131,27 @@ def find_inputs(source: Path, target: Path, planar: bool) -> tuple[dict[Path, Pa
     stem = (lambda path: path.stem) if planar else scan_name
     inside = []
     if source.is_dir():
-        inside = sorted(path for path in source.iterdir() if path.name.lower().endswith(endings))
+        inside = sorted(p for p in source.iterdir() if p.name.lower().endswith(endings) and p.name[0] != ".")
         if planar and not inside:
             raise RunError(f"--input {source} holds no image ({', '.join(endings)})")
-    if inside:
-        if target.name.endswith(written):
-            raise RunError(f"--output {target} is one file, --input {source} holds {len(inside)}: give a folder")
-        if target.resolve() == source.resolve():
-            raise RunError(f"--output {target} is the folder of the input, which would be lost: give another")
-        stems = [stem(path) for path in inside]
-        twice = [path for path in inside if stems.count(stem(path)) > 1]
-        if twice:
-            raise RunError(f"{twice[0]} and {twice[1].name} would be segmented to one file: rename one of them")
-    elif target.name.endswith(written):
-        if target.resolve() == source.resolve():
-            raise RunError(f"--output {target} is the input, which would be lost: give another name")
-        return {source: target}, f"{target.parent / stem(target)}_"
-    ending = ".png" if planar else ".nii.gz"
-    return {path: target / f"{file_stem(stem(path))}{ending}" for path in inside or [source]}, f"{target}/"
+    is_file = target.name.lower().endswith(written)
+    if is_file and inside:
+        raise RunError(f"--output {target} is one file, --input {source} holds {len(inside)}: give a folder")
+    if not is_file and target.suffix.lower() in OTHER_ENDINGS and not target.is_dir():
+        raise RunError(f"--output {target}: {' or '.join(written)} is what is written; end it so, or name a folder")
+    if is_file:
+        outputs, beside = {source: target}, f"{target.parent / stem(target)}_"
+    else:
+        outputs = {p: target / f"{file_stem(stem(p))}{written[0]}" for p in inside or [source]}
+        beside = f"{target}/"
+    inputs = {path.resolve() for path in outputs}
+    taken: dict[Path, Path] = {}
+    for path, output in outputs.items():
+        if output.resolve() in inputs:
+            raise RunError(f"--output {target}: {output} is an input, which would be lost; give another name or folder")
+        if taken.setdefault(output, path) != path:
+            raise RunError(f"{taken[output]} and {path.name} would both be segmented to {output}: rename one of them")
+    return outputs, beside
 
 
 def save_scan(target: Path, volume: Volume, prediction: np.ndarray, overlays: int, beside: str) -> list:
@@ -166,10 +175,11 @@ def save_picture(target: Path, picture: Picture, prediction: np.ndarray, overlay
 
 def main() -> None:
     args = parse_args()
-    setup_logging()
     seed_everything(0)
     predictor = Predictor(args.checkpoint, args.device, args.amp, args.batch_size, args.dataset)
     inputs, beside = find_inputs(args.input, args.output, predictor.planar)
+    for folder in {target.parent for target in inputs.values()}:
+        check_writable(folder)
     names, rows, failed = predictor.class_names, [], 0
     for number, (source, target) in enumerate(inputs.items(), 1):
         try:
@@ -182,8 +192,9 @@ def main() -> None:
             continue
         prediction = predictor.segment(volume)
         save = save_picture if predictor.planar else save_scan
-        rows += save(target, volume, prediction, args.overlays, beside)
-        found = len(np.unique(prediction[prediction > 0]))
+        new = save(target, volume, prediction, args.overlays, beside)
+        rows += new
+        found = sum(count > 0 for _, _, count, _ in new)
         logger.info("%d/%d %s: %d of %d classes found", number, len(inputs), target, found, len(names))
     if predictor.planar:
         write_report(f"{beside}areas.csv", ("image", "class", "pixels", "share"), rows)

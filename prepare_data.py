@@ -13,9 +13,10 @@ for training, validation or test is for the lists to say. A preparation that was
 import argparse
 import logging
 import os
+from pathlib import Path
 
 from datasets import DATASETS, DataError, acdc, isic, phantom, segpc, synapse
-from utils.cli import ArgumentParser, run_script, setup_logging
+from utils.cli import ArgumentParser, run_script
 
 logger = logging.getLogger("prepare_data")
 
@@ -57,7 +58,6 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    setup_logging()
     info = DATASETS[args.dataset]
     list_dir = info.list_dir
     if args.dataset == "synapse":
@@ -74,12 +74,15 @@ def main() -> None:
     else:
         names = phantom.write_phantom(args.out, args.num_patients, args.seed, args.jobs)
         list_dir = f"{args.out}/lists"
+    splits = ""
     if info.planar:
         where = f"--root_path {args.out} --list_dir {list_dir}"
+        written = [split for split in info.splits if Path(list_dir, f"{split}.txt").is_file()]
+        splits = "" if len(written) == len(info.splits) else f" --splits {' '.join(written)}"
     else:
         where = f"--root_path {args.out}/train_npz --volume_path {args.out}/test_vol_h5 --list_dir {list_dir}"
     logger.info("%d %s are ready in %s", len(names), "images" if info.planar else "volumes", args.out)
-    logger.info("next, check them:  python -m datasets.verify %s %s", args.dataset, where)
+    logger.info("next, check them:  python -m datasets.verify %s %s%s", args.dataset, where, splits)
     logger.info("then train:        python %s %s", info.train_script, where)
 
 

@@ -172,6 +172,7 @@ def shrink(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def shrunk_size(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Return the (h, w) to which ``shrink`` takes an image of (H, W)."""
     factor = min(1.0, side / min(size))
     return round(size[0] * factor), round(size[1] * factor)
 

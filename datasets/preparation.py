@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
+from datasets.errors import DataError
 from datasets.volume import Volume, write_slice, write_volume
 
 SLICE_FOLDER = "train_npz"
@@ -79,7 +81,8 @@ def run_all(work: Callable[[Any], None], waiting: Sequence[Any], total: int, wha
     work: can be pickled; total: cases there are, for the log; what: they are, in the plural. The first error ends it.
     """
     if len(waiting) < total:
-        logger.info("%d of %d %s are ready already", total - len(waiting), total, what)
+        ready = total - len(waiting)
+        logger.info("%d of %d %s are ready and stay as they are; --overwrite makes them anew", ready, total, what)
     with tqdm(total=len(waiting), desc=what, disable=None) as progress:
         if jobs <= 1 or len(waiting) <= 1:
             for case in waiting:
@@ -94,6 +97,10 @@ def run_all(work: Callable[[Any], None], waiting: Sequence[Any], total: int, wha
                 for future in as_completed(futures):
                     future.result()
                     progress.update()
+            except BrokenProcessPool as error:
+                raise DataError(
+                    "a process was ended from outside, probably for want of memory: lower --jobs"
+                ) from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

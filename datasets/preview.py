@@ -34,7 +34,10 @@ def _slices(info: DatasetInfo, args: Namespace) -> SliceDataset:
     if args.photometric:
         raise DataError(f"--photometric: {info.name} is grey, colours are what it varies; leave it out")
     root, lists = args.root_path or info.root_path, args.list_dir or info.list_dir
-    return SliceDataset(root, lists, args.split, info.num_classes, args.img_size, augment=True, seed=args.seed)
+    order = info.label_order(args.label_order, info.num_classes)
+    return SliceDataset(
+        root, lists, args.split, info.num_classes, args.img_size, augment=True, seed=args.seed, label_order=order
+    )
 
 
 def _images(info: DatasetInfo, args: Namespace) -> ImageDataset:
@@ -85,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("--root_path", help="folder of the slices, or the one that holds images and masks")
     parser.add_argument("--list_dir", help="folder of the lists")
+    parser.add_argument("--label_order", help="what the label ids of Synapse's files mean; default: paper")
     parser.add_argument("--split", default="train", help="list to draw from")
     parser.add_argument("--count", type=int, default=16, help="samples on the sheet")
     parser.add_argument("--photometric", action="store_true", help="with the changes of colour, focus and form")

@@ -39,21 +39,15 @@ def read_scan(path: str | Path, preprocessing: Preprocessing) -> Volume:
     else:
         raise DataError(f"{path}: no such file or folder; give a NIfTI file or the folder of a DICOM series")
     stored_type = voxels.dtype.name
-    if not np.isfinite(affine).all() or not np.linalg.det(affine[:3, :3]):
-        raise DataError(f"{path}: its affine has no inverse; three axes in mm were expected: repair the header")
-    orientation = orientation_of(affine)
+    orientation = _checked_orientation(path, affine)
     if preprocessing.orientation is not None:
-        if "?" in orientation:
-            raise DataError(f"{path}: its affine leaves open which way an axis runs; repair the header")
         voxels, affine = reorient(voxels, affine, preprocessing.orientation)
     spacing = tuple(float(length) for length in np.linalg.norm(affine[:3, :3], axis=0)[::-1])
     if voxels.dtype.kind == "f" and not all(np.isfinite(plane).all() for plane in voxels):
         raise DataError(f"{path}: the image has values that are NaN or infinite; repair the file")
     image = ScanImage(voxels, slope, intercept, preprocessing)
     _check_window(path, image)
-    return Volume(
-        scan_name(path), image, None, spacing, affine, (), orientation if "?" not in orientation else None, stored_type
-    )
+    return Volume(scan_name(path), image, None, spacing, affine, (), orientation, stored_type)
 
 
 def read_scan_label(path: str | Path, volume: Volume, num_classes: int | None = None) -> np.ndarray:
@@ -67,6 +61,7 @@ def read_scan_label(path: str | Path, volume: Volume, num_classes: int | None = 
     if (slope, intercept) != (1, 0):
         voxels = voxels * slope + intercept
     target = volume.image.preprocessing.orientation
+    _checked_orientation(path, affine)
     if target is not None:
         voxels, affine = reorient(voxels, affine, target)
     label = checked_label(path, np.ascontiguousarray(voxels), volume.image.shape, num_classes)
@@ -75,6 +70,16 @@ def read_scan_label(path: str | Path, volume: Volume, num_classes: int | None = 
             raise DataError(f"{path}: its axes run otherwise in space than its image's; repair one of the headers")
         logger.warning("%s: lies elsewhere in space than its image; voxels are matched by index", path)
     return label
+
+
+def _checked_orientation(path: str | Path, affine: np.ndarray) -> str:
+    """Return the way that the axes of a file run, or raise DataError where its affine does not say."""
+    if not np.isfinite(affine).all() or not np.linalg.det(affine[:3, :3]):
+        raise DataError(f"{path}: its affine has no inverse; three axes in mm were expected: repair the header")
+    orientation = orientation_of(affine)
+    if "?" in orientation:
+        raise DataError(f"{path}: its affine leaves open which way an axis runs; repair the header")
+    return orientation
 
 
 def _check_window(path: Path, image: ScanImage) -> None:
@@ -96,16 +101,17 @@ def _load_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, float, float]:
 
     try:
         file = nibabel.load(path)
-        check_declared(path, "image", file.shape, file.get_data_dtype())
-        if len(file.shape) == 4 and file.shape[3] == 1:
-            file = file.slicer[..., 0]
-        if len(file.shape) != 3 or 0 in file.shape:
+        check_declared(path, "image", file.shape, file.get_data_dtype(), remedy="convert or crop it")
+        if file.shape[3:] not in ((), (1,)) or len(file.shape) < 3 or 0 in file.shape:
             raise DataError(f"{path}: has shape {tuple(file.shape)}; one scan of three axes was expected")
         proxy = file.dataobj
         if nibabel.is_proxy(proxy):
             voxels, slope, intercept = np.asarray(proxy.get_unscaled()), float(proxy.slope), float(proxy.inter)
         else:
             voxels, slope, intercept = np.asarray(proxy), 1.0, 0.0
+        voxels = voxels[..., 0] if voxels.ndim == 4 else voxels
+        if not (file.header["sform_code"] or file.header["qform_code"]):
+            logger.warning("%s: its header does not say how it lies in the patient; left and right are a guess", path)
     except DataError:
         raise
     except Exception as error:  # nibabel, gzip and zlib each have their own
@@ -121,6 +127,8 @@ def _load_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray, float, float]:
     series = SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if len(series) != 1:
         found = f"{len(series)} DICOM series" if series else "no .nii, no .nii.gz and no DICOM series"
+        if series:
+            found += f" ({', '.join(_described(folder, number) for number in series[:5])})"
         raise DataError(f"{folder}: holds {found}; one series was expected: give a folder with that alone")
     files = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
     affine = _dicom_affine(folder, files)
@@ -130,8 +138,10 @@ def _load_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray, float, float]:
     if reader.GetNumberOfComponents() != 1:
         raise DataError(f"{folder}: is in colour; a scan of grey values was expected")
     width, height = reader.GetSize()[:2]
-    # GDCM hands out Hounsfield units as 32-bit integers or floats where a rescale slope asks for it.
-    check_declared(folder, "image", (len(files), height, width), np.dtype(np.float64))
+    if reader.GetDimension() > 2 and reader.GetSize()[2] > 1:
+        raise DataError(f"{files[0]}: several slices in one DICOM file; one was expected: convert it to NIfTI")
+    stored = np.dtype(SimpleITK.GetArrayFromImage(SimpleITK.Image(1, 1, reader.GetPixelID())).dtype)
+    check_declared(folder, "image", (len(files), height, width), stored, remedy="crop it")
     reader = SimpleITK.ImageSeriesReader()
     reader.SetFileNames(files)
     try:
@@ -139,6 +149,18 @@ def _load_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray, float, float]:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[-200:]
         raise DataError(f"{folder}: its DICOM series cannot be read ({reason}); export it again") from error
+
+
+def _described(folder: Path, series: str) -> str:
+    """Return what a DICOM series calls itself and how many files it has."""
+    import SimpleITK
+
+    files = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series)
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(files[0])
+    reader.ReadImageInformation()
+    name = reader.GetMetaData("0008|103e").strip() if reader.HasMetaDataKey("0008|103e") else series
+    return f"{name}: {len(files)} files"
 
 
 def _dicom_affine(folder: Path, files: tuple[str, ...]) -> np.ndarray:

@@ -92,8 +92,9 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
     """Write ``out/images`` and ``out/masks`` for every image that has masks, and ``out/lists`` as found.
 
     raw: the challenge's folders (``x/<id>.bmp``, ``y/<id>_<k>.bmp``) in ``train``, ``valid`` or ``validation`` and
-    ``test``, or directly, where all are taken for training; or ``images/<id>`` with ``masks/<id>.png`` in their place.
-    crops: single cells, ``<id>_cell<k>``, in place of whole images, which go to another ``out``. jobs: processes.
+    ``test``, or directly, where the name of the folder says what they are for and they train if it says nothing; or
+    ``images/<id>`` with ``masks/<id>.png`` in their place. crops: single cells, ``<id>_cell<k>``, in place of whole
+    images, which go to another ``out``. jobs: processes.
     Images are copied as they are, since a BMP is read three times faster than a PNG; finished ones are skipped by a
     later run unless ``overwrite``. With all of the challenge's images ``out/lists`` says what ``lists/lists_SegPC``
     says; for crops too, since an entry ``<id>`` names them all. Returns the names of all images or crops. Raises
@@ -105,7 +106,9 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
     prepare_images(read_case, cases, out, jobs, overwrite)
     train, val = split_images([case.name for case in cases if case.part == "train"])
     test = [case.name for case in cases if case.part == "test"]
-    write_lists(Path(out) / "lists", {"train": train, "val": val, "test": test})
+    # A part that this folder does not have may have been prepared before.
+    parts = {"train": train, "val": val, "test": test}
+    write_lists(Path(out) / "lists", {part: found for part, found in parts.items() if found})
     return [name for name in names if is_prepared(name, out)]  # without the crops of empty masks
 
 
@@ -119,7 +122,7 @@ def find_cases(raw: str | Path, crops: bool = False) -> list[Case]:
     # Every archive of the challenge holds a folder of its own name.
     inside = [(part, folder) for name, part in _PARTS.items() for folder in (raw / name, raw / name / name)]
     cases: dict[str, Case] = {}
-    for part, folder in [("train", raw), *inside]:
+    for part, folder in [(_PARTS.get(raw.resolve().name, "train"), raw), *inside]:
         found = _challenge_cases(folder, part, crops) if (folder / "x").is_dir() else _ready_cases(folder, part, crops)
         for case in found:
             if cases.setdefault(case.name, case) is not case:

@@ -97,16 +97,21 @@ def _array_keys(path: Path, found: Iterable[str]) -> dict[str, str]:
 
 
 def check_declared(
-    path: str | Path, key: str, shape: tuple[int, ...] | None, dtype: np.dtype, text_allowed: bool = False
+    path: str | Path,
+    key: str,
+    shape: tuple[int, ...] | None,
+    dtype: np.dtype,
+    text_allowed: bool = False,
+    remedy: str = _PREPARE,
 ) -> None:
     """Raise DataError unless an array of this declared shape and type is numeric and at most ``MAX_BYTES`` long."""
     if dtype.kind not in ("biufU" if text_allowed else "biuf"):
-        raise DataError(f"{path}: '{key}' holds {dtype}, numbers were expected; {_PREPARE}")
+        raise DataError(f"{path}: '{key}' holds {dtype}, numbers were expected; {remedy}")
     size = math.prod(shape or ()) * dtype.itemsize
     if size > MAX_BYTES:
         raise DataError(
             f"{path}: '{key}' declares shape {tuple(shape)}, {size / 2**30:.1f} GiB, more than the "
-            f"{MAX_BYTES / 2**30:.0f} GiB that are read; {_PREPARE}"
+            f"{MAX_BYTES / 2**30:.0f} GiB that are read; {remedy}"
         )
 
 

@@ -69,7 +69,7 @@ def quick_check(
     for index in (0, -1):
         _ = train_set[index]
         volume = _check_class_names(val_set, index)
-        for doubt in _doubts(volume.label, info, val_set.num_classes) if index == 0 else ():
+        for doubt in info.doubts(volume.label) if index == 0 and val_set.num_classes == info.num_classes else ():
             logger.warning("%s: %s", val_set.files[volume.name][0], doubt)
 
 
@@ -156,13 +156,6 @@ def _check_class_names(volumes: VolumeDataset | ImageFolder, index: int) -> Volu
             f"set --num_classes {len(volume.class_names) + 1}"
         )
     return volume
-
-
-def _doubts(label: np.ndarray, info: DatasetInfo, num_classes: int) -> list[str]:
-    if num_classes != info.num_classes:
-        return []
-    sizes = np.bincount(label.ravel(), minlength=num_classes)
-    return info.doubtful_sizes(sizes) + info.doubtful_places(label)
 
 
 def _shared_patients(parts: Iterable[tuple[Path, set[str]]]) -> list[str]:

@@ -176,6 +176,9 @@ def test_what_cannot_be_done_is_said_in_one_line(tiny, tmp_path, run_script):
         (("--input", tmp_path / "none.nii.gz", "--output", tmp_path / "o.nii.gz"), ("none.nii.gz", "no such file")),
         (("--input", scan, "--output", scan), ("would be lost",)),
         (("--input", scan.parent, "--output", scan.parent), ("would be lost",)),
+        (("--input", scan, "--output", scan.parent), ("would be lost",)),
+        (("--input", scan, "--output", tmp_path / "o.mha"), (".nii.gz",)),
+        (("--input", scan, "--output", tmp_path / "o.nii.gz", "--dataset", "acdc"), ("synapse", "--dataset")),
         (("--input", scan.parent, "--output", tmp_path / "o.nii.gz"), ("give a folder",)),
         (("--input", tiny, "--output", tmp_path / "o.nii.gz"), ("best.pth", "not a readable NIfTI")),
         (("--input", scan, "--output", tmp_path / "o.nii.gz", "--batch_size", 0), ("--batch_size 0",)),
@@ -186,6 +189,27 @@ def test_what_cannot_be_done_is_said_in_one_line(tiny, tmp_path, run_script):
         assert all(word in done.error for word in words), done.error
     assert scan.read_bytes() == before
     assert not (tmp_path / "o.nii.gz").exists()
+
+
+def test_two_scans_are_never_written_to_one_file_and_hidden_files_are_none(tiny, tmp_path, run_script):
+    for name in ("a b", "a_b"):
+        write_scan(tmp_path / "scans", name, "RAS")
+    done = script(run_script, "--checkpoint", tiny, "--input", tmp_path / "scans", "--output", tmp_path / "out")
+    assert done.status == 1 and "rename" in done.error
+    for path in (tmp_path / "scans").glob("a_b*"):
+        path.unlink()
+    (tmp_path / "scans" / "._a b.nii.gz").write_bytes(b"of another system")
+    (tmp_path / "scans" / "a b.nii.gz").rename(tmp_path / "scans" / "A.NII.GZ")
+    done = script(run_script, "--checkpoint", tiny, "--input", tmp_path / "scans", "--output", tmp_path / "out")
+    assert done.status == 0, done.error
+    assert {path.name for path in (tmp_path / "out").glob("*.nii.gz")} == {"A.nii.gz", "a_b_label.nii.gz"}
+
+
+def test_an_output_that_cannot_be_written_is_found_before_anything_is_predicted(tiny, tmp_path, run_script):
+    scan = write_scan(tmp_path / "scans", "scan", "RAS")
+    (tmp_path / "file").write_text("no folder")
+    done = script(run_script, "--checkpoint", tiny, "--input", scan, "--output", tmp_path / "file" / "seg.nii.gz")
+    assert done.status == 1 and len(done.error.strip().splitlines()) == 1 and "file" in done.error
 
 
 def test_preprocessing_comes_from_the_checkpoint(tiny, tmp_path):
@@ -211,19 +235,24 @@ def test_memory_stays_bounded_on_a_long_scan(tiny, tmp_path):
         file.write(b"\0" * (352 - file.tell()))
         for _ in range(1000):
             file.write(voxels.tobytes())
-    program = (
-        "import resource, sys; from predict import Predictor; p = Predictor(sys.argv[1], device='cpu');"
-        "p('{small}'); start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-        "import nibabel; nibabel.save(p(sys.argv[2]), sys.argv[3]);"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 2**20)"
-    ).format(small=write_scan(tmp_path, "small", "RAS"))
-    command = [sys.executable, "-c", program, str(tiny), str(scan), str(tmp_path / "seg.nii")]
+    program = """
+import resource, runpy, sys
+checkpoint, *scans = sys.argv[1:]
+peaks = []
+for scan in scans:
+    sys.argv = ["predict.py", "--checkpoint", checkpoint, "--input", scan, "--output", scan + "_seg.nii"]
+    sys.argv += ["--device", "cpu", "--overlays", "2"]
+    runpy.run_path("predict.py", run_name="__main__")
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+print(peaks[1] - peaks[0])
+"""
+    command = [sys.executable, "-c", program, str(tiny), str(write_scan(tmp_path, "small", "RAS")), str(scan)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     stored = 512 * 512 * 1000 * 2 / 2**30
     # The scan, its class indices as one byte and as its own type, and half as much again for buffers.
     assert float(done.stdout) < 1.5 * (stored + 1.5 * stored)
-    assert nibabel.load(tmp_path / "seg.nii").shape == (512, 512, 1000)
+    assert nibabel.load(f"{scan}_seg.nii").shape == (512, 512, 1000)
 
 
 def test_a_scan_s_image_is_read_slice_by_slice(tmp_path):

@@ -48,6 +48,8 @@ def test_training_and_testing_say_what_the_best_epoch_was_chosen_on(data, run_sc
     assert done.status == 0, done.error
     assert f"{slices} training slices, {1 if select == 'val' else 2} validation volumes" in done.error
     assert ("chosen on the test volumes" in done.error) == (select == "test")
+    assert ("Dice on the test volumes" in (tmp_path / "train.log").read_text()) == (select == "test")
+    assert f",{select}," in (tmp_path / "metrics.csv").read_text()
     facts = torch.load(tmp_path / "best.pth", weights_only=True)["data"]
     assert facts["selected_on"] == select
     assert facts["preprocessing"] == {"orientation": "LAS", "window": (-125.0, 275.0)}
@@ -75,6 +77,16 @@ def test_other_people_s_files_need_their_order(data, run_script, tmp_path):
     flags = ["--train_split", "slices", "--val_split", "test_vol", "--output_dir", tmp_path / "run"]
     done = run_script("train_synapse.py", *where, *SMALL, *flags, "--label_order", "transunet")
     assert_one_line(done, "case0005 is also in slices.txt")
+    flags = [*SMALL, "--select", "test", "--output_dir", tmp_path / "run"]
+    done = run_script("train_synapse.py", *folders(data), *flags)
+    assert done.status == 0, done.error
+    flags = ["--checkpoint", tmp_path / "run/best.pth", *volume_folders(data, "theirs"), "--list_dir"]
+    done = run_script("test_synapse.py", *flags, f"{data}/theirs/lists")
+    assert done.status == 0 and "--label_order" in done.error and "warning" in done.error
+    done = run_script("test_synapse.py", *flags, f"{data}/theirs/lists", "--label_order", "transunet")
+    assert done.status == 0 and "warning" not in done.error
+    done = run_script("train_synapse.py", "--resume", tmp_path / "run/last.pth", "--select", "val")
+    assert_one_line(done, "--select val")
     done = run_script("test_synapse.py", "--checkpoint", "none.pth", "--label_order", "other")
     assert done.status == 1 and "transunet" in done.error
 

@@ -39,6 +39,8 @@ class Dataset(Protocol):
 
     def names_for(self, num_classes: int) -> tuple[str, ...]: ...
 
+    def doubts(self, label: Any) -> list[str]: ...
+
 
 def training_parser(description: str, network: Callable, dataset: Dataset, **defaults: Any) -> ArgumentParser:
     """Return the parser of a training script.
@@ -248,6 +250,10 @@ def _check_resumed(args: Namespace, saved: dict[str, Any], trained: dict[str, An
                 f"--{name} {typed} does not fit {args.resume}, which was trained with {value}: "
                 "leave it out, or train anew without --resume"
             )
+    if args.select != saved["select"]:
+        raise RunError(
+            f"--select {args.select} does not fit {args.resume}, trained with {saved['select']}: leave it out"
+        )
     if args.pretrained != saved["pretrained"]:
         raise RunError(f"--pretrained {args.pretrained} has no use beside --resume {args.resume}: leave it out")
     last = args.resume.with_name("last.pth")

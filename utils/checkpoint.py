@@ -65,6 +65,7 @@ def build_network(
     path: str | Path,
     network: Callable[..., torch.nn.Module],
     load_release: Callable[[torch.nn.Module, dict], None],
+    release_channels: int = 1,
 ) -> torch.nn.Module:
     """Rebuild the trained network of a checkpoint (ours or the release's) on the CPU, without any flag.
 
@@ -73,10 +74,11 @@ def build_network(
         path: where it came from, for messages.
         network: the class to build, ``SimMPNet``.
         load_release: ``load_release_state_dict``.
+        release_channels: of the images, 1 or 3, which a checkpoint of the release does not say.
     """
     if "release" in checkpoint:
         weights = {name.removeprefix("module."): value for name, value in checkpoint["release"].items()}
-        model = network(**release_config(weights, path))
+        model = network(**release_config(weights, path), in_channels=release_channels)
         try:
             load_release(model, weights)
         except ValueError as error:
@@ -91,7 +93,7 @@ def build_network(
 
 
 def release_config(weights: dict[str, torch.Tensor], path: str | Path) -> dict[str, Any]:
-    """Return the arguments of the network that a state dict of the release belongs to; it is always grey, small/256."""
+    """Return the arguments of the network that a state dict of the release belongs to; it is always small/256."""
     try:
         feature_dim, num_clusters = weights["DMWLA_1.0.concept_proto"].shape
         decoder_feature_dim, decoder_num_clusters = weights["decoder.DMWLA_1.concept_proto"].shape

@@ -50,11 +50,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_script(main: Callable[[], object], *errors: type[Exception]) -> None:
-    """Run `main` and turn an error that the user can put right into one logged line and exit status 1.
+    """Log to stderr, run `main` and turn an error that the user can put right into one logged line and exit status 1.
 
     Such errors are RunError, OSError and the classes in `errors`; Ctrl-C exits with status 130. Anything
     else is a bug and keeps its traceback.
     """
+    setup_logging()
     try:
         main()
     except (RunError, OSError, *errors) as error:
@@ -145,8 +146,6 @@ class _LogFile(logging.FileHandler):
 
 
 def _complain(message: str) -> None:
-    if not logging.getLogger().handlers:
-        setup_logging()
     logging.error(message)
 
 

@@ -203,6 +203,7 @@ def validation_dice(
         prediction = predict_volume(model, volume, img_size, batch_size, device, amp_dtype)
         _check_label(volume)
         dice.append(dice_only(prediction, volume.label, num_classes))
+        del volume, prediction  # before the next is read
     per_class = _mean(np.stack(dice))
     return float(_mean(per_class)), per_class
 

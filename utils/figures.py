@@ -68,9 +68,7 @@ def save_picture_overlay(path: str | Path, image: np.ndarray, mask: np.ndarray) 
     from PIL import Image
 
     painted = image.copy()
-    padded = np.pad(mask, 1, mode="edge")
-    rim = (padded[:-2, 1:-1] != mask) | (padded[2:, 1:-1] != mask)
-    rim |= (padded[1:-1, :-2] != mask) | (padded[1:-1, 2:] != mask)
+    rim = _rim(mask)
     for c in np.unique(mask[mask > 0]):
         colour, inside = np.array(class_rgb(c)), mask == c
         painted[inside] = (0.65 * image[inside] + 0.35 * colour).astype(np.uint8)
@@ -153,13 +151,18 @@ def _coloured(mask: np.ndarray) -> np.ndarray:
     from matplotlib.colors import to_rgba
 
     painted = np.zeros((*mask.shape, 4))
-    padded = np.pad(mask, 1, mode="edge")
-    neighbours = padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]
-    rim = np.any([n != mask for n in neighbours], axis=0)
+    rim = _rim(mask)
     for c in np.unique(mask[mask > 0]):
         painted[mask == c] = to_rgba(class_colour(c), 0.35)
         painted[(mask == c) & rim] = to_rgba(class_colour(c), 1.0)
     return painted
+
+
+def _rim(mask: np.ndarray) -> np.ndarray:
+    """Give the pixels (H, W) that have a direct neighbour of another class."""
+    padded = np.pad(mask, 1, mode="edge")
+    neighbours = padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]
+    return np.any([n != mask for n in neighbours], axis=0)
 
 
 def _upright(volume: Volume) -> tuple[slice, slice]:
@@ -188,7 +191,9 @@ def _draw_losses(axes: "Axes", history: Sequence[Mapping[str, object]]) -> None:
 
 
 def _draw_dice(axes: "Axes", history: Sequence[Mapping[str, object]]) -> None:
-    epochs, dice = _draw(axes, "validation Dice [%]", history, "val_dice", COLOURS[2], scale=100)
+    on_test = any(row.get("selected_on") == "test" for row in history)
+    title = f"{'Dice on the test volumes' if on_test else 'validation Dice'} [%]"
+    epochs, dice = _draw(axes, title, history, "val_dice", COLOURS[2], scale=100)
     if not epochs:
         return
     best = int(np.argmax(dice))

@@ -93,7 +93,8 @@ def test(
     data = checkpoint.get("data", {"dataset": dataset.name, "class_names": dataset.class_names, "selected_on": "test"})
     if data["dataset"] != dataset.name:
         raise RunError(f"{args.checkpoint} was trained on {data['dataset']}: test it with test_{data['dataset']}.py")
-    model = build_network(checkpoint, args.checkpoint, network, load_release).to(device)
+    channels = 3 if dataset.planar else 1
+    model = build_network(checkpoint, args.checkpoint, network, load_release, channels).to(device)
     num_classes = model.config["num_classes"]
     class_names, selected_on = data["class_names"], data.get("selected_on", "val")
     if len(class_names) != num_classes - 1:
@@ -101,11 +102,12 @@ def test(
             f"{args.checkpoint} has {num_classes} classes with background, these data {len(class_names) + 1}"
         )
     volumes = open_volumes(num_classes)
-    if not dataset.planar:  # photographs take too long to be read twice
-        for i in range(len(volumes)):  # a damaged one is found before anything is predicted or written
-            _ = volumes[i]
+    # Photographs take too long to be read twice.
+    doubts = [] if dataset.planar else _read_through(volumes, dataset)
     folder = args.test_save_dir or args.checkpoint.parent / f"results_{args.split}"
     setup_logging(folder / "test.log")
+    for doubt in doubts:
+        logger.warning("%s", doubt)
     logger.info("%s on %d cases of the list %s, on %s", args.checkpoint, len(volumes), args.split, device)
 
     def save(volume: Volume, prediction: np.ndarray) -> None:
@@ -132,6 +134,16 @@ def test(
     write_summary_json(folder / "summary.json", summary, class_names, selected_on)
     print(format_table(summary, class_names, selected_on))
     logger.info("results in %s", folder)
+
+
+def _read_through(volumes: Sequence[Volume], dataset: Dataset) -> list[str]:
+    """Find a damaged volume before anything is predicted or written; returns what cannot be right about the first."""
+    first = volumes[0]
+    doubts = [f"{first.name}: {doubt}" for doubt in dataset.doubts(first.label)]
+    del first  # one volume at a time
+    for i in range(1, len(volumes)):
+        _ = volumes[i].name
+    return doubts
 
 
 def _pretrained(args: Namespace, default_weights: Callable[[str], Path | None]) -> str | Path | None:

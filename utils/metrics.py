@@ -113,8 +113,10 @@ def confusion(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> np
     prediction, label: class indices below `num_classes`, of one shape. Raises RunError for different shapes.
     """
     _check_shapes(prediction, label)
-    pairs = label.ravel().astype(np.intp) * num_classes + prediction.ravel()
-    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+    counts = np.zeros(num_classes**2, np.int64)
+    for p, q in zip(prediction, label, strict=True):  # plane by plane, since the pairs take 8 bytes each
+        counts += np.bincount(q.ravel().astype(np.intp) * num_classes + p.ravel(), minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes)
 
 
 def pooled_metrics(counts: np.ndarray) -> tuple[PooledMetrics, ...]:

@@ -212,7 +212,12 @@ class Trainer:
         )
         names = (f"val_dice_{name.replace(' ', '_')}" for name in self.facts.class_names)
         classes = dict(zip(names, per_class.tolist(), strict=True))
-        return {"val_dice": mean, **classes, "val_seconds": time.perf_counter() - start}
+        return {
+            "selected_on": self.facts.selected_on,
+            "val_dice": mean,
+            **classes,
+            "val_seconds": time.perf_counter() - start,
+        }
 
     def check_finite(self, row: dict[str, float]) -> None:
         """Stop a run whose loss has become NaN or infinite; the last checkpoint is of the epoch before."""
@@ -225,13 +230,14 @@ class Trainer:
 
     def record(self, row: dict[str, float], events) -> None:
         """Write the epoch to the log, ``metrics.csv``, TensorBoard and ``progress.png``."""
-        dice = f", validation Dice {100 * row['val_dice']:.2f} %" if "val_dice" in row else ""
+        of = "Dice on the test volumes" if self.facts.selected_on == "test" else "validation Dice"
+        dice = f", {of} {100 * row['val_dice']:.2f} %" if "val_dice" in row else ""
         logger.info(
             "epoch %d/%d: loss %.4f%s, K %d, lr %.2e, %.0f s",
             self.epoch, self.args.max_epochs, row["train_loss"], dice, row["k"], row["lr"], row["train_seconds"],
         )  # fmt: skip
         for name, value in row.items():
-            if name != "epoch":
+            if name not in ("epoch", "selected_on"):
                 events.add_scalar(name, value, self.epoch)
         events.flush()
         fields = list(dict.fromkeys(name for r in self.history for name in r))
@@ -309,7 +315,8 @@ class Trainer:
 
     def log_end(self) -> None:
         if self.best_dice > -math.inf:
-            best = f"best validation Dice {100 * self.best_dice:.2f} % in {self.folder / 'best.pth'}"
+            of = "Dice on the test volumes" if self.facts.selected_on == "test" else "validation Dice"
+            best = f"best {of} {100 * self.best_dice:.2f} % in {self.folder / 'best.pth'}"
         else:
             best = f"no epoch from {self.args.select_from_epoch} on was validated, so there is no best.pth"
         logger.info("done after %d iterations: %s", self.iteration, best)

@@ -175,6 +175,10 @@ def test_unfit_files_are_refused(tmp_path, refused):
     refused(lambda: read_scan(tmp_path / "flat.nii", CT), "flat.nii", "affine")
 
     volume = read_scan(image, CT)
+    flat = nibabel.Nifti1Image(np.zeros((13, 11, 7), np.uint8), None)
+    flat.header.set_sform(np.diag([1, 1, 0, 1.0]), code=1)
+    nibabel.save(flat, bad)
+    refused(lambda: read_scan_label(bad, volume), bad, "affine")
     nibabel.save(nibabel.Nifti1Image(np.zeros((13, 11, 7), np.uint8), np.diag([9, 9, 9, 1.0])), bad)
     refused(lambda: read_scan_label(bad, volume), bad, "run otherwise")
     nibabel.save(nibabel.Nifti1Image(np.zeros((13, 11, 6), np.uint8), nibabel.load(label).affine), bad)
@@ -190,7 +194,7 @@ def test_values_that_cannot_be_hounsfield_units_are_told(tmp_path, caplog):
     assert not caplog.text
 
 
-def write_dicom(folder, positions=(0, 1, 2, 3, 4, 5, 6), degrees=0.0):
+def write_dicom(folder, positions=(0, 1, 2, 3, 4, 5, 6), degrees=0.0, series="1.2.3.4"):
     """Write a series, its files in no order, stored shifted by a rescale intercept; return its SimpleITK image."""
     rng = np.random.default_rng(2)
     image = SimpleITK.GetImageFromArray(rng.integers(-1000, 1500, (len(positions), 9, 12)).astype(np.int16))
@@ -204,8 +208,8 @@ def write_dicom(folder, positions=(0, 1, 2, 3, 4, 5, 6), degrees=0.0):
     for z, position in enumerate(positions):
         plane = image[:, :, z]
         tags = {
-            "0008|0060": "CT", "0008|0016": "1.2.840.10008.5.1.4.1.1.2", "0008|0018": f"1.2.3.4.{z + 1}",
-            "0020|000e": "1.2.3.4", "0020|000d": "1.2.3", "0020|0013": str(z), "0028|1052": "-1024", "0028|1053": "1",
+            "0008|0060": "CT", "0008|0016": "1.2.840.10008.5.1.4.1.1.2", "0008|0018": f"{series}.{z + 1}",
+            "0020|000e": series, "0020|000d": "1.2.3", "0020|0013": str(z), "0028|1052": "-1024", "0028|1053": "1",
             "0020|0037": "\\".join(f"{v:.9f}" for v in direction.T.ravel()[:6]),
             "0020|0032": "\\".join(
                 f"{v:.6f}" for v in np.array(image.GetOrigin()) + direction[:, 2] * 2.5 * position
@@ -235,11 +239,23 @@ def test_a_dicom_series_is_the_scan_that_its_nifti_is(tmp_path, degrees):
     np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(saved), SimpleITK.GetArrayFromImage(image) > 75)
 
 
+def test_a_scan_that_does_not_say_how_it_lies_is_told(tmp_path, caplog):
+    file = nibabel.Nifti1Image(np.full((4, 4, 4), -900, np.int16), None)
+    nibabel.save(file, tmp_path / "scan.nii")
+    read_scan(tmp_path / "scan.nii", CT)
+    assert "left and right are a guess" in caplog.text
+
+
 def test_a_folder_without_one_whole_series_is_refused(tmp_path, refused):
     (tmp_path / "empty").mkdir()
     refused(lambda: read_scan(tmp_path / "empty", CT), "empty", "no DICOM series")
     write_dicom(tmp_path / "gap", positions=(0, 1, 2, 4, 5, 6, 7))
     refused(lambda: read_scan(tmp_path / "gap", CT), "gap", "missing")
+    write_dicom(tmp_path / "both", series="1.2.3.4")
+    write_dicom(tmp_path / "other", series="1.2.3.5")
+    for path in (tmp_path / "other").iterdir():
+        path.rename(tmp_path / "both" / f"other_{path.name}")
+    refused(lambda: read_scan(tmp_path / "both", CT), "both", "2 DICOM series", "1.2.3.4: 7 files")
 
 
 def test_reorient_is_undone_by_reorient():

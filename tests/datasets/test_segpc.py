@@ -290,3 +290,13 @@ def test_the_real_raw_layout_gives_the_ready_made_masks(tmp_path):
     for name in crops:
         label = read_mask(tmp_path / "crops" / "masks" / f"{name}.png", None, 3)
         assert (label == 2).any()
+
+
+def test_the_parts_may_be_prepared_one_by_one(tmp_path):
+    write_raw(tmp_path / "raw" / "train", ids=("1", "2", "3", "4", "5"))
+    write_raw(tmp_path / "raw" / "valid", ids=("8", "9"))
+    for part in ("train", "valid"):
+        segpc.prepare(tmp_path / "raw" / part, tmp_path / "out")
+    lists = {part: read_list(tmp_path / "out" / "lists", part) for part in ("train", "val", "test")}
+    assert lists["test"] == ["8", "9"]
+    assert sorted(lists["train"] + lists["val"]) == ["1", "2", "3", "4", "5"]

@@ -4,11 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from datasets import SliceDataset, VolumeDataset, read_slice, read_volume, synapse, verify, write_slice, write_volume
 from datasets.lists import read_list
+from datasets.orientation import reorient
 from datasets.volume import Volume
-from tests.datasets.test_scan import turn
+from tests.datasets.test_scan import ORIENTATIONS, places, turn
+from utils.evaluation import predict_volume, save_nifti
 
 nibabel = pytest.importorskip("nibabel")
 
@@ -23,7 +26,7 @@ ORGANS = {
     "pancreas": (11, np.s_[3:4, 8:12, 9:16]), "esophagus": (5, np.s_[8:10, 6:7, 11:13]),
     "left adrenal gland": (13, np.s_[4:5, 4:5, 15:16]),
 }  # fmt: skip
-SHAPE = (10, 16, 24)
+SHAPE = (10, 24, 24)
 
 
 def body() -> tuple[np.ndarray, np.ndarray]:
@@ -35,16 +38,18 @@ def body() -> tuple[np.ndarray, np.ndarray]:
     return (rng.integers(-1000, 800, SHAPE)).astype(np.int16), label
 
 
-def write_raw(folder: Path, cases=(1, 5), degrees=0.0) -> Path:
-    """Write BTCV's folders."""
-    image, label = body()
+def write_raw(folder: Path, cases=(1, 5), orientation="LAS", degrees=0.0, image=None) -> Path:
+    """Write BTCV's folders, as the given orientation stores them."""
+    noise, label = body()
+    image = noise if image is None else image
     affine = np.eye(4)
     affine[:3, :3] = turn(degrees) @ np.diag([-0.8, 0.8, 3.0])
+    affine[:3, 3] = (12.5, -7, 40)
     for kind, array in (("img", image), ("label", label)):
         (folder / kind).mkdir(parents=True)
         for case in cases:
-            file = nibabel.Nifti1Image(np.roll(array, case, 0).T, affine)
-            nibabel.save(file, folder / kind / f"{kind}{case:04d}.nii.gz")
+            turned, there = reorient(np.roll(array, case, 0), affine, orientation)
+            nibabel.save(nibabel.Nifti1Image(turned.T, there), folder / kind / f"{kind}{case:04d}.nii.gz")
     return folder
 
 
@@ -72,6 +77,32 @@ def test_voxels_and_labels_arrive_where_they_belong(tmp_path):
             path = tmp_path / "out" / "train_npz" / f"case{case:04d}_slice{z:03d}.npz"
             np.testing.assert_array_equal(read_slice(path, 9)[0], volume.image[z])
             np.testing.assert_array_equal(read_slice(path, 9)[1], volume.label[z])
+
+
+class Knows(torch.nn.Module):
+    """Gives the class that stands in the image: k / 8 is class k."""
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [-(x - torch.arange(9.0).view(1, 9, 1, 1) / 8).abs()] * 4
+
+
+@pytest.mark.parametrize("program", ["nibabel", "SimpleITK"])
+@pytest.mark.parametrize("degrees", [0, 20])
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_through_prepare_predict_and_save_every_voxel_stays_on_the_patient(tmp_path, orientation, degrees, program):
+    pytest.importorskip(program)
+    image = (-125 + 50 * ours(body()[1]).astype(np.int16)).astype(np.int16)
+    raw = write_raw(tmp_path / "raw", (1,), orientation, degrees, image)
+    synapse.prepare(raw, tmp_path / "out")
+    (tmp_path / "test_vol.txt").write_text("case0001\n")
+    volume = VolumeDataset(tmp_path / "out" / "test_vol_h5", tmp_path, "test_vol", 9)[0]
+    prediction = predict_volume(Knows(), volume, SHAPE[1])
+    truth = places(raw / "label" / "label0001.nii.gz", program)
+    for path in save_nifti(tmp_path / "saved", prediction, volume):
+        if not path.name.endswith("_img.nii.gz"):
+            found = places(path, program)
+            for theirs, mine in {8: 1, 4: 2, 3: 3, 2: 4, 6: 5, 11: 6, 1: 7, 7: 8}.items():
+                np.testing.assert_allclose(found[mine], truth[theirs], atol=1e-3)
 
 
 def test_the_specification_s_table_of_ids():

@@ -243,6 +243,9 @@ def test_one_volume_is_in_memory_at_a_time_or_two_where_pictures_are_drawn():
     volumes = FromDisk()
     assert len(evaluate(Threshold(), volumes, 4, 96)) == 4
     assert volumes.alive == [0, 0, 0, 0]
+    volumes = FromDisk()
+    validation_dice(Threshold(), volumes, 4, 96)
+    assert volumes.alive == [0, 0, 0, 0]
     volumes, drawn = FromDisk(), []
     evaluate(Threshold(), volumes, 4, 96, on_case=lambda volume, prediction: drawn.append(volume.name))
     assert max(volumes.alive) <= 2

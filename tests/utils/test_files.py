@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from utils.files import atomic_write, file_stem
+from utils.files import atomic_write, check_writable, file_stem
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path):
@@ -51,3 +51,11 @@ def test_a_stem_is_one_harmless_part_of_a_path(tmp_path, name):
 
 def test_an_ordinary_name_stays_as_it_is():
     assert file_stem("patient001_frame01.v2-é") == "patient001_frame01.v2-é"
+
+
+def test_a_folder_is_known_to_be_writable_and_left_as_it_was(tmp_path):
+    check_writable(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match="file"):
+        check_writable(tmp_path / "file" / "folder")
