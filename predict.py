@@ -134,6 +134,11 @@ def find_inputs(source: Path, target: Path, planar: bool) -> tuple[dict[Path, Pa
         inside = sorted(p for p in source.iterdir() if p.name.lower().endswith(endings) and p.name[0] != ".")
         if planar and not inside:
             raise RunError(f"--input {source} holds no image ({', '.join(endings)})")
+    if source.name.lower().endswith(NIFTI_ENDINGS if planar else IMAGE_ENDINGS):
+        kinds = ("photographs", "a scan") if planar else ("scans", "a photograph")
+        raise RunError(
+            f"--input {source} is {kinds[1]}, the checkpoint is for {kinds[0]}: give the other kind of either"
+        )
     is_file = target.name.lower().endswith(written)
     if is_file and inside:
         raise RunError(f"--output {target} is one file, --input {source} holds {len(inside)}: give a folder")

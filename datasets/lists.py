@@ -70,12 +70,17 @@ def select_entries(
     patients = {patient_of(entry) for entry in entries}
     unknown = [name for name in (*(only or ()), *without) if name not in patients]
     if unknown:
-        raise DataError(f"{source}: does not name {', '.join(unknown)}; it has {', '.join(sorted(patients))}")
+        raise DataError(
+            f"{source}: does not name {', '.join(unknown)}; it has {', '.join(sorted(patients))}: choose among these "
+            "(--val_cases to validate in training, --cases to test), or train with --select test"
+        )
     chosen = [
         entry for entry in entries if (only is None or patient_of(entry) in only) and patient_of(entry) not in without
     ]
     if not chosen:
-        raise DataError(f"{source}: no entry is left without {', '.join(without)}; leave some in")
+        raise DataError(
+            f"{source}: no entry is left without {', '.join(without)}; hold out fewer (--val_cases, --select)"
+        )
     return chosen
 
 

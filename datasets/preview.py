@@ -105,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figure = draw(samples, info.class_names, args.count)
     with atomic_write(args.output) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
+    print(args.output)
 
 
 if __name__ == "__main__":

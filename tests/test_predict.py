@@ -181,6 +181,7 @@ def test_what_cannot_be_done_is_said_in_one_line(tiny, tmp_path, run_script):
         (("--input", scan, "--output", tmp_path / "o.nii.gz", "--dataset", "acdc"), ("synapse", "--dataset")),
         (("--input", scan.parent, "--output", tmp_path / "o.nii.gz"), ("give a folder",)),
         (("--input", tiny, "--output", tmp_path / "o.nii.gz"), ("best.pth", "not a readable NIfTI")),
+        (("--input", "photo.JPG", "--output", tmp_path / "o.png"), ("a photograph", "scans")),
         (("--input", scan, "--output", tmp_path / "o.nii.gz", "--batch_size", 0), ("--batch_size 0",)),
     ):
         done = script(run_script, "--checkpoint", tiny, *arguments)

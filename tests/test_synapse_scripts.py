@@ -94,7 +94,7 @@ def test_other_people_s_files_need_their_order(data, run_script, tmp_path):
 def test_what_cannot_be_is_one_line(data, run_script, tmp_path):
     flags = [*SMALL, "--output_dir", tmp_path / "run"]
     done = run_script("train_synapse.py", *folders(data), *flags, "--val_cases", "case0001")
-    assert_one_line(done, "train.txt", "case0001", "case0021")
+    assert_one_line(done, "train.txt", "case0001", "case0021", "--val_cases")
     done = run_script("train_synapse.py", *folders(data), *flags, "--val_cases", "case0005", "case0007", "case0021")
     assert_one_line(done, "no entry is left")
     done = run_script("train_synapse.py", *folders(data), *flags, "--num_classes", "14", "--label_order", "merit")
