@@ -2,7 +2,7 @@
 
 import random
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -86,17 +86,6 @@ def split_names(names: Iterable[str], counts: Sequence[int], seed: int) -> list[
     random.Random(seed).shuffle(names)
     ends = [round(len(names) * sum(counts[: index + 1]) / sum(counts)) for index in range(len(counts))]
     return [sorted(names[start:end], key=natural_key) for start, end in zip([0, *ends], ends, strict=False)]
-
-
-def write_lists(folder: str | Path, parts: Mapping[str, Sequence[str]]) -> None:
-    """Write ``<part>.txt`` with one name a line for every part that has a name; a list of an empty part goes."""
-    for part, names in parts.items():
-        path = Path(folder) / f"{part}.txt"
-        if not names:
-            path.unlink(missing_ok=True)
-            continue
-        with atomic_write(path) as temporary:
-            temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
 
 
 def check_out(raw: str | Path, out: str | Path, names: Iterable[str]) -> None:

@@ -6,13 +6,12 @@ crops.
 
 import re
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from datasets.augmentation import augment
 from datasets.errors import DataError
@@ -28,8 +27,9 @@ from datasets.images import (
     resize_image,
     resize_mask,
 )
-from datasets.lists import list_path, natural_key, read_list
+from datasets.lists import list_path, natural_key, read_list, refuse_missing
 from datasets.photometric import photometric
+from datasets.seeded import SeededDataset
 
 if TYPE_CHECKING:
     from datasets.info import DatasetInfo
@@ -71,7 +71,7 @@ def select_images(folder: str | Path, list_dir: str | Path, split: str) -> dict[
     for name, path in image_files(images).items():
         for entry in {path.name, name, image_of(name)}:
             files_of.setdefault(entry, []).append(path)
-    _refuse_missing(source, f"entries have no image in {images}", entries, files_of)
+    refuse_missing(source, f"entries have no image in {images}", entries, files_of)
     chosen: dict[str, tuple[Path, Path]] = {}
     for entry in entries:
         for path in files_of[entry]:
@@ -79,19 +79,8 @@ def select_images(folder: str | Path, list_dir: str | Path, split: str) -> dict[
                 raise DataError(f"{source}: entry {entry!r} names {path.name}, as another does; keep one of them")
             chosen[path.stem] = path, masks / f"{path.stem}.png"
     there = {path.stem for path in masks.glob("*.png")}
-    _refuse_missing(masks, f"images of {source} have no mask", chosen, there)
+    refuse_missing(masks, f"images of {source} have no mask", chosen, there)
     return chosen
-
-
-def _refuse_missing(where: Path, what: str, wanted: Iterable[str], there: Iterable[str]) -> None:
-    wanted = list(wanted)
-    missing = [name for name in wanted if name not in there]
-    if missing:
-        raise DataError(
-            f"{where}: {len(missing)} of {len(wanted)} {what}: {', '.join(missing[:5])}"
-            f"{', ...' if len(missing) > 5 else ''}; prepare that data (prepare_data.py) or choose another --list_dir "
-            "or split"
-        )
 
 
 def training_images(info: "DatasetInfo", args: Namespace) -> tuple["ImageDataset", "ImageFolder"]:
@@ -115,7 +104,7 @@ def images_of(
     return ImageFolder(root_path, list_dir, split, num_classes, info.names_for(num_classes), info.preprocessing)
 
 
-class ImageDataset(Dataset):
+class ImageDataset(SeededDataset):
     """The images that a list names, augmented and resized to the network's square, for training.
 
     folder: the one that holds ``images`` and ``masks``; num_classes counts the background; augment: the geometric
@@ -138,20 +127,14 @@ class ImageDataset(Dataset):
         seed: int = 2222,
         preprocessing: ColourPreprocessing | None = None,
     ):
+        super().__init__(seed)
         self.source = list_path(list_dir, split)
         self.pairs = list(select_images(folder, list_dir, split).values())
         self.num_classes = num_classes
         self.img_size = img_size
         self.augment = augment
         self.photometric = photometric
-        self.seed = seed
         self.preprocessing = preprocessing or ColourPreprocessing()
-        # In shared memory, so that workers which live through several epochs see the new one.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose augmentation is drawn, in this process and in its loader's workers."""
-        self._epoch.fill_(epoch)
 
     @property
     def files(self) -> list[Path]:
@@ -170,8 +153,7 @@ class ImageDataset(Dataset):
         file, mask_file = self.pairs[index]
         image, own_size = read_shrunk(file, self.img_size)
         label = resize_mask(read_mask(mask_file, own_size, self.num_classes), image.shape[:2])
-        position = index % len(self)  # -1 is the last sample, also for the generator
-        rng = np.random.default_rng((self.seed, int(self._epoch), position))
+        rng = self.generator(index)
         if self.augment:
             image, label = augment(image, label, rng)
         if self.photometric:

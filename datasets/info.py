@@ -67,10 +67,11 @@ class DatasetInfo:
             if not Path(folder).is_dir():
                 raise DataError(f"{folder}: no such folder; {self.how_to_get}")
 
-    def doubts(self, label: np.ndarray) -> list[str]:
-        """Return what cannot be right about a whole label (D, H, W), one line each; nothing of other classes."""
-        sizes = np.bincount(label.ravel(), minlength=self.num_classes)
-        return [] if len(sizes) != self.num_classes else self.doubtful_sizes(sizes) + self.doubtful_places(label)
+    def doubts(self, label: np.ndarray, num_classes: int) -> list[str]:
+        """Return what cannot be right about a whole label (D, H, W), one line each; of other classes nothing."""
+        if num_classes != self.num_classes:
+            return []
+        return self.doubtful_sizes(np.bincount(label.ravel(), minlength=num_classes)) + self.doubtful_places(label)
 
     def names_for(self, num_classes: int) -> tuple[str, ...]:
         """Return the class names, or numbered ones where the user has another number of classes."""

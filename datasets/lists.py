@@ -6,11 +6,12 @@ patient, a volume or a slice, which stands for every file of that name or with `
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from datasets.errors import DataError
 from datasets.volume import ENDINGS, data_name
+from utils.files import atomic_write
 
 _OTHER_NAMES = {"val": "valid", "valid": "val"}
 
@@ -103,13 +104,7 @@ def select_files(
     files_of = _files_by_entry(
         path for path in folder.iterdir() if path.name.endswith(tuple(endings)) and not path.name.startswith(".")
     )
-    missing = [entry for entry in entries if entry not in files_of]
-    if missing:
-        raise DataError(
-            f"{source}: {len(missing)} of {len(entries)} entries have no file ({' or '.join(endings)}) in {folder}: "
-            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; prepare that data (prepare_data.py) or "
-            "choose another --list_dir or split"
-        )
+    refuse_missing(source, f"entries have no file ({' or '.join(endings)}) in {folder}", entries, files_of)
     owner: dict[Path, str] = {}
     for entry in entries:
         for path in sorted(files_of[entry], key=lambda path: natural_key(path.name)):
@@ -117,6 +112,28 @@ def select_files(
                 raise DataError(f"{source}: entries {owner[path]!r} and {entry!r} both name {path}; keep one of them")
             owner[path] = entry
     return list(owner)
+
+
+def refuse_missing(where: Path, what: str, wanted: Collection[str], there: Container[str]) -> None:
+    """Raise DataError, naming the first few, where something that a list wants is not there."""
+    missing = [name for name in wanted if name not in there]
+    if missing:
+        raise DataError(
+            f"{where}: {len(missing)} of {len(wanted)} {what}: {', '.join(missing[:5])}"
+            f"{', ...' if len(missing) > 5 else ''}; prepare that data (prepare_data.py) or choose another --list_dir "
+            "or split"
+        )
+
+
+def write_lists(folder: str | Path, parts: Mapping[str, Sequence[str]]) -> None:
+    """Write ``<part>.txt`` with one name a line for every part that has a name; a list of an empty part goes."""
+    for part, names in parts.items():
+        path = Path(folder) / f"{part}.txt"
+        if not names:
+            path.unlink(missing_ok=True)
+            continue
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
 
 
 def _data_folder(root: Path, split: str) -> Path:

@@ -16,10 +16,10 @@ from scipy import ndimage
 from datasets.acdc import CLASS_NAMES
 from datasets.errors import DataError
 from datasets.info import DatasetInfo
+from datasets.lists import write_lists
 from datasets.preparation import prepare_all, scale_to_unit
 from datasets.preprocessing import Preprocessing
 from datasets.volume import Volume
-from utils.files import atomic_write
 
 NUM_PATIENTS = (16, 4, 6)
 """Patients for training, validation and test."""
@@ -68,13 +68,10 @@ def write_phantom(
     patients = range(1, sum(num_patients) + 1)
     cases = [case for patient in patients for case in _cases(patient, seed)]
     prepare_all(make_volume, cases, out, jobs, overwrite=True)
-    first = 1
-    for part, count in zip(("train", "val", "test"), num_patients, strict=True):
-        with atomic_write(Path(out) / "lists" / f"{part}.txt") as temporary:
-            temporary.write_text("".join(f"patient{patient:03d}\n" for patient in range(first, first + count)))
-        first += count
-    with atomic_write(Path(out) / "lists" / "trainval.txt") as temporary:
-        temporary.write_text("".join(f"patient{patient:03d}\n" for patient in range(1, 1 + sum(num_patients[:2]))))
+    names = [f"patient{patient:03d}" for patient in patients]
+    train, val = num_patients[0], sum(num_patients[:2])
+    parts = {"train": names[:train], "val": names[train:val], "test": names[val:], "trainval": names[:val]}
+    write_lists(Path(out) / "lists", parts)
     return [case.name for case in cases]
 
 

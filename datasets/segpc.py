@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from datasets.errors import DataError
-from datasets.image_preparation import Pair, check_out, is_prepared, prepare_images, split_names, write_lists
+from datasets.image_preparation import Pair, check_out, is_prepared, prepare_images, split_names
 from datasets.image_sets import image_files
 from datasets.images import IMAGE_FOLDER, MASK_FOLDER, ColourPreprocessing, check_size, read_grey, read_image
 from datasets.info import DatasetInfo
+from datasets.lists import write_lists
 
 logger = logging.getLogger(__name__)
 

@@ -3,18 +3,17 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from datasets.augmentation import augment
 from datasets.label_order import LabelOrder
 from datasets.lists import list_path, patient_of, select_files
 from datasets.resize import resize_cubic, resize_nearest
+from datasets.seeded import SeededDataset
 from datasets.volume import data_name, read_slice
 
 
-class SliceDataset(Dataset):
+class SliceDataset(SeededDataset):
     """The slices (npz) that a list names, augmented at their own size and resized to the network's.
 
     root_path: their folder; a folder of the split's name in it is used in its place. num_classes counts the
@@ -37,19 +36,13 @@ class SliceDataset(Dataset):
         label_order: LabelOrder | None = None,
         without: Sequence[str] = (),
     ):
+        super().__init__(seed)
         self.source = list_path(list_dir, split)
         self.files = select_files(list_dir, split, root_path, endings=(".npz",), without=without)
         self.num_classes = num_classes
         self.label_order = label_order
         self.img_size = img_size
         self.augment = augment
-        self.seed = seed
-        # In shared memory, so that workers which live through several epochs see the new one.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose augmentation is drawn, in this process and in its loader's workers."""
-        self._epoch.fill_(epoch)
 
     @property
     def patients(self) -> set[str]:
@@ -63,8 +56,7 @@ class SliceDataset(Dataset):
         file = self.files[index]
         image, label = read_slice(file, self.num_classes, self.label_order)
         if self.augment:
-            position = index % len(self)  # -1 is the last sample, also for the generator
-            image, label = augment(image, label, np.random.default_rng((self.seed, int(self._epoch), position)))
+            image, label = augment(image, label, self.generator(index))
         size = (self.img_size, self.img_size)
         return {
             "image": torch.from_numpy(resize_cubic(image, size))[None],

@@ -69,8 +69,9 @@ def quick_check(
     for index in (0, -1):
         _ = train_set[index]
         volume = _check_class_names(val_set, index)
-        for doubt in info.doubts(volume.label) if index == 0 and val_set.num_classes == info.num_classes else ():
-            logger.warning("%s: %s", val_set.files[volume.name][0], doubt)
+        if index == 0:
+            for doubt in info.doubts(volume.label, val_set.num_classes):
+                logger.warning("%s: %s", val_set.files[volume.name][0], doubt)
 
 
 def full_check(

@@ -59,10 +59,10 @@ def run_script(main: Callable[[], object], *errors: type[Exception]) -> None:
     try:
         main()
     except (RunError, OSError, *errors) as error:
-        _complain(_message(error))
+        logging.error(_message(error))
         sys.exit(1)
     except KeyboardInterrupt:
-        _complain("stopped by the keyboard")
+        logging.error("stopped by the keyboard")
         sys.exit(130)
 
 
@@ -143,10 +143,6 @@ class _LogFile(logging.FileHandler):
         # logging would print a traceback for every line that a full disk refuses.
         logging.getLogger().removeHandler(self)
         logging.warning("%s: %s, the log goes on without this file", self.baseFilename, error.strerror)
-
-
-def _complain(message: str) -> None:
-    logging.error(message)
 
 
 def _message(error: BaseException) -> str:

@@ -103,7 +103,7 @@ def test(
         )
     volumes = open_volumes(num_classes)
     # Photographs take too long to be read twice.
-    doubts = [] if dataset.planar else _read_through(volumes, dataset)
+    doubts = [] if dataset.planar else _read_through(volumes, dataset, num_classes)
     folder = args.test_save_dir or args.checkpoint.parent / f"results_{args.split}"
     setup_logging(folder / "test.log")
     for doubt in doubts:
@@ -136,10 +136,10 @@ def test(
     logger.info("results in %s", folder)
 
 
-def _read_through(volumes: Sequence[Volume], dataset: Dataset) -> list[str]:
+def _read_through(volumes: Sequence[Volume], dataset: Dataset, num_classes: int) -> list[str]:
     """Find a damaged volume before anything is predicted or written; returns what cannot be right about the first."""
     first = volumes[0]
-    doubts = [f"{first.name}: {doubt}" for doubt in dataset.doubts(first.label)]
+    doubts = [f"{first.name}: {doubt}" for doubt in dataset.doubts(first.label, num_classes)]
     del first  # one volume at a time
     for i in range(1, len(volumes)):
         _ = volumes[i].name

@@ -75,6 +75,7 @@ class Trainer:
         self.train_set, self.val_set = train_set, val_set
         self.folder = Path(args.output_dir)
         self.release = args.variant == "release"
+        self.dice_name = "Dice on the test volumes" if facts.selected_on == "test" else "validation Dice"
         self.amp_dtype = AMP_DTYPES[args.amp]
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         self.optimizer = torch.optim.AdamW(
@@ -230,8 +231,7 @@ class Trainer:
 
     def record(self, row: dict[str, float], events) -> None:
         """Write the epoch to the log, ``metrics.csv``, TensorBoard and ``progress.png``."""
-        of = "Dice on the test volumes" if self.facts.selected_on == "test" else "validation Dice"
-        dice = f", {of} {100 * row['val_dice']:.2f} %" if "val_dice" in row else ""
+        dice = f", {self.dice_name} {100 * row['val_dice']:.2f} %" if "val_dice" in row else ""
         logger.info(
             "epoch %d/%d: loss %.4f%s, K %d, lr %.2e, %.0f s",
             self.epoch, self.args.max_epochs, row["train_loss"], dice, row["k"], row["lr"], row["train_seconds"],
@@ -315,8 +315,7 @@ class Trainer:
 
     def log_end(self) -> None:
         if self.best_dice > -math.inf:
-            of = "Dice on the test volumes" if self.facts.selected_on == "test" else "validation Dice"
-            best = f"best {of} {100 * self.best_dice:.2f} % in {self.folder / 'best.pth'}"
+            best = f"best {self.dice_name} {100 * self.best_dice:.2f} % in {self.folder / 'best.pth'}"
         else:
             best = f"no epoch from {self.args.select_from_epoch} on was validated, so there is no best.pth"
         logger.info("done after %d iterations: %s", self.iteration, best)
