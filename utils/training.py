@@ -71,7 +71,7 @@ class Trainer:
         device: torch.device,
     ):
         self.args, self.facts, self.device = args, facts, device
-        self.model = model.to(device)
+        self.model = model.to(device, memory_format=torch.channels_last)
         self.train_set, self.val_set = train_set, val_set
         self.folder = Path(args.output_dir)
         self.release = args.variant == "release"
