@@ -14,7 +14,8 @@ In a notebook:
 A segmentation has the scan's affine, spacing, orientation and, where that is one of integers, number type. Beside it
 lie the colours and names of its labels (for 3D Slicer, for ITK-SNAP) and the volume of each organ in millilitres. Of an
 image it is a PNG of its size whose grey values are class indices, and beside it lies the area of each class.
-Memory: the scan as it is stored, its class indices twice, and one batch of slices.
+Memory: the scan as it is stored (a DICOM series twice while it is read), its class indices twice, and one batch of
+slices.
 """
 
 import logging
@@ -37,7 +38,7 @@ from datasets.images import ENDINGS as IMAGE_ENDINGS
 from datasets.scan import NIFTI_ENDINGS, scan_name
 from networks import NetworkError, SimMPNet, load_release_state_dict
 from utils.checkpoint import build_network, load_checkpoint
-from utils.cli import ArgumentParser, pick_device, run_script, seed_everything
+from utils.cli import ArgumentParser, pick_device, run_script, seed_everything, set_precision
 from utils.errors import RunError
 from utils.evaluation import predict_volume, save_mask
 from utils.figures import save_overlays, save_picture_overlay
@@ -80,6 +81,7 @@ class Predictor:
         else:
             raise RunError(f"{checkpoint} does not say how scans are prepared for it: give --dataset")
         self.planar = isinstance(self.preprocessing, ColourPreprocessing)
+        set_precision(amp)
         self.device, self.amp_dtype, self.batch_size = pick_device(device), AMP_DTYPES[amp], batch_size
         channels = 3 if self.planar else 1
         self.model = build_network(state, checkpoint, SimMPNet, load_release_state_dict, channels).to(self.device)

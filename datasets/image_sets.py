@@ -29,7 +29,7 @@ from datasets.images import (
 )
 from datasets.lists import list_path, natural_key, read_list, refuse_missing
 from datasets.photometric import photometric
-from datasets.seeded import SeededDataset
+from datasets.training_set import TrainingSet
 
 if TYPE_CHECKING:
     from datasets.info import DatasetInfo
@@ -104,15 +104,14 @@ def images_of(
     return ImageFolder(root_path, list_dir, split, num_classes, info.names_for(num_classes), info.preprocessing)
 
 
-class ImageDataset(SeededDataset):
+class ImageDataset(TrainingSet):
     """The images that a list names, augmented and resized to the network's square, for training.
 
     folder: the one that holds ``images`` and ``masks``; num_classes counts the background; augment: the geometric
     augmentation of the specification; photometric: that of this field beside it. ``[i]`` gives ``image`` float32
     (3, S, S), normalised, ``label`` int64 (S, S) and ``name``. An image is shrunk before it is augmented, so that a
-    photograph costs little more than a small image. Sample i of an epoch draws from a generator seeded by
-    (seed, epoch, i), so it is the same with any number of workers and in any order; call ``set_epoch`` before the
-    epoch's loader is iterated. Raises DataError for a bad list at once, for a bad file when it is read.
+    photograph costs little more than a small image. Raises DataError for a bad list at once, for a bad file when it is
+    read.
     """
 
     def __init__(
@@ -149,10 +148,14 @@ class ImageDataset(SeededDataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the image, uint8 (H, W, 3), and the label, uint8 (H, W), of a sample, shrunk."""
         file, mask_file = self.pairs[index]
         image, own_size = read_shrunk(file, self.img_size)
-        label = resize_mask(read_mask(mask_file, own_size, self.num_classes), image.shape[:2])
+        return image, resize_mask(read_mask(mask_file, own_size, self.num_classes), image.shape[:2])
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
+        image, label = self.stored(index)
         rng = self.generator(index)
         if self.augment:
             image, label = augment(image, label, rng)
@@ -162,7 +165,7 @@ class ImageDataset(SeededDataset):
         return {
             "image": torch.from_numpy(self.preprocessing.normalise(resize_image(image, size))),
             "label": torch.from_numpy(resize_mask(label, size).astype(np.int64)),
-            "name": file.stem,
+            "name": self.pairs[index][0].stem,
         }
 
 

@@ -11,7 +11,9 @@ Modes "mirror" and "nearest" give the same values elsewhere and the map's own bo
 from functools import lru_cache
 
 import numpy as np
+import torch
 from scipy import ndimage
+from torch import Tensor
 
 
 def resize_cubic(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -23,7 +25,10 @@ def resize_cubic(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     height, width = image.shape[-2:]
     if (height, width) == tuple(size):
         return image.copy()
-    return _cubic_matrix(height, size[0]) @ image @ _cubic_matrix(width, size[1]).T
+    # By torch, whose threads are the network's, and one in a loader's worker: numpy's would stand in their way.
+    tensor = torch.from_numpy(np.ascontiguousarray(image))
+    with torch.autocast("cpu", enabled=False):
+        return (cubic_matrix(height, size[0]) @ tensor @ cubic_matrix(width, size[1]).T).numpy()
 
 
 def resize_nearest(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -32,29 +37,28 @@ def resize_nearest(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     label: (..., H, W); size: (h, w). Returns (..., h, w) of the same type.
     """
     label = np.asarray(label)
-    rows, columns = _nearest_index(label.shape[-2], size[0]), _nearest_index(label.shape[-1], size[1])
+    rows, columns = nearest_index(label.shape[-2], size[0]).numpy(), nearest_index(label.shape[-1], size[1]).numpy()
     return np.ascontiguousarray(label[..., rows[:, None], columns])
 
 
 @lru_cache(maxsize=1024)
-def _cubic_matrix(size_in: int, size_out: int) -> np.ndarray:
-    """Return the float32 (size_out, size_in) matrix of scipy's cubic zoom along one axis."""
+def cubic_matrix(size_in: int, size_out: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return the float32 (size_out, size_in) matrix of scipy's cubic zoom along one axis; not to be written to."""
     matrix = ndimage.zoom(np.eye(size_in), (size_out / size_in, 1), order=3, mode="mirror")
     # A spline's weights decay for ever; the subnormal ones would slow the product down many times.
     matrix[np.abs(matrix) < 1e-9] = 0
-    return _frozen(matrix.astype(np.float32), size_in, size_out)
+    return _checked(matrix.astype(np.float32), size_in, size_out).to(device)
 
 
 @lru_cache(maxsize=1024)
-def _nearest_index(size_in: int, size_out: int) -> np.ndarray:
-    """Return the (size_out,) positions that scipy's zoom of order 0 picks along one axis."""
+def nearest_index(size_in: int, size_out: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return the int64 (size_out,) positions that scipy's zoom of order 0 picks on one axis; not to be written to."""
     positions = ndimage.zoom(np.arange(size_in), size_out / size_in, order=0, mode="nearest")
-    return _frozen(positions, size_in, size_out)
+    return _checked(positions.astype(np.int64), size_in, size_out).to(device)
 
 
-def _frozen(array: np.ndarray, size_in: int, size_out: int) -> np.ndarray:
+def _checked(array: np.ndarray, size_in: int, size_out: int) -> Tensor:
     # scipy rounds size_in * (size_out / size_in); a pair where that is not size_out must not pass unseen.
     if len(array) != size_out:
         raise ArithmeticError(f"zoom from {size_in} to {size_out} gave {len(array)} positions")
-    array.flags.writeable = False  # the cache hands out the same array every time
-    return array
+    return torch.from_numpy(array)

@@ -96,9 +96,9 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
     ``test``, or directly, where the name of the folder says what they are for and they train if it says nothing; or
     ``images/<id>`` with ``masks/<id>.png`` in their place. crops: single cells, ``<id>_cell<k>``, in place of whole
     images, which go to another ``out``. jobs: processes.
-    Images are copied as they are, since a BMP is read three times faster than a PNG; finished ones are skipped by a
-    later run unless ``overwrite``. With all of the challenge's images ``out/lists`` says what ``lists/lists_SegPC``
-    says; for crops too, since an entry ``<id>`` names them all. Returns the names of all images or crops. Raises
+    Images are copied as they are, since a BMP is read faster than a PNG; finished ones are skipped by a later run
+    unless ``overwrite``. With all of the challenge's images ``out/lists`` says what ``lists/lists_SegPC`` says; for
+    crops too, since an entry ``<id>`` names them all. Returns the names of all images or crops. Raises
     DataError for raw data that is missing or unfit.
     """
     cases = find_cases(raw, crops)

@@ -2,25 +2,27 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from datasets.augmentation import augment
+from datasets.augmentation import Change, augment, draw, finish_on_device
 from datasets.label_order import LabelOrder
 from datasets.lists import list_path, patient_of, select_files
 from datasets.resize import resize_cubic, resize_nearest
-from datasets.seeded import SeededDataset
+from datasets.training_set import TrainingSet
 from datasets.volume import data_name, read_slice
 
 
-class SliceDataset(SeededDataset):
+class SliceDataset(TrainingSet):
     """The slices (npz) that a list names, augmented at their own size and resized to the network's.
 
     root_path: their folder; a folder of the split's name in it is used in its place. num_classes counts the
     background; label_order turns the ids of other people's files into ours; without: patients of the list to leave out.
-    ``[i]`` gives ``image`` float32 (1, S, S), cubic, ``label`` int64 (S, S), nearest, and ``name``.
-    Sample i of an epoch draws from a generator seeded by (seed, epoch, i), so it is the same with any number of
-    workers and in any order; call ``set_epoch`` before the epoch's loader is iterated. Raises DataError for a bad list
+    ``[i]`` gives ``image`` float32 (1, S, S), cubic, ``label`` int64 (S, S), nearest, and ``name``; with on_device the
+    slice as it was read and what is to be done to it, which ``to_device`` does there. Raises DataError for a bad list
     at once, for a bad file when it is read.
     """
 
@@ -35,6 +37,7 @@ class SliceDataset(SeededDataset):
         seed: int = 2222,
         label_order: LabelOrder | None = None,
         without: Sequence[str] = (),
+        on_device: bool = False,
     ):
         super().__init__(seed)
         self.source = list_path(list_dir, split)
@@ -43,6 +46,7 @@ class SliceDataset(SeededDataset):
         self.label_order = label_order
         self.img_size = img_size
         self.augment = augment
+        self.on_device = on_device
 
     @property
     def patients(self) -> set[str]:
@@ -52,14 +56,34 @@ class SliceDataset(SeededDataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
-        file = self.files[index]
-        image, label = read_slice(file, self.num_classes, self.label_order)
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the image, float32 (H, W), and the label, uint8 (H, W), of a slice as its file has them."""
+        return read_slice(self.files[index], self.num_classes, self.label_order)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image, label = self.stored(index)
+        name = data_name(self.files[index])
+        if self.on_device:
+            change = draw(self.generator(index)) if self.augment else Change()
+            return {"image": torch.from_numpy(image), "label": torch.from_numpy(label), "change": change, "name": name}
         if self.augment:
             image, label = augment(image, label, self.generator(index))
         size = (self.img_size, self.img_size)
         return {
             "image": torch.from_numpy(resize_cubic(image, size))[None],
             "label": torch.from_numpy(resize_nearest(label, size)).long(),
-            "name": data_name(file),
+            "name": name,
         }
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the batch of samples; of slices that are still of any size, lists."""
+        if self.on_device:
+            return {key: [sample[key] for sample in samples] for key in samples[0]}
+        return super().collate(samples)
+
+    def to_device(self, batch: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return a batch's images (B, 1, S, S), float32, and labels (B, S, S), int64, on the device, finished there."""
+        if not self.on_device:
+            return super().to_device(batch, device)
+        images, labels = ([x.to(device, non_blocking=True) for x in batch[key]] for key in ("image", "label"))
+        return finish_on_device(images, labels, batch["change"], self.img_size)

@@ -98,24 +98,13 @@ class DMWLA(nn.Module):
         """Return o(softmax(theta . columns) columns), (B, N, c), over the columns of each token's own cluster."""
         cluster = self.assign(tokens)
         pool = self.bank.pool.clone()  # (num_clusters, M, d); backward needs these values after the bank is rewritten
-        num_clusters, columns_per_cluster, _ = pool.shape
-        pool = pool.flatten(0, 1)
         narrow = self.theta.in_features < self.theta.out_features
         query = tokens if narrow else self.theta(tokens)
         key = pool @ self.theta.weight if narrow else pool
         value = F.linear(pool, self.o.weight) if narrow else pool
-
-        # One more coordinate per cluster moves every foreign column out of the softmax: no mask in memory.
-        own = F.one_hot(cluster, num_clusters)  # (B, N, num_clusters)
-        column_cluster = torch.eye(num_clusters, dtype=key.dtype, device=key.device)
-        column_cluster = repeat(column_cluster, "k j -> (k m) j", m=columns_per_cluster)
-        query = torch.cat([query, (own - 1).to(query.dtype) * _out_of_reach(query)], dim=-1)
-        key = torch.cat([key, column_cluster], dim=-1)
-
-        value = F.pad(value, (0, num_clusters))  # fused kernels want keys and values of one width
-
-        batch = len(tokens)
-        read = _attend(query, key.expand(batch, -1, -1), value.expand(batch, -1, -1))[..., :-num_clusters]
+        # A third of the time on a CPU, but a GPU would have to say how many tokens each cluster has.
+        by_cluster = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+        read = (_attend_by_cluster if by_cluster else _attend_to_own)(query, key, value, cluster)
         return read if narrow else self.o(read)
 
     @torch.no_grad()
@@ -224,7 +213,7 @@ class PrototypeMemoryBank(nn.Module):
         counts = F.one_hot(cluster, num_clusters).sum(0)  # (num_clusters,)
 
         weakest = self.pool.softmax(dim=1).sum(2).argsort(dim=1)  # (num_clusters, M), slots in ascending order
-        by_strength = segment_softmax(keys, cluster, num_clusters).sum(1).argsort(descending=True)
+        by_strength = strength(keys, cluster, num_clusters).argsort(descending=True)
         by_strength = by_strength[cluster[by_strength].argsort(stable=True)]  # (T,), cluster by cluster
 
         rank = torch.arange(size, device=keys.device)
@@ -245,14 +234,13 @@ class PrototypeMemoryBank(nn.Module):
         self._steps_done = None  # read again from the loaded counter
 
 
-def segment_softmax(x: Tensor, segment: Tensor, num_segments: int) -> Tensor:
-    """Return the softmax of each column of ``x`` (T, d) within the rows of the same ``segment`` (T,)."""
+def strength(x: Tensor, segment: Tensor, num_segments: int) -> Tensor:
+    """Return the sum over columns of the softmax of each column of ``x`` (T, d) within its ``segment`` (T,): (T,)."""
     index = repeat(segment, "t -> t d", d=x.shape[1])
-    shape = (num_segments, x.shape[1])
-    largest = x.new_full(shape, -torch.inf).scatter_reduce(0, index, x, "amax")
-    exponential = (x - largest[segment]).exp()
-    total = x.new_zeros(shape).index_add(0, segment, exponential)
-    return exponential / total[segment]
+    largest = x.new_full((num_segments, x.shape[1]), -torch.inf).scatter_reduce(0, index, x, "amax")
+    exponential = largest.index_select(0, segment).neg_().add_(x).exp_()
+    total = F.one_hot(segment, num_segments).to(x.dtype).mT @ exponential  # (num_segments, d)
+    return (exponential @ total.clamp(min=1).reciprocal().mT).gather(1, segment[:, None]).squeeze(1)
 
 
 def kmeans(columns: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
@@ -288,6 +276,34 @@ def kmeans(columns: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
     _, nearest = clustering.index.search(points, 1)
     centroids = torch.from_numpy(clustering.centroids).to(columns)
     return centroids, torch.from_numpy(nearest[:, 0]).to(columns.device)
+
+
+def _attend_by_cluster(query: Tensor, key: Tensor, value: Tensor, cluster: Tensor) -> Tensor:
+    """Return softmax(query . columns) columns over the columns of each token's cluster, cluster after cluster.
+
+    query: (B, N, e); key, value: (num_clusters, M, e); cluster: (B, N). Returns (B, N, e).
+    """
+    cluster = cluster.flatten()
+    order = cluster.argsort()
+    sizes = cluster.bincount(minlength=len(key)).tolist()
+    groups = query.flatten(0, 1).index_select(0, order).split(sizes)
+    read = torch.cat([(q @ k.mT).softmax(-1) @ v for q, k, v in zip(groups, key, value, strict=True)])
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    return read.index_select(0, place).unflatten(0, query.shape[:2])
+
+
+def _attend_to_own(query: Tensor, key: Tensor, value: Tensor, cluster: Tensor) -> Tensor:
+    """Do the same for all clusters at once, without asking the device for anything."""
+    num_clusters, columns_per_cluster, _ = key.shape
+    # One more coordinate per cluster moves every foreign column out of the softmax: no mask in memory.
+    own = F.one_hot(cluster, num_clusters)  # (B, N, num_clusters)
+    column_cluster = torch.eye(num_clusters, dtype=key.dtype, device=key.device)
+    column_cluster = repeat(column_cluster, "k j -> (k m) j", m=columns_per_cluster)
+    query = torch.cat([query, (own - 1).to(query.dtype) * _out_of_reach(query)], dim=-1)
+    key = torch.cat([key.flatten(0, 1), column_cluster], dim=-1)
+    value = F.pad(value.flatten(0, 1), (0, num_clusters))  # fused kernels want keys and values of one width
+    batch = len(query)
+    return _attend(query, key.expand(batch, -1, -1), value.expand(batch, -1, -1))[..., :-num_clusters]
 
 
 def _out_of_reach(query: Tensor) -> float:

@@ -82,6 +82,22 @@ def test_from_raw_images_to_tables_masks_and_overlays(made, run_script):
     assert len(list((folder / "many").glob("*.png"))) == len(list((folder / "data/images").iterdir()))
 
 
+def test_single_cells_are_trained_and_tested_on_by_the_lists_of_their_images(tmp_path, run_script):
+    write(tmp_path / "raw", "segpc")
+    done = run_script("prepare_data.py", "segpc", "--crops", "--raw", tmp_path / "raw", "--out", tmp_path / "data")
+    assert done.status == 0, done.error
+    flags = [*where(tmp_path), *SMALL, "--batch_size", 2, "--output_dir", tmp_path / "run"]
+    done = run_script("train_segpc.py", *flags)
+    assert done.status == 0, done.error
+    done = run_script("test_segpc.py", *where(tmp_path), "--checkpoint", tmp_path / "run/best.pth")
+    assert done.status == 0, done.error
+    images = set((tmp_path / "data/lists/test.txt").read_text().split())
+    cells = {path.stem for path in (tmp_path / "data/masks").glob("*.png") if path.stem.split("_cell")[0] in images}
+    with open(tmp_path / "run/results_test/cases.csv") as file:
+        assert {row["case"] for row in csv.DictReader(file)} == cells
+    assert len(cells) > len(images)
+
+
 def test_what_is_wrong_is_one_line(tmp_path, run_script):
     write(tmp_path / "raw", "segpc")
     run_script("prepare_data.py", "segpc", "--raw", tmp_path / "raw", "--out", tmp_path / "data")

@@ -46,7 +46,7 @@ def test_training_and_testing_say_what_the_best_epoch_was_chosen_on(data, run_sc
     flags = ["--output_dir", tmp_path, "--select", select, "--val_cases", "case0007"]
     done = run_script("train_synapse.py", *folders(data), *SMALL, *flags)
     assert done.status == 0, done.error
-    assert f"{slices} training slices, {1 if select == 'val' else 2} validation volumes" in done.error
+    assert f"{slices} training samples, {1 if select == 'val' else 2} validation cases" in done.error
     assert ("chosen on the test volumes" in done.error) == (select == "test")
     assert ("Dice on the test volumes" in (tmp_path / "train.log").read_text()) == (select == "test")
     assert f",{select}," in (tmp_path / "metrics.csv").read_text()

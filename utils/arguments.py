@@ -76,6 +76,16 @@ def training_parser(description: str, network: Callable, dataset: Dataset, **def
             "--photometric", action="store_true", help="vary brightness, contrast, saturation, hue, focus and form too"
         )
     data.add_argument("--num_workers", type=int, default=2, help="processes that prepare slices")
+    data.add_argument(
+        "--cache_gib", type=float, default=4.0, help="memory for what was read, so that files are read once; 0: none"
+    )
+    if not dataset.planar:
+        data.add_argument(
+            "--augment_on",
+            default="cpu",
+            choices=["cpu", "device"],
+            help="where slices are augmented and resized: by the workers, or on the network's device",
+        )
 
     model = parser.add_argument_group("network")
     model.add_argument(
@@ -122,6 +132,9 @@ def training_parser(description: str, network: Callable, dataset: Dataset, **def
     run.add_argument("--seed", type=int, default=2222, help="of everything random")
     run.add_argument(
         "--deterministic", type=int, default=1, choices=[0, 1], help="1: repeat exactly, 0: as fast as can be"
+    )
+    run.add_argument(
+        "--compile", action="store_true", help="torch.compile the steps after the warm-up; minutes first, for a GPU"
     )
     _add_device(run)
     folders = {"root_path": dataset.root_path, "volume_path": dataset.volume_path, "list_dir": dataset.list_dir}
@@ -238,7 +251,9 @@ def _add_label_order(group, dataset: Dataset) -> None:
 def _add_device(group) -> None:
     group.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda or cuda:1")
     group.add_argument("--n_gpu", type=int, default=1, help="0: the CPU, 1: one GPU if there is one")
-    group.add_argument("--amp", default="none", choices=["none", "bf16", "fp16"], help="autocast precision")
+    group.add_argument(
+        "--amp", default="none", choices=["none", "tf32", "bf16", "fp16"], help="autocast precision, or TensorFloat-32"
+    )
 
 
 def _check_resumed(args: Namespace, saved: dict[str, Any], trained: dict[str, Any], iteration: int) -> None:
@@ -272,7 +287,7 @@ def _check_numbers(args: Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise RunError(f"--{name} is {value}; expected a number above 0")
-    for name in ("replaced_columns", "num_workers", "weight_decay", "ce_weight", "dice_weight"):
+    for name in ("replaced_columns", "num_workers", "cache_gib", "weight_decay", "ce_weight", "dice_weight"):
         if getattr(args, name) < 0:
             raise RunError(f"--{name} is {getattr(args, name)}; expected 0 or more")
     for name in ("pool_momentum", "phi_k_momentum"):

@@ -83,13 +83,13 @@ def build_network(
             load_release(model, weights)
         except ValueError as error:
             raise RunError(f"{path}: {error}") from error
-        return model
-    try:
-        model = network(**checkpoint["network"])
-        model.load_state_dict(checkpoint["model"])
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise RunError(f"{path}: its weights do not fit the network that it describes, {error}") from error
-    return model
+    else:
+        try:
+            model = network(**checkpoint["network"])
+            model.load_state_dict(checkpoint["model"])
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise RunError(f"{path}: its weights do not fit the network that it describes, {error}") from error
+    return model.to(memory_format=torch.channels_last)  # as it was trained, and faster
 
 
 def release_config(weights: dict[str, torch.Tensor], path: str | Path) -> dict[str, Any]:

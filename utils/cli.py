@@ -123,6 +123,11 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+def set_precision(amp: str) -> None:
+    """Let the GPU multiply float32 matrices as TensorFloat-32 where ``--amp`` says ``tf32``."""
+    torch.set_float32_matmul_precision("high" if amp == "tf32" else "highest")
+
+
 class _LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         if record.levelno < logging.WARNING:

@@ -127,8 +127,8 @@ def predict_volume(
     with _evaluation_mode(model), torch.inference_mode(), amp:
         for start in range(0, len(volume.image), batch_size):
             slices = torch.from_numpy(volume.network_input(img_size, slice(start, start + batch_size)))
-            maps = torch.stack(model(slices.to(device)))  # (4, B, num_classes, S, S)
-            predictions.append(maps.float().sum(0).argmax(1).to("cpu", torch.uint8))
+            logits = sum(m.float() for m in model(slices.to(device)))  # (B, num_classes, S, S)
+            predictions.append(logits.max(1).indices.to("cpu", torch.uint8))  # argmax is ten times slower on a CPU
     return volume.restore(torch.cat(predictions).numpy())
 
 

@@ -45,7 +45,7 @@ def save_overlays(folder: str | Path, volume: Volume, prediction: np.ndarray, co
             stem, title = file_stem(volume.name), volume.name
         paths.append(Path(folder) / f"{stem}.png")
         if volume.label is not None:
-            title += f", {(prediction[z] != volume.label[z]).sum()} wrong voxels"
+            title += f", {(prediction[z] != volume.label[z]).sum()} wrong {'pixels' if volume.planar else 'voxels'}"
         _save(_overlay(volume, prediction[z], z, title), paths[-1])
     return paths
 

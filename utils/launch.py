@@ -1,6 +1,7 @@
 """What a training and a test script do once their arguments and data are known."""
 
 import logging
+import multiprocessing
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -11,7 +12,7 @@ import torch
 
 from utils.arguments import Dataset, check_n_gpu, network_arguments
 from utils.checkpoint import build_network, load_checkpoint
-from utils.cli import pick_device, seed_everything, setup_logging
+from utils.cli import pick_device, seed_everything, set_precision, setup_logging
 from utils.errors import RunError
 from utils.evaluation import (
     Volume,
@@ -25,7 +26,7 @@ from utils.evaluation import (
 )
 from utils.figures import save_overlays
 from utils.files import file_stem
-from utils.training import AMP_DTYPES, DataFacts, Trainer
+from utils.training import AMP_DTYPES, DataFacts, Trainer, TrainingSet
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def train(
     args: Namespace,
     checkpoint: dict | None,
     dataset: Dataset,
-    train_set: torch.utils.data.Dataset,
+    train_set: TrainingSet,
     val_set: Sequence[Volume],
     network: Callable[..., torch.nn.Module],
     default_weights: Callable[[str], Path | None],
@@ -51,9 +52,11 @@ def train(
     """
     device = pick_device(args.device)
     seed_everything(args.seed, deterministic=bool(args.deterministic))
+    set_precision(args.amp)
     if find_spec("faiss") is None:
         raise RunError("faiss is not installed, which ends the memory's warm-up: pip install -r requirements.txt")
     pretrained = None if checkpoint else _pretrained(args, default_weights)
+    keep_in_memory(train_set, args)  # before anything is written: a damaged file is found here
     model = network(**network_arguments(args, network), pretrained=pretrained)
     setup_logging(Path(args.output_dir) / "train.log")
     names, preprocessing = dataset.names_for(args.num_classes), dataset.preprocessing.to_dict()
@@ -88,6 +91,7 @@ def test(
         raise RunError(f"--batch_size {args.batch_size} --overlays {args.overlays}; expected at least 1 and 0")
     device = pick_device(args.device)
     seed_everything(args.seed, deterministic=bool(args.deterministic))
+    set_precision(args.amp)
     checkpoint = load_checkpoint(args.checkpoint)
     # A checkpoint of the release says nothing of its data; it was chosen on the test volumes.
     data = checkpoint.get("data", {"dataset": dataset.name, "class_names": dataset.class_names, "selected_on": "test"})
@@ -134,6 +138,16 @@ def test(
     write_summary_json(folder / "summary.json", summary, class_names, selected_on)
     print(format_table(summary, class_names, selected_on))
     logger.info("results in %s", folder)
+
+
+def keep_in_memory(train_set: TrainingSet, args: Namespace) -> None:
+    """Let the training set keep what it read, up to ``--cache_gib``."""
+    if args.num_workers and multiprocessing.get_start_method() != "fork":
+        logger.info("nothing is kept in memory: workers that are not forked would each have a copy")
+        return
+    kept = train_set.keep(int(args.cache_gib * 2**30))
+    if kept < len(train_set):
+        logger.info("%d of %d training samples fit into --cache_gib %g", kept, len(train_set), args.cache_gib)
 
 
 def _read_through(volumes: Sequence[Volume], dataset: Dataset, num_classes: int) -> list[str]:

@@ -1,16 +1,19 @@
 """The loss over all combinations of the four logit maps."""
 
 from collections.abc import Sequence
-from itertools import combinations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 SMOOTH = 1e-5  # keeps the Dice of an absent class defined
 
 
 def subset_loss(logits: Sequence[Tensor], label: Tensor, ce_weight: float = 0.3, dice_weight: float = 0.7) -> Tensor:
     """Sum cross entropy and Dice over every non-empty subset of the maps, the subset's logits added up.
+
+    Cross entropy is the mean over pixels. Dice is one minus the overlap of each class over the whole batch, with
+    squares in the denominator, averaged over all classes, background too.
 
     Args:
         logits: maps (B, num_classes, S, S); four of them give 15 subsets.
@@ -21,40 +24,76 @@ def subset_loss(logits: Sequence[Tensor], label: Tensor, ce_weight: float = 0.3,
     Returns:
         A scalar on the maps' device, in float32.
     """
-    cross_entropy, dice = subset_sums(logits, label)
-    return ce_weight * cross_entropy + dice_weight * dice
+    return subset_losses(logits, label, ce_weight, dice_weight)[0]
 
 
-def subset_sums(logits: Sequence[Tensor], label: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sums of cross entropy and of Dice loss over all subsets, unweighted scalars."""
-    cross_entropies, dices = zip(*subset_terms(logits, label).values(), strict=True)
-    return sum(cross_entropies), sum(dices)
+def subset_losses(
+    logits: Sequence[Tensor], label: Tensor, ce_weight: float = 0.3, dice_weight: float = 0.7
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``subset_loss`` and, without gradient, the unweighted sums of its cross entropies and Dice losses."""
+    return _SubsetLoss.apply(label, ce_weight, dice_weight, *(m.float() for m in logits))
 
 
-def subset_terms(logits: Sequence[Tensor], label: Tensor) -> dict[tuple[int, ...], tuple[Tensor, Tensor]]:
-    """Return cross entropy and Dice loss (scalars) of each subset, keyed by the indices of its maps."""
-    maps = [m.float() for m in logits]
-    indices = range(len(maps))
-    subsets = [subset for size in range(1, len(maps) + 1) for subset in combinations(indices, size)]
-    return {subset: cross_entropy_and_dice(sum(maps[i] for i in subset), label) for subset in subsets}
+class _SubsetLoss(torch.autograd.Function):
+    """The gradient is found subset by subset along with the loss, so that no subset's tensors outlive it.
 
-
-def cross_entropy_and_dice(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both losses of logits (B, num_classes, S, S) from one softmax.
-
-    Cross entropy is the mean over pixels. Dice is one minus the overlap of each class over the whole batch, with
-    squares in the denominator, averaged over all classes, background too.
+    Per pixel, with the softmax p, the label's one-hot y and per class the sums I = sum p y, Q = sum p^2, Y = sum y:
+    CE's gradient is p - y, and Dice = mean (1 - N / D), N = 2 I + smooth, D = Q + Y + smooth, has by p the gradient
+    (2 N / D^2 p - 2 / D y) / num_classes, which the softmax takes back to the logits.
     """
-    num_classes = logits.shape[1]
-    log_p = logits.log_softmax(1)
-    target = label.unsqueeze(1)  # (B, 1, S, S)
-    log_p_label = log_p.gather(1, target)
-    p = log_p.exp()
 
-    classes = torch.arange(num_classes, device=label.device).view(1, -1, 1, 1)
-    is_class = target == classes  # y (B, num_classes, S, S)
-    over = (0, 2, 3)
-    intersection = (p * is_class).sum(over)
-    squares = p.square().sum(over) + is_class.sum(over)
-    dice = 1 - (2 * intersection + SMOOTH) / (squares + SMOOTH)
-    return -log_p_label.mean(), dice.mean()
+    @staticmethod
+    def forward(ctx, label: Tensor, ce_weight: float, dice_weight: float, *logits: Tensor):
+        maps = [m.flatten(2) for m in logits]  # (B, num_classes, N)
+        target = label.flatten(1).unsqueeze(1)  # (B, 1, N)
+        one_hot = torch.zeros_like(maps[0]).scatter_(1, target, 1)
+        # Of CE's gradient p - y the second part is the same in each of the subsets that a map belongs to.
+        in_subsets = 2 ** (len(maps) - 1)
+        gradients = [one_hot * (-ce_weight * in_subsets / target.numel()) for _ in maps]
+        terms: list[tuple[Tensor, Tensor]] = []
+
+        def descend(first: int, total: Tensor | None) -> Tensor | None:
+            """Treat the subsets that add later maps to ``total``; returns the sum of their gradients."""
+            above = None
+            for i in range(first, len(maps)):
+                z = maps[i] if total is None else total + maps[i]
+                gradient, *losses = _one_subset(z, target, one_hot, ce_weight, dice_weight)
+                terms.append(losses)
+                below = descend(i + 1, z)
+                if below is not None:
+                    gradient += below
+                gradients[i] += gradient
+                above = gradient if above is None else above.add_(gradient)
+            return above
+
+        descend(0, None)
+        cross_entropy, dice = (torch.stack(term).sum() for term in zip(*terms, strict=True))
+        ctx.save_for_backward(*(g.view_as(m) for g, m in zip(gradients, logits, strict=True)))
+        ctx.mark_non_differentiable(cross_entropy, dice)
+        return ce_weight * cross_entropy + dice_weight * dice, cross_entropy, dice
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor, *_: Tensor):
+        return None, None, None, *(gradient * g for g in ctx.saved_tensors)
+
+
+def _one_subset(
+    z: Tensor, target: Tensor, one_hot: Tensor, ce_weight: float, dice_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient (B, num_classes, N), but for CE's -y, cross entropy and Dice of logits z of that shape."""
+    num_classes = z.shape[1]
+    log_p = z.log_softmax(1)
+    log_p_label = log_p.gather(1, target)  # (B, 1, N)
+    p, p_label = log_p.exp_(), log_p_label.exp()
+
+    overlap = (one_hot @ p_label.mT).sum((0, 2))  # I (num_classes,)
+    denominator = torch.linalg.vector_norm(p, dim=2).square().sum(0) + one_hot.sum((0, 2)) + SMOOTH  # D
+    numerator = 2 * overlap + SMOOTH  # N
+    dice = (1 - numerator / denominator).mean()
+
+    scale = 2 * dice_weight / num_classes
+    of_p = p * (scale * numerator / denominator.square())[:, None]
+    of_p.addcmul_(one_hot, (-scale / denominator)[:, None])
+    gradient = torch.ops.aten._softmax_backward_data(of_p, p, 1, p.dtype)
+    return gradient.add_(p, alpha=ce_weight / target.numel()), -log_p_label.mean(), dice

@@ -67,10 +67,14 @@ def class_metrics(prediction_mask: np.ndarray, label_mask: np.ndarray, spacing: 
     """
     _check_shapes(prediction_mask, label_mask)
     _check_spacing(spacing, label_mask.ndim)
-    prediction, label = prediction_mask != 0, label_mask != 0
+    return _class_metrics(prediction_mask != 0, label_mask != 0, label_mask.shape, spacing)
+
+
+def _class_metrics(prediction: np.ndarray, label: np.ndarray, shape: tuple[int, ...], spacing: Spacing) -> ClassResult:
+    """Compare two masks of bool that may be cut out of volumes of this shape."""
     n_prediction, n_label = int(prediction.sum()), int(label.sum())
     if not (n_prediction and n_label):
-        return _empty_case(n_prediction > 0, n_label > 0, label.shape, spacing)
+        return _empty_case(n_prediction > 0, n_label > 0, shape, spacing)
 
     n_both = int((prediction & label).sum())
     dice = 2 * n_both / (n_prediction + n_label)
@@ -92,7 +96,14 @@ def case_metrics(
     prediction, label: integers (D, H, W) or (H, W). Gives `num_classes - 1` results, class c at c - 1. The
     other arguments, empty masks and errors are those of `class_metrics`.
     """
-    return tuple(class_metrics(prediction == c, label == c, spacing) for c in range(1, num_classes))
+    _check_shapes(prediction, label)
+    _check_spacing(spacing, label.ndim)
+    boxes = zip(*(_boxes(array, num_classes) for array in (prediction, label)), strict=True)
+    results = []
+    for c, (predicted, labelled) in enumerate(boxes, 1):
+        box = _union(predicted, labelled)
+        results.append(_class_metrics(prediction[box] == c, label[box] == c, label.shape, spacing))
+    return tuple(results)
 
 
 def dice_only(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> np.ndarray:
@@ -163,6 +174,19 @@ def _empty_case(predicted: bool, labelled: bool, shape: tuple[int, ...], spacing
     if labelled:
         return ClassResult(MISSED, nothing, strict)
     return ClassResult(SPURIOUS, Metrics(1.0, 0.0, 1.0, 0.0), strict)
+
+
+def _boxes(volume: np.ndarray, num_classes: int) -> list[tuple[slice, ...] | None]:
+    """Find the bounding box of every class but the background, None where there is no voxel of it."""
+    boxes = find_objects(volume, num_classes - 1)
+    return boxes + [None] * (num_classes - 1 - len(boxes))
+
+
+def _union(a: tuple[slice, ...] | None, b: tuple[slice, ...] | None) -> tuple[slice, ...]:
+    """Find the smallest box around two, which is empty where there is none."""
+    if a is None or b is None:
+        return a or b or (slice(0),)
+    return tuple(slice(min(s.start, t.start), max(s.stop, t.stop)) for s, t in zip(a, b, strict=True))
 
 
 def _border(mask: np.ndarray) -> np.ndarray:

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils.checkpoint import provenance, save_checkpoint
@@ -27,12 +27,13 @@ from utils.errors import RunError
 from utils.evaluation import Volume, validation_dice
 from utils.figures import save_progress
 from utils.files import atomic_write
-from utils.losses import subset_sums
+from utils.losses import subset_losses
 from utils.wld import WeightLossDynamic
 
 logger = logging.getLogger(__name__)
 
-AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AMP_DTYPES = {"none": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Autocast's type for each ``--amp``; tf32 is a way of multiplying float32 (``utils.cli.set_precision``)."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,26 @@ class DataFacts:
     selected_on: str = "val"
 
 
+class TrainingSet(Protocol):
+    """What samples are trained on have: ``datasets.training_set``."""
+
+    def __len__(self) -> int: ...
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+    def keep(self, max_bytes: int) -> int: ...
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]: ...
+
+    def to_device(self, batch: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]: ...
+
+
 class Trainer:
     """Trains a network on slices and validates it on volumes.
 
     Args:
         model: a Sim-MPNet, or any network with its interface.
-        train_set: slices; ``set_epoch`` is called before each epoch.
+        train_set: slices or images; ``set_epoch`` is called before each epoch.
         val_set: volumes on which the best epoch is chosen.
         facts: what the data are.
         args: the merged arguments (see ``utils.arguments``).
@@ -64,13 +79,14 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        train_set: Dataset,
+        train_set: TrainingSet,
         val_set: Sequence[Volume],
         facts: DataFacts,
         args: Namespace,
         device: torch.device,
     ):
         self.args, self.facts, self.device = args, facts, device
+        self.compiled_losses = None
         self.model = model.to(device, memory_format=torch.channels_last)
         self.train_set, self.val_set = train_set, val_set
         self.folder = Path(args.output_dir)
@@ -95,7 +111,7 @@ class Trainer:
         batch_size = self.args.batch_size
         if len(self.train_set) < batch_size:
             raise RunError(
-                f"{len(self.train_set)} training slices do not fill a batch of {batch_size}: lower --batch_size"
+                f"{len(self.train_set)} training samples do not fill a batch of {batch_size}: lower --batch_size"
             )
         return DataLoader(
             self.train_set,
@@ -105,6 +121,7 @@ class Trainer:
             num_workers=self.args.num_workers,
             persistent_workers=self.args.num_workers > 0,
             pin_memory=self.device.type == "cuda",
+            collate_fn=self.train_set.collate,
             generator=self.loader_generator,
         )
 
@@ -166,18 +183,23 @@ class Trainer:
         """Do one iteration and return its loss and the two sums that it is made of, (3,) on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.iteration)
-        image = batch["image"].to(self.device, non_blocking=True)  # (B, C, S, S)
-        label = batch["label"].to(self.device, non_blocking=True)  # (B, S, S)
-        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            logits = self.model(image)
-        cross_entropy, dice = subset_sums(logits, label)
-        loss = self.args.ce_weight * cross_entropy + self.args.dice_weight * dice
+        image, label = self.train_set.to_device(batch, self.device)  # (B, C, S, S), (B, S, S)
+        losses = self.losses
+        if self.args.compile and not any(bank.in_warmup for bank in self.model.memory_banks()):
+            self.compiled_losses = losses = self.compiled_losses or torch.compile(self.losses, dynamic=False)
+        loss, cross_entropy, dice = losses(image, label)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.iteration += 1
         return torch.stack([loss, cross_entropy, dice]).detach()
+
+    def losses(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the subset loss and the two sums that it is made of, of images (B, C, S, S) and labels (B, S, S)."""
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            logits = self.model(image)
+        return subset_losses(logits, label, self.args.ce_weight, self.args.dice_weight)
 
     def learning_rate(self, iteration: int) -> float:
         """Return the learning rate of an iteration (from 0)."""
@@ -303,7 +325,7 @@ class Trainer:
             temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         logger.info(
-            "%.2f M parameters, %d training slices, %d validation volumes, %d iterations, on %s; run folder %s",
+            "%.2f M parameters, %d training samples, %d validation cases, %d iterations, on %s; run folder %s",
             parameters, len(self.train_set), len(self.val_set), self.total_iterations, self.device, self.folder,
         )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Resizing is scipy's, only faster."""
 
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
@@ -67,3 +68,10 @@ def test_a_result_can_be_changed_without_changing_the_next():
         first[:] = 0
         np.testing.assert_array_equal(resize_cubic(image, size), again)
     assert image.any()
+
+
+def test_autocast_around_it_changes_nothing():
+    image = np.random.default_rng(0).random((17, 31))
+    with torch.autocast("cpu", torch.bfloat16):
+        result = resize_cubic(image, (24, 19))
+    np.testing.assert_array_equal(result, resize_cubic(image, (24, 19)))

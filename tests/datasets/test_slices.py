@@ -62,3 +62,36 @@ def test_samples_depend_on_the_seed_not_on_the_order(prepared):
 def test_too_few_classes_are_refused(prepared, refused, num_classes, word):
     dataset = _open(prepared, num_classes=num_classes)
     refused(lambda: [dataset[i] for i in range(12)], "patient001_frame01_slice000.npz", word)
+
+
+def test_what_is_kept_in_memory_changes_no_sample(prepared):
+    read, kept = _open(prepared), _open(prepared)
+    assert kept.keep(2**30) == len(kept)
+    for epoch in (0, 1):
+        for dataset in (read, kept):
+            dataset.set_epoch(epoch)
+        assert all(torch.equal(read[i]["image"], kept[i]["image"]) for i in range(-1, 12))
+        assert all(torch.equal(read[i]["label"], kept[i]["label"]) for i in range(-1, 12))
+
+
+def test_memory_for_what_is_kept_is_bounded_and_the_rest_is_read(prepared, monkeypatch):
+    dataset = _open(prepared)
+    image, label = dataset.read(0)
+    assert dataset.keep(5 * (image.nbytes + label.nbytes)) == 5
+    monkeypatch.setattr(dataset, "read", lambda index: pytest.fail(f"sample {index} was read again"))
+    assert dataset[4]["name"] == "patient001_frame09_slice001"
+    with pytest.raises(pytest.fail.Exception, match="sample 5"):
+        _ = dataset[5]
+
+
+def test_samples_finished_on_the_device_are_those_of_the_workers(prepared):
+    here, there = _open(prepared, img_size=40), _open(prepared, img_size=40, on_device=True)
+    loader = DataLoader(there, batch_size=5, num_workers=1, collate_fn=there.collate)
+    for epoch in range(6):
+        for dataset in (here, there):
+            dataset.set_epoch(epoch)
+        batches = [there.to_device(batch, torch.device("cpu")) for batch in loader]
+        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        expected = [here[i] for i in range(12)]
+        torch.testing.assert_close(images, torch.stack([sample["image"] for sample in expected]), atol=1e-4, rtol=0)
+        assert torch.equal(labels, torch.stack([sample["label"] for sample in expected]))

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
 from datasets import DatasetInfo, Preprocessing
+from datasets.training_set import TrainingSet
 from networks import DMWLA, SimMPNet
 from utils.arguments import network_arguments, parse_training, training_parser
 from utils.checkpoint import build_network, load_checkpoint
@@ -36,8 +36,9 @@ def drawing(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(image).float()[None], torch.from_numpy(label)
 
 
-class Drawings(Dataset):
+class Drawings(TrainingSet):
     def __init__(self, count: int):
+        super().__init__(seed=0)
         self.count, self.epoch = count, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -298,6 +299,25 @@ def test_variant_chooses_splits_and_selection_unless_they_are_typed(tmp_path):
 def test_impossible_numbers_are_refused_by_name(tmp_path, flags):
     with pytest.raises(RunError, match=flags[0]):
         parse(tmp_path, *flags)
+
+
+def test_compiled_steps_start_after_the_warm_up_and_change_nothing(run, tmp_path, monkeypatch):
+    compiled_at = []
+
+    def traced(function, **options):
+        compiled_at.append(made.iteration)
+        return compile(function, backend="eager", **options)
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", traced)
+    made = trainer(tmp_path, "--compile", "--max_epochs", "3")
+    made.fit()
+    assert compiled_at == [3]  # --warmup_iterations 3
+    plain = trainer(tmp_path / "plain", "--max_epochs", "3")
+    plain.fit()
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(made.model.state_dict()[name], value, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
 
 
 def test_bf16_autocast_trains(tmp_path):

@@ -1,0 +1,107 @@
+"""Parameters, multiply-adds and memory of the network, stage by stage: ``python -m benchmarks.complexity``.
+
+Counted by ``torch.utils.flop_counter`` (two operations per multiply-add) on one image in evaluation with the memory in
+use, beside what the paper states for Synapse: 91.30 M parameters and 43.74 G multiply-adds.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.measure import markdown, past_warm_up
+from benchmarks.plain import plain_copy
+from networks import SimMPNet
+from utils.cli import ArgumentParser, run_script
+
+PAPER = "91.30 M parameters, 43.74 G multiply-adds"
+
+
+def parts(model: SimMPNet) -> dict[str, nn.Module]:
+    """Return the parts of the network in the order of the forward pass."""
+    named = {"stem": model.stem, "MaxViT stem": model.maxvit.stem}
+    named |= {f"MaxViT stage {i}": stage for i, stage in enumerate(model.maxvit.stages, 1)}
+    named |= {f"DMW-LA stage {i}": stage for i, stage in enumerate(model.dmwla_encoder.stages, 1)}
+    named |= {f"patch embedding {i}": m for i, m in enumerate(model.dmwla_encoder.patch_embeddings, 1)}
+    named |= {"DS-GIM": model.dmwla_encoder.dsgim}
+    named |= {f"decoder DMW-LA {4 - i}": m for i, m in enumerate(model.decoder.dmwla)}
+    named |= {f"decoder ConvBlock {4 - i}": m for i, m in enumerate(model.decoder.conv_blocks)}
+    return named | {f"decoder Up {3 - i}": m for i, m in enumerate(model.decoder.ups)}
+
+
+def count(model: SimMPNet, size: int, channels: int) -> list[list[object]]:
+    """Return for each part, and for all: parameters, multiply-adds, and bytes kept for backward, of one image."""
+    names = {module: name for name, module in model.named_modules()}
+    counter = FlopCounterMode(display=False)
+    x = torch.rand(1, channels, size, size)
+    with counter, torch.no_grad():
+        model.eval()(x)
+    flops = {name.removeprefix("SimMPNet."): sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    saved = _saved_bytes(model, parts(model), x)
+    rows = []
+    for name, module in parts(model).items():
+        inside = list(module) if isinstance(module, nn.ModuleList) else [module]
+        work = sum(flops.get(names[m], 0) for m in inside)
+        rows.append([name, _parameters(module), work / 2, saved[name]])
+    rest = [_parameters(model), flops["Global"] / 2, saved["all"]]
+    for row in rows:
+        rest = [a - b for a, b in zip(rest, row[1:], strict=True)]
+    return [*rows, ["gates, injections, heads, attention of the decoder", *rest],
+            ["all", _parameters(model), flops["Global"] / 2, saved["all"]]]  # fmt: skip
+
+
+def _saved_bytes(model: SimMPNet, named: dict[str, nn.Module], x: Tensor) -> dict[str, int]:
+    """Return how many bytes each part keeps for its backward pass, storages counted once, parameters not at all."""
+    saved, inside = dict.fromkeys([*named, "all"], 0), []
+    seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            kept.append(tensor)  # so that its address is not used again
+            for name in ("all", *inside[-1:]):
+                saved[name] += storage.nbytes()
+        return tensor
+
+    kept: list[Tensor] = []
+    hooks = []
+    for name, module in named.items():
+        for m in module if isinstance(module, nn.ModuleList) else [module]:
+            hooks.append(m.register_forward_pre_hook(lambda *_, name=name: inside.append(name)))
+            hooks.append(m.register_forward_hook(lambda *_: inside.pop() and None))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.train()(x.requires_grad_())
+    for hook in hooks:
+        hook.remove()
+    return saved
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--model_scale", default="small", help="pico to base")
+    parser.add_argument("--num_classes", type=int, default=9, help="with background")
+    parser.add_argument("--in_channels", type=int, default=1, help="1 (grey) or 3 (colour)")
+    parser.add_argument("--img_size", type=int, default=256, help="side of the image")
+    parser.add_argument("--img_size_dmwla", type=int, default=224, help="side of the DMW-LA encoder's image")
+    args = parser.parse_args()
+    model = SimMPNet(**vars(args))
+    past_warm_up(model)
+    rows = [
+        [name, f"{parameters / 1e6:.2f} M", f"{work / 1e9:.2f} G", f"{memory / 2**20:.0f} MiB"]
+        for name, parameters, work, memory in count(model, args.img_size, args.in_channels)
+    ]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        plain_copy(model).eval()(torch.rand(1, args.in_channels, args.img_size, args.img_size))
+    plain_work = f"{counter.get_total_flops() / 2e9:.2f} G"
+    rows.append(["all, attention at the memory's width d, as written", rows[-1][1], plain_work, "-"])
+    print(f"{args.model_scale}, {args.img_size} / {args.img_size_dmwla}, {args.num_classes} classes")
+    print(f"the paper: {PAPER}")
+    print(markdown(["", "parameters", "multiply-adds", "kept for backward, per image"], rows))
+
+
+if __name__ == "__main__":
+    run_script(main)

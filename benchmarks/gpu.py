@@ -1,0 +1,257 @@
+"""Training and evaluation throughput on the GPU that there is: ``python -m benchmarks.gpu``.
+
+A training step (forward, subset loss, backward, AdamW, memory update) and an evaluation forward pass at the paper's
+settings, in several forms:
+
+- ``plain``: what the release computes, in float32 as PyTorch has it, evaluated slice by slice
+- ``float32``, ``tf32``, ``bf16``: ours, channels-last, fused AdamW, evaluated in batches
+- ``compiled``, ``graphs``: bf16 under ``torch.compile``, also with CUDA graphs
+
+Operations are those of ours, counted by ``torch.utils.flop_counter``; the ceiling is a bf16 product of 8192 x 8192
+matrices measured here. Writes ``gpu.md`` (the table) and, of the last form, ``trace.json.gz`` (chrome://tracing) and
+``profile.txt``. A form that fails is told in the table and does not stop the others. On a CPU:
+
+    python -m benchmarks.gpu --device cpu --forms plain float32 bf16 --model_scale pico --img_size 64 \\
+        --img_size_dmwla 64 --batch_size 2 --repeats 1
+"""
+
+import gc
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import plain
+from benchmarks.measure import machine, markdown, past_warm_up, synchronize, time_sides
+from networks import SimMPNet
+from utils.cli import ArgumentParser, pick_device, run_script, set_precision
+from utils.losses import subset_loss
+
+FORMS = ("plain", "float32", "tf32", "bf16", "compiled", "graphs")
+
+
+@dataclass
+class Form:
+    """One way to run the network."""
+
+    name: str
+    args: Namespace
+    device: torch.device
+
+    @property
+    def is_plain(self) -> bool:
+        return self.name == "plain"
+
+    @property
+    def compile_mode(self) -> str | None:
+        """Return torch.compile's mode, None where nothing is compiled."""
+        return {"compiled": "default", "graphs": "reduce-overhead"}.get(self.name)
+
+    def network(self) -> SimMPNet:
+        """Return the network in training mode, its memory in use."""
+        torch.manual_seed(0)
+        set_precision(self.name)
+        a = self.args
+        model = SimMPNet(a.num_classes, img_size=a.img_size, img_size_dmwla=a.img_size_dmwla, model_scale=a.model_scale)
+        past_warm_up(model)
+        model = model.to(self.device, memory_format=torch.channels_last)
+        return (plain.plain_copy(model) if self.is_plain else model).train()
+
+    def autocast(self):
+        """Return the context of the forward pass."""
+        if self.name in ("plain", "float32", "tf32"):
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def training_step(self, batch_size: int) -> Callable[[], None]:
+        """Return what does one step on a batch that lies on the device."""
+        model = self.network()
+        images, label = self.batch(batch_size)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=not self.is_plain)
+        loss_of = plain.subset_loss if self.is_plain else subset_loss
+
+        def losses(images: Tensor, label: Tensor) -> Tensor:
+            with self.autocast():
+                logits = model(images)
+            return loss_of(logits, label)
+
+        if self.compile_mode:
+            losses = torch.compile(losses, dynamic=False, mode=self.compile_mode)
+
+        def step() -> None:
+            loss = losses(images, label)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+        return step
+
+    def evaluation(self, batch_size: int) -> Callable[[], None]:
+        """Return what predicts a batch."""
+        model: nn.Module = self.network().eval()
+        images, _ = self.batch(batch_size)
+        if self.compile_mode:
+            model = torch.compile(model, dynamic=False, mode=self.compile_mode)
+
+        @torch.inference_mode()
+        def predict() -> None:
+            with self.autocast():
+                for part in images.split(1 if self.is_plain else batch_size):
+                    torch.stack(model(part)).float().sum(0).argmax(1)
+
+        return predict
+
+    def batch(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Return random images (B, 1, S, S) and a label (B, S, S)."""
+        size = self.args.img_size
+        images = torch.rand(batch_size, 1, size, size, device=self.device)
+        return images, torch.randint(self.args.num_classes, (batch_size, size, size), device=self.device)
+
+
+def median_seconds(call: Callable[[], object], form: Form) -> tuple[float, float]:
+    """Return the seconds of the first call, compilation included, and the median of later ones."""
+    start = time.perf_counter()
+    call()
+    synchronize(form.device)
+    first = time.perf_counter() - start
+    return first, time_sides({"": call}, form.args.repeats, warmup=3 if form.device.type == "cuda" else 0,
+                             device=form.device)[""]  # fmt: skip
+
+
+def largest_batch(form: Form, start: int, limit: int = 1024) -> int:
+    """Return the largest batch, to about a tenth, whose training step fits into the GPU's memory."""
+    fits, fails = 0, limit
+    size = start
+    while fails - fits > max(fits // 10, 1) and size < limit:
+        free_memory()
+        try:
+            step = form.training_step(size)
+            step()
+            step()
+            synchronize(form.device)
+            fits = size
+        except torch.OutOfMemoryError:
+            fails = size
+        step = None
+        size = 2 * fits if fails == limit else (fits + fails) // 2
+    return fits
+
+
+def free_memory() -> None:
+    """Give back what no one holds."""
+    if "torch._dynamo" in sys.modules:  # which takes seconds to import
+        torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def operations(args: Namespace, device: torch.device) -> tuple[float, float]:
+    """Return the operations of our training step and evaluation, per image."""
+    form = Form("float32", args, device)
+    counts = []
+    for call in (form.training_step(1), form.evaluation(1)):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        counts.append(float(counter.get_total_flops()))
+    return counts[0], counts[1]
+
+
+def ceiling(device: torch.device) -> float:
+    """Return the operations a second of a large bf16 matrix product."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = time_sides({"": lambda: [a @ b for _ in range(10)]}, repeats=5, warmup=2, device=device)[""] / 10
+    return 2 * n**3 / seconds
+
+
+def write_profile(form: Form, folder: Path) -> None:
+    """Write a trace of three training steps, and the table of what took the time."""
+    step = form.training_step(form.args.batch_size)
+    for _ in range(4):
+        step()
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (form.device.type == "cuda")
+    with profile(activities=kinds) as profiler:
+        for _ in range(3):
+            step()
+        synchronize(form.device)
+    profiler.export_chrome_trace(str(folder / "trace.json.gz"))
+    order = "self_cuda_time_total" if form.device.type == "cuda" else "self_cpu_time_total"
+    table = profiler.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90)
+    (folder / "profile.txt").write_text(f"{form.name}, three training steps\n{table}\n")
+
+
+def measure(form: Form, flops: tuple[float, float], peak_rate: float) -> list[object]:
+    """Return the form's row of the table."""
+    args, batch_size = form.args, form.args.batch_size
+    cells: list[object] = [form.name]
+    for make, work in ((form.training_step, flops[0]), (form.evaluation, flops[1])):
+        free_memory()
+        if form.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        first, seconds = median_seconds(make(batch_size), form)
+        rate = work * batch_size / seconds
+        memory = torch.cuda.max_memory_allocated() / 2**30 if form.device.type == "cuda" else float("nan")
+        cells += [f"{1000 * seconds:.1f}", f"{batch_size / seconds:.1f}", f"{rate / 1e12:.2f}",
+                  f"{100 * rate / peak_rate:.1f}", f"{memory:.1f}", f"{first:.0f}"]  # fmt: skip
+    if form.device.type == "cuda" and form.compile_mode is None and args.largest_batch:
+        cells.append(largest_batch(form, batch_size))
+    else:
+        cells.append("-")
+    return cells
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--forms", nargs="+", default=FORMS, choices=FORMS, help="what is measured; the last, profiled")
+    parser.add_argument("--model_scale", default="small", help="pico to base")
+    parser.add_argument("--num_classes", type=int, default=9, help="with background")
+    parser.add_argument("--img_size", type=int, default=256, help="side of the image")
+    parser.add_argument("--img_size_dmwla", type=int, default=224, help="side of the DMW-LA encoder's image")
+    parser.add_argument("--batch_size", type=int, default=20, help="slices at a time")
+    parser.add_argument("--repeats", type=int, default=20, help="of which the median is taken")
+    parser.add_argument(
+        "--largest_batch", type=int, default=1, choices=[0, 1], help="1: find it, by running out of memory"
+    )
+    parser.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu or cuda")
+    parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="folder to write to")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    torch.backends.cudnn.benchmark = True
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    flops, peak_rate = operations(args, device), ceiling(device)
+    rows = []
+    for name in args.forms:
+        form = Form(name, args, device)
+        try:
+            rows.append(measure(form, flops, peak_rate))
+        except Exception as error:  # the others are measured all the same
+            rows.append([name, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}", *["-"] * 12])
+        print(*rows[-1], flush=True)
+    part = "[ms]", "slices a second", "TFLOP/s", "% of the ceiling", "memory [GiB]", "first call [s]"
+    header = ["", *(f"{kind} {p}" for kind in ("training", "evaluation") for p in part), "largest batch"]
+    lines = [
+        machine(device),
+        f"{args.model_scale}, {args.img_size} / {args.img_size_dmwla}, batch {args.batch_size}; of ours "
+        f"{flops[0] / 2e9:.1f} G multiply-adds a training step and {flops[1] / 2e9:.1f} G an evaluation, per image; "
+        f"ceiling {peak_rate / 1e12:.1f} TFLOP/s (bf16)",
+        markdown(header, rows),
+    ]
+    (args.output / "gpu.md").write_text("\n\n".join(lines) + "\n")
+    print("\n\n".join(lines))
+    free_memory()
+    write_profile(Form(args.forms[-1], args, device), args.output)
+    print(f"table, trace and profile in {args.output}")
+
+
+if __name__ == "__main__":
+    run_script(main)

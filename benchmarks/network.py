@@ -1,0 +1,80 @@
+"""The whole network beside its plain transcription: ``python -m benchmarks.network``.
+
+A training step (forward, subset loss, backward, AdamW, memory update) and an evaluation forward pass, in which the
+plain side takes one slice at a time.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import plain
+from benchmarks.measure import machine, markdown, past_warm_up, peak_memory, time_sides
+from networks import SimMPNet
+from utils.cli import ArgumentParser, run_script
+from utils.losses import subset_loss
+
+
+def training_step(model: nn.Module, loss_of: Callable, images: Tensor, label: Tensor) -> Callable[[], None]:
+    """Return what does one training step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step() -> None:
+        model.train()
+        loss = loss_of(model(images), label)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--model_scale", default="small", help="pico to base")
+    parser.add_argument("--num_classes", type=int, default=9, help="with background")
+    parser.add_argument("--img_size", type=int, default=256, help="side of the image")
+    parser.add_argument("--img_size_dmwla", type=int, default=224, help="side of the DMW-LA encoder's image")
+    parser.add_argument("--batch_size", type=int, default=2, help="slices at a time")
+    parser.add_argument("--repeats", type=int, default=5, help="of which the median is taken")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    sizes = dict(num_classes=args.num_classes, img_size=args.img_size, img_size_dmwla=args.img_size_dmwla)
+    ours = SimMPNet(model_scale=args.model_scale, **sizes).to(memory_format=torch.channels_last)
+    past_warm_up(ours)
+    plainly = plain.plain_copy(ours)
+    images = torch.rand(args.batch_size, 1, args.img_size, args.img_size)
+    label = torch.randint(args.num_classes, (args.batch_size, args.img_size, args.img_size))
+
+    @torch.inference_mode()
+    def slice_by_slice() -> None:
+        plainly.eval()
+        for image in images:
+            plainly(image[None])
+
+    @torch.inference_mode()
+    def in_a_batch() -> None:
+        ours.eval()(images)
+
+    evaluation = {"plain": slice_by_slice, "ours": in_a_batch}
+    training = {
+        "plain": training_step(plainly, plain.subset_loss, images, label),
+        "ours": training_step(ours, subset_loss, images, label),
+    }
+    rows = []
+    for name, sides in (("evaluation forward", evaluation), ("training step", training)):
+        seconds = time_sides(sides, args.repeats)
+        peaks = {side: peak_memory(call) / 2**30 for side, call in sides.items()}
+        for what, unit, values in ((name, "s", seconds), ("", "GiB", peaks)):
+            ratio = values["plain"] / values["ours"]
+            rows.append([what, f"{values['plain']:.2f} {unit}", f"{values['ours']:.2f} {unit}", f"{ratio:.1f}"])
+    print(machine())
+    print(f"{args.model_scale}, {args.img_size} / {args.img_size_dmwla}, batch {args.batch_size}, float32")
+    print(markdown(["", "plain", "ours", "ratio"], rows))
+
+
+if __name__ == "__main__":
+    run_script(main)

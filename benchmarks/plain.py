@@ -1,0 +1,124 @@
+"""The other side of the ratios: what the specification says, transcribed without a thought for speed.
+
+Full attention matrices, a loop over clusters, three convolutions per attention, a loop over the loss's 15 subsets with
+one pass per class, one slice per forward pass, resizing by ``scipy.ndimage.zoom`` and metrics by medpy on full volumes:
+what the authors' release does. ``tests/benchmarks`` holds it against ``tests/oracle.py`` and against the network.
+"""
+
+import copy
+from itertools import combinations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor, nn
+
+from networks import DMWLA
+from utils.losses import SMOOTH
+
+
+class PlainDMWLA(DMWLA):
+    """DMW-LA in its steady state and warm-up, (B, c, H, W) to the same, cluster by cluster."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        theta, phi, g = (_conv1x1(x, layer.weight).flatten(2) for layer in (self.theta, self.phi, self.g))  # (B, d, N)
+        read = (theta.mT @ phi).softmax(-1) @ g.mT  # (B, N, d)
+        if self.bank.in_warmup:
+            if self.training:
+                self.bank.sample(phi.detach().mT)
+        else:
+            read = read + self.read_own_cluster(theta.mT)
+            if self.training:
+                self.rewrite(_conv1x1(x.detach(), self.phi_k).flatten(2).mT.flatten(0, 1))
+        update = read.mT.reshape(len(x), -1, *x.shape[2:])
+        return x + _conv1x1(update, self.o.weight)
+
+    def read_own_cluster(self, theta: Tensor) -> Tensor:
+        """Return softmax(theta . columns) columns over each token's own cluster, (B, N, d), of theta (B, N, d)."""
+        cosine = F.normalize(theta, dim=-1) @ F.normalize(self.bank.prototypes, dim=-1).T
+        cluster = cosine.argmax(-1)
+        read = torch.zeros_like(theta)
+        for k, columns in enumerate(self.bank.pool.clone()):
+            own = cluster == k
+            read[own] = (theta[own] @ columns.T).softmax(-1) @ columns
+        return read
+
+    @torch.no_grad()
+    def rewrite(self, keys: Tensor) -> None:
+        """Update the memory from keys (T, d), one cluster after the other."""
+        bank = self.bank
+        num_clusters, size, _ = bank.pool.shape
+        cluster = (keys @ bank.prototypes.T).argmax(1)
+        for k in range(num_clusters):
+            own = keys[cluster == k]
+            if len(own) == 0:
+                continue
+            replaced = min(int(bank.replaced_columns), size)
+            weakest = bank.pool[k].softmax(0).sum(1).argsort()[:replaced]
+            strongest = own.softmax(0).sum(1).argsort(descending=True)[:replaced]
+            if len(strongest) < replaced:
+                again = torch.randint(len(strongest), (replaced - len(strongest),), device=keys.device)
+                strongest = torch.cat([strongest, strongest[again]])
+            bank.pool[k, weakest] = (1 - bank.momentum) * bank.pool[k, weakest] + bank.momentum * own[strongest]
+        bank.prototypes.copy_(bank.pool.mean(1))
+        self.phi_k.copy_(self.phi_k_momentum * self.phi_k + (1 - self.phi_k_momentum) * self.phi.weight)
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a network, or of a DMW-LA, that computes plainly; its weights and memory are the same."""
+    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    for module in model.modules():
+        if type(module) is DMWLA:
+            module.__class__ = PlainDMWLA
+    return model
+
+
+def subset_loss(logits: list[Tensor], label: Tensor, ce_weight: float = 0.3, dice_weight: float = 0.7) -> Tensor:
+    """Return the subset loss of maps (B, num_classes, S, S) and label (B, S, S), subset by subset, class by class."""
+    loss = 0.0
+    num_classes = logits[0].shape[1]
+    for size in range(1, len(logits) + 1):
+        for subset in combinations(logits, size):
+            total = sum(subset)
+            share = total.softmax(1)
+            dice = 0.0
+            for c in range(num_classes):
+                target = (label == c).float()
+                overlap = (share[:, c] * target).sum()
+                union = (share[:, c] ** 2).sum() + (target**2).sum()
+                dice = dice + 1 - (2 * overlap + SMOOTH) / (union + SMOOTH)
+            loss = loss + ce_weight * F.cross_entropy(total, label) + dice_weight * dice / num_classes
+    return loss
+
+
+def zoom_in(image: np.ndarray, img_size: int) -> np.ndarray:
+    """Resize slices (D, H, W) to (D, S, S) by cubic splines, slice by slice."""
+    factors = img_size / image.shape[1], img_size / image.shape[2]
+    return np.stack([ndimage.zoom(plane, factors, order=3) for plane in image])
+
+
+def zoom_back(prediction: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Resize classes (D, S, S) to (D, H, W) by nearest neighbour, slice by slice."""
+    factors = shape[0] / prediction.shape[1], shape[1] / prediction.shape[2]
+    return np.stack([ndimage.zoom(plane, factors, order=0) for plane in prediction])
+
+
+def metrics(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> list[tuple[float, float, float, float]]:
+    """Return Dice, HD95, Jaccard and ASSD of each class as medpy computes them on the full volumes, in voxels.
+
+    NaN for a class that one of the two lacks.
+    """
+    from medpy.metric import binary
+
+    results = []
+    for c in range(1, num_classes):
+        pair = prediction == c, label == c
+        found = all(mask.any() for mask in pair)
+        functions = binary.dc, binary.hd95, binary.jc, binary.assd
+        results.append(tuple(f(*pair) for f in functions) if found else (np.nan,) * 4)
+    return results
+
+
+def _conv1x1(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(x, weight[:, :, None, None])

@@ -1,0 +1,62 @@
+"""The plain side of the benchmarks computes what the oracle and the network compute."""
+
+import pytest
+import torch
+
+from benchmarks.measure import past_warm_up, peak_memory, time_sides
+from benchmarks.plain import PlainDMWLA, plain_copy
+from networks import DMWLA, SimMPNet
+from tests import oracle
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+    """Decisions (which cluster, which column) must not hang on rounding: compare in float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_plain_dmwla_equals_the_oracle_and_the_network():
+    torch.manual_seed(0)
+    block = DMWLA(6, 8, num_clusters=3, columns_per_cluster=4, replaced_columns=2).train()
+    past_warm_up(block)
+    plain = plain_copy(block)
+    assert type(plain) is PlainDMWLA
+    x = torch.randn(2, 6, 5, 5)
+    pool, prototypes, phi_k = oracle.updated_memory(block, x)
+    expected = oracle.steady_forward(block, x)
+    for module in (plain, block):
+        torch.testing.assert_close(module(x), expected)
+        torch.testing.assert_close(module.bank.pool, pool)
+        torch.testing.assert_close(module.bank.prototypes, prototypes)
+        torch.testing.assert_close(module.phi_k, phi_k)
+
+
+def test_a_plain_copy_of_a_network_in_warm_up_and_in_use_gives_its_logits():
+    torch.manual_seed(0)
+    model = SimMPNet(3, model_scale="pico", img_size=64, img_size_dmwla=64).double().eval()
+    x = torch.rand(2, 1, 64, 64)
+    for _ in ("in warm-up", "in use"):
+        plain = plain_copy(model)
+        with torch.no_grad():
+            for a, b in zip(plain(x), model(x), strict=True):
+                torch.testing.assert_close(a, b)
+        past_warm_up(model)
+
+
+def test_peak_memory_counts_what_lives_at_once():
+    def twice_after_each_other():
+        for _ in range(2):
+            torch.empty(1000, dtype=torch.uint8)
+
+    kept = []
+    assert peak_memory(twice_after_each_other) == 1000
+    assert peak_memory(lambda: kept.extend(torch.empty(1000, dtype=torch.uint8) for _ in range(2))) == 2000
+
+
+def test_sides_are_timed_in_turn():
+    calls = []
+    seconds = time_sides({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=2, warmup=1)
+    assert calls == ["a", "b"] * 3
+    assert set(seconds) == {"a", "b"} and all(value >= 0 for value in seconds.values())
