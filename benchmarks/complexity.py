@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import markdown, past_warm_up
+from benchmarks.measure import add_network, markdown, past_warm_up
 from benchmarks.plain import plain_copy
 from networks import SimMPNet
 from utils.cli import ArgumentParser, run_script
@@ -82,11 +82,8 @@ def _parameters(module: nn.Module) -> int:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--model_scale", default="small", help="pico to base")
-    parser.add_argument("--num_classes", type=int, default=9, help="with background")
+    add_network(parser)
     parser.add_argument("--in_channels", type=int, default=1, help="1 (grey) or 3 (colour)")
-    parser.add_argument("--img_size", type=int, default=256, help="side of the image")
-    parser.add_argument("--img_size_dmwla", type=int, default=224, help="side of the DMW-LA encoder's image")
     args = parser.parse_args()
     model = SimMPNet(**vars(args))
     past_warm_up(model)

@@ -5,7 +5,7 @@ Forward, forward with backward and memory update, and the memory that torch take
 
 import torch
 
-from benchmarks.measure import machine, markdown, past_warm_up, peak_memory, time_sides
+from benchmarks.measure import add_timing, machine, markdown, past_warm_up, peak_memory, time_sides
 from benchmarks.plain import plain_copy
 from networks import DMWLA
 from utils.cli import ArgumentParser, run_script
@@ -30,8 +30,7 @@ def main() -> None:
     parser.add_argument("--num_clusters", type=int, default=9, help="clusters of the memory")
     parser.add_argument("--side", type=int, default=56, help="height and width of the map")
     parser.add_argument("--batch_size", type=int, default=4, help="maps at a time")
-    parser.add_argument("--repeats", type=int, default=9, help="of which the median is taken")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    add_timing(parser, repeats=9)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -81,7 +81,7 @@ def evaluate_plainly(paths: list[Path], num_classes: int, table: Path) -> list[l
         slices = plain.zoom_in(image, SIZE)
         prediction = np.stack([network(torch.from_numpy(s[None, None]))[0].argmax(1)[0].numpy() for s in slices])
         prediction = plain.zoom_back(prediction.astype(np.uint8), label.shape[1:])
-        results.append([Metrics(*(m[i] for i in (0, 1, 2, 3))) for m in plain.metrics(prediction, label, num_classes)])
+        results.append([Metrics(*m) for m in plain.metrics(prediction, label, num_classes)])
     with open(table, "w", newline="") as file:
         csv.writer(file).writerows([path.name, *np.ravel(result)] for path, result in zip(paths, results, strict=True))
     return results

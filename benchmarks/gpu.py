@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import plain
-from benchmarks.measure import machine, markdown, past_warm_up, synchronize, time_sides
+from benchmarks.measure import add_network, machine, markdown, past_warm_up, synchronize, time_sides
 from networks import SimMPNet
 from utils.cli import ArgumentParser, pick_device, run_script, set_precision
 from utils.losses import subset_loss
@@ -212,10 +212,7 @@ def measure(form: Form, flops: tuple[float, float], peak_rate: float) -> list[ob
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--forms", nargs="+", default=FORMS, choices=FORMS, help="what is measured; the last, profiled")
-    parser.add_argument("--model_scale", default="small", help="pico to base")
-    parser.add_argument("--num_classes", type=int, default=9, help="with background")
-    parser.add_argument("--img_size", type=int, default=256, help="side of the image")
-    parser.add_argument("--img_size_dmwla", type=int, default=224, help="side of the DMW-LA encoder's image")
+    add_network(parser)
     parser.add_argument("--batch_size", type=int, default=20, help="slices at a time")
     parser.add_argument("--repeats", type=int, default=20, help="of which the median is taken")
     parser.add_argument(

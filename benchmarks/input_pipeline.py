@@ -14,6 +14,7 @@ import torch
 from scipy import ndimage
 from torch.utils.data import DataLoader
 
+from benchmarks import plain
 from benchmarks.measure import machine, markdown, synchronize
 from datasets import SliceDataset, Volume
 from datasets.augmentation import augment
@@ -30,9 +31,8 @@ class PlainSlices(SliceDataset):
     def __getitem__(self, index: int) -> dict:
         with np.load(self.files[index]) as file:
             image, label = augment(file["image"], file["label"], self.generator(index))
-        factors = SIZE / image.shape[0], SIZE / image.shape[1]
-        image, label = ndimage.zoom(image, factors, order=3), ndimage.zoom(label, factors, order=0)
-        return {"image": torch.from_numpy(image)[None], "label": torch.from_numpy(label.astype(np.int64))}
+        image, label = plain.zoom_in(image[None], SIZE), plain.zoom_back(label[None], (SIZE, SIZE))[0]
+        return {"image": torch.from_numpy(image), "label": torch.from_numpy(label.astype(np.int64))}
 
 
 def write_ct_slices(folder: Path, count: int) -> None:

@@ -9,7 +9,7 @@ from itertools import combinations
 import torch
 
 from benchmarks import plain
-from benchmarks.measure import machine, markdown, peak_memory, time_sides
+from benchmarks.measure import add_timing, machine, markdown, peak_memory, time_sides
 from utils.cli import ArgumentParser, run_script
 from utils.losses import subset_loss
 
@@ -19,8 +19,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4, help="maps at a time")
     parser.add_argument("--num_classes", type=int, default=9, help="with background")
     parser.add_argument("--img_size", type=int, default=256, help="side of the maps")
-    parser.add_argument("--repeats", type=int, default=7, help="of which the median is taken")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    add_timing(parser, repeats=7)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -11,6 +11,21 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from networks import PrototypeMemoryBank
+from utils.cli import ArgumentParser
+
+
+def add_network(parser: ArgumentParser) -> None:
+    """Add what tells one network of another; the defaults are the paper's."""
+    parser.add_argument("--model_scale", default="small", help="pico to base")
+    parser.add_argument("--num_classes", type=int, default=9, help="with background")
+    parser.add_argument("--img_size", type=int, default=256, help="side of the image")
+    parser.add_argument("--img_size_dmwla", type=int, default=224, help="side of the DMW-LA encoder's image")
+
+
+def add_timing(parser: ArgumentParser, repeats: int) -> None:
+    """Add how often, and on how many threads of the CPU, is measured."""
+    parser.add_argument("--repeats", type=int, default=repeats, help="of which the median is taken")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
 
 
 def time_sides(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import plain
-from benchmarks.measure import machine, markdown, past_warm_up, peak_memory, time_sides
+from benchmarks.measure import add_network, add_timing, machine, markdown, past_warm_up, peak_memory, time_sides
 from networks import SimMPNet
 from utils.cli import ArgumentParser, run_script
 from utils.losses import subset_loss
@@ -32,13 +32,9 @@ def training_step(model: nn.Module, loss_of: Callable, images: Tensor, label: Te
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--model_scale", default="small", help="pico to base")
-    parser.add_argument("--num_classes", type=int, default=9, help="with background")
-    parser.add_argument("--img_size", type=int, default=256, help="side of the image")
-    parser.add_argument("--img_size_dmwla", type=int, default=224, help="side of the DMW-LA encoder's image")
+    add_network(parser)
     parser.add_argument("--batch_size", type=int, default=2, help="slices at a time")
-    parser.add_argument("--repeats", type=int, default=5, help="of which the median is taken")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    add_timing(parser, repeats=5)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

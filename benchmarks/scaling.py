@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.dmwla import forward, step
-from benchmarks.measure import machine, markdown, past_warm_up, time_sides
+from benchmarks.measure import add_timing, machine, markdown, past_warm_up, time_sides
 from networks import DMWLA
 from utils.cli import ArgumentParser, run_script
 from utils.files import atomic_write
@@ -45,8 +45,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--channels", type=int, default=96, help="width c")
     parser.add_argument("--feature_dim", type=int, default=256, help="memory width d")
-    parser.add_argument("--repeats", type=int, default=5, help="of which the median is taken")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    add_timing(parser, repeats=5)
     parser.add_argument("--output", type=Path, default=Path("scaling.png"), help="PNG to write")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -13,7 +13,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from datasets.resize import cubic_matrix, nearest_index
+from datasets.resize import zoom_cubic, zoom_nearest
 
 
 class Change(NamedTuple):
@@ -62,17 +62,15 @@ def finish_on_device(
     images: float32 (H, W) each, of any size; labels: (H, W) each. Returns float32 (B, 1, S, S), cubic, and int64
     (B, S, S), nearest.
     """
-    finished_images, finished_labels = [], []
+    size, finished_images, finished_labels = (img_size, img_size), [], []
     for image, label, change in zip(images, labels, changes, strict=True):
         if change.flipped_axis is not None:
             image, label = (x.rot90(change.turns).flip(change.flipped_axis) for x in (image, label))
         elif change.angle:
             source, inside = _rotation(image.shape, change.angle, image.device)
             image, label = (torch.where(inside, x.take(source), 0) for x in (image, label))
-        rows, columns = (cubic_matrix(n, img_size, image.device) for n in image.shape)
-        finished_images.append(rows @ image @ columns.T)
-        rows, columns = (nearest_index(n, img_size, label.device) for n in label.shape)
-        finished_labels.append(label[rows[:, None], columns])
+        finished_images.append(zoom_cubic(image, size))
+        finished_labels.append(zoom_nearest(label, size))
     return torch.stack(finished_images)[:, None], torch.stack(finished_labels).long()
 
 

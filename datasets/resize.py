@@ -21,14 +21,8 @@ def resize_cubic(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
     image: (..., H, W), any real type; size: (h, w). Returns float32 (..., h, w).
     """
-    image = np.asarray(image, dtype=np.float32)
-    height, width = image.shape[-2:]
-    if (height, width) == tuple(size):
-        return image.copy()
     # By torch, whose threads are the network's, and one in a loader's worker: numpy's would stand in their way.
-    tensor = torch.from_numpy(np.ascontiguousarray(image))
-    with torch.autocast("cpu", enabled=False):
-        return (cubic_matrix(height, size[0]) @ tensor @ cubic_matrix(width, size[1]).T).numpy()
+    return zoom_cubic(torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)), size).numpy()
 
 
 def resize_nearest(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -37,12 +31,27 @@ def resize_nearest(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     label: (..., H, W); size: (h, w). Returns (..., h, w) of the same type.
     """
     label = np.asarray(label)
-    rows, columns = nearest_index(label.shape[-2], size[0]).numpy(), nearest_index(label.shape[-1], size[1]).numpy()
+    rows, columns = (_nearest_index(*n, torch.device("cpu")).numpy() for n in zip(label.shape[-2:], size, strict=True))
     return np.ascontiguousarray(label[..., rows[:, None], columns])
 
 
+def zoom_cubic(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Do what ``resize_cubic`` does to float32 (..., H, W) where it lies."""
+    if image.shape[-2:] == tuple(size):
+        return image.clone()
+    rows, columns = (_cubic_matrix(*n, image.device) for n in zip(image.shape[-2:], size, strict=True))
+    with torch.autocast(image.device.type, enabled=False):
+        return rows @ image @ columns.T
+
+
+def zoom_nearest(label: Tensor, size: tuple[int, int]) -> Tensor:
+    """Do what ``resize_nearest`` does to (..., H, W) where it lies."""
+    rows, columns = (_nearest_index(*n, label.device) for n in zip(label.shape[-2:], size, strict=True))
+    return label[..., rows[:, None], columns]
+
+
 @lru_cache(maxsize=1024)
-def cubic_matrix(size_in: int, size_out: int, device: torch.device | str = "cpu") -> Tensor:
+def _cubic_matrix(size_in: int, size_out: int, device: torch.device) -> Tensor:
     """Return the float32 (size_out, size_in) matrix of scipy's cubic zoom along one axis; not to be written to."""
     matrix = ndimage.zoom(np.eye(size_in), (size_out / size_in, 1), order=3, mode="mirror")
     # A spline's weights decay for ever; the subnormal ones would slow the product down many times.
@@ -51,7 +60,7 @@ def cubic_matrix(size_in: int, size_out: int, device: torch.device | str = "cpu"
 
 
 @lru_cache(maxsize=1024)
-def nearest_index(size_in: int, size_out: int, device: torch.device | str = "cpu") -> Tensor:
+def _nearest_index(size_in: int, size_out: int, device: torch.device) -> Tensor:
     """Return the int64 (size_out,) positions that scipy's zoom of order 0 picks on one axis; not to be written to."""
     positions = ndimage.zoom(np.arange(size_in), size_out / size_in, order=0, mode="nearest")
     return _checked(positions.astype(np.int64), size_in, size_out).to(device)

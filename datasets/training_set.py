@@ -54,8 +54,7 @@ class TrainingSet(Dataset):
                     self._kept.append((image, label))
         return len(self._kept)
 
-    @staticmethod
-    def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the batch of samples."""
         return default_collate(samples)
 

@@ -98,9 +98,9 @@ def case_metrics(
     """
     _check_shapes(prediction, label)
     _check_spacing(spacing, label.ndim)
-    boxes = zip(*(_boxes(array, num_classes) for array in (prediction, label)), strict=True)
+    boxes = (find_objects(array, num_classes - 1) for array in (prediction, label))  # None where a class is absent
     results = []
-    for c, (predicted, labelled) in enumerate(boxes, 1):
+    for c, (predicted, labelled) in enumerate(zip(*boxes, strict=True), 1):
         box = _union(predicted, labelled)
         results.append(_class_metrics(prediction[box] == c, label[box] == c, label.shape, spacing))
     return tuple(results)
@@ -174,12 +174,6 @@ def _empty_case(predicted: bool, labelled: bool, shape: tuple[int, ...], spacing
     if labelled:
         return ClassResult(MISSED, nothing, strict)
     return ClassResult(SPURIOUS, Metrics(1.0, 0.0, 1.0, 0.0), strict)
-
-
-def _boxes(volume: np.ndarray, num_classes: int) -> list[tuple[slice, ...] | None]:
-    """Find the bounding box of every class but the background, None where there is no voxel of it."""
-    boxes = find_objects(volume, num_classes - 1)
-    return boxes + [None] * (num_classes - 1 - len(boxes))
 
 
 def _union(a: tuple[slice, ...] | None, b: tuple[slice, ...] | None) -> tuple[slice, ...]:

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.measure import past_warm_up
 from networks import DMWLA, DSGIM, PrototypeMemoryBank, SimMPNet
+from tests.drawings import noisy, rings
 from utils.losses import subset_loss, subset_losses
 
 SMALL = dict(model_scale="pico", img_size=64, img_size_dmwla=64, feature_dim=16, decoder_feature_dim=16)
@@ -15,11 +16,8 @@ SMALL = dict(model_scale="pico", img_size=64, img_size_dmwla=64, feature_dim=16,
 def drawings(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return noisy discs in rings, images (B, 1, S, S) and labels (B, S, S)."""
     generator = torch.Generator().manual_seed(seed)
-    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
-    centre = 22 + 20 * torch.rand(count, 2, 1, 1, generator=generator)
-    radius = ((y - centre[:, 0]) ** 2 + (x - centre[:, 1]) ** 2).sqrt()
-    label = (radius < 14).long() + (radius < 7).long()
-    return (label + 0.3 * torch.randn(label.shape, generator=generator)).unsqueeze(1), label
+    label = rings(22 + 20 * torch.rand(count, 2, generator=generator))
+    return noisy(label, generator), label
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from einops import rearrange
 from torch.nn import functional as F
 
 from networks import DMWLA, DSGIM, NetworkError, SimMPNet
+from tests.drawings import noisy, rings
 from utils.losses import subset_loss
 
 TINY = dict(model_scale="pico", img_size=64, img_size_dmwla=64, feature_dim=16, decoder_feature_dim=16)
@@ -84,11 +85,8 @@ def test_after_training_evaluation_agrees_with_training_mode():
     torch.manual_seed(0)
     model = tiny_network(warmup_iterations=10).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
-    centre = torch.tensor([[24, 24], [40, 28], [30, 40], [36, 20]])
-    radius = ((y - centre[:, 0, None, None]) ** 2 + (x - centre[:, 1, None, None]) ** 2).sqrt()
-    label = (radius < 14).long() + (radius < 7).long()
-    images = (label + 0.3 * torch.randn(label.shape)).unsqueeze(1)
+    label = rings(torch.tensor([[24, 24], [40, 28], [30, 40], [36, 20]]))
+    images = noisy(label)
     for step in range(120):
         with torch.set_grad_enabled(step < 60):  # then the running statistics catch up with the weights
             loss = subset_loss(model(images), label)
