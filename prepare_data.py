@@ -48,9 +48,9 @@ def parse_args() -> argparse.Namespace:
     made.add_argument("--seed", type=int, default=2222, help="seed of the hearts")
 
     for name, kind in kinds.choices.items():
-        kind.add_argument("--out", default=DATASETS[name].folder, help="folder to write to")
+        crops = f"; {segpc.CROPS_FOLDER} with --crops" if name == "segpc" else ""
+        kind.add_argument("--out", help=f"folder to write to (default: {DATASETS[name].folder}{crops})")
         kind.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="processes")
-    cells.set_defaults(out=None)
     for kind in (ct, mr, cells, lesions):
         kind.add_argument("--overwrite", action="store_true", help="prepare again what is ready already")
     return parser.parse_args()
@@ -59,13 +59,14 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     info = DATASETS[args.dataset]
+    cells = args.dataset == "segpc" and args.crops
+    args.out = args.out or (segpc.CROPS_FOLDER if cells else info.folder)
     list_dir = info.list_dir
     if args.dataset == "synapse":
         names = synapse.prepare(args.raw, args.out, args.jobs, args.overwrite, args.label_order)
     elif args.dataset == "acdc":
         names = acdc.prepare(args.raw, args.out, args.jobs, args.overwrite)
     elif args.dataset == "segpc":
-        args.out = args.out or (segpc.CROPS_FOLDER if args.crops else info.folder)
         names = segpc.prepare(args.raw, args.out, args.jobs, args.overwrite, args.crops)
         list_dir = f"{args.out}/lists"
     elif args.dataset == "isic":

@@ -172,14 +172,14 @@ def _shared_patients(parts: Iterable[tuple[Path, set[str]]]) -> list[str]:
 
 def format_part(part: Part, class_names: Sequence[str]) -> str:
     """Return what a split holds as text: counts, the voxel share of each class by name, and what is doubtful."""
-    of_whom = "images" if part.kind == "images" else "patients"
+    of_whom, of_what = ("images", "pixels") if part.kind == "images" else ("patients", "voxels")
     lines = [f"{part.split}: {part.count} {part.kind} of {len(part.patients)} {of_whom}"]
     shares = part.voxels / max(part.voxels.sum(), 1)
     for name, share in zip(("background", *class_names), shares, strict=True):
-        warning = "" if share else "   warning: not one voxel of this class"
-        lines.append(f"  {name:<20} {100 * share:7.3f} % of voxels{warning}")
+        warning = "" if share else f"   warning: no {of_what} of this class"
+        lines.append(f"  {name:<20} {100 * share:7.3f} % of {of_what}{warning}")
     for doubt, count in part.doubts.items():
-        lines.append(f"  warning: {doubt}" + (f" ({count} volumes)" if count > 1 else ""))
+        lines.append(f"  warning: {doubt}" + (f" ({count} {part.kind})" if count > 1 else ""))
     return "\n".join(lines)
 
 
