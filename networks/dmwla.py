@@ -6,6 +6,7 @@ step's strongest keys; how many, W-LD decides (``replaced_columns``, the paper's
 """
 
 import logging
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from networks.errors import NetworkError
 from networks.layers import check_variant
+from networks.ranks import gather, rank, world_size
 
 
 class DMWLA(nn.Module):
@@ -72,7 +74,7 @@ class DMWLA(nn.Module):
         """Return the attended map (B, c, H, W) of ``x`` (B, c, H, W); writes the bank in training mode."""
         height, width = x.shape[-2:]
         tokens = rearrange(x, "b c h w -> b (h w) c")
-        writes = self.training or self.written_in_evaluation
+        writes = (self.training or self.written_in_evaluation) and self.bank.writable
         update = self.global_interaction(tokens)
         if self.bank.in_warmup:
             if writes:
@@ -125,7 +127,12 @@ class DMWLA(nn.Module):
 class PrototypeMemoryBank(nn.Module):
     """The memory of a DMW-LA block: columns by cluster, and a prototype for each cluster.
 
-    Everything is a buffer in float32, so a checkpoint holds all of it. Nothing here carries a gradient.
+    Everything is a buffer in float32, so a checkpoint holds all of it. Nothing here carries a gradient. In training
+    the ranks of a distributed run write as one: each gives what it has of its own tokens, chance is rank 0's, and the
+    bank stays the same on all of them.
+
+    Attributes:
+        writable: whether a step may write; gradient accumulation writes once per update.
 
     Buffers:
         pool: (num_clusters, M, d), the remembered columns.
@@ -154,6 +161,7 @@ class PrototypeMemoryBank(nn.Module):
         self.register_buffer("warmup_counter", torch.zeros((), dtype=torch.int64))
         self.register_buffer("replaced_columns", torch.tensor(replaced_columns))
         self.register_buffer("key_counts", torch.zeros(num_clusters, dtype=torch.int64))
+        self.writable = True
         self._steps_done: int | None = 0  # warmup_counter on the host, so that no step waits for the device
 
     @property
@@ -171,13 +179,18 @@ class PrototypeMemoryBank(nn.Module):
         in_warmup = self.in_warmup
         assert in_warmup, "a bank that is in use is updated, not sampled"
 
-        per_image = max(len(slots) // batch, 1)
-        drawn = torch.randint(num_tokens, (batch, per_image), device=phi.device)
-        columns = phi.gather(1, repeat(drawn, "b n -> b n d", d=feature_dim)).flatten(0, 1)
+        ranks = world_size() if self.training else 1
+        per_image = max(len(slots) // (batch * ranks), 1)
+        drawn = self._of_first_rank(torch.randint(num_tokens, (batch * ranks, per_image), device=phi.device))
+        if ranks > 1:
+            drawn = drawn.chunk(ranks)[rank()]
+        columns = phi.gather(1, repeat(drawn, "b n -> b n d", d=feature_dim))
+        columns = self._of_all_ranks(columns).flatten(0, 2)
         share = 0.5 * (self._steps_done + 1) / self.kmeans_step
         kept = min(max(int(share * len(columns)), 1), len(slots))
-        columns = columns[torch.randperm(len(columns), device=phi.device)[:kept]]
-        slots[torch.randperm(len(slots), device=phi.device)[:kept]] = columns.to(slots.dtype)
+        columns = columns[self._of_first_rank(torch.randperm(len(columns), device=phi.device))[:kept]]
+        to = self._of_first_rank(torch.randperm(len(slots), device=phi.device))[:kept]
+        slots[to] = columns.to(slots.dtype)
 
         self._steps_done += 1
         self.warmup_counter.fill_(self._steps_done)
@@ -189,8 +202,14 @@ class PrototypeMemoryBank(nn.Module):
         """Lay the pool out cluster by cluster by K-means and set the prototypes to the unit centroids.
 
         A cluster of more than M columns keeps its first M, one of fewer repeats its own at random, and one without
-        any is filled with its centroid.
+        any is filled with its centroid. Of several ranks the first does it for all.
         """
+        if rank() == 0 or not self.training:
+            self._order()
+        self.pool.copy_(self._of_first_rank(self.pool))
+        self.prototypes.copy_(self._of_first_rank(self.prototypes))
+
+    def _order(self) -> None:
         num_clusters, size, _ = self.pool.shape
         columns = self.pool.flatten(0, 1).clone()
         centroids, nearest = kmeans(columns, num_clusters)
@@ -210,36 +229,65 @@ class PrototypeMemoryBank(nn.Module):
         """
         num_clusters, size, feature_dim = self.pool.shape
         cluster = F.linear(keys, self.prototypes).argmax(1)  # (T,), by dot product
-        counts = F.one_hot(cluster, num_clusters).sum(0)  # (num_clusters,)
+        own_counts = F.one_hot(cluster, num_clusters).sum(0)  # (num_clusters,)
 
         weakest = self.pool.softmax(dim=1).sum(2).argsort(dim=1)  # (num_clusters, M), slots in ascending order
-        by_strength = strength(keys, cluster, num_clusters).argsort(descending=True)
+        of_key = strength(keys, cluster, num_clusters, self._of_all_ranks)
+        by_strength = of_key.argsort(descending=True)
         by_strength = by_strength[cluster[by_strength].argsort(stable=True)]  # (T,), cluster by cluster
 
-        rank = torch.arange(size, device=keys.device)
-        again = (torch.rand(num_clusters, size, device=keys.device) * counts[:, None]).long()
-        chosen = torch.where(rank < counts[:, None], rank, again) + (counts.cumsum(0) - counts)[:, None]
-        strongest = keys[by_strength[chosen.clamp(max=len(keys) - 1)]]  # (num_clusters, M, d)
+        nth = torch.arange(size, device=keys.device)
+        own = nth + (own_counts.cumsum(0) - own_counts)[:, None]
+        own = by_strength[own.clamp(max=len(keys) - 1)]  # (num_clusters, M), in descending order
+        own_strength = of_key[own].masked_fill(nth >= own_counts[:, None], -torch.inf)
+
+        counts = self._of_all_ranks(own_counts).sum(0)
+        strongest = rearrange(self._of_all_ranks(keys[own]), "r k m d -> k (r m) d")
+        order = rearrange(self._of_all_ranks(own_strength), "r k m -> k (r m)").argsort(
+            dim=1, descending=True, stable=True
+        )
+        again = torch.rand(num_clusters, size, device=keys.device)
+        again = (self._of_first_rank(again) * counts[:, None]).long()
+        chosen = order.gather(1, torch.where(nth < counts[:, None], nth, again))
+        strongest = strongest.gather(1, repeat(chosen, "k m -> k m d", d=feature_dim))  # (num_clusters, M, d)
 
         slots = repeat(weakest, "k m -> k m d", d=feature_dim)
-        renewed = (rank < self.replaced_columns) & (counts > 0)[:, None]  # (num_clusters, M)
+        renewed = (nth < self.replaced_columns) & (counts > 0)[:, None]  # (num_clusters, M)
         old = self.pool.gather(1, slots)
         new = torch.where(renewed[..., None], old.lerp(strongest, self.momentum), old)
         self.pool.scatter_(1, slots, new)
         self.prototypes.copy_(self.pool.mean(1))
         self.key_counts.add_(counts)
 
+    def _of_all_ranks(self, x: Tensor) -> Tensor:
+        """Return (ranks, *x.shape): in training what every rank has, else this rank's alone."""
+        return gather(x) if self.training else x[None]
+
+    def _of_first_rank(self, x: Tensor) -> Tensor:
+        return self._of_all_ranks(x)[0]
+
+    def reread(self) -> None:
+        """Take the counter from its buffer again, which was written from outside."""
+        self._steps_done = None
+
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._steps_done = None  # read again from the loaded counter
+        self.reread()
 
 
-def strength(x: Tensor, segment: Tensor, num_segments: int) -> Tensor:
-    """Return the sum over columns of the softmax of each column of ``x`` (T, d) within its ``segment`` (T,): (T,)."""
+def strength(
+    x: Tensor, segment: Tensor, num_segments: int, of_all_ranks: Callable[[Tensor], Tensor] = lambda x: x[None]
+) -> Tensor:
+    """Return the sum over columns of the softmax of each column of ``x`` (T, d) within its ``segment`` (T,): (T,).
+
+    A segment reaches over ranks: ``of_all_ranks`` gives (ranks, *shape) of a tensor that each has.
+    """
     index = repeat(segment, "t -> t d", d=x.shape[1])
     largest = x.new_full((num_segments, x.shape[1]), -torch.inf).scatter_reduce(0, index, x, "amax")
+    largest = of_all_ranks(largest).amax(0)
     exponential = largest.index_select(0, segment).neg_().add_(x).exp_()
     total = F.one_hot(segment, num_segments).to(x.dtype).mT @ exponential  # (num_segments, d)
+    total = of_all_ranks(total).sum(0)
     return (exponential @ total.clamp(min=1).reciprocal().mT).gather(1, segment[:, None]).squeeze(1)
 
 

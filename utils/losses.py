@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from utils.distribution import sum_over_ranks, world_size
+
 SMOOTH = 1e-5  # keeps the Dice of an absent class defined
 
 
@@ -30,8 +32,13 @@ def subset_loss(logits: Sequence[Tensor], label: Tensor, ce_weight: float = 0.3,
 def subset_losses(
     logits: Sequence[Tensor], label: Tensor, ce_weight: float = 0.3, dice_weight: float = 0.7
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``subset_loss`` and, without gradient, the unweighted sums of its cross entropies and Dice losses."""
-    return _SubsetLoss.apply(label, ce_weight, dice_weight, *(m.float() for m in logits))
+    """Return ``subset_loss`` and, without gradient, the unweighted sums of its cross entropies and Dice losses.
+
+    In a distributed run they are of the whole batch, the same on every rank (each with a part of the same size), and
+    DistributedDataParallel's mean of the ranks' gradients is the gradient of the whole.
+    """
+    with torch.autocast(label.device.type, enabled=False):  # its products would be of half precision
+        return _SubsetLoss.apply(label, ce_weight, dice_weight, *(m.float() for m in logits))
 
 
 class _SubsetLoss(torch.autograd.Function):
@@ -47,6 +54,7 @@ class _SubsetLoss(torch.autograd.Function):
         maps = [m.flatten(2) for m in logits]  # (B, num_classes, N)
         target = label.flatten(1).unsqueeze(1)  # (B, 1, N)
         one_hot = torch.zeros_like(maps[0]).scatter_(1, target, 1)
+        counts = sum_over_ranks(one_hot.sum((0, 2)))  # Y (num_classes,)
         # Of CE's gradient p - y the second part is the same in each of the subsets that a map belongs to.
         in_subsets = 2 ** (len(maps) - 1)
         gradients = [one_hot * (-ce_weight * in_subsets / target.numel()) for _ in maps]
@@ -57,7 +65,7 @@ class _SubsetLoss(torch.autograd.Function):
             above = None
             for i in range(first, len(maps)):
                 z = maps[i] if total is None else total + maps[i]
-                gradient, *losses = _one_subset(z, target, one_hot, ce_weight, dice_weight)
+                gradient, *losses = _one_subset(z, target, one_hot, counts, ce_weight, dice_weight)
                 terms.append(losses)
                 below = descend(i + 1, z)
                 if below is not None:
@@ -79,7 +87,7 @@ class _SubsetLoss(torch.autograd.Function):
 
 
 def _one_subset(
-    z: Tensor, target: Tensor, one_hot: Tensor, ce_weight: float, dice_weight: float
+    z: Tensor, target: Tensor, one_hot: Tensor, counts: Tensor, ce_weight: float, dice_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradient (B, num_classes, N), but for CE's -y, cross entropy and Dice of logits z of that shape."""
     num_classes = z.shape[1]
@@ -88,12 +96,18 @@ def _one_subset(
     p, p_label = log_p.exp_(), log_p_label.exp()
 
     overlap = (one_hot @ p_label.mT).sum((0, 2))  # I (num_classes,)
-    denominator = torch.linalg.vector_norm(p, dim=2).square().sum(0) + one_hot.sum((0, 2)) + SMOOTH  # D
+    squares = torch.linalg.vector_norm(p, dim=2).square().sum(0)  # Q (num_classes,)
+    cross_entropy = -log_p_label.mean()
+    ranks = world_size()
+    if ranks > 1:
+        sums = sum_over_ranks(torch.cat([overlap, squares, cross_entropy[None] / ranks]))
+        overlap, squares, cross_entropy = sums[:num_classes], sums[num_classes:-1], sums[-1]
+    denominator = squares + counts + SMOOTH  # D
     numerator = 2 * overlap + SMOOTH  # N
     dice = (1 - numerator / denominator).mean()
 
-    scale = 2 * dice_weight / num_classes
+    scale = 2 * dice_weight / num_classes * ranks  # the mean over ranks is to be a sum
     of_p = p * (scale * numerator / denominator.square())[:, None]
     of_p.addcmul_(one_hot, (-scale / denominator)[:, None])
     gradient = torch.ops.aten._softmax_backward_data(of_p, p, 1, p.dtype)
-    return gradient.add_(p, alpha=ce_weight / target.numel()), -log_p_label.mean(), dice
+    return gradient.add_(p, alpha=ce_weight / target.numel()), cross_entropy, dice
