@@ -45,6 +45,7 @@ from utils.figures import save_overlays, save_picture_overlay
 from utils.files import atomic_write, check_writable, file_stem
 from utils.reports import organ_volumes, picture_areas, write_colour_tables, write_report
 from utils.training import AMP_DTYPES
+from utils.watch import out_of_memory
 
 logger = logging.getLogger("predict")
 
@@ -98,7 +99,8 @@ class Predictor:
     def segment(self, volume: Volume | Picture) -> np.ndarray:
         """Return the class of every voxel of what was read, uint8 (D, H, W), D being 1 of an image."""
         size = self.model.config["img_size"]
-        return predict_volume(self.model, volume, size, self.batch_size, self.device, self.amp_dtype)
+        with out_of_memory(f"--batch_size {self.batch_size} is too much for it; lower it, or use --amp bf16"):
+            return predict_volume(self.model, volume, size, self.batch_size, self.device, self.amp_dtype)
 
     def __call__(self, path: str | Path):
         """Segment a scan, to a nibabel image that lies where the scan does, or an image, to uint8 (H, W)."""

@@ -4,8 +4,10 @@ The paper's settings, on one GPU:
     python train_acdc.py
 Another size, schedule or precision:
     python train_acdc.py --img_size 224 --lr_schedule cosine --amp bf16 --output_dir runs/acdc_224
-Go on after an interruption:
-    python train_acdc.py --resume runs/acdc/last.pth
+Go on after an interruption, or start:
+    python train_acdc.py --resume auto
+On the four GPUs of a machine, batches of 4 x 5:
+    torchrun --standalone --nproc_per_node 4 train_acdc.py --batch_size 5
 Small, from scratch, on a CPU:
     python train_acdc.py --model_scale pico --img_size 128 --img_size_dmwla 96 --pretrained none
 """

@@ -4,8 +4,10 @@ The paper's settings, on one GPU:
     python train_isic.py
 With the colour augmentation of this field, which the paper has not:
     python train_isic.py --photometric
-Go on after an interruption:
-    python train_isic.py --resume runs/isic/last.pth
+Go on after an interruption, or start:
+    python train_isic.py --resume auto
+On the four GPUs of a machine, batches of 4 x 5:
+    torchrun --standalone --nproc_per_node 4 train_isic.py --batch_size 5
 """
 
 from pathlib import Path

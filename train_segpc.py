@@ -6,8 +6,10 @@ Single cells (prepare_data.py segpc --raw DIR --crops):
     python train_segpc.py --root_path data/SegPC_crops --output_dir runs/segpc_crops
 With the colour augmentation of this field, which the paper has not:
     python train_segpc.py --photometric
-Go on after an interruption:
-    python train_segpc.py --resume runs/segpc/last.pth
+Go on after an interruption, or start:
+    python train_segpc.py --resume auto
+On the four GPUs of a machine, batches of 4 x 5:
+    torchrun --standalone --nproc_per_node 4 train_segpc.py --batch_size 5
 """
 
 from pathlib import Path

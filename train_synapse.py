@@ -6,8 +6,10 @@ The habit of the field, the best epoch chosen on the test volumes, as every tabl
     python train_synapse.py --select test --select_from_epoch 100
 TransUNet's ready-made files:
     python train_synapse.py --label_order transunet
-Go on after an interruption:
-    python train_synapse.py --resume runs/synapse/last.pth
+Go on after an interruption, or start:
+    python train_synapse.py --resume auto
+On the four GPUs of a machine, batches of 4 x 5:
+    torchrun --standalone --nproc_per_node 4 train_synapse.py --batch_size 5
 """
 
 from pathlib import Path

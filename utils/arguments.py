@@ -114,7 +114,13 @@ def training_parser(description: str, network: Callable, dataset: Dataset, **def
     optimisation.add_argument(
         "--max_iterations", type=int, help="stop here, in mid-epoch if need be; resuming then starts the next epoch"
     )
-    optimisation.add_argument("--batch_size", type=int, default=20, help="slices in a batch")
+    optimisation.add_argument("--batch_size", type=int, default=20, help="slices in a batch, of each process")
+    optimisation.add_argument(
+        "--accumulate",
+        type=int,
+        default=1,
+        help="parts that a batch is computed in, one after the other, where the memory is short",
+    )
     optimisation.add_argument("--base_lr", type=float, default=1e-4, help="learning rate of AdamW at the start")
     optimisation.add_argument(
         "--lr_schedule", default="constant", choices=["constant", "poly", "cosine"], help="over all iterations"
@@ -125,7 +131,16 @@ def training_parser(description: str, network: Callable, dataset: Dataset, **def
 
     run = parser.add_argument_group("run")
     run.add_argument("--output_dir", type=Path, help="run folder")
-    run.add_argument("--resume", type=Path, help="last.pth to go on from; its arguments become the defaults")
+    run.add_argument(
+        "--resume",
+        type=Path,
+        help="last.pth to go on from, its arguments become the defaults; auto: that of --output_dir, if there is one",
+    )
+    run.add_argument(
+        "--checkpoint_minutes", type=float, default=10, help="save in mid-epoch so often; 0: when an epoch ends"
+    )
+    run.add_argument("--checkpoint_iterations", type=int, help="save in mid-epoch so often too")
+    run.add_argument("--keep", type=int, default=0, help="checkpoints of the newest epochs kept, as epoch_0001.pth")
     run.add_argument("--eval_interval", type=int, default=1, help="epochs from one validation to the next")
     run.add_argument("--eval_batch_size", type=int, default=20, help="slices predicted at a time")
     run.add_argument("--select_from_epoch", type=int, help="first epoch that may be the best; default 1, release 100")
@@ -136,6 +151,7 @@ def training_parser(description: str, network: Callable, dataset: Dataset, **def
     run.add_argument(
         "--compile", action="store_true", help="torch.compile the steps after the warm-up; minutes first, for a GPU"
     )
+    run.add_argument("--sync_bn", action="store_true", help="BatchNorm over the batches of all GPUs under torchrun")
     _add_device(run)
     folders = {"root_path": dataset.root_path, "volume_path": dataset.volume_path, "list_dir": dataset.list_dir}
     facts = folders | {"num_classes": dataset.num_classes, "pretrained": None}
@@ -187,18 +203,22 @@ def parse_training(
     """
     argv = sys.argv[1:] if argv is None else argv
     args, checkpoint = parser.parse_args(argv), None
-    if args.resume is not None:
-        checkpoint = load_checkpoint(args.resume)
-        if "optimizer" not in checkpoint:
-            raise RunError(f"{args.resume} is not a training checkpoint of this project: resume from a last.pth")
+    last = Path(args.output_dir) / "last.pth"
+    resume = args.resume
+    if resume == Path("auto"):
+        resume = args.resume = last if last.exists() else None
+    if resume is not None:
+        checkpoint = load_checkpoint(resume)
+        if not {"optimizer", "args", "in_epoch"} <= checkpoint.keys():
+            raise RunError(f"{resume} is not a training checkpoint of this version: resume from a last.pth")
         saved = {name: value for name, value in checkpoint["args"].items() if name != "resume"}
-        parser.set_defaults(**saved | {"output_dir": str(args.resume.parent)})
+        parser.set_defaults(**saved | {"output_dir": str(resume.parent)})
         args = parser.parse_args(argv)
+        args.resume = resume
         _check_resumed(args, saved, checkpoint["network"], checkpoint["iteration"])
-    elif (Path(args.output_dir) / "last.pth").exists():
+    elif last.exists():
         raise RunError(
-            f"{args.output_dir} holds a run already: go on with --resume {args.output_dir}/last.pth, "
-            "or choose another --output_dir"
+            f"{args.output_dir} holds a run already: go on with --resume auto, or choose another --output_dir"
         )
     if args.num_clusters is None:
         args.num_clusters = args.num_classes
@@ -233,7 +253,10 @@ def check_n_gpu(args: Namespace) -> None:
             is 0 beside a GPU asked for by name.
     """
     if args.n_gpu not in (0, 1):
-        raise RunError(f"--n_gpu is {args.n_gpu}; everything runs on one GPU: leave it at 1, or 0 for the CPU")
+        raise RunError(
+            f"--n_gpu is {args.n_gpu}; a process has one GPU: leave it out, and start one process per GPU with "
+            f"torchrun --nproc_per_node {args.n_gpu} (docs/several_gpus.md)"
+        )
     if args.n_gpu == 0:
         if args.device not in ("auto", "cpu"):
             raise RunError(f"--n_gpu is 0 and --device is {args.device}; leave one of them out")
@@ -283,13 +306,18 @@ def _check_resumed(args: Namespace, saved: dict[str, Any], trained: dict[str, An
 def _check_numbers(args: Namespace) -> None:
     above_0 = ("max_epochs", "max_iterations", "batch_size", "base_lr", "eval_interval", "eval_batch_size")
     above_0 += ("columns_per_cluster", "feature_dim", "num_clusters", "decoder_feature_dim", "decoder_num_clusters")
-    for name in (*above_0, "warmup_iterations"):
+    for name in (*above_0, "warmup_iterations", "accumulate", "checkpoint_iterations"):
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise RunError(f"--{name} is {value}; expected a number above 0")
-    for name in ("replaced_columns", "num_workers", "cache_gib", "weight_decay", "ce_weight", "dice_weight"):
+    not_below_0 = ("replaced_columns", "num_workers", "cache_gib", "weight_decay", "ce_weight", "dice_weight")
+    for name in (*not_below_0, "checkpoint_minutes", "keep"):
         if getattr(args, name) < 0:
             raise RunError(f"--{name} is {getattr(args, name)}; expected 0 or more")
     for name in ("pool_momentum", "phi_k_momentum"):
         if not 0 <= getattr(args, name) <= 1:
             raise RunError(f"--{name} is {getattr(args, name)}; expected a share from 0 to 1")
+    if args.batch_size % args.accumulate:
+        raise RunError(
+            f"--accumulate {args.accumulate} does not divide --batch_size {args.batch_size} into parts of one size"
+        )

@@ -1,5 +1,6 @@
 """Checkpoints: written whole or not at all, read without running any code from the file."""
 
+import os
 import pickle
 import platform
 import subprocess
@@ -28,6 +29,8 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
         try:
             with open(temporary, "wb") as file:
                 torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())  # before its name is, so that a machine that dies leaves no empty file
         except RuntimeError as error:  # how torch reports a write cut short
             reason = str(error).splitlines()[0]
             raise RunError(f"{path} could not be written ({reason}): make room on the disk") from error

@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -13,7 +14,7 @@ from typing import NoReturn
 import numpy as np
 import torch
 
-from utils.errors import RunError
+from utils.errors import RunError, Stopped
 
 REMEDIES = {
     errno.ENOSPC: "make room on the disk or choose another folder",
@@ -52,15 +53,19 @@ class ArgumentParser(argparse.ArgumentParser):
 def run_script(main: Callable[[], object], *errors: type[Exception]) -> None:
     """Log to stderr, run `main` and turn an error that the user can put right into one logged line and exit status 1.
 
-    Such errors are RunError, OSError and the classes in `errors`; Ctrl-C exits with status 130. Anything
-    else is a bug and keeps its traceback.
+    Such errors are RunError, OSError and the classes in `errors`; a run that a signal stopped exits with 128 and its
+    number, 143 for SIGTERM and 130 for Ctrl-C. Anything else is a bug and keeps its traceback.
     """
     setup_logging()
     try:
         main()
     except (RunError, OSError, *errors) as error:
         logging.error(_message(error))
+        traceback.clear_frames(error.__traceback__)  # lets a data loader's workers end now, not after a wait at exit
         sys.exit(1)
+    except Stopped as stop:
+        logging.warning("%s", stop)
+        sys.exit(stop.status)
     except KeyboardInterrupt:
         logging.error("stopped by the keyboard")
         sys.exit(130)
@@ -69,17 +74,23 @@ def run_script(main: Callable[[], object], *errors: type[Exception]) -> None:
 def setup_logging(file: str | Path | None = None) -> None:
     """Log to stderr and, if given, to the end of `file`; a second call replaces what the first set up.
 
-    The folder of `file` is made. A warning or error on stderr is a bare `error: ...`, all else has the time.
+    The folder of `file` is made. A warning or error on stderr is a bare `error: ...`, all else has the time. Of the
+    processes that torchrun starts, all but the first tell only their errors.
     """
     root = logging.getLogger()
+    rank = int(os.environ.get("RANK", 0))
     root.setLevel(logging.INFO)
     for handler in [h for h in root.handlers if isinstance(h, _Terminal | _LogFile)]:
         root.removeHandler(handler)
         handler.close()
     terminal = _Terminal(sys.stderr)
-    terminal.setFormatter(_LineFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    lines = _LineFormatter("%(asctime)s %(message)s", "%H:%M:%S")
+    if rank:
+        terminal.setLevel(logging.ERROR)
+        lines.prefix = f"[rank {rank}] "
+    terminal.setFormatter(lines)
     root.addHandler(terminal)
-    if file is not None:
+    if file is not None and not rank:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         log_file = _LogFile(file, encoding="utf-8")
         log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%m-%d %H:%M:%S"))
@@ -129,10 +140,12 @@ def set_precision(amp: str) -> None:
 
 
 class _LineFormatter(logging.Formatter):
+    prefix = ""
+
     def format(self, record: logging.LogRecord) -> str:
         if record.levelno < logging.WARNING:
             return super().format(record)
-        line = f"{record.levelname.lower()}: {record.getMessage()}"
+        line = f"{self.prefix}{record.levelname.lower()}: {record.getMessage()}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 

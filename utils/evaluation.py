@@ -181,30 +181,32 @@ def evaluate(
     return [score.result() for score in scores]
 
 
-def validation_dice(
+def case_dice(
     model: torch.nn.Module,
-    volumes: Sequence[Volume],
+    volume: Volume,
     num_classes: int,
     img_size: int,
     batch_size: int = 16,
     device: torch.device | str = "cpu",
     amp_dtype: torch.dtype | None = None,
-) -> tuple[float, np.ndarray]:
-    """Give the strict Dice, over cases then over classes, and that of each class, without distances or log.
+) -> np.ndarray:
+    """Predict a volume and give the strict Dice of each class, float64 (num_classes - 1,), without distances or log.
 
-    The quick form of `evaluate` for use during training: the numbers of the strict `Summary`. Gives a float
-    and float64 (num_classes - 1,), in [0, 1], NaN for a class that no label and no prediction has. Raises
-    RunError as `evaluate` does.
+    The quick form of `evaluate` for use during training. In [0, 1], NaN for a class that neither label nor prediction
+    has. Raises RunError as `evaluate` does.
     """
-    _check_count(volumes)
-    dice = []
-    for i in range(len(volumes)):
-        volume = volumes[i]
-        prediction = predict_volume(model, volume, img_size, batch_size, device, amp_dtype)
-        _check_label(volume)
-        dice.append(dice_only(prediction, volume.label, num_classes))
-        del volume, prediction  # before the next is read
-    per_class = _mean(np.stack(dice))
+    _check_label(volume)
+    prediction = predict_volume(model, volume, img_size, batch_size, device, amp_dtype)
+    return dice_only(prediction, volume.label, num_classes)
+
+
+def mean_dice(cases: Sequence[np.ndarray]) -> tuple[float, np.ndarray]:
+    """Give the mean over cases, then over classes, and that of each class, as the strict `Summary` has them.
+
+    cases: what `case_dice` gave for each volume; NaN is left out. Raises RunError for none.
+    """
+    _check_count(cases)
+    per_class = _mean(np.stack(cases))
     return float(_mean(per_class)), per_class
 
 

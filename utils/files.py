@@ -29,6 +29,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def remove_temporaries(folder: str | Path) -> None:
+    """Remove what ``atomic_write`` left in a folder where its process was killed."""
+    for path in Path(folder).glob(".tmp[0-9]*-*"):
+        path.unlink(missing_ok=True)
+
+
 def check_writable(folder: str | Path) -> None:
     """Make a folder and write to it, so that an OSError comes before hours of work and not after."""
     Path(folder).mkdir(parents=True, exist_ok=True)

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from timm.layers import convert_sync_batchnorm
 
 from utils.arguments import Dataset, check_n_gpu, network_arguments
 from utils.checkpoint import build_network, load_checkpoint
 from utils.cli import pick_device, seed_everything, set_precision, setup_logging
+from utils.distribution import launched, process_group, rank, rank_device
 from utils.errors import RunError
 from utils.evaluation import (
     Volume,
@@ -27,6 +29,7 @@ from utils.evaluation import (
 from utils.figures import save_overlays
 from utils.files import file_stem
 from utils.training import AMP_DTYPES, DataFacts, Trainer, TrainingSet
+from utils.watch import out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -50,24 +53,32 @@ def train(
         network: the class to build, ``SimMPNet``.
         default_weights: gives the weight file of a scale where ``--pretrained`` says nothing.
     """
-    device = pick_device(args.device)
-    seed_everything(args.seed, deterministic=bool(args.deterministic))
-    set_precision(args.amp)
-    if find_spec("faiss") is None:
-        raise RunError("faiss is not installed, which ends the memory's warm-up: pip install -r requirements.txt")
-    pretrained = None if checkpoint else _pretrained(args, default_weights)
-    keep_in_memory(train_set, args)  # before anything is written: a damaged file is found here
-    model = network(**network_arguments(args, network), pretrained=pretrained)
-    setup_logging(Path(args.output_dir) / "train.log")
-    names, preprocessing = dataset.names_for(args.num_classes), dataset.preprocessing.to_dict()
-    facts = DataFacts(dataset.name, names, preprocessing, args.selected_on)
-    if facts.selected_on == "test":
-        logger.warning("the best epoch is chosen on the test volumes, as the release does: its scores are optimistic")
-    trainer = Trainer(model, train_set, val_set, facts, args, device)
-    if checkpoint:
-        trainer.load_state_dict(checkpoint)
-        logger.info("go on after epoch %d from %s", trainer.epoch, args.resume)
-    trainer.fit()
+    device = rank_device(args.device)
+    if args.sync_bn and device.type == "cpu":
+        raise RunError("--sync_bn on the CPU: PyTorch synchronises BatchNorm only between GPUs, leave it out")
+    with process_group(device):
+        seed_everything(args.seed, deterministic=bool(args.deterministic))
+        set_precision(args.amp)
+        if find_spec("faiss") is None:
+            raise RunError("faiss is not installed, which ends the memory's warm-up: pip install -r requirements.txt")
+        pretrained = None if checkpoint else _pretrained(args, default_weights)
+        keep_in_memory(train_set, args)  # before anything is written: a damaged file is found here
+        model = network(**network_arguments(args, network), pretrained=pretrained)
+        if args.sync_bn:
+            model = convert_sync_batchnorm(model)
+        if rank():
+            torch.manual_seed(args.seed + rank())  # the same network, but chance of its own, for drop path
+        setup_logging(Path(args.output_dir) / "train.log")
+        names, preprocessing = dataset.names_for(args.num_classes), dataset.preprocessing.to_dict()
+        facts = DataFacts(dataset.name, names, preprocessing, args.selected_on)
+        if facts.selected_on == "test":
+            logger.warning(
+                "the best epoch is chosen on the test volumes, as the release does: its scores are optimistic"
+            )
+        trainer = Trainer(model, train_set, val_set, facts, args, device)
+        if checkpoint:
+            _take_up(trainer, checkpoint, args.resume)
+        trainer.fit()
 
 
 def test(
@@ -87,6 +98,8 @@ def test(
         load_release: ``load_release_state_dict``.
     """
     check_n_gpu(args)
+    if launched():
+        raise RunError("testing is one process's work: leave torchrun out")
     if args.batch_size < 1 or args.overlays < 0:
         raise RunError(f"--batch_size {args.batch_size} --overlays {args.overlays}; expected at least 1 and 0")
     device = pick_device(args.device)
@@ -123,21 +136,33 @@ def test(
         if args.overlays:
             save_overlays(folder / "overlays", volume, prediction, count=args.overlays)
 
-    results = evaluate(
-        model,
-        volumes,
-        num_classes,
-        model.config["img_size"],
-        args.batch_size,
-        device,
-        AMP_DTYPES[args.amp],
-        on_case=save if args.save_predictions or args.overlays else None,
-    )
+    with out_of_memory(f"--batch_size {args.batch_size} is too much for it; lower it, or use --amp bf16"):
+        results = evaluate(
+            model,
+            volumes,
+            num_classes,
+            model.config["img_size"],
+            args.batch_size,
+            device,
+            AMP_DTYPES[args.amp],
+            on_case=save if args.save_predictions or args.overlays else None,
+        )
     summary = summarise(results)
     write_case_csv(folder / "cases.csv", results, class_names, selected_on)
     write_summary_json(folder / "summary.json", summary, class_names, selected_on)
     print(format_table(summary, class_names, selected_on))
     logger.info("results in %s", folder)
+
+
+def _take_up(trainer: Trainer, checkpoint: dict, path: Path) -> None:
+    try:
+        trainer.load_state_dict(checkpoint)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{path} cannot be gone on from ({type(error).__name__}: {error}): resume from a last.pth of this version"
+        ) from error
+    within = f" and {trainer.steps} iterations of the next" if trainer.samples else ""
+    logger.info("go on after epoch %d%s from %s", trainer.epoch, within, path)
 
 
 def keep_in_memory(train_set: TrainingSet, args: Namespace) -> None:

@@ -1,11 +1,16 @@
 """What only a GPU can show. Run on one with: .venv/bin/python -m pytest -m gpu"""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from networks import DMWLA, SimMPNet
+from tests.conftest import ROOT
+from tests.mini import assert_same, trainer
+from utils.checkpoint import load_checkpoint
 from utils.losses import subset_loss
 
 pytestmark = pytest.mark.gpu
@@ -63,3 +68,57 @@ def test_the_warm_up_ends_in_an_ordered_pool_on_the_gpu():
         block(torch.rand(2, 6, 5, 5, device="cuda"))
     assert not block.bank.in_warmup
     torch.testing.assert_close(block.bank.pool.mean(1), block.bank.prototypes)  # what an update leaves
+
+
+@pytest.mark.parametrize("amp", ["none", "tf32", "bf16", "fp16"])
+def test_an_iteration_of_the_training_loop_never_waits_for_the_gpu(tmp_path, amp):
+    made = trainer(tmp_path, "--amp", amp, "--deterministic", "0", "--max_epochs", "9", network=SimMPNet, device="cuda")
+    made.model.train()
+    batches = [batch for _ in range(3) for batch in made.loader]
+    for batch in batches[:4]:  # past the warm-up
+        made.train_step(batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made.train_step(batches[4])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    made.watch.check()
+
+
+def test_a_deterministic_run_trains_on_the_gpu_and_goes_on_from_its_own_state(tmp_path):
+    trainer(tmp_path / "whole", network=SimMPNet, device="cuda").fit()
+    trainer(tmp_path / "halves", "--max_epochs", "1", network=SimMPNet, device="cuda").fit()
+    resumed = trainer(tmp_path / "halves", "--max_epochs", "2", "--resume", "auto", network=SimMPNet, device="cuda")
+    assert_same(load_checkpoint(tmp_path / "halves/last.pth")["random"], [resumed.random_state()])
+    resumed.fit()
+    whole, halves = (load_checkpoint(tmp_path / name / "last.pth") for name in ("whole", "halves"))
+    assert halves["history"][-1]["train_loss"] == pytest.approx(whole["history"][-1]["train_loss"], rel=1e-3)
+
+
+def test_memory_of_the_gpu_stays_as_it_is(tmp_path):
+    made = trainer(tmp_path, "--max_epochs", "20", "--deterministic", "0", slices=200, device="cuda")
+    allocated, close = [], made.close_epoch
+
+    def measured(*arguments):
+        close(*arguments)
+        allocated.append(torch.cuda.memory_allocated())
+
+    made.close_epoch = measured
+    made.fit()
+    assert made.iteration == 2000 and allocated[-1] <= allocated[2]
+
+
+def test_gpu_memory_that_is_out_is_one_line(tmp_path):
+    made = trainer(tmp_path, device="cuda")
+    made.losses = lambda image, label: torch.empty(2**50, device="cuda")
+    with pytest.raises(ValueError, match=r"the GPU's memory is out at an allocation of .*--accumulate"):
+        made.fit()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_together(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["tests/two_ranks.py", str(tmp_path), "2", "cuda"]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+    for step in torch.load(tmp_path / "steps.pth", weights_only=True)["steps"]:
+        assert len(set(step["banks"])) == 1

@@ -15,12 +15,13 @@ from torch import nn
 from datasets.orientation import nifti_image
 from utils.errors import RunError
 from utils.evaluation import (
+    case_dice,
     evaluate,
     format_table,
+    mean_dice,
     predict_volume,
     save_nifti,
     summarise,
-    validation_dice,
     write_case_csv,
     write_summary_json,
 )
@@ -207,8 +208,8 @@ def test_a_class_that_is_never_there_is_left_out_of_the_strict_mean_only(three_c
     assert row == ["nowhere", "-", "-", "-", "-", "0", "0", "1"]
 
 
-def test_validation_dice_is_the_strict_dice_of_the_evaluation(three_cases, results):
-    mean, per_class = validation_dice(Threshold(), three_cases, 4, img_size=96)
+def test_the_quick_dice_is_the_strict_dice_of_the_evaluation(three_cases, results):
+    mean, per_class = mean_dice([case_dice(Threshold(), case, 4, img_size=96) for case in three_cases])
     summary = summarise(results)
     assert mean == pytest.approx(summary.strict.mean.dice)
     np.testing.assert_allclose(per_class, [c.dice for c in summary.strict.classes])
@@ -242,9 +243,6 @@ class FromDisk:
 def test_one_volume_is_in_memory_at_a_time_or_two_where_pictures_are_drawn():
     volumes = FromDisk()
     assert len(evaluate(Threshold(), volumes, 4, 96)) == 4
-    assert volumes.alive == [0, 0, 0, 0]
-    volumes = FromDisk()
-    validation_dice(Threshold(), volumes, 4, 96)
     assert volumes.alive == [0, 0, 0, 0]
     volumes, drawn = FromDisk(), []
     evaluate(Threshold(), volumes, 4, 96, on_case=lambda volume, prediction: drawn.append(volume.name))
@@ -286,11 +284,14 @@ def test_a_line_in_the_log_for_each_case(three_cases, caplog):
 
 def test_no_volume_and_no_label_are_one_line_errors():
     unlabelled = BoxVolume(None, image=np.zeros((2, 8, 8), np.float32), name="case7")
-    for function in (evaluate, validation_dice):
-        with pytest.raises(RunError, match="no volume"):
-            function(Threshold(), [], 4, 32)
-        with pytest.raises(RunError, match=r"case7.*no label"):
-            function(Threshold(), [unlabelled], 4, 32)
+    with pytest.raises(RunError, match="no volume"):
+        evaluate(Threshold(), [], 4, 32)
+    with pytest.raises(RunError, match="no volume"):
+        mean_dice([])
+    with pytest.raises(RunError, match=r"case7.*no label"):
+        evaluate(Threshold(), [unlabelled], 4, 32)
+    with pytest.raises(RunError, match=r"case7.*no label"):
+        case_dice(Threshold(), unlabelled, 4, 32)
 
 
 def test_the_table_is_aligned_and_labelled(results):

@@ -1,112 +1,25 @@
 """The training loop on a handful of drawn slices: what a run leaves behind, and that it goes on exactly."""
 
 import csv
+import gc
 import json
+import os
 import shutil
-from dataclasses import dataclass
+import signal
+import struct
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from datasets import DatasetInfo, Preprocessing
-from datasets.training_set import TrainingSet
-from networks import DMWLA, SimMPNet
-from utils.arguments import network_arguments, parse_training, training_parser
+from networks import SimMPNet
+from tests.mini import DRAWINGS, NAMES, SPLITS, MiniNet, assert_same, drawing, parse, trainer
+from utils.arguments import parse_training, training_parser
 from utils.checkpoint import build_network, load_checkpoint
-from utils.cli import seed_everything
-from utils.errors import RunError
-from utils.training import DataFacts, Trainer
-
-NAMES = ("ring", "disc")
-DRAWINGS = DatasetInfo("drawings", NAMES, "", "", ("train", "val"), Preprocessing(), "", "")
-SPLITS = {"val": ("train", "val"), "test": ("trainval", "test")}
-SIZE = 64
-
-
-def drawing(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a noisy ring around a disc, (1, S, S), and its label (S, S)."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:SIZE, :SIZE] - rng.uniform(24, 40, (2, 1, 1))
-    label = np.digitize(-np.hypot(y, x), [-16, -8])
-    image = label / 2 + rng.normal(0, 0.1, label.shape)
-    return torch.from_numpy(image).float()[None], torch.from_numpy(label)
-
-
-class Drawings(TrainingSet):
-    def __init__(self, count: int):
-        super().__init__(seed=0)
-        self.count, self.epoch = count, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> dict:
-        image, label = drawing(self.epoch * 1000 + index)
-        return {"image": image, "label": label, "name": str(index)}
-
-
-@dataclass
-class DrawnVolume:
-    name: str = "volume"
-    spacing = None
-    affine = None
-    planar = False
-
-    def __post_init__(self):
-        slices = [drawing(10**6 + i) for i in range(3)]
-        self.image = torch.cat([image for image, _ in slices]).numpy()
-        self.label = torch.stack([label for _, label in slices]).numpy().astype(np.uint8)
-
-    def network_input(self, img_size: int, part: slice) -> np.ndarray:
-        return self.image[part, None]
-
-    def restore(self, prediction: np.ndarray) -> np.ndarray:
-        return prediction
-
-
-class MiniNet(nn.Module):
-    """A network with Sim-MPNet's interface and memory that takes a step in milliseconds."""
-
-    def __init__(self, **config):
-        super().__init__()
-        self.config = config
-        self.stem = nn.Sequential(nn.Conv2d(1, 8, 7, 4, 3), nn.BatchNorm2d(8), nn.ReLU())
-        options = {name: config[name] for name in ("columns_per_cluster", "warmup_iterations")}
-        self.dmwla = DMWLA(8, config["feature_dim"], config["num_classes"], **options)
-        self.heads = nn.ModuleList(nn.Conv2d(8, config["num_classes"], 1) for _ in range(4))
-
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        features = self.dmwla(self.stem(x))
-        return [nn.functional.interpolate(head(features), x.shape[-1]) for head in self.heads]
-
-    def memory_banks(self, decoder: bool = True):
-        yield self.dmwla.bank
-
-
-def parse(folder: Path, *flags: str):
-    small = (
-        "--model_scale pico --pretrained none --img_size 64 --img_size_dmwla 64 --feature_dim 16 --num_workers 0 "
-        "--decoder_feature_dim 16 --columns_per_cluster 20 --warmup_iterations 3 --batch_size 2 --max_epochs 2"
-    )
-    parser = training_parser("test", SimMPNet, DRAWINGS, output_dir=folder)
-    return parse_training(parser, SimMPNet, SPLITS, [*small.split(), *flags])
-
-
-def trainer(folder: Path, *flags: str, network: type[nn.Module] = MiniNet) -> Trainer:
-    args, checkpoint = parse(folder, *flags)
-    seed_everything(args.seed, deterministic=True)
-    model = network(**network_arguments(args, SimMPNet))
-    made = Trainer(model, Drawings(5), [DrawnVolume()], DataFacts("drawings", NAMES), args, torch.device("cpu"))
-    if checkpoint:
-        made.load_state_dict(checkpoint)
-    return made
+from utils.errors import RunError, Stopped
+from utils.training import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -154,31 +67,150 @@ def test_a_checkpoint_rebuilds_the_network_without_flags(run):
             assert torch.equal(a, b)
 
 
-def assert_same(a, b, where: str = "") -> None:
-    """Hold two checkpoints against each other, value by value; what the clock says may differ."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            if not str(key).endswith("seconds") and key not in ("args",):
-                assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    else:
-        assert a == b, where
+def stop_in_step(made: Trainer, iteration: int, number: signal.Signals) -> None:
+    """Send this process a signal in the middle of an iteration."""
+    step = made.train_step
+
+    def signalled(batch):
+        if made.iteration + 1 == iteration:
+            os.kill(os.getpid(), number)
+        return step(batch)
+
+    made.train_step = signalled
 
 
-def test_a_resumed_run_ends_as_an_uninterrupted_one(run, tmp_path):
-    folder = tmp_path / "interrupted"
-    assert not next(run.model.memory_banks()).in_warmup
-    trainer(folder, "--max_epochs", "1").fit()  # the schedule is constant, so this is where a stop would leave it
-    resumed = trainer(folder, "--resume", str(folder / "last.pth"), "--max_epochs", "2")
-    assert resumed.epoch == 1
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("iteration", [1, 2, 3, 4])
+def test_a_stopped_run_goes_on_to_the_same_end(run, tmp_path, iteration, workers):
+    """Within the warm-up, at its end, at the end of an epoch and of the run; the network has dropout."""
+    made = trainer(tmp_path, "--num_workers", str(workers))
+    stop_in_step(made, iteration, signal.SIGTERM)
+    with pytest.raises(Stopped, match=f"SIGTERM after iteration {iteration}") as stopped:
+        made.fit()
+    assert stopped.value.status == 143
+    assert load_checkpoint(tmp_path / "last.pth")["iteration"] == iteration
+    resumed = trainer(tmp_path, "--resume", "auto", "--num_workers", str(workers))
     resumed.fit()
-    assert_same(load_checkpoint(folder / "last.pth"), load_checkpoint(run.folder / "last.pth"))
+    assert_same(load_checkpoint(tmp_path / "last.pth"), load_checkpoint(run.folder / "last.pth"))
+    assert_same(load_checkpoint(tmp_path / "best.pth"), load_checkpoint(run.folder / "best.pth"))
+
+
+@pytest.mark.parametrize("variant", ["paper", "release"])
+def test_a_run_stopped_while_it_validates_goes_on_to_the_same_end(tmp_path, variant):
+    flags = ("--variant", variant, "--wld_start_epoch", "1", "--max_epochs", "3", "--select_from_epoch", "1")
+    whole = trainer(tmp_path / "whole", *flags)
+    whole.fit()
+    made = trainer(tmp_path / "stopped", *flags)
+    validate = made.validate
+
+    def signalled():
+        if made.epoch == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return validate()
+
+    made.validate = signalled
+    with pytest.raises(Stopped, match="SIGINT") as stopped:
+        made.fit()
+    # In release, validation writes the memory: it is not cut short, and the run stops with the next step.
+    assert stopped.value.status == 130 and len(made.history) == (2 if variant == "release" else 1)
+    trainer(tmp_path / "stopped", "--resume", "auto", *flags).fit()
+    states = [load_checkpoint(tmp_path / name / "last.pth") for name in ("whole", "stopped")]
+    assert_same(*states)
+    assert states[0]["wld"]["previous"] is not None
+
+
+def test_signals_mean_what_they_meant_after_the_run(run, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    trainer(tmp_path).fit()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_a_second_signal_does_not_wait_for_the_step(tmp_path):
+    made = trainer(tmp_path)
+    step = made.train_step
+
+    def signalled(batch):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(batch)
+
+    made.train_step = signalled
+    with pytest.raises(KeyboardInterrupt):
+        made.fit()
+
+
+def test_checkpoints_in_mid_epoch_come_by_iterations_and_by_minutes(tmp_path):
+    def saves(*flags: str) -> list[int]:
+        made = trainer(tmp_path / "".join(flags), *flags, slices=8)
+        saved, save = [], made.save_last
+        made.save_last = lambda *best: (saved.append(made.iteration), save(*best))
+        made.fit()
+        return saved
+
+    assert saves("--checkpoint_iterations", "1") == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+    assert saves("--checkpoint_minutes", "1e-9") == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+    assert saves("--checkpoint_minutes", "0") == [4, 8]
+
+
+def test_resume_auto_starts_a_run_where_there_is_none_and_leaves_one_that_is_over(tmp_path, caplog):
+    trainer(tmp_path, "--resume", "auto").fit()
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    caplog.set_level("INFO")
+    trainer(tmp_path, "--resume", "auto").fit()
+    assert "done after 4 iterations" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+def test_the_newest_epochs_are_kept_and_the_folder_does_not_grow(tmp_path):
+    trainer(tmp_path, "--max_epochs", "3", "--keep", "2").fit()
+    assert [path.name for path in sorted(tmp_path.glob("epoch_*"))] == ["epoch_0002.pth", "epoch_0003.pth"]
+    assert load_checkpoint(tmp_path / "epoch_0002.pth")["epoch"] == 2
+    for epochs in range(4, 8):
+        (tmp_path / f".tmp{epochs}-last.pth").write_bytes(b"cut")  # of a process that was killed
+        trainer(tmp_path, "--resume", "auto", "--max_epochs", str(epochs)).fit()
+    assert [path.name for path in sorted(tmp_path.glob("epoch_*"))] == ["epoch_0006.pth", "epoch_0007.pth"]
+    assert len(list((tmp_path / "events").iterdir())) == 1
+    assert not list(tmp_path.glob(".tmp*"))
+
+
+def test_one_event_file_has_all_epochs_of_a_resumed_run(tmp_path):
+    trainer(tmp_path, "--max_epochs", "2").fit()
+    trainer(tmp_path, "--resume", "auto", "--max_epochs", "4").fit()
+    (path,) = (tmp_path / "events").iterdir()
+    steps = [event.step for event in read_events(path) for value in event.summary.value if value.tag == "train_loss"]
+    assert steps == [1, 2, 3, 4]
+
+
+def read_events(path: Path) -> list:
+    """Read a file of records: length (8 bytes), its checksum (4), an event, its checksum (4)."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    content, events = path.read_bytes(), []
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        events.append(Event.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    return events
+
+
+def test_a_batch_in_parts_has_the_gradient_of_its_parts_and_writes_the_memory_once(tmp_path):
+    made = trainer(tmp_path, "--batch_size", "4", "--accumulate", "2")
+    batch = next(iter(made.loader))
+    made.model.train()
+    twin = trainer(tmp_path / "twin", "--batch_size", "4")
+    for model in (made.model, twin.model):
+        model.stem[3].p = 0.0
+    image, label = batch["image"], batch["label"]
+    gradient = 0
+    for part in (slice(0, 2), slice(2, 4)):
+        twin.model.zero_grad()
+        twin.model.train()
+        twin.losses(image[part], label[part])[0].backward()
+        gradient = gradient + twin.model.heads[0].weight.grad / 2
+    made.optimizer.step = lambda *a, **k: None
+    made.train_step(batch)
+    torch.testing.assert_close(made.model.heads[0].weight.grad, gradient)
+    assert int(made.model.dmwla.bank.warmup_counter) == 1
 
 
 def test_a_resumed_run_with_another_batch_size_ends_with_the_same_epoch(tmp_path):
@@ -205,13 +237,99 @@ def test_best_is_never_lost_to_a_worse_epoch(tmp_path, monkeypatch):
     assert load_checkpoint(tmp_path / "last.pth")["epoch"] == 3
 
 
-def test_a_diverged_epoch_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
-    made = trainer(tmp_path)
-    steps = made.train_step
-    made.train_step = lambda batch: steps(batch) * (1 if made.epoch == 1 else float("nan"))
-    with pytest.raises(RunError, match="epoch 2 is nan"):
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_number_that_is_not_finite_stops_the_run_by_name_and_keeps_the_last_checkpoint(tmp_path, what):
+    made = trainer(tmp_path, "--checkpoint_iterations", "1")
+    losses = made.losses
+
+    def poisoned(image, label):
+        loss, cross_entropy, dice = losses(image, label)
+        if made.iteration + 1 == 3:
+            if what == "gradient":
+                loss.register_hook(lambda gradient: gradient * float("inf"))
+            else:
+                loss = loss * float("nan")
+        return loss, cross_entropy, dice
+
+    made.losses = poisoned
+    with pytest.raises(
+        RunError, match=f"iteration 3: the {what} is .* learning rate 1.00e-04, with the batch of [0-4], [0-4]"
+    ):
         made.fit()
-    assert load_checkpoint(tmp_path / "last.pth")["epoch"] == 1
+    assert load_checkpoint(tmp_path / "last.pth")["iteration"] == 2
+
+
+def test_steps_may_be_looked_at_some_at_a_time_and_a_checkpoint_never_holds_a_bad_one(tmp_path):
+    made = trainer(tmp_path)
+    made.watch.every = 50
+    step = made.train_step
+
+    def poisoned(batch):
+        if made.iteration == 2:
+            made.model.heads[0].weight.data.fill_(float("nan"))
+        return step(batch)
+
+    made.train_step = poisoned
+    with pytest.raises(RunError, match="iteration 3: the loss is nan"):
+        made.fit()
+    state = load_checkpoint(tmp_path / "last.pth")
+    assert state["iteration"] == 2 and torch.isfinite(state["model"]["heads.0.weight"]).all()
+
+
+def test_fp16_skips_an_overflow_counts_it_and_gives_up_where_it_is_no_accident(tmp_path):
+    untouched = trainer(tmp_path / "untouched", "--amp", "fp16", "--max_epochs", "4")
+    untouched.fit()  # the first scale may be too large in any case
+    made = trainer(tmp_path / "once", "--amp", "fp16", "--max_epochs", "4")
+    losses = made.losses
+
+    def overflowing(when):
+        def poisoned(image, label):
+            loss, *others = losses(image, label)
+            if when(made.iteration):
+                loss.register_hook(lambda gradient: gradient * float("inf"))
+            return loss, *others
+
+        return poisoned
+
+    made.losses = overflowing(lambda iteration: iteration == 6)
+    made.fit()
+    overflows = [[row["overflows"] for row in run.history] for run in (untouched, made)]
+    assert overflows[1] == [*overflows[0][:3], overflows[0][3] + 1]
+    assert load_checkpoint(tmp_path / "once/last.pth")["overflows"] == overflows[1][-1]
+    assert all(torch.isfinite(p).all() for p in made.model.parameters())
+
+    made = trainer(tmp_path / "always", "--amp", "fp16", "--max_epochs", "20")
+    losses = made.losses
+    made.losses = overflowing(lambda iteration: iteration >= 6)
+    with pytest.raises(RunError, match="overflowed 30 times in a row"):
+        made.fit()
+
+
+def test_memory_that_is_out_says_what_to_change(tmp_path):
+    made = trainer(tmp_path)
+
+    def full(batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    made.train_step = full
+    with pytest.raises(RunError, match=r"2.00 GiB.*--batch_size 2 .*raise --accumulate.*image sizes.*--amp bf16"):
+        made.fit()
+
+
+def test_memory_of_a_long_run_stays_as_it_is(tmp_path):
+    """2,000 iterations, with validations and checkpoints."""
+    made = trainer(tmp_path, "--max_epochs", "20", "--keep", "2", slices=200)
+    resident, close = [], made.close_epoch
+
+    def measured(*arguments):
+        close(*arguments)
+        gc.collect()
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+
+    made.close_epoch = measured
+    made.fit()
+    assert made.iteration == 2000
+    assert resident[-1] - resident[5] < 10 * 2**20, resident
 
 
 @pytest.mark.parametrize(("variant", "decoder_changes"), [("paper", True), ("release", False)])
@@ -294,6 +412,9 @@ def test_variant_chooses_splits_and_selection_unless_they_are_typed(tmp_path):
         ("--num_clusters", "0"),
         ("--warmup_iterations", "0"),
         ("--ce_weight", "-1"),
+        ("--accumulate", "3"),
+        ("--keep", "-1"),
+        ("--checkpoint_iterations", "0"),
     ],
 )
 def test_impossible_numbers_are_refused_by_name(tmp_path, flags):

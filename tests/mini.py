@@ -1,0 +1,125 @@
+"""A training run small enough for a test: drawn slices, and a network whose step takes milliseconds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from datasets import DatasetInfo, Preprocessing
+from datasets.training_set import TrainingSet
+from networks import DMWLA, SimMPNet
+from utils.arguments import network_arguments, parse_training, training_parser
+from utils.cli import seed_everything
+from utils.training import DataFacts, Trainer
+
+NAMES = ("ring", "disc")
+DRAWINGS = DatasetInfo("drawings", NAMES, "", "", ("train", "val"), Preprocessing(), "", "")
+SPLITS = {"val": ("train", "val"), "test": ("trainval", "test")}
+SIZE = 64
+
+
+def drawing(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a noisy ring around a disc, (1, S, S), and its label (S, S)."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:SIZE, :SIZE] - rng.uniform(24, 40, (2, 1, 1))
+    label = np.digitize(-np.hypot(y, x), [-16, -8])
+    image = label / 2 + rng.normal(0, 0.1, label.shape)
+    return torch.from_numpy(image).float()[None], torch.from_numpy(label)
+
+
+class Drawings(TrainingSet):
+    def __init__(self, count: int):
+        super().__init__(seed=0)
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict:
+        image, label = drawing(int(self._epoch) * 1000 + index)
+        return {"image": image, "label": label, "name": str(index)}
+
+
+@dataclass
+class DrawnVolume:
+    name: str = "volume"
+    spacing = None
+    affine = None
+    planar = False
+
+    def __post_init__(self):
+        slices = [drawing(10**6 + i) for i in range(3)]
+        self.image = torch.cat([image for image, _ in slices]).numpy()
+        self.label = torch.stack([label for _, label in slices]).numpy().astype(np.uint8)
+
+    def network_input(self, img_size: int, part: slice) -> np.ndarray:
+        return self.image[part, None]
+
+    def restore(self, prediction: np.ndarray) -> np.ndarray:
+        return prediction
+
+
+class MiniNet(nn.Module):
+    """A network with Sim-MPNet's interface and memory that takes a step in milliseconds."""
+
+    def __init__(self, **config):
+        super().__init__()
+        self.config = config
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 7, 4, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.1))
+        options = {name: config[name] for name in ("columns_per_cluster", "warmup_iterations")}
+        self.dmwla = DMWLA(8, config["feature_dim"], config["num_classes"], **options)
+        self.heads = nn.ModuleList(nn.Conv2d(8, config["num_classes"], 1) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        features = self.dmwla(self.stem(x))
+        return [nn.functional.interpolate(head(features), x.shape[-1]) for head in self.heads]
+
+    def memory_banks(self, decoder: bool = True):
+        yield self.dmwla.bank
+
+
+def parse(folder: Path, *flags: str):
+    small = (
+        "--model_scale pico --pretrained none --img_size 64 --img_size_dmwla 64 --feature_dim 16 --num_workers 0 "
+        "--decoder_feature_dim 16 --columns_per_cluster 20 --warmup_iterations 3 --batch_size 2 --max_epochs 2"
+    )
+    parser = training_parser("test", SimMPNet, DRAWINGS, output_dir=folder)
+    return parse_training(parser, SimMPNet, SPLITS, [*small.split(), *flags])
+
+
+def trainer(
+    folder: Path,
+    *flags: str,
+    network: Callable[..., nn.Module] = MiniNet,
+    slices: int = 5,
+    volumes: int = 1,
+    device: str = "cpu",
+) -> Trainer:
+    args, checkpoint = parse(folder, *flags)
+    seed_everything(args.seed, deterministic=True)
+    model = network(**network_arguments(args, SimMPNet))
+    val_set = [DrawnVolume(str(i)) for i in range(volumes)]
+    made = Trainer(model, Drawings(slices), val_set, DataFacts("drawings", NAMES), args, torch.device(device))
+    if checkpoint:
+        made.load_state_dict(checkpoint)
+    return made
+
+
+def assert_same(a, b, where: str = "") -> None:
+    """Hold two checkpoints against each other, value by value; what the clock says may differ."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            if not str(key).endswith("seconds") and key not in ("args",):
+                assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
