@@ -7,6 +7,7 @@ import numpy as np
 
 from datasets.errors import DataError
 from datasets.storage import checked_label
+from utils.errors import brief
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class LabelOrder:
         """
         if names and names != self.file_classes:
             raise DataError(
-                f"{path}: names its classes {', '.join(names)}, but --label_order {self.name} is {self.described()}: "
-                "give the order that the file has"
+                f"{path}: names its classes {brief(', '.join(names))}, but --label_order {self.name} is "
+                f"{self.described()}: give the order that the file has"
             )
         try:
             label = checked_label(path, label, shape, len(self.file_classes) + 1)

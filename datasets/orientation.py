@@ -8,10 +8,23 @@ import re
 
 import numpy as np
 
+LENGTHS = 1e-6, 1e6
+"""Least and greatest length of a voxel in mm, a nanometre and a kilometre; what lies beyond is a damaged number."""
+
 
 def is_orientation(text: object) -> bool:
     """Return whether this is one of the 48 ways that three axes can run, as ``RAS``."""
     return isinstance(text, str) and bool(re.fullmatch("(?=.*[LR])(?=.*[AP])(?=.*[SI])[LRAPSI]{3}", text))
+
+
+def is_affine(matrix: np.ndarray) -> bool:
+    """Return whether a float64 (4, 4) takes indices to mm: it has an inverse, and a voxel sides within ``LENGTHS``."""
+    if not (np.abs(matrix) < 1e30).all() or not np.array_equal(matrix[3], (0, 0, 0, 1)):  # NaN is not below anything
+        return False
+    lengths = np.linalg.norm(matrix[:3, :3], axis=0)
+    return bool(
+        LENGTHS[0] <= lengths.min() <= lengths.max() <= LENGTHS[1] and np.linalg.matrix_rank(matrix[:3, :3]) == 3
+    )
 
 
 def orientation_of(affine: np.ndarray) -> str:

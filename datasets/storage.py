@@ -3,22 +3,30 @@
 Nothing is unpickled, and no array is read before its declared size has been compared with ``MAX_BYTES``.
 """
 
+import functools
+import io
 import math
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import h5py
 import numpy as np
+from h5py import h5d, h5s, h5z
 
 from datasets.errors import DataError
-from datasets.orientation import is_orientation
+from datasets.orientation import LENGTHS, is_affine, is_orientation
+from utils.errors import brief
 
 MAX_BYTES = 4 * 2**30
-"""Largest array that is read, in bytes: about eight times a float32 CT volume of 512 x 512 x 512."""
+"""Largest array that is read, in bytes, a number counted with at least 4: it may become a float32 when it is worked on.
+About eight times a float32 CT volume of 512 x 512 x 512."""
+
+MAX_INFLATION = 1032
+"""Most bytes that one byte of a deflate stream (zip, gzip, HDF5's gzip, PNG) can stand for."""
 
 IMAGE_KEYS = ("image", "img")
 """Names of the image in a file: TransUNet's and MT-UNet's."""
@@ -26,6 +34,10 @@ IMAGE_KEYS = ("image", "img")
 TEXTS = ("class_names", "orientation", "stored_type")
 FACTS = (*TEXTS, "spacing", "affine")
 """What a file may say beside its arrays."""
+
+_FACT_BYTES = 2**16  # far more than any of the facts takes
+_HEADER_BYTES = 2**14  # numpy writes 128 and reads no more than 10,000
+_FILTERS = {h5z.FILTER_DEFLATE, h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32, h5z.FILTER_LZF}
 
 _PREPARE = "prepare the data again (prepare_data.py) or replace the file"
 
@@ -42,47 +54,115 @@ def read_fields(path: str | Path) -> dict[str, np.ndarray]:
     read, kind = (_read_npz, "npz") if path.suffix == ".npz" else (_read_hdf5, "HDF5")
     try:
         return read(path)
-    except DataError:
+    except (DataError, MemoryError):
         raise
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # zipfile, numpy's parser of headers and HDF5 each have their own
         raise DataError(
-            f"{path}: not a readable {kind} file, truncated or of another kind ({reason}); {_PREPARE}"
+            f"{path}: not a readable {kind} file, truncated or of another kind ({brief(error)}); {_PREPARE}"
         ) from error
+
+
+def memory_bounded(read: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a reader, whose first argument is the path, raise DataError where a file needs more memory than there is."""
+
+    @functools.wraps(read)
+    def bounded(path: str | Path, *args, **kwargs):
+        try:
+            return read(path, *args, **kwargs)
+        except MemoryError as error:
+            raise DataError(
+                f"{path}: does not fit into the memory that is free; close other programs, or crop or replace the file"
+            ) from error
+
+    return bounded
 
 
 def _read_hdf5(path: Path) -> dict[str, np.ndarray]:
     with h5py.File(path, "r") as file:
         fields = {}
         for name, key in _array_keys(path, file.keys()).items():
+            if not isinstance(file.get(key, getlink=True), h5py.HardLink):
+                raise DataError(f"{path}: '{key}' is a link, perhaps to another file; {_PREPARE}")
             dataset = file[key]
             if not isinstance(dataset, h5py.Dataset):
                 raise DataError(f"{path}: '{key}' is a group, an array was expected; {_PREPARE}")
             check_declared(path, key, dataset.shape, dataset.dtype)
+            _check_stored(path, key, dataset)
             fields[name] = dataset[()]
-        fields |= {key: file.attrs[key] for key in FACTS if key in file.attrs}
+        for key in FACTS:
+            if key in file.attrs:
+                fact = file.attrs.get_id(key)
+                is_empty = fact.get_space().get_simple_extent_type() == h5s.NULL
+                _check_fact(path, key, None if is_empty else fact.shape, fact.dtype)
+                fields[key] = file.attrs[key]
     return fields
+
+
+def _check_stored(path: Path, key: str, dataset: h5py.Dataset) -> None:
+    """Raise DataError for an HDF5 array whose numbers lie in other files, or are packed as no file of ours is."""
+    properties = dataset.id.get_create_plist()
+    layout = properties.get_layout()
+    if layout == h5d.VIRTUAL or (layout == h5d.CONTIGUOUS and properties.get_external_count()):
+        raise DataError(f"{path}: the numbers of '{key}' lie in another file; {_PREPARE}")
+    if layout != h5d.CHUNKED:
+        return
+    filters = [properties.get_filter(index)[0] for index in range(properties.get_nfilters())]
+    if not set(filters) <= _FILTERS or len(set(filters)) < len(filters):
+        raise DataError(f"{path}: '{key}' is packed by HDF5 filters {filters}; gzip or lzf was expected; {_PREPARE}")
+    check_declared(path, f"a chunk of {key}", dataset.chunks, dataset.dtype)
+    chunk, file_bytes = math.prod(dataset.chunks) * dataset.dtype.itemsize, path.stat().st_size
+
+    chunks_stored: list = []
+    dataset.id.chunk_iter(chunks_stored.append)
+    for stored in chunks_stored:
+        if stored.size > file_bytes:
+            raise ValueError(f"a chunk of {stored.size} bytes in a file of {file_bytes}")
+        # HDF5 unpacks a chunk to its end, however much longer than the declared chunk it comes out.
+        if h5z.FILTER_DEFLATE in filters and stored.size * MAX_INFLATION > MAX_BYTES:
+            content = dataset.id.read_direct_chunk(stored.chunk_offset)[1]
+            if len(zlib.decompressobj().decompress(content, chunk + 1)) > chunk:
+                raise ValueError(f"a chunk that unpacks to more than its {chunk} bytes")
+
+
+def _check_fact(path: Path, key: str, shape: tuple[int, ...] | None, dtype: np.dtype) -> None:
+    """Raise DataError for a fact that is no number and no text, or longer than any of them needs to be."""
+    if shape is None or (dtype.kind not in "biufSU" and h5py.check_string_dtype(dtype) is None):
+        raise DataError(f"{path}: '{key}' holds {brief(dtype)}, numbers or text were expected; {_PREPARE}")
+    if math.prod(shape) * dtype.itemsize > _FACT_BYTES:
+        raise DataError(f"{path}: '{key}' declares shape {brief(shape)}, a few words or numbers expected; {_PREPARE}")
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(path) as archive:
-        members = {name.removesuffix(".npy"): name for name in archive.namelist()}
-        keys = _array_keys(path, members)
-        keys |= {key: key for key in FACTS if key in members}
-        for key in keys.values():
-            with archive.open(members[key]) as member:
-                check_declared(path, key, *_npy_header(member), text_allowed=key in TEXTS)
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[key] for name, key in keys.items()}
+        found = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+        keys = _array_keys(path, found)
+        keys |= {key: key for key in FACTS if key in found}
+        return {name: _read_member(path, archive, key) for name, key in keys.items()}
 
 
-def _npy_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    version = np.lib.format.read_magic(member)
+def _read_member(path: Path, archive: zipfile.ZipFile, key: str) -> np.ndarray:
+    """Read one array of an npz file, to its last byte: only there zipfile compares the checksum."""
+    info = archive.getinfo(f"{key}.npy")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"'{key}' is packed by method {info.compress_type}")
+    with archive.open(info) as member:
+        start = io.BytesIO(member.read(_HEADER_BYTES))
+    version = np.lib.format.read_magic(start)
     read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in read_header:
         raise ValueError(f"array format {version}")
-    shape, _, dtype = read_header[version](member)
-    return shape, dtype
+    shape, _, dtype = read_header[version](start)
+    check_declared(path, key, shape, dtype, text_allowed=key in TEXTS)
+    if key in FACTS:
+        _check_fact(path, key, shape, dtype)
+    declared = start.tell() + math.prod(shape) * dtype.itemsize
+    if info.file_size != declared or info.file_size > MAX_INFLATION * (info.compress_size + 1):
+        raise ValueError(
+            f"'{key}' declares shape {shape}, {declared} bytes; the archive has {info.compress_size} bytes of it "
+            f"and says {info.file_size}"
+        )
+    with archive.open(info) as member:
+        return np.lib.format.read_array(member, allow_pickle=False)
 
 
 def _array_keys(path: Path, found: Iterable[str]) -> dict[str, str]:
@@ -90,7 +170,7 @@ def _array_keys(path: Path, found: Iterable[str]) -> dict[str, str]:
     if image is None or "label" not in found:
         missing = "label" if image else "image"
         raise DataError(
-            f"{path}: has no '{missing}', only {', '.join(sorted(found)) or 'nothing'}; "
+            f"{path}: has no '{missing}', only {brief(', '.join(sorted(found))) or 'nothing'}; "
             f"'image' (or 'img') and 'label' were expected; {_PREPARE}"
         )
     return {"image": image, "label": "label"}
@@ -105,12 +185,14 @@ def check_declared(
     remedy: str = _PREPARE,
 ) -> None:
     """Raise DataError unless an array of this declared shape and type is numeric and at most ``MAX_BYTES`` long."""
-    if dtype.kind not in ("biufU" if text_allowed else "biuf"):
-        raise DataError(f"{path}: '{key}' holds {dtype}, numbers were expected; {remedy}")
-    size = math.prod(shape or ()) * dtype.itemsize
-    if size > MAX_BYTES:
+    text = text_allowed and dtype.kind == "U"
+    if shape is None or not (text or (dtype.kind in "biuf" and dtype.itemsize <= 8)):
+        found = "nothing" if shape is None else brief(dtype)
+        raise DataError(f"{path}: '{key}' holds {found}, numbers were expected; {remedy}")
+    size = math.prod(shape) * max(dtype.itemsize, 4)
+    if size > MAX_BYTES or min(shape, default=0) < 0:
         raise DataError(
-            f"{path}: '{key}' declares shape {tuple(shape)}, {size / 2**30:.1f} GiB, more than the "
+            f"{path}: '{key}' declares shape {brief(tuple(shape))}, {size / 2**30:.1f} GiB, more than the "
             f"{MAX_BYTES / 2**30:.0f} GiB that are read; {remedy}"
         )
 
@@ -152,10 +234,20 @@ def checked_label(
 
 def checked_class_names(path: str | Path, names: np.ndarray | Iterable) -> tuple[str, ...]:
     """Return class names (background excluded) as a tuple of strings, or raise DataError."""
-    names = tuple(name.decode() if isinstance(name, bytes) else name for name in np.atleast_1d(names).tolist())
-    if not all(isinstance(name, str) for name in names):
-        raise DataError(f"{path}: class_names holds {names}, text was expected; {_PREPARE}")
+    try:
+        names = tuple(name.decode() if isinstance(name, bytes) else name for name in np.atleast_1d(names).tolist())
+    except ValueError as error:  # bytes or code points that are no text
+        raise DataError(f"{path}: class_names holds no text ({brief(error)}); {_PREPARE}") from error
+    if not is_names(names):
+        raise DataError(f"{path}: class_names holds {brief(names)}, a few words each were expected; {_PREPARE}")
     return names
+
+
+def is_names(values: Iterable) -> bool:
+    """Return whether these can be names of classes: text that can be printed, of at most 100 letters, at most 255."""
+    values = list(values)
+    fit = (isinstance(v, str) and v.isprintable() and 0 < len(v.strip()) <= len(v) <= 100 for v in values)
+    return len(values) <= 255 and all(fit)
 
 
 def checked_geometry(
@@ -164,23 +256,34 @@ def checked_geometry(
     """Return (spacing, affine) as ((z, y, x) mm, (4, 4) float64), each None where absent, or raise DataError."""
     if spacing is not None:
         spacing = np.asarray(spacing)
-        if spacing.shape != (3,) or spacing.dtype.kind not in "iuf" or not (np.isfinite(spacing) & (spacing > 0)).all():
-            raise DataError(f"{path}: spacing is {spacing.tolist()}, three lengths in mm were expected; {_PREPARE}")
+        fit = spacing.shape == (3,) and spacing.dtype.kind in "iuf"
+        if not (fit and ((spacing >= LENGTHS[0]) & (spacing <= LENGTHS[1])).all()):
+            raise DataError(f"{path}: spacing is {brief(spacing)}, three lengths in mm were expected; {_PREPARE}")
         spacing = tuple(float(length) for length in spacing)
     if affine is not None:
         affine = np.asarray(affine)
-        if affine.shape != (4, 4) or affine.dtype.kind not in "iuf" or not np.isfinite(affine).all():
-            raise DataError(f"{path}: affine has shape {affine.shape}, 4 x 4 finite numbers were expected; {_PREPARE}")
+        if affine.shape != (4, 4) or affine.dtype.kind not in "iuf" or not is_affine(affine.astype(np.float64)):
+            raise DataError(
+                f"{path}: affine has shape {affine.shape}, 4 x 4 numbers that can be inverted were expected; {_PREPARE}"
+            )
         affine = affine.astype(np.float64)
     return spacing, affine
 
 
 def checked_origin(path: str | Path, orientation: object, stored_type: object) -> tuple[str | None, str | None]:
     """Return (orientation as ``RAS``, number type as ``int16``), each None where absent, or raise DataError."""
-    values = [value.item() if isinstance(value, np.ndarray) else value for value in (orientation, stored_type)]
-    orientation, stored_type = (value.decode() if isinstance(value, bytes) else value for value in values)
+    orientation, stored_type = (None if value is None else _text(value) for value in (orientation, stored_type))
     if orientation is not None and not is_orientation(orientation):
-        raise DataError(f"{path}: orientation is {orientation!r}, three letters like RAS were expected; {_PREPARE}")
-    if stored_type is not None and not re.fullmatch("u?int(8|16|32|64)|float(16|32|64)", str(stored_type)):
-        raise DataError(f"{path}: stored_type is {stored_type!r}, one like int16 was expected; {_PREPARE}")
+        raise DataError(f"{path}: orientation is {orientation}, three letters like RAS were expected; {_PREPARE}")
+    if stored_type is not None and not re.fullmatch("u?int(8|16|32|64)|float(16|32|64)", stored_type):
+        raise DataError(f"{path}: stored_type is {stored_type}, one like int16 was expected; {_PREPARE}")
     return orientation, stored_type
+
+
+def _text(value: object) -> str:
+    """Return the text that a file has for a fact, or, of anything else, what an error is to quote."""
+    try:
+        value = value.item() if isinstance(value, np.ndarray) else value
+        return brief(value.decode() if isinstance(value, bytes) else value)
+    except ValueError:  # several values, or no text
+        return brief(value.dtype if isinstance(value, np.ndarray) else repr(value))

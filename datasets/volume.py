@@ -25,6 +25,7 @@ from datasets.storage import (
     checked_image,
     checked_label,
     checked_origin,
+    memory_bounded,
     read_fields,
 )
 from utils.files import atomic_write
@@ -82,6 +83,7 @@ class Volume:
         return nifti_image(array, self.affine, self.spacing, self.orientation)
 
 
+@memory_bounded
 def read_volume(path: str | Path, num_classes: int | None = None, label_order: LabelOrder | None = None) -> Volume:
     """Read and check one volume, HDF5 or npz.
 
@@ -117,6 +119,7 @@ def write_volume(path: str | Path, volume: Volume) -> None:
         temporary.write_bytes(content.getbuffer())
 
 
+@memory_bounded
 def read_slice(
     path: str | Path, num_classes: int | None = None, label_order: LabelOrder | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
