@@ -7,6 +7,7 @@ import numpy as np
 
 from datasets.errors import DataError
 from datasets.orientation import is_orientation
+from utils.errors import brief
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,13 @@ class Preprocessing:
         try:
             orientation, window = values["orientation"], values["window"]
             window = None if window is None else (float(window[0]), float(window[1]))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise DataError(f"the checkpoint's preprocessing {values} is not one of ours; train anew") from error
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+            raise DataError(f"the checkpoint's preprocessing {brief(values)} is not one of ours; train anew") from error
         if orientation is not None and not is_orientation(orientation):
-            raise DataError(f"the checkpoint's orientation is {orientation!r}; three letters like RAS were expected")
-        if window is not None and not window[0] < window[1]:
+            raise DataError(
+                f"the checkpoint's orientation is {brief(orientation)}; three letters like RAS were expected"
+            )
+        if window is not None and not -np.inf < window[0] < window[1] < np.inf:
             raise DataError(f"the checkpoint's window is {window}; two rising intensities were expected")
         return cls(orientation, window)
 
@@ -60,12 +63,17 @@ class ScanImage:
         self.voxels, self.slope, self.intercept = voxels, slope, intercept
         self.preprocessing = preprocessing
         self.shape = voxels.shape
+        self._extent: tuple[float, float] | None = None
         self.low, self.high = preprocessing.window or self.extent()
 
     def extent(self) -> tuple[float, float]:
         """Return the least and the greatest intensity."""
-        ends = self._intensities(np.array([self.voxels.min(), self.voxels.max()]))
-        return float(ends.min()), float(ends.max())
+        if self._extent is None:
+            ends = np.array([self.voxels.min(), self.voxels.max()])
+            with np.errstate(over="ignore"):
+                ends = self._intensities(ends)
+            self._extent = float(ends.min()), float(ends.max())
+        return self._extent
 
     def _intensities(self, voxels: np.ndarray) -> np.ndarray:
         return voxels if (self.slope, self.intercept) == (1, 0) else voxels * self.slope + self.intercept

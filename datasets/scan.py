@@ -1,15 +1,18 @@
 """Scans as scanners and hospitals hand them out: NIfTI files and folders of a DICOM series."""
 
+import gzip
 import logging
+import math
 from pathlib import Path
 
 import numpy as np
 
 from datasets.errors import DataError
-from datasets.orientation import orientation_of, reorient
+from datasets.orientation import is_affine, orientation_of, reorient
 from datasets.preprocessing import Preprocessing, ScanImage
-from datasets.storage import check_declared, checked_label
+from datasets.storage import MAX_INFLATION, check_declared, checked_label, memory_bounded
 from datasets.volume import Volume
+from utils.errors import brief
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +27,7 @@ def scan_name(path: str | Path) -> str:
     return next((name[: -len(ending)] for ending in NIFTI_ENDINGS if name.lower().endswith(ending)), name)
 
 
+@memory_bounded
 def read_scan(path: str | Path, preprocessing: Preprocessing) -> Volume:
     """Open a scan, a NIfTI file or the folder of one DICOM series, as a Volume without a label.
 
@@ -33,7 +37,11 @@ def read_scan(path: str | Path, preprocessing: Preprocessing) -> Volume:
     """
     path = Path(path)
     if path.is_dir():
-        voxels, affine, slope, intercept = _load_dicom(path)
+        try:
+            voxels, affine, slope, intercept = _load_dicom(path)
+        except RuntimeError as error:  # SimpleITK's
+            reason = brief(str(error)[-200:])
+            raise DataError(f"{path}: its DICOM series cannot be read ({reason}); export it again") from error
     elif path.is_file():
         voxels, affine, slope, intercept = _load_nifti(path)
     else:
@@ -46,10 +54,15 @@ def read_scan(path: str | Path, preprocessing: Preprocessing) -> Volume:
     if voxels.dtype.kind == "f" and not all(np.isfinite(plane).all() for plane in voxels):
         raise DataError(f"{path}: the image has values that are NaN or infinite; repair the file")
     image = ScanImage(voxels, slope, intercept, preprocessing)
+    if not np.isfinite(image.extent()).all():
+        raise DataError(
+            f"{path}: its slope {slope:g} and intercept {intercept:g} make infinite values; repair the header"
+        )
     _check_window(path, image)
     return Volume(scan_name(path), image, None, spacing, affine, (), orientation, stored_type)
 
 
+@memory_bounded
 def read_scan_label(path: str | Path, volume: Volume, num_classes: int | None = None) -> np.ndarray:
     """Read the label NIfTI of a scan, turned like its image: uint8 (D, H, W), ids below ``num_classes``.
 
@@ -59,6 +72,7 @@ def read_scan_label(path: str | Path, volume: Volume, num_classes: int | None = 
     voxels, affine, slope, intercept = _load_nifti(Path(path))
     volume.stored_type = voxels.dtype.name
     if (slope, intercept) != (1, 0):
+        check_declared(path, "label", voxels.shape, np.dtype(np.float64), remedy="crop it, or take out its slope")
         voxels = voxels * slope + intercept
     target = volume.image.preprocessing.orientation
     _checked_orientation(path, affine)
@@ -74,7 +88,7 @@ def read_scan_label(path: str | Path, volume: Volume, num_classes: int | None = 
 
 def _checked_orientation(path: str | Path, affine: np.ndarray) -> str:
     """Return the way that the axes of a file run, or raise DataError where its affine does not say."""
-    if not np.isfinite(affine).all() or not np.linalg.det(affine[:3, :3]):
+    if not is_affine(affine):
         raise DataError(f"{path}: its affine has no inverse; three axes in mm were expected: repair the header")
     orientation = orientation_of(affine)
     if "?" in orientation:
@@ -97,27 +111,62 @@ def _check_window(path: Path, image: ScanImage) -> None:
 
 def _load_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, float, float]:
     """Return (voxels as stored, (z, y, x); affine of the indices (x, y, z); slope; intercept)."""
-    import nibabel
-
     try:
-        file = nibabel.load(path)
-        check_declared(path, "image", file.shape, file.get_data_dtype(), remedy="convert or crop it")
-        if file.shape[3:] not in ((), (1,)) or len(file.shape) < 3 or 0 in file.shape:
-            raise DataError(f"{path}: has shape {tuple(file.shape)}; one scan of three axes was expected")
-        proxy = file.dataobj
-        if nibabel.is_proxy(proxy):
-            voxels, slope, intercept = np.asarray(proxy.get_unscaled()), float(proxy.slope), float(proxy.inter)
-        else:
-            voxels, slope, intercept = np.asarray(proxy), 1.0, 0.0
-        voxels = voxels[..., 0] if voxels.ndim == 4 else voxels
-        if not (file.header["sform_code"] or file.header["qform_code"]):
+        with open(path, "rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        with (gzip.open if packed else open)(path, "rb") as stream:
+            header = _nifti_header(stream.read(540))
+            shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
+            check_declared(path, "image", shape, dtype, remedy="convert or crop it")
+            if len(shape) < 3 or shape[3:] not in ((), (1,)) or 0 in shape:
+                raise DataError(f"{path}: has shape {brief(shape)}; one scan of three axes was expected")
+            shape, end = shape[:3], offset + math.prod(shape) * dtype.itemsize
+            size = path.stat().st_size
+            if (end > size * MAX_INFLATION) if packed else (end != size):
+                raise ValueError(f"{size} bytes, its header declares {end}{' unpacked' if packed else ''}")
+            if packed:
+                voxels = _unpacked(stream, offset, shape, dtype)
+            else:
+                voxels = np.memmap(stream, dtype, "c", offset, shape, order="F")
+        slope, intercept = header.get_slope_inter()
+        slope, intercept = 1.0 if slope is None else float(slope), float(intercept or 0)
+        affine = np.array(header.get_best_affine(), float)
+        if not (header["sform_code"] or header["qform_code"]):
             logger.warning("%s: its header does not say how it lies in the patient; left and right are a guess", path)
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # nibabel, gzip and zlib each have their own
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: not a readable NIfTI file ({reason}); copy or unpack it again") from error
-    return voxels.astype(voxels.dtype.newbyteorder("="), copy=False).T, np.array(file.affine, float), slope, intercept
+        raise DataError(f"{path}: not a readable NIfTI file ({brief(error)}); copy or unpack it again") from error
+    return voxels.astype(dtype.newbyteorder("="), copy=False).T, affine, slope, intercept
+
+
+def _nifti_header(content: bytes):
+    """Return nibabel's header of the first bytes of a NIfTI file, version 1 or 2.
+
+    Nothing behind the header is looked at: an extension may declare any size, and be one of nibabel's other formats.
+    """
+    from nibabel import Nifti1Header, Nifti2Header
+
+    for kind, size, magic, at in ((Nifti1Header, 348, b"n+1\0", 344), (Nifti2Header, 540, b"n+2\0", 4)):
+        for order, name in (("<", "little"), (">", "big")):
+            if content[:4] == size.to_bytes(4, name) and content[at : at + 4] == magic:
+                return kind(content[:size], order)
+    raise ValueError("it does not begin as .nii does")
+
+
+def _unpacked(stream: gzip.GzipFile, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Read voxels, (x, y, z), from a gzip stream, and to its end: only there gzip compares the checksum."""
+    stream.seek(offset)
+    voxels = np.empty(shape, dtype, order="F")
+    room = memoryview(voxels.reshape(-1, order="F").view(np.uint8))
+    while len(room):
+        count = stream.readinto(room[: 2**24])
+        if not count:
+            raise EOFError(f"it ends {len(room)} bytes early")
+        room = room[count:]
+    if stream.read(1):
+        raise ValueError("it goes on after the voxels that its header declares")
+    return voxels
 
 
 def _load_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray, float, float]:
@@ -144,11 +193,7 @@ def _load_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray, float, float]:
     check_declared(folder, "image", (len(files), height, width), stored, remedy="crop it")
     reader = SimpleITK.ImageSeriesReader()
     reader.SetFileNames(files)
-    try:
-        return SimpleITK.GetArrayFromImage(reader.Execute()), affine, 1.0, 0.0
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[-200:]
-        raise DataError(f"{folder}: its DICOM series cannot be read ({reason}); export it again") from error
+    return SimpleITK.GetArrayFromImage(reader.Execute()), affine, 1.0, 0.0
 
 
 def _described(folder: Path, series: str) -> str:
