@@ -5,9 +5,7 @@ class index, both at their own size.
 """
 
 import re
-import struct
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,21 +16,25 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from datasets.errors import DataError
+from datasets.storage import memory_bounded
+from utils.errors import brief
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 """Endings of the files that are images, in lower case."""
 
 MAX_PIXELS = 80_000_000
-"""Largest image that is decoded: over three times 6000 x 4000, and below the size at which Pillow begins to warn."""
+"""Largest image that is decoded: over three times 6000 x 4000, and below the size at which Pillow begins to warn. Of 4
+bytes a pixel at most it takes a third of a gigabyte, and as much again in another form."""
 
 IMAGE_FOLDER, MASK_FOLDER = "images", "masks"
 
 _PREPARE = "prepare the data again (prepare_data.py) or replace the file"
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # no others: some of Pillow's start programs
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, struct.error, zlib.error)
+_MAX_SCANS = 200  # passes over a JPEG, each over all of its pixels; progressive ones have about 10
 
 
+@memory_bounded
 def read_image(path: str | Path) -> np.ndarray:
     """Read an image as it is to be looked at, its EXIF orientation applied: uint8 (H, W, 3).
 
@@ -43,6 +45,7 @@ def read_image(path: str | Path) -> np.ndarray:
         return _upright_rgb(file)
 
 
+@memory_bounded
 def read_mask(path: str | Path, shape: tuple[int, int] | None = None, num_classes: int | None = None) -> np.ndarray:
     """Read a mask of class indices: uint8 (H, W).
 
@@ -50,6 +53,7 @@ def read_mask(path: str | Path, shape: tuple[int, int] | None = None, num_classe
     at. Raises DataError as ``read_image`` does, for colours where indices were expected, and for what does not fit.
     """
     with _opened(path) as file:
+        file.load()
         mask = np.asarray(file)
         if mask.ndim == 3:
             mask = mask[..., [band not in "Aa" for band in file.getbands()]]  # without alpha
@@ -68,15 +72,17 @@ def read_mask(path: str | Path, shape: tuple[int, int] | None = None, num_classe
     return mask.astype(np.uint8)
 
 
+@memory_bounded
 def read_grey(path: str | Path) -> np.ndarray:
     """Read a picture of a mask, in any of the forms that ``read_image`` reads, as brightness: uint8 (H, W).
 
     Nothing is turned. 16 bits are scaled to 8 where the values need them. Raises DataError as ``read_image`` does.
     """
     with _opened(path) as file:
+        file.load()
         if file.mode.startswith("I"):
-            values = np.asarray(file)
-            return (values if values.max() < 256 else values.clip(0, 65535) // 257).astype(np.uint8)
+            values = np.asarray(file).clip(0, 65535)
+            return (values if values.max() < 256 else values // 257).astype(np.uint8)
         return np.asarray(file.convert("L"))
 
 
@@ -101,8 +107,13 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
                     raise Image.DecompressionBombError(f"{file.width} x {file.height} pixels")
                 if file.mode == "F":
                     raise DataError(f"{path}: holds floating-point numbers, 8 or 16 bits were expected; convert it")
+                if file.format == "PNG":
+                    with Image.open(path, formats=("PNG",)) as twin:
+                        twin.verify()  # the checksums, which decoding passes over
+                if file.format == "JPEG" and path.read_bytes().count(b"\xff\xda") > _MAX_SCANS:
+                    raise ValueError(f"more than {_MAX_SCANS} scans")
                 yield file
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         size = re.search(r"[0-9]+( x [0-9]+)? pixels", str(error))
@@ -110,20 +121,22 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
             f"{path}: declares {size.group() if size else 'more pixels'}, more than the {MAX_PIXELS // 10**6} million "
             "that are read; replace the file by a smaller one"
         ) from error
-    except _UNREADABLE as error:
-        reason = " ".join(str(error).replace(f" {str(path)!r}", "").split())
+    except Exception as error:  # Pillow's decoders raise many kinds
+        reason = brief(str(error).replace(f" {str(path)!r}", ""))
         raise DataError(
             f"{path}: not a readable image ({', '.join(ENDINGS)}), truncated or of another kind ({reason}); {_PREPARE}"
         ) from error
 
 
 def _upright_rgb(file: Image.Image) -> np.ndarray:
+    file.load()
     upright = ImageOps.exif_transpose(file)
     if upright.mode.startswith("I"):  # Pillow's own conversion cuts off what is above 255
         return np.repeat((np.asarray(upright).clip(0, 65535) // 257).astype(np.uint8)[..., None], 3, axis=2)
     return np.asarray(upright.convert("RGB"))
 
 
+@memory_bounded
 def read_shrunk(path: Path, side: int) -> tuple[np.ndarray, tuple[int, int]]:
     """Read an image shrunk as ``shrink`` does it: returns (uint8 (h, w, 3), its own (H, W)).
 
@@ -199,8 +212,8 @@ class ColourPreprocessing:
             if len(mean) != 3 or len(std) != 3 or not np.isfinite([*mean, *std]).all() or min(std) <= 0:
                 raise ValueError(values)
             return cls(mean, std)
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"the checkpoint's preprocessing {values} is not one of ours; train anew") from error
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise DataError(f"the checkpoint's preprocessing {brief(values)} is not one of ours; train anew") from error
 
     def normalise(self, image: np.ndarray) -> np.ndarray:
         """Return images as the network sees them: uint8 (..., H, W, 3) to float32 (..., 3, H, W)."""

@@ -19,7 +19,7 @@ def _no_doubts(_: np.ndarray) -> list[str]:
 
 def preprocessing_from_dict(values: dict[str, Any]) -> Preprocessing | ColourPreprocessing:
     """Take up what a checkpoint says of either kind; raises DataError for anything else."""
-    return (ColourPreprocessing if "mean" in values else Preprocessing).from_dict(values)
+    return (ColourPreprocessing if isinstance(values, dict) and "mean" in values else Preprocessing).from_dict(values)
 
 
 @dataclass(frozen=True)
