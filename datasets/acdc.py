@@ -149,7 +149,7 @@ def _check_frames(folder: Path, names: set[str]) -> None:
         logger.warning("%s: no Info.cfg, its frames are taken as they are", folder)
         return
     text = info.read_text(encoding="utf-8", errors="replace")
-    stated = {int(frame) for frame in re.findall(r"(?m)^\s*E[DS]\s*:\s*([0-9]+)", text)}
+    stated = {int(frame) for frame in re.findall(r"(?m)^\s*E[DS]\s*:\s*([0-9]{1,4})\b", text)}
     found = {int(name[-2:]) for name in names}
     if stated != found:
         raise DataError(

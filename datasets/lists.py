@@ -6,19 +6,25 @@ patient, a volume or a slice, which stands for every file of that name or with `
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from datasets.errors import DataError
 from datasets.volume import ENDINGS, data_name
+from utils.errors import brief
 from utils.files import atomic_write
 
+MAX_LIST_BYTES = 2**24
+"""Longest list that is read: some hundred thousand names."""
+
+_LONGEST_NAME = 255  # bytes, of a file in the usual file systems
 _OTHER_NAMES = {"val": "valid", "valid": "val"}
 
 
 def natural_key(name: str) -> list:
     """Return a sort key by which slice 2 comes before slice 10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
+    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
 def patient_of(name: str) -> str:
@@ -43,6 +49,8 @@ def read_list(list_dir: str | Path, split: str) -> list[str]:
     path = list_path(list_dir, split)
     if not path.is_file():
         raise DataError(f"{path}: no such list; give the folder that holds {split}.txt with --list_dir (see lists/)")
+    if path.stat().st_size > MAX_LIST_BYTES:
+        raise DataError(f"{path}: {path.stat().st_size} bytes, too long for a list; one name a line was expected")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -52,9 +60,13 @@ def read_list(list_dir: str | Path, split: str) -> list[str]:
         raise DataError(f"{path}: the list is empty; write one patient, volume or slice name a line")
     for entry in entries:
         if re.search(r"[/\\\0]|\.\.|^\.", entry):
-            raise DataError(f"{path}: entry {entry!r} has a path in it; write the name alone, without folders")
-    if len(set(entries)) < len(entries):
-        twice = next(entry for entry in entries if entries.count(entry) > 1)
+            raise DataError(
+                f"{path}: entry {brief(repr(entry))} has a path in it; write the name alone, without folders"
+            )
+        if len(entry.encode()) > _LONGEST_NAME:
+            raise DataError(f"{path}: entry {brief(repr(entry))} is too long for a file's name; write one name a line")
+    twice = next((entry for entry, count in Counter(entries).items() if count > 1), None)
+    if twice is not None:
         raise DataError(f"{path}: entry {twice!r} stands there twice; remove one of them")
     return entries
 
@@ -72,8 +84,8 @@ def select_entries(
     unknown = [name for name in (*(only or ()), *without) if name not in patients]
     if unknown:
         raise DataError(
-            f"{source}: does not name {', '.join(unknown)}; it has {', '.join(sorted(patients))}: choose among these "
-            "(--val_cases to validate in training, --cases to test), or train with --select test"
+            f"{source}: does not name {', '.join(unknown)}; it has {brief(', '.join(sorted(patients)))}: choose among "
+            "these (--val_cases to validate in training, --cases to test), or train with --select test"
         )
     chosen = [
         entry for entry in entries if (only is None or patient_of(entry) in only) and patient_of(entry) not in without
@@ -119,7 +131,7 @@ def refuse_missing(where: Path, what: str, wanted: Collection[str], there: Conta
     missing = [name for name in wanted if name not in there]
     if missing:
         raise DataError(
-            f"{where}: {len(missing)} of {len(wanted)} {what}: {', '.join(missing[:5])}"
+            f"{where}: {len(missing)} of {len(wanted)} {what}: {brief(', '.join(missing[:5]))}"
             f"{', ...' if len(missing) > 5 else ''}; prepare that data (prepare_data.py) or choose another --list_dir "
             "or split"
         )

@@ -2,7 +2,7 @@
 
 import logging
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -27,9 +27,9 @@ def volume_file(out: str | Path, name: str) -> Path:
     return Path(out) / VOLUME_FOLDER / f"{name}.npy.h5"
 
 
-def slice_files(out: str | Path, name: str, count: int) -> list[Path]:
-    """Return where the slices of a prepared volume lie."""
-    return [Path(out) / SLICE_FOLDER / f"{name}_slice{index:03d}.npz" for index in range(count)]
+def slice_files(out: str | Path, name: str, count: int) -> Iterator[Path]:
+    """Yield where the slices of a prepared volume lie."""
+    return (Path(out) / SLICE_FOLDER / f"{name}_slice{index:03d}.npz" for index in range(count))
 
 
 def write_prepared(volume: Volume, out: str | Path) -> None:
@@ -48,7 +48,7 @@ def is_prepared(name: str, out: str | Path) -> bool:
     try:
         with h5py.File(volume_file(out, name), "r") as file:
             count = len(file["image"]) if "label" in file else 0
-    except (OSError, KeyError, TypeError):
+    except Exception:  # of whatever a damaged file makes HDF5 say, it is prepared anew
         return False
     return count > 0 and all(path.is_file() for path in slice_files(out, name, count))
 
