@@ -76,7 +76,10 @@ class Predictor:
             raise RunError(f"{checkpoint} was trained on {data['dataset']}, not on {dataset}: leave out --dataset")
         facts = DATASETS.get(dataset or data.get("dataset"))
         if "preprocessing" in data:
-            self.preprocessing = preprocessing_from_dict(data["preprocessing"])
+            try:
+                self.preprocessing = preprocessing_from_dict(data["preprocessing"])
+            except DataError as error:
+                raise RunError(f"{checkpoint}: {error}") from error
         elif facts is not None:
             self.preprocessing = facts.preprocessing
         else:
@@ -86,7 +89,13 @@ class Predictor:
         self.device, self.amp_dtype, self.batch_size = pick_device(device), AMP_DTYPES[amp], batch_size
         channels = 3 if self.planar else 1
         self.model = build_network(state, checkpoint, SimMPNet, load_release_state_dict, channels).to(self.device)
-        self.class_names = tuple(data["class_names"] if data else facts.names_for(self.model.config["num_classes"]))
+        num_classes, takes = self.model.config["num_classes"], self.model.config["in_channels"]
+        self.class_names = tuple(data["class_names"] if data else facts.names_for(num_classes))
+        if (num_classes, takes) != (len(self.class_names) + 1, channels):
+            raise RunError(
+                f"{checkpoint}: its network has {num_classes} classes with background and takes {takes} channels, its "
+                f"data have {len(self.class_names) + 1} and {channels}: copy it again, or train anew"
+            )
 
     def read(self, path: str | Path) -> Volume | Picture:
         """Open a scan (a NIfTI file or the folder of a DICOM series) or an image, as the network is to see it."""

@@ -84,14 +84,15 @@ def _load_file(backbone: nn.Module, path: Path, scale: str) -> None:
         raise NetworkError(f"no pretrained weights at {path}; {_where_from(scale)}")
     try:
         weights = load_state_dict(str(path), weights_only=True)
+        weights = {name: value for name, value in weights.items() if name.startswith(("stem.", "stages."))}
+        shapes = {name: value.shape for name, value in weights.items()}
     except Exception as error:  # torch and safetensors raise many kinds for a file that is not theirs
         raise NetworkError(
             f"{path} is not a readable weight file ({type(error).__name__}); {_where_from(scale)}"
         ) from error
-    weights = {name: value for name, value in weights.items() if name.startswith(("stem.", "stages."))}
-    expected = {n: v for n, v in backbone.state_dict().items() if n.startswith(("stem.", "stages."))}
-    unfit = sorted(set(weights) ^ set(expected))
-    unfit += [name for name in set(weights) & set(expected) if weights[name].shape != expected[name].shape]
+    expected = {n: v.shape for n, v in backbone.state_dict().items() if n.startswith(("stem.", "stages."))}
+    unfit = sorted(set(shapes) ^ set(expected))
+    unfit += [name for name in set(shapes) & set(expected) if shapes[name] != expected[name]]
     if unfit:
         raise NetworkError(
             f"{path} does not fit {SCALES[scale]} ({len(unfit)} tensors differ, such as {unfit[0]}); "

@@ -32,7 +32,7 @@ class Threshold(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.config = {"num_classes": 9, "img_size": SIZE}
+        self.config = {"num_classes": 9, "in_channels": 1, "img_size": SIZE}
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         distance = (x - torch.arange(9.0).view(1, 9, 1, 1) / 8).abs()

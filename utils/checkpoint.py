@@ -1,9 +1,9 @@
 """Checkpoints: written whole or not at all, read without running any code from the file."""
 
 import os
-import pickle
 import platform
 import subprocess
+import zipfile
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 
-from utils.errors import RunError
+from utils.errors import RunError, brief
 from utils.files import atomic_write
 
 PACKAGES = ("torch", "timm", "numpy", "scipy", "faiss-gpu", "faiss-cpu", "h5py")
 # What every checkpoint of ours has: enough to rebuild the network and to read its output.
 REQUIRED = ("model", "network", "data")
+MAX_SIDE = 2048
+"""Largest side in pixels of the images that a checkpoint's network may take: MaxViT's tables of positions grow with its
+fourth power, to 3 GiB there at the paper's scale."""
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
@@ -39,28 +42,78 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint into the CPU's memory; nothing but tensors and plain values is accepted from the file.
 
-    A file without our keys is returned as ``{"release": state_dict}`` where it is a bare state dict.
+    A file without our keys is returned as ``{"release": state_dict}`` where it is a bare state dict. What is returned
+    takes no more memory than the file has bytes, and every byte of the file agrees with its checksum.
 
     Raises:
-        RunError: the file is missing, truncated, or holds something else.
+        RunError: the file is missing, damaged, or holds something else.
     """
     path = Path(path)
     if not path.is_file():
         raise RunError(f"no checkpoint at {path}: train first, or give the path of a best.pth or last.pth")
     try:
+        _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError, AttributeError) as error:
+    except Exception as error:  # zipfile, torch and its unpickler each have their own
         raise RunError(
-            f"{path} is not a checkpoint, or one cut off ({type(error).__name__}): "
+            f"{path} is not a checkpoint, or one cut off or damaged ({type(error).__name__}: {brief(error, 100)}): "
             "give a best.pth or last.pth, or copy it again"
         ) from error
     if not isinstance(state, dict):
         raise RunError(f"{path} holds a {type(state).__name__}, expected a checkpoint of this project or the release")
     if all(key in state for key in REQUIRED):
+        _check_content(state, path)
         return state
-    if state and all(isinstance(value, torch.Tensor) for value in state.values()):
+    if _is_state_dict(state) and state:
         return {"release": state}
     raise RunError(f"{path} is not a checkpoint of this project or the release: it lacks {', '.join(REQUIRED)}")
+
+
+def _check_archive(path: Path) -> None:
+    """Raise an error unless every record is stored once and as its checksum says; torch compares none of them."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if len({record.filename for record in records}) < len(records):
+            raise ValueError("a record stands there twice")
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise ValueError("a record is compressed, which torch.save never does")
+        if sum(record.file_size for record in records) > path.stat().st_size:
+            raise ValueError("its records are longer than the file")
+        for record in records:
+            with archive.open(record) as stream:
+                while stream.read(2**20):
+                    pass
+
+
+def _check_content(state: dict[str, Any], path: Path) -> None:
+    """Raise RunError unless the parts of a checkpoint that everything reads are of the types that it has."""
+    network, data = state["network"], state["data"]
+    names = data.get("class_names") if isinstance(data, dict) else None
+    if not _is_state_dict(state["model"]):
+        raise RunError(f"{path}: its 'model' is not a dictionary of plain tensors: copy it again, or train anew")
+    # "pretrained" would fetch or read another file.
+    if not (isinstance(network, dict) and all(isinstance(key, str) for key in network) and "pretrained" not in network):
+        raise RunError(f"{path}: its 'network' is not the arguments of one: copy it again, or train anew")
+    if not isinstance(names, list | tuple) or not all(isinstance(n, str) and n.isprintable() and n for n in names):
+        raise RunError(f"{path}: its 'class_names' are {brief(names)}, text was expected: copy it again, or train anew")
+    for key in ("dataset", "selected_on"):
+        if not isinstance(data.get(key, ""), str):
+            raise RunError(
+                f"{path}: its {key!r} is {brief(data[key])}, text was expected: copy it again, or train anew"
+            )
+
+
+def _is_state_dict(values: Any) -> bool:
+    """Return whether this is a dictionary of plain tensors by name, none larger than the numbers stored for it."""
+    return isinstance(values, dict) and all(
+        isinstance(name, str)
+        and isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not (value.is_complex() or value.is_quantized)
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+        for name, value in values.items()
+    )
 
 
 def build_network(
@@ -81,18 +134,48 @@ def build_network(
     """
     if "release" in checkpoint:
         weights = {name.removeprefix("module."): value for name, value in checkpoint["release"].items()}
-        model = network(**release_config(weights, path), in_channels=release_channels)
-        try:
-            load_release(model, weights)
-        except ValueError as error:
-            raise RunError(f"{path}: {error}") from error
+        config = release_config(weights, path) | {"in_channels": release_channels}
     else:
-        try:
-            model = network(**checkpoint["network"])
-            model.load_state_dict(checkpoint["model"])
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise RunError(f"{path}: its weights do not fit the network that it describes, {error}") from error
+        weights, config = checkpoint["model"], checkpoint["network"]
+        _check_described(config, weights, path)
+    try:
+        model = network(**config)
+        load_release(model, weights) if "release" in checkpoint else model.load_state_dict(weights)
+    except Exception as error:  # a description of anything may fail anywhere
+        raise RunError(f"{path}: its weights do not fit the network that it describes, {brief(error)}") from error
+    for name, value in model.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise RunError(f"{path}: {name} has values that are NaN or infinite: take an earlier checkpoint")
     return model.to(memory_format=torch.channels_last)  # as it was trained, and faster
+
+
+def _check_described(config: dict[str, Any], weights: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Raise RunError for a network that is larger than the weights meant for it, before it takes any memory."""
+    try:
+        clusters, columns, width = weights["dmwla_encoder.stages.0.0.bank.pool"].shape
+        decoder_clusters, _, decoder_width = weights["decoder.dmwla.0.bank.pool"].shape
+        held = dict(
+            num_classes=len(weights["heads.0.bias"]),
+            num_clusters=clusters,
+            columns_per_cluster=columns,
+            feature_dim=width,
+            decoder_num_clusters=decoder_clusters,
+            decoder_feature_dim=decoder_width,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path}: its weights lack the memory banks or heads of Sim-MPNet: copy it again") from error
+    for name, size in held.items():
+        if type(config.get(name)) is not int or config[name] != size:
+            raise RunError(
+                f"{path}: its weights do not fit the network that it describes, {name} {brief(config.get(name), 40)} "
+                f"and weights for {size}: copy it again, or train anew"
+            )
+    for name in ("img_size", "img_size_dmwla"):
+        if type(config.get(name)) is not int or not 0 < config[name] <= MAX_SIDE:
+            raise RunError(
+                f"{path}: its network takes images of {name} {brief(config.get(name), 40)}, at most {MAX_SIDE} pixels "
+                "were expected: copy it again, or train anew"
+            )
 
 
 def release_config(weights: dict[str, torch.Tensor], path: str | Path) -> dict[str, Any]:
@@ -111,6 +194,8 @@ def release_config(weights: dict[str, torch.Tensor], path: str | Path) -> dict[s
         )
     except KeyError as error:
         raise RunError(f"{path} is a bare state dict without {error}: neither ours nor the release's") from error
+    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise RunError(f"{path}: its memory banks are of another shape than the release's: copy it again") from error
 
 
 def provenance() -> dict[str, Any]:

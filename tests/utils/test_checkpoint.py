@@ -12,7 +12,7 @@ from utils import checkpoint
 from utils.checkpoint import build_network, load_checkpoint, save_checkpoint
 from utils.errors import RunError
 
-STATE = {"model": {"w": torch.arange(3.0)}, "network": {}, "data": {}}
+STATE = {"model": {"w": torch.arange(3.0)}, "network": {}, "data": {"dataset": "acdc", "class_names": ("a", "b")}}
 
 
 def test_what_is_saved_is_loaded(tmp_path):
