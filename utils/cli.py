@@ -14,7 +14,7 @@ from typing import NoReturn
 import numpy as np
 import torch
 
-from utils.errors import RunError, Stopped
+from utils.errors import RunError, Stopped, printable
 
 REMEDIES = {
     errno.ENOSPC: "make room on the disk or choose another folder",
@@ -92,7 +92,7 @@ def setup_logging(file: str | Path | None = None) -> None:
     root.addHandler(terminal)
     if file is not None and not rank:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-        log_file = _LogFile(file, encoding="utf-8")
+        log_file = _LogFile(file, encoding="utf-8", errors="backslashreplace")  # names of files may be any bytes
         log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%m-%d %H:%M:%S"))
         root.addHandler(log_file)
 
@@ -145,7 +145,7 @@ class _LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         if record.levelno < logging.WARNING:
             return super().format(record)
-        line = f"{self.prefix}{record.levelname.lower()}: {record.getMessage()}"
+        line = f"{self.prefix}{record.levelname.lower()}: {printable(record.getMessage())}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
@@ -176,4 +176,4 @@ def _message(error: BaseException) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(printable(text).split())
