@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -319,7 +320,7 @@ def nifti_shape(path: Path) -> tuple[int, ...]:
         if content[:2] == b"\x1f\x8b":
             with gzip.open(path) as stream:
                 content = stream.read(600)
-    except (OSError, EOFError, ValueError):
+    except (OSError, EOFError, zlib.error):
         return 1, 1, 1
     for kind, size, at, width in (("i4", 348, 40, "i2"), ("i4", 540, 16, "i8")):
         for order in "<>":
