@@ -180,6 +180,7 @@ def _load_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray, float, float]:
             found += f" ({', '.join(_described(folder, number) for number in series[:5])})"
         raise DataError(f"{folder}: holds {found}; one series was expected: give a folder with that alone")
     files = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
+    _check_left_over(folder, {Path(file).name for file in files})
     affine = _dicom_affine(folder, files)
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(files[0])
@@ -194,6 +195,19 @@ def _load_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray, float, float]:
     reader = SimpleITK.ImageSeriesReader()
     reader.SetFileNames(files)
     return SimpleITK.GetArrayFromImage(reader.Execute()), affine, 1.0, 0.0
+
+
+def _check_left_over(folder: Path, files: set[str]) -> None:
+    """Raise DataError for a file that is named as those of the series are and is none: a slice at the end may lack."""
+    endings = {Path(file).suffix for file in files}
+    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name[0] != "." and p.name not in files)
+    for name in names:
+        if Path(name).suffix in endings - {""}:
+            raise DataError(
+                f"{folder / name}: not readable as a slice of the series beside it; export the series again"
+            )
+    if names:
+        logger.warning("%s: %s not of the series; is none of them a slice?", folder, brief(", ".join(names)))
 
 
 def _described(folder: Path, series: str) -> str:

@@ -256,6 +256,15 @@ def test_a_folder_without_one_whole_series_is_refused(tmp_path, refused):
     for path in (tmp_path / "other").iterdir():
         path.rename(tmp_path / "both" / f"other_{path.name}")
     refused(lambda: read_scan(tmp_path / "both", CT), "both", "2 DICOM series", "1.2.3.4: 7 files")
+    write_dicom(tmp_path / "damaged")
+    for name in ("0.dcm", "1.dcm"):  # the first slice, and one in the middle
+        file = tmp_path / "damaged" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[:100])
+        refused(lambda: read_scan(tmp_path / "damaged", CT), "damaged", "export")
+        file.write_bytes(whole)
+    (tmp_path / "damaged" / "notes.txt").touch()
+    assert read_scan(tmp_path / "damaged", CT).image.shape[0] == 7
 
 
 def test_reorient_is_undone_by_reorient():
