@@ -6,6 +6,7 @@ Nothing is unpickled, and no array is read before its declared size has been com
 import functools
 import io
 import math
+import mmap
 import re
 import zipfile
 import zlib
@@ -37,6 +38,7 @@ FACTS = (*TEXTS, "spacing", "affine")
 
 _FACT_BYTES = 2**16  # far more than any of the facts takes
 _HEADER_BYTES = 2**14  # numpy writes 128 and reads no more than 10,000
+_HEAP = b"GCOL\1\0\0\0"  # how HDF5's global heap begins
 _FILTERS = {h5z.FILTER_DEFLATE, h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32, h5z.FILTER_LZF}
 
 _PREPARE = "prepare the data again (prepare_data.py) or replace the file"
@@ -78,6 +80,7 @@ def memory_bounded(read: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _read_hdf5(path: Path) -> dict[str, np.ndarray]:
+    _check_heaps(path)
     with h5py.File(path, "r") as file:
         fields = {}
         for name, key in _array_keys(path, file.keys()).items():
@@ -96,6 +99,23 @@ def _read_hdf5(path: Path) -> dict[str, np.ndarray]:
                 _check_fact(path, key, None if is_empty else fact.shape, fact.dtype)
                 fields[key] = file.attrs[key]
     return fields
+
+
+def _check_heaps(path: Path) -> None:
+    """Raise ValueError for a damaged heap, where an HDF5 file keeps its texts: HDF5 may go round in it for ever."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        start = content.find(_HEAP)
+        while start >= 0:
+            end, at = start + int.from_bytes(content[start + 8 : start + 16], "little"), start + 16
+            if end > len(content):
+                raise ValueError("a heap that is longer than the file")
+            while end - at >= 16:  # a part's head: number, references, and at 8 its size; number 0 is what is left
+                size = int.from_bytes(content[at + 8 : at + 16], "little")
+                step = 16 + -(-size // 8) * 8 if any(content[at : at + 2]) else size
+                if not 16 <= step <= end - at:
+                    raise ValueError("a heap whose parts do not fill it")
+                at += step
+            start = content.find(_HEAP, start + 8)
 
 
 def _check_stored(path: Path, key: str, dataset: h5py.Dataset) -> None:

@@ -486,6 +486,15 @@ def test_an_hdf5_file_reads_nothing_but_itself(judge, tmp_path):
         assert words in judge(Case("volume", "v.h5", hdf5(build), words))
 
 
+def test_a_heap_that_leads_nowhere_is_no_hang(judge):
+    """HDF5 2.0 goes round for ever in a heap with a part of no size."""
+    content = hdf5(packed_hdf5)
+    heap = content.index(b"GCOL")
+    for at, part in ((heap + 16, bytes(16)), (heap + 24, b"\xf0" + b"\xff" * 7), (heap + 8, b"\xff" * 8)):
+        damaged = content[:at] + part + content[at + len(part) :]
+        assert "a heap" in judge(Case("volume", "v.h5", damaged, f"{part} at {at}"))
+
+
 FACTS = st.one_of(
     st.sampled_from(
         [h5py.Empty("f4"), np.void(b"abc"), np.zeros((2, 3), complex), "RAS", "int16", b"\xff\xfe", "a\nb"]
