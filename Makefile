@@ -18,7 +18,7 @@ demo: $(VENV)/.user
 test: $(VENV)/.dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile
 
 format: $(VENV)/.dev
 	$(RUN) -m ruff check --fix .

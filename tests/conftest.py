@@ -12,6 +12,10 @@ import pytest
 # Some virtual machines advertise AMX and then refuse its instructions; oneDNN's bf16 products would crash there.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
+# Two test processes with a thread each; with more, threads would wait for one another's core.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
