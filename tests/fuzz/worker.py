@@ -326,7 +326,8 @@ def nifti_shape(path: Path) -> tuple[int, ...]:
         for order in "<>":
             if len(content) >= size and np.frombuffer(content, order + kind, 1)[0] == size:
                 shape = np.frombuffer(content, order + width, 4, at)[:0:-1]
-                return tuple(int(n) for n in shape) if 0 < np.prod(shape, dtype=float) < 1e6 else (1, 1, 1)
+                is_small = min(shape) > 0 and np.prod(shape, dtype=float) < 1e6
+                return tuple(int(n) for n in shape) if is_small else (1, 1, 1)
     return 1, 1, 1
 
 
