@@ -75,7 +75,7 @@ def rows(folder: Path) -> list[dict]:
 
 def test_a_process_killed_while_it_saves_leaves_a_checkpoint_that_loads(tmp_path):
     path = tmp_path / "last.pth"
-    state = {"model": {"weight": torch.zeros(2**21)}, "network": {}, "data": {}}
+    state = {"model": {"weight": torch.zeros(2**21)}, "network": {}, "data": {"class_names": ["disc"]}}
     save_checkpoint(path, state | {"number": 0})
     cut, newest = 0, 0
     for _ in range(25):

@@ -137,8 +137,9 @@ def build_network(
         config = release_config(weights, path) | {"in_channels": release_channels}
     else:
         weights, config = checkpoint["model"], checkpoint["network"]
-        _check_described(config, weights, path)
     try:
+        if "release" not in checkpoint:
+            _check_described(network, config, weights, path)
         model = network(**config)
         load_release(model, weights) if "release" in checkpoint else model.load_state_dict(weights)
     except Exception as error:  # a description of anything may fail anywhere
@@ -149,33 +150,21 @@ def build_network(
     return model.to(memory_format=torch.channels_last)  # as it was trained, and faster
 
 
-def _check_described(config: dict[str, Any], weights: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Raise RunError for a network that is larger than the weights meant for it, before it takes any memory."""
-    try:
-        clusters, columns, width = weights["dmwla_encoder.stages.0.0.bank.pool"].shape
-        decoder_clusters, _, decoder_width = weights["decoder.dmwla.0.bank.pool"].shape
-        held = dict(
-            num_classes=len(weights["heads.0.bias"]),
-            num_clusters=clusters,
-            columns_per_cluster=columns,
-            feature_dim=width,
-            decoder_num_clusters=decoder_clusters,
-            decoder_feature_dim=decoder_width,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path}: its weights lack the memory banks or heads of Sim-MPNet: copy it again") from error
-    for name, size in held.items():
-        if type(config.get(name)) is not int or config[name] != size:
-            raise RunError(
-                f"{path}: its weights do not fit the network that it describes, {name} {brief(config.get(name), 40)} "
-                f"and weights for {size}: copy it again, or train anew"
-            )
+def _check_described(
+    network: Callable[..., torch.nn.Module], config: dict[str, Any], weights: dict[str, torch.Tensor], path: str | Path
+) -> None:
+    """Raise RunError for a network that its weights do not fit, before it takes any memory."""
     for name in ("img_size", "img_size_dmwla"):
-        if type(config.get(name)) is not int or not 0 < config[name] <= MAX_SIDE:
-            raise RunError(
-                f"{path}: its network takes images of {name} {brief(config.get(name), 40)}, at most {MAX_SIDE} pixels "
-                "were expected: copy it again, or train anew"
-            )
+        size = config.get(name, 1)
+        if type(size) is not int or not 0 < size <= MAX_SIDE:
+            raise ValueError(f"{name} {brief(size, 40)}, expected 1 to {MAX_SIDE} pixels")
+    with torch.device("meta"):
+        described = {name: tuple(value.shape) for name, value in network(**config).state_dict().items()}
+    held = {name: tuple(value.shape) for name, value in weights.items()}
+    odd = [name for name in described.keys() | held.keys() if described.get(name) != held.get(name)]
+    if odd:
+        name = min(odd)
+        raise ValueError(f"{brief(name, 100)} is {held.get(name)}, expected {described.get(name)}")
 
 
 def release_config(weights: dict[str, torch.Tensor], path: str | Path) -> dict[str, Any]:

@@ -676,10 +676,10 @@ def test_a_whole_network_is_rebuilt_from_what_its_checkpoint_says_or_not_at_all(
     state = {"model": model.state_dict(), "network": model.config, "data": PLAIN}
     assert judge(Case("predictor", "best.pth", saved(state), "undamaged")) == "read"
     for name, value, words in (
-        ("columns_per_cluster", 10**9, "columns_per_cluster 1000000000"),
-        ("num_clusters", 2**40, "num_clusters"),
-        ("img_size", 32_000, "at most"),
-        ("img_size_dmwla", 2**20, "at most"),
+        ("columns_per_cluster", 10**9, "bank.pool is"),
+        ("num_clusters", 2**40, "do not fit"),
+        ("img_size", 32_000, "expected 1 to"),
+        ("img_size_dmwla", 2**20, "expected 1 to"),
         ("img_size", 96.0, "img_size 96.0"),
         ("pretrained", "hub", "'network'"),
         ("model_scale", "huge", "huge"),
