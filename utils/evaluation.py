@@ -290,6 +290,41 @@ def write_case_csv(
                 writer.writerow([result.name, name, c.state, *numbers, result.unit, selected_on])
 
 
+def read_case_csv(path: str | Path) -> tuple[list[CaseResult], list[str], str]:
+    """Read what `write_case_csv` wrote: the results, the class names, and what the checkpoint was chosen on.
+
+    Numbers have the file's six digits; the confusion of images is not in it. Raises RunError for another file, or one
+    that is cut off.
+    """
+    cases: dict[str, dict[str, tuple[ClassResult, str]]] = {}
+    selected_on = "val"
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        try:
+            for row in reader:
+                if None in row.values():
+                    raise ValueError("too few cells")
+                metrics = [Metrics(*(_read(row[f"{c}_{f}"]) for f in Metrics._fields)) for c in CONVENTIONS]
+                result, selected_on = ClassResult(row["state"], *metrics), row["selected_on"]
+                cases.setdefault(row["case"], {})[row["class"]] = result, row["strict_unit"]
+        except (KeyError, ValueError, csv.Error) as error:
+            what = f"no column {error}" if isinstance(error, KeyError) else error
+            raise RunError(
+                f"{path}, line {reader.line_num}: {what}; expected what a test script writes: test the checkpoint again"
+            ) from error
+    class_names = list(next(iter(cases.values()), {}))
+    for name, classes in cases.items():
+        if list(classes) != class_names:
+            raise RunError(f"{path}: {name} has not every class, the file is cut off: test the checkpoint again")
+    if not cases:
+        raise RunError(f"{path}: no case in it; expected what a test script writes: test the checkpoint again")
+    results = []
+    for name, classes in cases.items():
+        values, units = zip(*classes.values(), strict=True)
+        results.append(CaseResult(name, units[0], values))
+    return results, class_names, selected_on
+
+
 def write_summary_json(
     path: str | Path, summary: Summary, class_names: Sequence[str], selected_on: str = "val"
 ) -> None:
@@ -395,6 +430,10 @@ def _numbers(metrics: Metrics | PooledMetrics) -> dict[str, float | None]:
 def _cells(metrics: Metrics) -> list[str]:
     scales = Metrics(dice=100, hd95=1, jaccard=100, assd=1)
     return ["-" if np.isnan(x) else f"{s * x:.2f}" for s, x in zip(scales, metrics, strict=True)]
+
+
+def _read(cell: str) -> float:
+    return float(cell) if cell else float("nan")
 
 
 def _percent(value: float) -> str:

@@ -20,6 +20,7 @@ from utils.evaluation import (
     format_table,
     mean_dice,
     predict_volume,
+    read_case_csv,
     save_nifti,
     summarise,
     write_case_csv,
@@ -337,6 +338,16 @@ def test_the_csv_has_every_case_and_class_under_both_conventions(results, tmp_pa
     for row, c in zip(rows, (c for r in results for c in r.classes), strict=True):
         assert float(row["transunet_jaccard"]) == pytest.approx(c.transunet.jaccard, abs=1e-6)
         assert float(row["transunet_assd"]) == pytest.approx(c.transunet.assd, abs=1e-6)
+
+
+def test_the_csv_is_read_back_as_it_was_written(results, tmp_path):
+    write_case_csv(tmp_path / "cases.csv", results, NAMES, "test")
+    read, names, selected_on = read_case_csv(tmp_path / "cases.csv")
+    assert (names, selected_on) == (list(NAMES), "test")
+    assert [(case.name, case.unit) for case in read] == [(case.name, case.unit) for case in results]
+    for ours, theirs in zip((c for r in read for c in r.classes), (c for r in results for c in r.classes), strict=True):
+        assert ours.state == theirs.state
+        np.testing.assert_allclose((ours.transunet, ours.strict), (theirs.transunet, theirs.strict), atol=1e-6)
 
 
 def test_the_json_holds_the_summary_and_null_for_what_is_left_out(three_cases, tmp_path):
