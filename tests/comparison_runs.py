@@ -1,0 +1,55 @@
+"""Run folders as training and test scripts leave them, with made-up results."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from utils.evaluation import CaseResult, write_case_csv
+from utils.metrics import FOUND, ClassResult, Metrics
+
+NAN = float("nan")
+
+
+def class_result(dice: float, hd95: float = 2.0, strict: float | None = None) -> ClassResult:
+    """A class with these scores, under the strict convention too unless told otherwise."""
+    metrics = Metrics(dice, hd95, dice / (2 - dice), hd95 / 4)
+    return ClassResult(FOUND, metrics, metrics if strict is None else Metrics(strict, NAN, NAN, NAN))
+
+
+def write_run(
+    folder: Path,
+    dice: Mapping[str, Sequence[float]],
+    *,
+    seed: int = 1,
+    split: str = "test",
+    dataset: str = "acdc",
+    class_names: Sequence[str] = ("right ventricle", "myocardium", "left ventricle"),
+    unit: str = "mm",
+    selected_on: str = "val",
+    results: Sequence[CaseResult] | None = None,
+    **args: object,
+) -> Path:
+    """Write `config.json`, `metrics.csv` and the results of a split; dice: of each class, by case."""
+    folder.mkdir(parents=True, exist_ok=True)
+    args = {"seed": seed, "variant": "paper", "output_dir": str(folder), "list_dir": "lists/lists_ACDC", **args}
+    data = {"dataset": dataset, "class_names": list(class_names)}
+    (folder / "config.json").write_text(json.dumps({"args": args, "data": data}))
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["epoch", "train_loss", "val_dice"])
+        writer.writeheader()
+        writer.writerows({"epoch": e, "train_loss": 3 / e, "val_dice": "" if e % 2 else 1 - 1 / e} for e in range(1, 7))
+    if results is None:
+        results = [CaseResult(case, unit, tuple(map(class_result, values))) for case, values in dice.items()]
+    if results:
+        write_case_csv(folder / f"results_{split}" / "cases.csv", results, class_names, selected_on)
+    return folder
+
+
+def random_dice(cases: int, seed: int, centre: float = 0.8, num_classes: int = 3) -> dict[str, list[float]]:
+    """Scores around a centre, of cases patient000, patient001, ..."""
+    rng = np.random.default_rng(seed)
+    scores = np.clip(rng.normal(centre, 0.05, (cases, num_classes)), 0, 1)
+    return {f"patient{i:03d}": row for i, row in enumerate(scores.tolist())}
