@@ -46,7 +46,7 @@ def save_overlays(folder: str | Path, volume: Volume, prediction: np.ndarray, co
         paths.append(Path(folder) / f"{stem}.png")
         if volume.label is not None:
             title += f", {(prediction[z] != volume.label[z]).sum()} wrong {'pixels' if volume.planar else 'voxels'}"
-        _save(_overlay(volume, prediction[z], z, title), paths[-1])
+        save_figure(_overlay(volume, prediction[z], z, title), paths[-1])
     return paths
 
 
@@ -90,50 +90,67 @@ def save_progress(path: str | Path, history: Sequence[Mapping[str, object]]) -> 
     loss, dice, k, use = figure.subplots(2, 2, sharex=True).flat
     _draw_losses(loss, history)
     _draw_dice(dice, history)
-    _draw(k, "K (columns replaced)", history, "k", COLOURS[3])
-    _draw(use, "clusters in use [%]", history, "cluster_use", COLOURS[5], scale=100)
+    draw_series(k, "K (columns replaced)", history, "k", COLOURS[3])
+    draw_series(use, "clusters in use [%]", history, "cluster_use", COLOURS[5], scale=100)
     use.set_ylim(-4, 104)
     k.set_ylim(bottom=0)
     for axes in (k, use):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _overlay(volume: Volume, prediction: np.ndarray, z: int, title: str) -> "Figure":
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
     names = _class_names(volume, prediction)
-    image, upright = volume.image[z], _upright(volume)
+    image, steps = volume.image[z], upright_steps(volume)
     height, width = image.shape[:2]
-    pixel_aspect = 1.0 if volume.spacing is None else volume.spacing[1] / volume.spacing[2]
+    aspect = pixel_aspect(volume)
     masks = {"image": None, "label": None if volume.label is None else volume.label[z], "prediction": prediction}
     if volume.label is None:
         del masks["label"]
-    panel_height = min(3.6 * pixel_aspect * height / width, 7.2)
+    panel_height = min(3.6 * aspect * height / width, 7.2)
     figure = Figure(figsize=(3.67 * len(masks), panel_height + 1.1), layout="constrained")
-    low, high = 0, 255
-    if not volume.planar:
-        low, high = np.percentile(volume.image[:: max(1, len(volume.image) // 16)], (0.5, 99.5))
+    low, high = grey_limits(volume)
     for axes, (name, mask) in zip(figure.subplots(1, len(masks)), masks.items(), strict=True):
-        axes.imshow(image[upright], "gray", vmin=low, vmax=max(high, low + 1e-6), aspect=pixel_aspect)
+        axes.imshow(image[steps], "gray", vmin=low, vmax=high, aspect=aspect)
         if mask is not None:
-            axes.imshow(_coloured(mask)[upright], aspect=pixel_aspect, interpolation="nearest")
+            axes.imshow(coloured(mask)[steps], aspect=aspect, interpolation="nearest")
         axes.set_title(name, fontsize=11)
         axes.axis("off")
     texts = names
     if volume.label is not None:
         dice = dice_only(prediction, volume.label[z], len(names) + 1)
         texts = [_legend_text(name, dice[c]) for c, name in enumerate(names)]
+    figure.suptitle(title, fontsize=12).set_parse_math(False)
+    class_legend(figure, texts)
+    return figure
+
+
+def class_legend(figure: "Figure", texts: Sequence[str]) -> None:
+    """Put the colours of the classes below a figure, `texts` beside them."""
+    from matplotlib.patches import Patch
+
     handles = [
         Patch(facecolor=class_colour(c), edgecolor="black", linewidth=0.5, label=text)
         for c, text in enumerate(texts, 1)
     ]
-    legend = figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
-    for text in (figure.suptitle(title, fontsize=12), *legend.get_texts()):
+    for text in figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False).get_texts():
         text.set_parse_math(False)  # a `$` in a name is no formula
-    return figure
+
+
+def grey_limits(volume: Volume) -> tuple[float, float]:
+    """Give the values that are drawn black and white, of an image 0 and 255."""
+    if volume.planar:
+        return 0, 255
+    low, high = np.percentile(volume.image[:: max(1, len(volume.image) // 16)], (0.5, 99.5))
+    return low, max(high, low + 1e-6)
+
+
+def pixel_aspect(volume: Volume) -> float:
+    """Give a pixel's height in widths."""
+    return 1.0 if volume.spacing is None else volume.spacing[1] / volume.spacing[2]
 
 
 def _class_names(volume: Volume, prediction: np.ndarray) -> list[str]:
@@ -146,7 +163,7 @@ def _legend_text(name: str, dice: float) -> str:
     return f"{name}: absent" if math.isnan(dice) else f"{name}: Dice {100 * dice:.1f} %"
 
 
-def _coloured(mask: np.ndarray) -> np.ndarray:
+def coloured(mask: np.ndarray) -> np.ndarray:
     """Paint class indices (H, W) as RGBA (H, W, 4): faint inside, so that the image shows, firm at the rim."""
     from matplotlib.colors import to_rgba
 
@@ -165,7 +182,7 @@ def _rim(mask: np.ndarray) -> np.ndarray:
     return np.any([n != mask for n in neighbours], axis=0)
 
 
-def _upright(volume: Volume) -> tuple[slice, slice]:
+def upright_steps(volume: Volume) -> tuple[slice, slice]:
     """Give the steps along rows and columns by which the front comes to the top and the patient's right to the left."""
     if volume.affine is None:
         return slice(None), slice(None)
@@ -178,9 +195,9 @@ def _upright(volume: Volume) -> tuple[slice, slice]:
 def _draw_losses(axes: "Axes", history: Sequence[Mapping[str, object]]) -> None:
     names = dict.fromkeys(name for row in history for name in row if name.endswith("_loss"))
     for name, colour in zip(names, (COLOURS[6], *COLOURS), strict=False):
-        _draw(axes, "loss", history, name, colour, label=name.removesuffix("_loss"))
+        draw_series(axes, "loss", history, name, colour, label=name.removesuffix("_loss"))
     rate = axes.twinx()
-    _draw(rate, "learning rate (dotted)", history, "lr", "0.5", linestyle=":")
+    draw_series(rate, "learning rate (dotted)", history, "lr", "0.5", linestyle=":")
     rate.grid(False)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     rate.set_ylim(bottom=0)
@@ -193,7 +210,7 @@ def _draw_losses(axes: "Axes", history: Sequence[Mapping[str, object]]) -> None:
 def _draw_dice(axes: "Axes", history: Sequence[Mapping[str, object]]) -> None:
     on_test = any(row.get("selected_on") == "test" for row in history)
     title = f"{'Dice on the test volumes' if on_test else 'validation Dice'} [%]"
-    epochs, dice = _draw(axes, title, history, "val_dice", COLOURS[2], scale=100)
+    epochs, dice = draw_series(axes, title, history, "val_dice", COLOURS[2], scale=100)
     if not epochs:
         return
     best = int(np.argmax(dice))
@@ -201,7 +218,7 @@ def _draw_dice(axes: "Axes", history: Sequence[Mapping[str, object]]) -> None:
     axes.set_title(f"best {dice[best]:.2f} % in epoch {epochs[best]:.0f}", fontsize=10)
 
 
-def _draw(
+def draw_series(
     axes: "Axes", title: str, history: Sequence[Mapping[str, object]], key: str, colour: str, scale: float = 1, **style
 ) -> tuple[list[float], list[float]]:
     """Plot one column against the epochs where both have a number, and give these points."""
@@ -221,6 +238,7 @@ def _number(value: object) -> float:
         return math.nan
 
 
-def _save(figure: "Figure", path: str | Path) -> None:
+def save_figure(figure: "Figure", path: str | Path) -> None:
+    """Write a figure whole or not at all."""
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110)
