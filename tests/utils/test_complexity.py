@@ -1,0 +1,27 @@
+"""Parameters and multiply-adds are those found by hand."""
+
+import torch
+from torch import nn
+
+from utils.complexity import count_multiply_adds, count_parameters
+
+
+class Small(nn.Module):
+    """A convolution, and attention over its pixels in the form that has a fused path in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.attention = nn.MultiheadAttention(8, 2, bias=False, batch_first=True)
+        self.register_buffer("memory", torch.zeros(1000))
+
+    def forward(self, x):
+        tokens = self.conv(x).flatten(2).mT
+        return self.attention(tokens, tokens, tokens, need_weights=False)[0]
+
+
+def test_parameters_and_multiply_adds_are_those_found_by_hand():
+    model, pixels = Small(), 16 * 16
+    assert count_parameters(model) == 8 * 3 * 9 + 4 * 8 * 8
+    convolution, projections, attention = pixels * 8 * 3 * 9, 4 * pixels * 8 * 8, 2 * pixels * pixels * 8
+    assert count_multiply_adds(model, 16, 3) == convolution + projections + attention
