@@ -108,14 +108,8 @@ def load(method: Method) -> torch.nn.Module:
     return build_network(load_checkpoint(path), path, SimMPNet, load_release_state_dict, channels).eval()
 
 
-def costs_of(models: Mapping[Key, torch.nn.Module], args: Namespace) -> dict[Key, Cost]:
-    """Count, and measure if asked to, what each network in evaluation costs; all are timed in turn."""
-    costs = {}
-    for key, model in models.items():
-        work = count_multiply_adds(model, model.config["img_size"], model.config["in_channels"])
-        costs[key] = Cost(count_parameters(model), work)
-    if not args.measure:
-        return costs
+def measured(models: Mapping[Key, torch.nn.Module], costs: Mapping[Key, Cost], args: Namespace) -> dict[Key, Cost]:
+    """Add to the costs what is measured on this machine; all networks are timed in turn."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which sees the memory, says that there is no GPU
     device = pick_device(args.device)
     passes = {key: forward_pass(model, args.batch_size) for key, model in models.items()}
@@ -168,12 +162,17 @@ def examine(comparisons: Sequence[Comparison], args: Namespace) -> tuple[dict[Ke
     device = pick_device(args.device)
     methods = {(c.dataset, name): method for c in comparisons for name, method in c.methods.items()}
     models: dict[Key, torch.nn.Module] = {}
+    costs: dict[Key, Cost] = {}
     for key, method in methods.items():
         try:
-            models[key] = load(method).to(device)
+            model = load(method)
         except RunError as error:
             logger.warning("%s: its size is not known, nor what it predicts: %s", method.name, error)
-    return models, costs_of(models, args)
+            continue
+        # counted on the CPU, as DMW-LA spends multiply-adds on a GPU to spare it questions
+        work = count_multiply_adds(model, model.config["img_size"], model.config["in_channels"])
+        costs[key], models[key] = Cost(count_parameters(model), work), model.to(device)
+    return models, measured(models, costs, args) if args.measure else costs
 
 
 def draw_boxes(path: Path, comparison: Comparison) -> Picture:
@@ -220,10 +219,10 @@ def draw_predictions(
 
 
 def published_beside(comparison: Comparison, comparisons: Sequence[Comparison]) -> Comparison:
-    """Return which comparison of the data set has the published rows: that on its test split, or else the first."""
+    """Return which comparison of the data set has the published rows: on its test split, or as near to that as is."""
     of_set = [other for other in comparisons if other.dataset == comparison.dataset]
-    test_split = DATASETS[comparison.dataset].splits[-1]
-    return next((other for other in of_set if other.split == test_split), of_set[0])
+    by_split = {other.split: other for other in reversed(of_set)}
+    return next((by_split[s] for s in reversed(DATASETS[comparison.dataset].splits) if s in by_split), of_set[0])
 
 
 def training_section(dataset: str, methods: Sequence[Method], folder: Path) -> Section:

@@ -109,6 +109,19 @@ def test_without_data_or_checkpoints_the_tables_are_made_and_what_is_missing_is_
     assert not list(out.rglob("*predictions.png")) and (out / "figures/acdc_training.png").is_file()
 
 
+def test_published_rows_stand_once_per_data_set_beside_its_test_split(run_script, tmp_path):
+    run = write_run(tmp_path / "a", random_dice(3, 0), split="test")
+    for split in ("another", "val"):
+        write_run(tmp_path / "a", random_dice(3, 0), split=split)
+    other = write_run(tmp_path / "b", random_dice(3, 0, num_classes=2), split="val", dataset="segpc", class_names="xy")
+    for split, heading in (([], "acdc, test"), (["--split", "another", "val"], "acdc, val")):
+        done = run_script("compare.py", run, other, "--output_dir", tmp_path / "out", *split)
+        assert done.status == 0
+        parts = (tmp_path / "out/comparison.md").read_text().split("\n## ")
+        published = {part.splitlines()[0]: part.count("| *U-Net (published)*") for part in parts}
+        assert {name: count for name, count in published.items() if count} == {heading: 2, "segpc, val": 2}
+
+
 def test_where_the_volumes_are_not_at_hand_the_figure_is_left_out_with_a_line(runs, run_script, tmp_path):
     run = write_run(runs[0], random_dice(3, 0), volume_path=str(tmp_path / "nowhere"))
     done = run_script("compare.py", run, "--output_dir", tmp_path / "out")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.comparison import Comparison, Method, PairedTest, differing_settings
+from utils.comparison import TESTED, Comparison, Method, PairedTest, differing_settings
 from utils.errors import RunError
 from utils.evaluation import CONVENTIONS, OPTIMISTIC
 from utils.files import atomic_write
@@ -16,6 +16,7 @@ from utils.tables import Table
 SPREAD = "mean ± SD over seeds (SD over cases)"
 """What stands in a cell."""
 PUBLISHED = "published, not measured here: the paper's tables, of its test split; never tested or ranked with ours"
+_METRIC_NAMES = {"dice": "Dice", "hd95": "HD95"}
 CHOSEN_ON_TEST = "*"
 """Follows the name of a method whose checkpoint was chosen on the test volumes."""
 
@@ -69,7 +70,7 @@ def read_published(path: str | Path) -> dict[str, list[Published]]:
 def tables(
     comparison: Comparison, costs: Mapping[str, Cost], published: Sequence[Published], tests: Sequence[PairedTest]
 ) -> list[Table]:
-    """Lay a comparison out: per convention means with costs, Dice and HD95 of each class; then the paired tests.
+    """Lay a comparison out: per convention means with costs, Dice and HD95 of each class, and paired tests.
 
     costs: by method, where they are known. Published rows stand in the tables of the convention that papers report by.
     """
@@ -80,8 +81,9 @@ def tables(
         if len(comparison.class_names) > 1:
             made.append(_class_table(comparison, convention, "dice", beside))
             made.append(_class_table(comparison, convention, "hd95", ()))
-    if tests:
-        made.append(_tests_table(comparison, tests))
+        for metric in TESTED:
+            family = [test for test in tests if (test.convention, test.metric) == (convention, metric)]
+            made += [_tests_table(comparison, family)] if family else []
     return made
 
 
@@ -150,6 +152,12 @@ def notes(comparison: Comparison) -> list[str]:
         "Means are over cases, then over classes, then over seeds. The standard deviation (SD) over seeds is of these "
         "means, and missing for one seed; in brackets stands that over cases, seeds averaged first."
     ]
+    if len(comparison.methods) > 1:
+        said.append(
+            "Paired tests: Wilcoxon's signed-rank test, two-sided, over the cases that both methods were tested on "
+            "(means over classes, seeds averaged first), corrected by Holm over all pairs of the table. They say "
+            "nothing of how far another seed would lie."
+        )
     said += [f"Convention {name}: {meaning}." for name, meaning in CONVENTIONS.items()]
     if any(scores.selected_on == "test" for scores in comparison.scores.values()):
         said.append(f"{CHOSEN_ON_TEST} {OPTIMISTIC}")
@@ -199,7 +207,6 @@ def _means_table(
 def _class_table(comparison: Comparison, convention: str, metric: str, published: Sequence[Published]) -> Table:
     column = Metrics._fields.index(metric)
     unit, scale = _unit(comparison, convention, metric)
-    name = "Dice" if metric == "dice" else "HD95"
     rows = []
     for method, scores in comparison.scores.items():
         spread = scores.spread(convention)
@@ -207,24 +214,29 @@ def _class_table(comparison: Comparison, convention: str, metric: str, published
         rows.append([_marked(method, scores.selected_on), *cells])
     fit = [p for p in published if len(p.classes) == len(comparison.class_names)]
     others = [[p.method, *map(_number, p.classes)] for p in fit]
-    caption = f"{comparison.title}, {convention} convention, {name} [{unit}] of each class: {SPREAD}."
+    caption = f"{comparison.title}, {convention} convention, {_METRIC_NAMES[metric]} [{unit}] of each class: {SPREAD}."
     return Table(caption, ["method", *comparison.class_names], rows, others, PUBLISHED)
 
 
 def _tests_table(comparison: Comparison, tests: Sequence[PairedTest]) -> Table:
+    """List the tests of one metric and convention."""
+    unit, scale = _unit(comparison, tests[0].convention, tests[0].metric)
+    metric, points = _METRIC_NAMES[tests[0].metric], "points" if unit == "%" else unit
     rows = []
     for t in tests:
-        unit, scale = _unit(comparison, t.convention, t.metric)
-        what = f"{'Dice' if t.metric == 'dice' else 'HD95'}, {t.convention}"
-        p_values = [_p(t.p), _p(t.holm)] if not t.note else ["-", "-"]
-        median = "-" if math.isnan(t.median) else f"{scale * t.median:+.2f} {'points' if unit == '%' else unit}"
-        rows.append([what, t.first, t.second, str(t.shared), str(t.left_out), median, *p_values, t.note])
-    caption = (
-        f"{comparison.title}, paired tests. Wilcoxon's signed-rank test, two-sided, over the cases that both methods "
-        "were tested on (means over classes, seeds averaged first); corrected by Holm over all pairs of a metric and "
-        "convention. A test over cases says nothing of how far another seed would lie."
-    )
-    header = ["of", "first", "second", "cases", "left out", "median of first - second", "p", "p, Holm", "why no p"]
+        median = "-" if math.isnan(t.median) else f"{scale * t.median:+.2f}"
+        rows.append([t.first, t.second, str(t.shared), str(t.left_out), median, _p(t.p), _p(t.holm), t.note])
+    caption = f"{comparison.title}, {tests[0].convention} convention, paired tests of {metric}."
+    header = [
+        "first",
+        "second",
+        "cases",
+        "left out",
+        f"median of first - second [{points}]",
+        "p",
+        "p, Holm",
+        "why no p",
+    ]
     return Table(caption, header, rows)
 
 

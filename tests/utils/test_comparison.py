@@ -118,6 +118,12 @@ def test_the_mean_over_classes_leaves_out_what_strict_leaves_out(tmp_path):
     np.testing.assert_allclose(scores.per_case("strict")[:, -1, 0], [0.6, 0.6])
 
 
+@pytest.mark.parametrize(("unit", "transunet"), [("mm", "voxels"), ("voxels", "voxels"), ("pixels", "pixels")])
+def test_distances_have_the_unit_of_their_convention(tmp_path, unit, transunet):
+    (comparison,) = compared(write_run(tmp_path / "a", random_dice(3, 0), unit=unit))
+    assert (comparison.distance_unit("transunet"), comparison.distance_unit("strict")) == (transunet, unit)
+
+
 def test_sets_splits_and_classes_have_comparisons_of_their_own(tmp_path):
     dice = random_dice(3, 0)
     both = write_run(tmp_path / "a", dice, split="val")

@@ -94,7 +94,8 @@ const found = {errors: [], violations: []};
 addEventListener("error", e => found.errors.push(e.message || "resource"), true);
 addEventListener("securitypolicyviolation", e => found.violations.push(e.blockedURI));
 addEventListener("load", () => {
-  const images = [...document.images], context = document.createElement("canvas").getContext("2d");
+  const images = [...document.images];
+  const context = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
   const pixel = image => {
     if (!image.naturalWidth) return "broken";
     context.drawImage(image, 0, 0, 1, 1);

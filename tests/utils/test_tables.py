@@ -48,6 +48,7 @@ def test_latex_has_as_many_columns_everywhere_and_published_rows_behind_a_rule(t
 
 def test_latex_sets_every_special_character_as_itself():
     assert escape_latex(r"&%$#_{}") == r"\&\%\$\#\_\{\}"
+    assert escape_latex("[1]") == "{[}1{]}"  # after a row's end a bracket would be an option
     assert escape_latex("\\~^") == r"\textbackslash{}\textasciitilde{}\textasciicircum{}"
 
 
