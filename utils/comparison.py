@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 NOT_THE_METHOD = (
     "seed", "output_dir", "resume", "device", "n_gpu", "num_workers", "cache_gib", "eval_batch_size", "deterministic",
-    "volume_path", "selected_on",
+    "volume_path", "selected_on", "checkpoint_minutes", "checkpoint_iterations", "keep",
 )  # fmt: skip
 """Arguments in which the seeds of one method may differ: where and when it ran, and what follows from others."""
 
