@@ -4,6 +4,7 @@ The paper's numbers are their defaults: those of the network stand in its signat
 """
 
 import inspect
+import logging
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -13,6 +14,8 @@ from typing import Any, Protocol
 from utils.checkpoint import load_checkpoint
 from utils.cli import ArgumentParser
 from utils.errors import RunError
+
+logger = logging.getLogger(__name__)
 
 # What a variant chooses where the user has not: the release selects on the test volumes, late.
 VARIANT_DEFAULTS = {
@@ -207,8 +210,16 @@ def parse_training(
     resume = args.resume
     if resume == Path("auto"):
         resume = args.resume = last if last.exists() else None
+        if resume is None:
+            logger.info("--resume auto: there is no %s, so this is the start of a run", last)
     if resume is not None:
-        checkpoint = load_checkpoint(resume)
+        try:
+            checkpoint = load_checkpoint(resume)
+        except RunError as error:
+            raise RunError(
+                f"{error}; of its run, --resume {resume.with_name('best.pth')} or an epoch_*.pth may be whole, "
+                "or delete it to start anew"
+            ) from error
         if not {"optimizer", "args", "in_epoch"} <= checkpoint.keys():
             raise RunError(f"{resume} is not a training checkpoint of this version: resume from a last.pth")
         saved = {name: value for name, value in checkpoint["args"].items() if name != "resume"}
@@ -286,7 +297,7 @@ def _check_resumed(args: Namespace, saved: dict[str, Any], trained: dict[str, An
         if typed != value:
             raise RunError(
                 f"--{name} {typed} does not fit {args.resume}, which was trained with {value}: "
-                "leave it out, or train anew without --resume"
+                "leave it out, or train anew into another --output_dir"
             )
     if args.select != saved["select"]:
         raise RunError(
@@ -295,12 +306,20 @@ def _check_resumed(args: Namespace, saved: dict[str, Any], trained: dict[str, An
     if args.pretrained != saved["pretrained"]:
         raise RunError(f"--pretrained {args.pretrained} has no use beside --resume {args.resume}: leave it out")
     last = args.resume.with_name("last.pth")
-    if args.resume.name != last.name and last.exists() and load_checkpoint(last)["iteration"] > iteration:
+    if args.resume.name != last.name and _iteration_of(last) > iteration:
         raise RunError(f"{args.resume} is older than {last}, which would be lost: resume from that, or move it away")
     if Path(args.output_dir).resolve() != args.resume.resolve().parent:
         raise RunError(
             f"--output_dir {args.output_dir} is not the folder of {args.resume}, where its run goes on: leave it out"
         )
+
+
+def _iteration_of(path: Path) -> int:
+    """Return the iteration of a checkpoint, 0 where it is missing or damaged and nothing would be lost."""
+    try:
+        return load_checkpoint(path)["iteration"]
+    except (RunError, KeyError):
+        return 0
 
 
 def _check_numbers(args: Namespace) -> None:
@@ -318,6 +337,8 @@ def _check_numbers(args: Namespace) -> None:
         if not 0 <= getattr(args, name) <= 1:
             raise RunError(f"--{name} is {getattr(args, name)}; expected a share from 0 to 1")
     if args.batch_size % args.accumulate:
+        divisors = ", ".join(str(n) for n in range(1, args.batch_size + 1) if args.batch_size % n == 0)
         raise RunError(
-            f"--accumulate {args.accumulate} does not divide --batch_size {args.batch_size} into parts of one size"
+            f"--accumulate {args.accumulate} does not divide --batch_size {args.batch_size} into parts of one size: "
+            f"take one of {divisors}"
         )

@@ -72,8 +72,10 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if isinstance(error, dist.DistBackendError) or "gloo" in str(error):
-            reason = " ".join(str(error).split())[:120]
-            raise RunError(f"another process is gone ({reason}...): look for its own error") from error
+            raise RunError(
+                "another process of this run is gone: its own error, or torchrun's report, says which and why; the "
+                "same command with --resume auto goes on"
+            ) from error
         raise
     dist.destroy_process_group()  # not after an error: the other ranks may be in the middle of something
 

@@ -161,7 +161,7 @@ def _take_up(trainer: Trainer, checkpoint: dict, path: Path) -> None:
         raise RunError(
             f"{path} cannot be gone on from ({type(error).__name__}: {error}): resume from a last.pth of this version"
         ) from error
-    within = f" and {trainer.steps} iterations of the next" if trainer.samples else ""
+    within = f" and iteration {trainer.steps} of epoch {trainer.epoch + 1}" if trainer.samples else ""
     logger.info("go on after epoch %d%s from %s", trainer.epoch, within, path)
 
 

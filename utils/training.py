@@ -6,6 +6,7 @@ loop on its part of each batch; rank 0 writes.
 """
 
 import csv
+import fcntl
 import json
 import logging
 import math
@@ -147,7 +148,12 @@ class Trainer:
             model.parameters(), lr=args.base_lr, weight_decay=args.weight_decay, fused=True
         )
         self.wld = WeightLossDynamic(args.wld_start_epoch, args.replaced_columns)
-        self.watch = NumberWatch(1 if device.type == "cpu" else 50, args.amp == "fp16", self.folder / "last.pth")
+        self.watch = NumberWatch(
+            1 if device.type == "cpu" else 50,
+            args.amp == "fp16",
+            self.folder / "last.pth",
+            "lower --base_lr" + ("" if args.amp == "none" else " or use --amp none"),
+        )
         self.signals = StopSignals()
         self.batches = EpochBatches(len(train_set), args.batch_size, args.seed)
         self.loader = self.build_loader()
@@ -199,6 +205,7 @@ class Trainer:
         if self.is_over():
             return self.log_end()
         if self.writes:
+            self.lock()
             remove_temporaries(self.folder)  # of a process that was killed while it wrote
             self.write_config()
         logger.info(
@@ -217,6 +224,15 @@ class Trainer:
         finally:
             self.loader = None  # and with it its workers
         self.log_end()
+
+    def lock(self) -> None:
+        """Refuse a folder that another process trains into; the lock ends with this process, however it ends."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.locked = open(self.folder / "train.log", "a")  # noqa: SIM115
+        try:
+            fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"{self.folder}: another process trains there; wait for it or end it") from error
 
     def is_over(self) -> bool:
         """Whether all iterations are done, and the epoch of the last is closed."""
@@ -510,9 +526,9 @@ class Trainer:
             return -math.inf
 
     def write_config(self) -> None:
-        """Write the merged arguments, the git revision and the versions; a resumed run keeps the first ones."""
+        """Write the merged arguments, the git revision and the versions; those of a resumed run beside the first."""
         content = {"args": vars(self.args), "data": asdict(self.facts), "ranks": world_size(), **provenance()}
-        name = f"config_resumed_{self.iteration}.json" if self.iteration else "config.json"
+        name = "config_resumed.json" if self.iteration else "config.json"
         with atomic_write(self.folder / name) as temporary:
             temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
 

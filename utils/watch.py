@@ -37,10 +37,11 @@ class NumberWatch:
         every: how many steps are looked at together, so that a GPU is waited for only then.
         skips_overflows: whether the gradient is scaled, and a step skipped where that overflows.
         checkpoint: where to go on from, for the message.
+        remedy: what to change, for the message.
     """
 
-    def __init__(self, every: int, skips_overflows: bool, checkpoint: Path):
-        self.every, self.skips_overflows, self.checkpoint = every, skips_overflows, checkpoint
+    def __init__(self, every: int, skips_overflows: bool, checkpoint: Path, remedy: str):
+        self.every, self.skips_overflows, self.checkpoint, self.remedy = every, skips_overflows, checkpoint, remedy
         self.overflows = 0  # since the start of the run
         self.in_a_row = 0
         self.unseen: list[Step] = []
@@ -76,7 +77,7 @@ class NumberWatch:
         go_on = f", and go on with --resume {self.checkpoint}, which is from before" if self.checkpoint.exists() else ""
         raise RunError(
             f"iteration {step.iteration}: {what} at learning rate {step.lr:.2e}, with the batch of {names}: "
-            f"lower --base_lr or use --amp none{go_on}"
+            f"{self.remedy}{go_on}"
         )
 
 

@@ -161,6 +161,27 @@ def test_resume_auto_starts_a_run_where_there_is_none_and_leaves_one_that_is_ove
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
+def test_a_damaged_last_checkpoint_is_no_dead_end(run, tmp_path):
+    folder = Path(shutil.copytree(run.folder, tmp_path / "run"))
+    (folder / "last.pth").write_bytes((folder / "last.pth").read_bytes()[:5000])
+    with pytest.raises(RunError, match=r"last.pth .*--resume .*best.pth"):
+        parse(folder, "--resume", "auto")
+    assert trainer(folder, "--resume", str(folder / "best.pth")).epoch >= 1
+
+
+def test_a_folder_that_is_trained_into_is_refused_to_another_process(tmp_path):
+    made = trainer(tmp_path)
+    made.lock()
+    child = os.fork()
+    if child == 0:
+        try:
+            trainer(tmp_path).lock()
+        except RunError as error:
+            os._exit(0 if "another process" in str(error) else 2)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_the_newest_epochs_are_kept_and_the_folder_does_not_grow(tmp_path):
     trainer(tmp_path, "--max_epochs", "3", "--keep", "2").fit()
     assert [path.name for path in sorted(tmp_path.glob("epoch_*"))] == ["epoch_0002.pth", "epoch_0003.pth"]
@@ -170,6 +191,7 @@ def test_the_newest_epochs_are_kept_and_the_folder_does_not_grow(tmp_path):
         trainer(tmp_path, "--resume", "auto", "--max_epochs", str(epochs)).fit()
     assert [path.name for path in sorted(tmp_path.glob("epoch_*"))] == ["epoch_0006.pth", "epoch_0007.pth"]
     assert len(list((tmp_path / "events").iterdir())) == 1
+    assert len(list(tmp_path.glob("config*"))) == 2
     assert not list(tmp_path.glob(".tmp*"))
 
 
