@@ -16,7 +16,7 @@ from typing import Any
 
 import h5py
 import numpy as np
-from h5py import h5d, h5s, h5z
+from h5py import h5d, h5s, h5t, h5z
 
 from datasets.errors import DataError
 from datasets.orientation import LENGTHS, is_affine, is_orientation
@@ -27,7 +27,7 @@ MAX_BYTES = 4 * 2**30
 About eight times a float32 CT volume of 512 x 512 x 512."""
 
 MAX_INFLATION = 1032
-"""Most bytes that one byte of a deflate stream (zip, gzip, HDF5's gzip, PNG) can stand for."""
+"""Most bytes that one byte of a deflate stream (zip, gzip) can stand for."""
 
 IMAGE_KEYS = ("image", "img")
 """Names of the image in a file: TransUNet's and MT-UNet's."""
@@ -39,7 +39,6 @@ FACTS = (*TEXTS, "spacing", "affine")
 _FACT_BYTES = 2**16  # far more than any of the facts takes
 _HEADER_BYTES = 2**14  # numpy writes 128 and reads no more than 10,000
 _HEAP = b"GCOL\1\0\0\0"  # how HDF5's global heap begins
-_FILTERS = {h5z.FILTER_DEFLATE, h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32, h5z.FILTER_LZF}
 
 _PREPARE = "prepare the data again (prepare_data.py) or replace the file"
 
@@ -90,8 +89,7 @@ def _read_hdf5(path: Path) -> dict[str, np.ndarray]:
             if not isinstance(dataset, h5py.Dataset):
                 raise DataError(f"{path}: '{key}' is a group, an array was expected; {_PREPARE}")
             check_declared(path, key, dataset.shape, dataset.dtype)
-            _check_stored(path, key, dataset)
-            fields[name] = dataset[()]
+            fields[name] = _read_array(path, key, dataset)
         for key in FACTS:
             if key in file.attrs:
                 fact = file.attrs.get_id(key)
@@ -118,30 +116,52 @@ def _check_heaps(path: Path) -> None:
             start = content.find(_HEAP, start + 8)
 
 
-def _check_stored(path: Path, key: str, dataset: h5py.Dataset) -> None:
-    """Raise DataError for an HDF5 array whose numbers lie in other files, or are packed as no file of ours is."""
+def _read_array(path: Path, key: str, dataset: h5py.Dataset) -> np.ndarray:
+    """Read an HDF5 array that is neither in other files nor packed otherwise than by gzip, with shuffle or without."""
     properties = dataset.id.get_create_plist()
     layout = properties.get_layout()
     if layout == h5d.VIRTUAL or (layout == h5d.CONTIGUOUS and properties.get_external_count()):
         raise DataError(f"{path}: the numbers of '{key}' lie in another file; {_PREPARE}")
     if layout != h5d.CHUNKED:
-        return
+        return dataset[()]
     filters = [properties.get_filter(index)[0] for index in range(properties.get_nfilters())]
-    if not set(filters) <= _FILTERS or len(set(filters)) < len(filters):
-        raise DataError(f"{path}: '{key}' is packed by HDF5 filters {filters}; gzip or lzf was expected; {_PREPARE}")
+    if filters not in ([], [h5z.FILTER_SHUFFLE], [h5z.FILTER_DEFLATE], [h5z.FILTER_SHUFFLE, h5z.FILTER_DEFLATE]):
+        raise DataError(f"{path}: '{key}' is packed by HDF5 filters {filters}; gzip was expected; {_PREPARE}")
     check_declared(path, f"a chunk of {key}", dataset.chunks, dataset.dtype)
-    chunk, file_bytes = math.prod(dataset.chunks) * dataset.dtype.itemsize, path.stat().st_size
+    if h5t.py_create(dataset.dtype, logical=True) != dataset.id.get_type():
+        raise ValueError(f"'{key}' is of numbers that are no {dataset.dtype}")
+    array = np.full(dataset.shape, dataset.fillvalue, dataset.dtype)
+    size, chunks = path.stat().st_size, []
+    dataset.id.chunk_iter(chunks.append)
+    for chunk in chunks:
+        start = chunk.chunk_offset
+        if chunk.size > size or any(
+            s % c or s >= n for s, c, n in zip(start, dataset.chunks, array.shape, strict=True)
+        ):
+            raise ValueError(f"a chunk of {chunk.size} bytes at {start} in a file of {size}")
+        block = _unpacked_chunk(*dataset.id.read_direct_chunk(start), filters, dataset)
+        inside = array[tuple(slice(s, s + c) for s, c in zip(start, dataset.chunks, strict=True))]
+        inside[...] = block[tuple(slice(n) for n in inside.shape)]
+    return array
 
-    chunks_stored: list = []
-    dataset.id.chunk_iter(chunks_stored.append)
-    for stored in chunks_stored:
-        if stored.size > file_bytes:
-            raise ValueError(f"a chunk of {stored.size} bytes in a file of {file_bytes}")
-        # HDF5 unpacks a chunk to its end, however much longer than the declared chunk it comes out.
-        if h5z.FILTER_DEFLATE in filters and stored.size * MAX_INFLATION > MAX_BYTES:
-            content = dataset.id.read_direct_chunk(stored.chunk_offset)[1]
-            if len(zlib.decompressobj().decompress(content, chunk + 1)) > chunk:
-                raise ValueError(f"a chunk that unpacks to more than its {chunk} bytes")
+
+def _unpacked_chunk(skipped: int, content: bytes, filters: list[int], dataset: h5py.Dataset) -> np.ndarray:
+    """Return a chunk of an HDF5 array from its stored bytes; bit i of ``skipped`` says that filter i was not applied.
+
+    HDF5 itself unpacks whatever comes out, and of a chunk that comes out too short it reads on in memory.
+    """
+    size = math.prod(dataset.chunks) * dataset.dtype.itemsize
+    applied = {kind for index, kind in enumerate(filters) if not skipped >> index & 1}
+    if h5z.FILTER_DEFLATE in applied:
+        unpacker = zlib.decompressobj()
+        content = unpacker.decompress(content, size + 1)
+        if not unpacker.eof:
+            raise ValueError(f"a chunk that does not end after its {size} bytes")
+    if len(content) != size:
+        raise ValueError(f"a chunk of {len(content)} bytes, {size} were expected")
+    if h5z.FILTER_SHUFFLE in applied:  # the first bytes of all numbers, then the second ones
+        content = np.frombuffer(content, np.uint8).reshape(dataset.dtype.itemsize, -1).T.tobytes()
+    return np.frombuffer(content, dataset.dtype).reshape(dataset.chunks)
 
 
 def _check_fact(path: Path, key: str, shape: tuple[int, ...] | None, dtype: np.dtype) -> None:

@@ -71,7 +71,7 @@ class Worker:
     def close(self) -> None:
         if self.process is not None:
             self.process.stdin.close()
-            self.process.wait(10)
+            self.process.wait(60)
             self.process = None
 
     def _start(self) -> subprocess.Popen:
