@@ -124,12 +124,15 @@ def _read_array(path: Path, key: str, dataset: h5py.Dataset) -> np.ndarray:
         raise DataError(f"{path}: the numbers of '{key}' lie in another file; {_PREPARE}")
     if layout != h5d.CHUNKED:
         return dataset[()]
-    filters = [properties.get_filter(index)[0] for index in range(properties.get_nfilters())]
+    stages = [properties.get_filter(index) for index in range(properties.get_nfilters())]
+    filters = [stage[0] for stage in stages]
     if filters not in ([], [h5z.FILTER_SHUFFLE], [h5z.FILTER_DEFLATE], [h5z.FILTER_SHUFFLE, h5z.FILTER_DEFLATE]):
         raise DataError(f"{path}: '{key}' is packed by HDF5 filters {filters}; gzip was expected; {_PREPARE}")
     check_declared(path, f"a chunk of {key}", dataset.chunks, dataset.dtype)
     if h5t.py_create(dataset.dtype, logical=True) != dataset.id.get_type():
         raise ValueError(f"'{key}' is of numbers that are no {dataset.dtype}")
+    if any(kind == h5z.FILTER_SHUFFLE and values[:1] != (dataset.dtype.itemsize,) for kind, _, values, _ in stages):
+        raise ValueError(f"'{key}' is shuffled by another length than that of its numbers")
     array = np.full(dataset.shape, dataset.fillvalue, dataset.dtype)
     size, chunks = path.stat().st_size, []
     dataset.id.chunk_iter(chunks.append)
