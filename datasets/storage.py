@@ -117,7 +117,7 @@ def _check_heaps(path: Path) -> None:
 
 
 def _read_array(path: Path, key: str, dataset: h5py.Dataset) -> np.ndarray:
-    """Read an HDF5 array that is neither in other files nor packed otherwise than by gzip, with shuffle or without."""
+    """Read an HDF5 array that is neither in other files nor packed otherwise than by gzip or lzf, shuffled or not."""
     properties = dataset.id.get_create_plist()
     layout = properties.get_layout()
     if layout == h5d.VIRTUAL or (layout == h5d.CONTIGUOUS and properties.get_external_count()):
@@ -126,13 +126,17 @@ def _read_array(path: Path, key: str, dataset: h5py.Dataset) -> np.ndarray:
         return dataset[()]
     stages = [properties.get_filter(index) for index in range(properties.get_nfilters())]
     filters = [stage[0] for stage in stages]
-    if filters not in ([], [h5z.FILTER_SHUFFLE], [h5z.FILTER_DEFLATE], [h5z.FILTER_SHUFFLE, h5z.FILTER_DEFLATE]):
-        raise DataError(f"{path}: '{key}' is packed by HDF5 filters {filters}; gzip was expected; {_PREPARE}")
+    by_hdf5 = {h5z.FILTER_LZF, h5z.FILTER_FLETCHER32} & set(filters)  # one has no other reader, one is a checksum
+    own = [kind for kind in filters if kind not in by_hdf5]
+    if own not in ([], [h5z.FILTER_SHUFFLE], [h5z.FILTER_DEFLATE], [h5z.FILTER_SHUFFLE, h5z.FILTER_DEFLATE]):
+        raise DataError(f"{path}: '{key}' is packed by HDF5 filters {filters}; gzip or lzf was expected; {_PREPARE}")
     check_declared(path, f"a chunk of {key}", dataset.chunks, dataset.dtype)
     if h5t.py_create(dataset.dtype, logical=True) != dataset.id.get_type():
         raise ValueError(f"'{key}' is of numbers that are no {dataset.dtype}")
     if any(kind == h5z.FILTER_SHUFFLE and values[:1] != (dataset.dtype.itemsize,) for kind, _, values, _ in stages):
         raise ValueError(f"'{key}' is shuffled by another length than that of its numbers")
+    if by_hdf5:
+        return dataset[()]
     array = np.full(dataset.shape, dataset.fillvalue, dataset.dtype)
     size, chunks = path.stat().st_size, []
     dataset.id.chunk_iter(chunks.append)
