@@ -6,7 +6,7 @@ CBAM: Woo et al., ECCV 2018.
 import torch
 from torch import Tensor, nn
 
-from networks.dmwla import DMWLA
+from networks.dmwla import attention_block
 from networks.layers import ConvBlock
 
 
@@ -16,15 +16,18 @@ class Decoder(nn.Module):
     Args:
         widths: C_1 ... C_4, shallowest first.
         variant: ``"paper"`` or ``"release"``.
+        attention: what stands at each level (``attention_block``).
         dmwla_options: further arguments of each ``DMWLA``.
     """
 
-    def __init__(self, widths: tuple[int, ...], variant: str, **dmwla_options):
+    def __init__(self, widths: tuple[int, ...], variant: str, attention: str = "dmwla", **dmwla_options):
         super().__init__()
         c1, c2, c3, c4 = widths
         self.conv1x1 = nn.Conv2d(c4, c4, 1)
         # Each list below runs in the order of the forward pass, deepest level first.
-        self.dmwla = nn.ModuleList(DMWLA(c, variant=variant, **dmwla_options) for c in (c4, c3, c2, c1))
+        self.dmwla = nn.ModuleList(
+            attention_block(attention, c, variant=variant, **dmwla_options) for c in (c4, c3, c2, c1)
+        )
         self.conv_blocks = nn.ModuleList(ConvBlock(c, c) for c in (c4, c3, c2, c1))
         self.ups = nn.ModuleList([UpConv(c4, c3), UpConv(c3, c2), UpConv(c2, c1)])
         self.channel_attentions = nn.ModuleList(ChannelAttention(c) for c in (c3, c2, c1))

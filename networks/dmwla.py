@@ -14,14 +14,63 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from networks.errors import NetworkError
-from networks.layers import check_variant
+from networks.layers import check_choice, check_variant
 from networks.ranks import gather, rank, world_size
 
+ATTENTIONS = ("dmwla", "plain", "intra_cluster")
 
-class DMWLA(nn.Module):
-    """Dynamic memory weights-loss attention, ``x + o(intra-cluster + global)``.
+
+def attention_block(attention: str, channels: int, feature_dim: int, **dmwla_options) -> nn.Module:
+    """Return a block of the network: DMW-LA, or what an ablation puts in its place.
+
+    Args:
+        attention: ``"dmwla"``; ``"plain"``, the global interaction alone, for which no memory is kept; or
+            ``"intra_cluster"``, a DMW-LA that reads only its memory once its warm-up has ended.
+        channels, feature_dim: c and d.
+        dmwla_options: further arguments of ``DMWLA``.
+    """
+    check_choice("attention", attention, ATTENTIONS)
+    if attention == "plain":
+        return PlainAttention(channels, feature_dim)
+    return DMWLA(channels, feature_dim, attends_globally=attention == "dmwla", **dmwla_options)
+
+
+class PlainAttention(nn.Module):
+    """Attention of an image's tokens to each other, ``x + o(softmax(theta . phi) g)``, the logits not scaled.
 
     theta, phi, g and o are the paper's bias-free 1x1 convolutions, written as linear maps of tokens.
+
+    Args:
+        channels: width c of the feature map.
+        feature_dim: width d of theta, phi and g.
+    """
+
+    def __init__(self, channels: int, feature_dim: int):
+        super().__init__()
+        self.theta = nn.Linear(channels, feature_dim, bias=False)
+        self.phi = nn.Linear(channels, feature_dim, bias=False)
+        self.g = nn.Linear(channels, feature_dim, bias=False)
+        self.o = nn.Linear(feature_dim, channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the attended map (B, c, H, W) of ``x`` (B, c, H, W)."""
+        update = self.global_interaction(rearrange(x, "b c h w -> b (h w) c"))
+        return x + rearrange(update, "b (h w) c -> b c h w", h=x.shape[-2])
+
+    def global_interaction(self, tokens: Tensor) -> Tensor:
+        """Return o(softmax(theta . phi) g), (B, N, c), of tokens (B, N, c); the logits are not scaled.
+
+        Without biases ``theta . phi = x (W_theta^T W_phi) x`` and ``o(P g) = (P x) (W_o W_g)^T``, so a block that
+        is narrower than the memory attends at its own width.
+        """
+        if self.theta.in_features < self.theta.out_features:
+            query = F.linear(tokens, self.phi.weight.mT @ self.theta.weight)
+            return F.linear(_attend(query, tokens, tokens), self.o.weight @ self.g.weight)
+        return self.o(_attend(self.theta(tokens), self.phi(tokens), self.g(tokens)))
+
+
+class DMWLA(PlainAttention):
+    """Dynamic memory weights-loss attention, ``x + o(intra-cluster + global)``.
 
     Args:
         channels: width c of the feature map.
@@ -34,6 +83,7 @@ class DMWLA(nn.Module):
         warmup_iterations: training steps of plain attention that fill the pool before K-means orders it.
         variant: ``"paper"``, or ``"release"``: the bank is written in evaluation too, and one warm-up step more
             follows the K-means.
+        attends_globally: whether the global interaction stays when the warm-up, which consists of it, has ended.
     """
 
     def __init__(
@@ -47,17 +97,15 @@ class DMWLA(nn.Module):
         replaced_columns: int = 50,
         warmup_iterations: int = 2000,
         variant: str = "paper",
+        attends_globally: bool = True,
     ):
-        super().__init__()
+        super().__init__(channels, feature_dim)
         check_variant(variant)
         if warmup_iterations < 1:
             raise NetworkError(f"warmup_iterations is {warmup_iterations}; K-means needs at least 1 step of samples")
         self.phi_k_momentum = phi_k_momentum
         self.written_in_evaluation = variant == "release"
-        self.theta = nn.Linear(channels, feature_dim, bias=False)
-        self.phi = nn.Linear(channels, feature_dim, bias=False)
-        self.g = nn.Linear(channels, feature_dim, bias=False)
-        self.o = nn.Linear(feature_dim, channels, bias=False)
+        self.attends_globally = attends_globally
         self.register_buffer("phi_k", self.phi.weight.detach().clone())  # (d, c), momentum copy of phi
         self.bank = PrototypeMemoryBank(
             feature_dim,
@@ -75,8 +123,9 @@ class DMWLA(nn.Module):
         height, width = x.shape[-2:]
         tokens = rearrange(x, "b c h w -> b (h w) c")
         writes = (self.training or self.written_in_evaluation) and self.bank.writable
-        update = self.global_interaction(tokens)
-        if self.bank.in_warmup:
+        in_warmup = self.bank.in_warmup
+        update = self.global_interaction(tokens) if in_warmup or self.attends_globally else 0
+        if in_warmup:
             if writes:
                 self.bank.sample(F.linear(tokens.detach(), self.phi.weight.detach()))
         else:
@@ -84,17 +133,6 @@ class DMWLA(nn.Module):
             if writes:
                 self._update_memory(tokens)
         return x + rearrange(update, "b (h w) c -> b c h w", h=height, w=width)
-
-    def global_interaction(self, tokens: Tensor) -> Tensor:
-        """Return o(softmax(theta . phi) g), (B, N, c), of tokens (B, N, c); the logits are not scaled.
-
-        Without biases ``theta . phi = x (W_theta^T W_phi) x`` and ``o(P g) = (P x) (W_o W_g)^T``, so a block that
-        is narrower than the memory attends at its own width.
-        """
-        if self.theta.in_features < self.theta.out_features:
-            query = F.linear(tokens, self.phi.weight.mT @ self.theta.weight)
-            return F.linear(_attend(query, tokens, tokens), self.o.weight @ self.g.weight)
-        return self.o(_attend(self.theta(tokens), self.phi(tokens), self.g(tokens)))
 
     def intra_cluster_interaction(self, tokens: Tensor) -> Tensor:
         """Return o(softmax(theta . columns) columns), (B, N, c), over the columns of each token's own cluster."""

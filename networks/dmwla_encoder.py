@@ -3,7 +3,7 @@
 from einops import rearrange
 from torch import Tensor, nn
 
-from networks.dmwla import DMWLA
+from networks.dmwla import attention_block
 from networks.dsgim import DSGIM
 from networks.layers import ImageInjection, resize
 
@@ -34,19 +34,31 @@ class DMWLAEncoder(nn.Module):
         widths: C_1 ... C_4.
         img_size: side in pixels to which the gated image is resized, a multiple of 32.
         variant: ``"paper"`` or ``"release"``.
+        attention: what the blocks are (``attention_block``).
+        dsgim: the similarities that DS-GIM keeps, or ``"none"``: no DS-GIM.
         dmwla_options: further arguments of each ``DMWLA``.
     """
 
-    def __init__(self, widths: tuple[int, ...], img_size: int, variant: str, **dmwla_options):
+    def __init__(
+        self,
+        widths: tuple[int, ...],
+        img_size: int,
+        variant: str,
+        attention: str = "dmwla",
+        dsgim: str = "both",
+        **dmwla_options,
+    ):
         super().__init__()
         self.img_size = img_size
         kernels, strides, previous = (7, 3, 3, 3), (4, 2, 2, 2), (3, *widths[:-1])
         self.patch_embeddings = nn.ModuleList(map(OverlapPatchEmbedding, previous, widths, kernels, strides))
         self.stages = nn.ModuleList(
-            nn.ModuleList(DMWLA(width, variant=variant, **dmwla_options) for _ in range(depth))
+            nn.ModuleList(attention_block(attention, width, variant=variant, **dmwla_options) for _ in range(depth))
             for width, depth in zip(widths, DEPTHS, strict=True)
         )
-        self.dsgim = DSGIM(widths[DSGIM_STAGE], DEPTHS[DSGIM_STAGE], variant)
+        self.dsgim = None
+        if dsgim != "none":
+            self.dsgim = DSGIM(widths[DSGIM_STAGE], DEPTHS[DSGIM_STAGE], variant, dsgim)
         self.injection = ImageInjection(widths)
 
     def forward(self, image: Tensor) -> list[Tensor]:
@@ -56,7 +68,7 @@ class DMWLAEncoder(nn.Module):
             features = embedding(features)
             for position, block in enumerate(blocks):
                 features = block(features)
-                if i == DSGIM_STAGE:
+                if i == DSGIM_STAGE and self.dsgim is not None:
                     features = self.dsgim(features, position)
             features = self.injection(features, image, i)
             outputs.append(features)

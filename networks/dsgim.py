@@ -10,8 +10,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from networks.errors import NetworkError
-from networks.layers import check_variant
+from networks.layers import check_choice, check_variant
 
+SIMILARITIES = ("both", "cosine", "euclidean")
 EXCLUDED = -100.0  # the score of a key that a branch leaves out
 
 
@@ -25,16 +26,20 @@ class DSGIM(nn.Module):
         channels: C, a multiple of 4.
         num_positions: how many places of the network share the module, at most 11.
         variant: ``"paper"`` or ``"release"``.
+        similarities: ``"both"``; ``"cosine"``, windows picked and decayed, then one softmax over all keys; or
+            ``"euclidean"``, keys parted into two branches, but no window decayed.
     """
 
-    def __init__(self, channels: int, num_positions: int = 6, variant: str = "paper"):
+    def __init__(self, channels: int, num_positions: int = 6, variant: str = "paper", similarities: str = "both"):
         super().__init__()
         check_variant(variant)
+        check_choice("similarities", similarities, SIMILARITIES)
         if channels % 4:
             raise NetworkError(f"channels is {channels}; DS-GIM takes a multiple of 4")
         if not 1 <= num_positions < len(decay_coefficients()):
             raise NetworkError(f"num_positions is {num_positions}; DS-GIM has decay coefficients for 1 to 11")
         self.variant = variant
+        self.decays_windows, self.parts_keys = similarities != "euclidean", similarities != "cosine"
         self.query = nn.Conv2d(channels, channels, 1)
         self.key = nn.Conv2d(channels, channels, 1)
         self.value = nn.Conv2d(channels, channels, 1)
@@ -59,7 +64,7 @@ class DSGIM(nn.Module):
             scores = query @ key.mT  # T (B, hw, hw), unscaled
             if self.variant == "release":  # image 0 is constant: no rounding of the product may say otherwise
                 scores = torch.cat([scores[:1, :1, :1].expand_as(scores[:1]), scores[1:]])
-            attention = self._branches(scores)
+            attention = self._branches(scores) if self.parts_keys else scores.softmax(-1)
         value = rearrange(self.value(x), "b c h w -> b (h w) c")
         out = self.fc(attention.to(value.dtype) @ value)
         out = rearrange(out, "b (h w) c -> b c h w", h=height, w=width)
@@ -70,6 +75,9 @@ class DSGIM(nn.Module):
     @torch.no_grad()
     def _decays(self, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """Return the factors (B, 1, h, w) of the query's and of the key's input."""
+        if not self.decays_windows:
+            whole = torch.ones_like(x[:, :1])
+            return whole, whole
         selected = select_windows(x)  # (B, 4)
         selected = rearrange(selected, "b (r c) -> b 1 r c", r=2)
         selected = selected.repeat_interleave(x.shape[-2] // 2, 2).repeat_interleave(x.shape[-1] // 2, 3)

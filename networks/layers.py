@@ -1,5 +1,7 @@
 """The small parts that both encoders and the decoder share."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,10 +11,41 @@ from networks.errors import NetworkError
 VARIANTS = ("paper", "release")
 
 
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raise a NetworkError, with the choices, for a ``value`` that is none of them."""
+    if value not in choices:
+        raise NetworkError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+
+
 def check_variant(variant: str) -> None:
     """Raise a NetworkError for a variant that there is not."""
-    if variant not in VARIANTS:
-        raise NetworkError(f"variant is {variant!r}; choose one of {', '.join(VARIANTS)}")
+    check_choice("variant", variant, VARIANTS)
+
+
+def check_images(num_classes: int, in_channels: int, img_size: int, size_step: int) -> None:
+    """Raise a NetworkError for classes, channels or an image side that no network here takes."""
+    if in_channels not in (1, 3):
+        raise NetworkError(f"in_channels is {in_channels}; images have 1 (grey) or 3 (colour)")
+    if num_classes < 2:
+        raise NetworkError(f"num_classes is {num_classes}; it counts background, so at least 2")
+    check_size("img_size", img_size, size_step)
+
+
+def check_size(name: str, size: int, step: int) -> None:
+    """Raise a NetworkError, with the nearest sides that fit, for one that is no multiple of ``step`` pixels."""
+    if size <= 0 or size % step:
+        below = max(size // step * step, step)
+        choices = f"{below}" if size < step else f"{below} or {below + step}"
+        raise NetworkError(f"{name} is {size}; it must be a multiple of {step}: the nearest is {choices}")
+
+
+def check_input(x: Tensor, in_channels: int, img_size: int) -> None:
+    """Raise a NetworkError for images that are not (B, in_channels, img_size, img_size)."""
+    if x.ndim != 4 or tuple(x.shape[1:]) != (in_channels, img_size, img_size):
+        raise NetworkError(
+            f"the input has shape {tuple(x.shape)}; this network takes (B, {in_channels}, {img_size}, {img_size}): "
+            "resize the images, or build it with another img_size or in_channels"
+        )
 
 
 def resize(x: Tensor, size: int | tuple[int, int]) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import timm
+import torch
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
@@ -52,6 +53,28 @@ class MaxViTEncoder(nn.Module):
         return outputs
 
 
+def scale_widths(scale: str) -> tuple[int, ...]:
+    """Return the widths C_1 ... C_4 of a scale's encoder."""
+    with torch.device("meta"):  # no memory, no random numbers
+        stages = timm.create_model(_model_name(scale), num_classes=0).feature_info[1:]
+    return tuple(stage["num_chs"] for stage in stages)
+
+
+def weights_file(scale: str) -> Path:
+    """Return where the ImageNet weights of ``scale`` are expected.
+
+    Raises:
+        NetworkError: there is no such scale, or nobody published a file for it.
+    """
+    path = pretrained_file(scale)
+    if path is None:
+        raise NetworkError(
+            f"nobody published a weight file of scale {scale}: try --pretrained hub, or --pretrained none to train "
+            "from random weights"
+        )
+    return path
+
+
 def pretrained_file(scale: str) -> Path | None:
     """Return where the ImageNet weights of ``scale`` are expected, or None where nobody published any."""
     url = timm.get_pretrained_cfg(_model_name(scale)).url
@@ -71,7 +94,7 @@ def _backbone(scale: str, img_size: int, pretrained: str | Path | None) -> nn.Mo
             return timm.create_model(name, pretrained=True, img_size=img_size, num_classes=0)
         except Exception as error:  # no network, no such weights, a broken cache: timm raises many kinds
             raise NetworkError(
-                f"timm could not fetch the weights of {name} ({type(error).__name__}); {_where_from(scale)}"
+                f"timm could not fetch the weights of {name} ({type(error).__name__}); {where_from(scale)}"
             ) from error
     backbone = timm.create_model(name, pretrained=False, img_size=img_size, num_classes=0)
     if pretrained is not None:
@@ -81,14 +104,14 @@ def _backbone(scale: str, img_size: int, pretrained: str | Path | None) -> nn.Mo
 
 def _load_file(backbone: nn.Module, path: Path, scale: str) -> None:
     if not path.is_file():
-        raise NetworkError(f"no pretrained weights at {path}; {_where_from(scale)}")
+        raise NetworkError(f"no pretrained weights at {path}; {where_from(scale)}")
     try:
         weights = load_state_dict(str(path), weights_only=True)
         weights = {name: value for name, value in weights.items() if name.startswith(("stem.", "stages."))}
         shapes = {name: value.shape for name, value in weights.items()}
     except Exception as error:  # torch and safetensors raise many kinds for a file that is not theirs
         raise NetworkError(
-            f"{path} is not a readable weight file ({type(error).__name__}); {_where_from(scale)}"
+            f"{path} is not a readable weight file ({type(error).__name__}); {where_from(scale)}"
         ) from error
     expected = {n: v.shape for n, v in backbone.state_dict().items() if n.startswith(("stem.", "stages."))}
     unfit = sorted(set(shapes) ^ set(expected))
@@ -96,12 +119,13 @@ def _load_file(backbone: nn.Module, path: Path, scale: str) -> None:
     if unfit:
         raise NetworkError(
             f"{path} does not fit {SCALES[scale]} ({len(unfit)} tensors differ, such as {unfit[0]}); "
-            f"{_where_from(scale)}"
+            f"{where_from(scale)}"
         )
     backbone.load_state_dict(weights, strict=False)
 
 
-def _where_from(scale: str) -> str:
+def where_from(scale: str) -> str:
+    """Return where weights of ``scale`` can be had and where they are to lie, for messages."""
     path, config = pretrained_file(scale), timm.get_pretrained_cfg(SCALES[scale])
     otherwise = "or start from random weights (pretrained=None, --pretrained none)"
     if path is not None:

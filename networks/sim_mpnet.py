@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from networks.decoder import Decoder
-from networks.dmwla import PrototypeMemoryBank
+from networks.dmwla import ATTENTIONS, PrototypeMemoryBank
 from networks.dmwla_encoder import DMWLAEncoder
+from networks.dsgim import SIMILARITIES
 from networks.errors import NetworkError
-from networks.layers import check_variant, resize
-from networks.maxvit import MaxViTEncoder
+from networks.layers import check_choice, check_images, check_input, check_size, check_variant, resize
+from networks.maxvit import MaxViTEncoder, scale_widths
 
 SIZE_STEP = 32  # the deepest stage has stride 32
+ENCODERS = ("both", "maxvit", "dmwla")
+LOSSES = ("subset", "last")
 
 
 class SimMPNet(nn.Module):
@@ -42,8 +45,16 @@ class SimMPNet(nn.Module):
         replaced_columns: K before W-LD changes it.
         warmup_iterations: training steps before the memory is used.
 
+    Ablations, each of which leaves a part out:
+        attention: ``"dmwla"``; ``"plain"``: without DMW-LA, that is without the memory and its intra-cluster
+            interaction; ``"intra_cluster"``: without the global interaction, once the warm-up has ended.
+        dsgim: ``"both"`` similarities of DS-GIM, only ``"cosine"``, only ``"euclidean"``, or ``"none"``: no DS-GIM.
+        encoders: ``"both"``, only ``"maxvit"``, or only ``"dmwla"``; the decoder's maps keep their sizes.
+        loss: ``"subset"``, of all combinations of four logit maps; or ``"last"``: the decoder's last layer has the
+            only head, so that training and prediction see its map alone.
+
     Raises:
-        NetworkError: a scale, variant, channel count or size that there is not, or weights that do not fit.
+        NetworkError: a scale, variant, ablation, channel count or size that there is not, or weights that do not fit.
     """
 
     def __init__(
@@ -64,20 +75,25 @@ class SimMPNet(nn.Module):
         phi_k_momentum: float = 0.95,
         replaced_columns: int = 50,
         warmup_iterations: int = 2000,
+        attention: str = "dmwla",
+        dsgim: str = "both",
+        encoders: str = "both",
+        loss: str = "subset",
     ):
         super().__init__()
         # Everything that rebuilds this network, but not the weights it started from.
         num_clusters = num_classes if num_clusters is None else num_clusters
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__", "pretrained")}
         check_variant(variant)
-        if in_channels not in (1, 3):
-            raise NetworkError(f"in_channels is {in_channels}; images have 1 (grey) or 3 (colour)")
-        if num_classes < 2:
-            raise NetworkError(f"num_classes is {num_classes}; it counts background, so at least 2")
-        _check_size("img_size", img_size)
-        _check_size("img_size_dmwla", img_size_dmwla)
+        check_images(num_classes, in_channels, img_size, SIZE_STEP)
+        check_size("img_size_dmwla", img_size_dmwla, SIZE_STEP)
+        check_choice("attention", attention, ATTENTIONS)
+        check_choice("dsgim", dsgim, (*SIMILARITIES, "none"))
+        check_choice("encoders", encoders, ENCODERS)
+        check_choice("loss", loss, LOSSES)
 
-        memory = dict(
+        blocks = dict(
+            attention=attention,
             columns_per_cluster=columns_per_cluster,
             pool_momentum=pool_momentum,
             phi_k_momentum=phi_k_momentum,
@@ -87,54 +103,60 @@ class SimMPNet(nn.Module):
         self.stem = nn.Identity()
         if in_channels == 1:
             self.stem = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3), nn.ReLU(inplace=True))
-        self.maxvit = MaxViTEncoder(model_scale, img_size, pretrained)
-        widths = self.maxvit.widths
-        self.gate = nn.Conv2d(widths[-1], 1, 1)
-        self.dmwla_encoder = DMWLAEncoder(
-            widths,
-            img_size_dmwla,
-            variant,
-            feature_dim=feature_dim,
-            num_clusters=num_clusters,
-            **memory,
-        )
+        self.maxvit = self.gate = self.dmwla_encoder = None
+        if encoders != "dmwla":
+            self.maxvit = MaxViTEncoder(model_scale, img_size, pretrained)
+        elif pretrained is not None:
+            raise NetworkError(f"pretrained is {pretrained}, but encoders='dmwla' has no MaxViT: leave one of them out")
+        widths = self.maxvit.widths if self.maxvit is not None else scale_widths(model_scale)
+        if encoders == "both":
+            self.gate = nn.Conv2d(widths[-1], 1, 1)
+        if encoders != "maxvit":
+            self.dmwla_encoder = DMWLAEncoder(
+                widths,
+                img_size_dmwla,
+                variant,
+                dsgim=dsgim,
+                feature_dim=feature_dim,
+                num_clusters=num_clusters,
+                **blocks,
+            )
         self.decoder = Decoder(
-            widths, variant, feature_dim=decoder_feature_dim, num_clusters=decoder_num_clusters, **memory
+            widths, variant, feature_dim=decoder_feature_dim, num_clusters=decoder_num_clusters, **blocks
         )
-        self.heads = nn.ModuleList(nn.Conv2d(width, num_classes, 1) for width in reversed(widths))
+        with_head = widths if loss == "subset" else widths[:1]
+        self.heads = nn.ModuleList(nn.Conv2d(width, num_classes, 1) for width in reversed(with_head))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the four logit maps, deepest first, each (B, num_classes, S, S); their sum's argmax predicts.
 
+        With ``loss="last"`` there is only the last of them.
+
         Args:
             x: images (B, in_channels, S, S), S = ``img_size``.
         """
-        self._check_input(x)
+        check_input(x, self.config["in_channels"], self.config["img_size"])
         size = x.shape[-1]
         x = self.stem(x)  # (B, 3, S, S)
-        f = self.maxvit(x)  # f_i (B, C_i, S / 2^(i+1), S / 2^(i+1))
-        gate = resize(torch.sigmoid(self.gate(f[-1])), size)  # (B, 1, S, S)
-        e = self.dmwla_encoder(x * gate)  # e_i (B, C_i, s / 2^(i+1), s / 2^(i+1)), s = img_size_dmwla
-        skips = [e_i + resize(f_i, e_i.shape[-2:]) for e_i, f_i in zip(e, f, strict=True)]
+        if self.gate is None:
+            skips = self._skips_of_one_encoder(x)
+        else:
+            f = self.maxvit(x)  # f_i (B, C_i, S / 2^(i+1), S / 2^(i+1))
+            gate = resize(torch.sigmoid(self.gate(f[-1])), size)  # (B, 1, S, S)
+            e = self.dmwla_encoder(x * gate)  # e_i (B, C_i, s / 2^(i+1), s / 2^(i+1)), s = img_size_dmwla
+            skips = [e_i + resize(f_i, e_i.shape[-2:]) for e_i, f_i in zip(e, f, strict=True)]
         d = self.decoder(skips)  # d_4 ... d_1
-        return [resize(head(d_i), size) for head, d_i in zip(self.heads, d, strict=True)]
+        return [resize(head(d_i), size) for head, d_i in zip(self.heads, d[-len(self.heads) :], strict=True)]
 
     def memory_banks(self, decoder: bool = True) -> Iterator[PrototypeMemoryBank]:
         """Yield every bank, those of the encoder first; without the decoder's on request."""
         for room in (self.dmwla_encoder, self.decoder) if decoder else (self.dmwla_encoder,):
-            yield from (module for module in room.modules() if isinstance(module, PrototypeMemoryBank))
+            if room is not None:
+                yield from (module for module in room.modules() if isinstance(module, PrototypeMemoryBank))
 
-    def _check_input(self, x: Tensor) -> None:
-        channels, size = self.config["in_channels"], self.config["img_size"]
-        if x.ndim != 4 or tuple(x.shape[1:]) != (channels, size, size):
-            raise NetworkError(
-                f"the input has shape {tuple(x.shape)}; this network takes (B, {channels}, {size}, {size}): "
-                "resize the images, or build it with another img_size or in_channels"
-            )
-
-
-def _check_size(name: str, size: int) -> None:
-    if size <= 0 or size % SIZE_STEP:
-        below = max(size // SIZE_STEP * SIZE_STEP, SIZE_STEP)
-        choices = f"{below}" if size < SIZE_STEP else f"{below} or {below + SIZE_STEP}"
-        raise NetworkError(f"{name} is {size}; it must be a multiple of {SIZE_STEP}: the nearest is {choices}")
+    def _skips_of_one_encoder(self, x: Tensor) -> list[Tensor]:
+        """Return s_i, (B, C_i, s / 2^(i+1), s / 2^(i+1)), of images (B, 3, S, S) where an ablation left one encoder."""
+        if self.maxvit is None:
+            return self.dmwla_encoder(x)
+        size = self.config["img_size_dmwla"]
+        return [resize(f_i, size // 2 ** (i + 1)) for i, f_i in enumerate(self.maxvit(x), 1)]
