@@ -1,21 +1,27 @@
-"""The network of the paper, one file per idea."""
+"""The network of the paper, one file per idea, and networks to compare with."""
 
+from networks import baselines  # noqa: F401, which registers them
 from networks.dmwla import DMWLA, PrototypeMemoryBank
 from networks.dsgim import DSGIM
 from networks.errors import NetworkError
 from networks.layers import VARIANTS
 from networks.maxvit import SCALES, pretrained_file
+from networks.registry import NETWORKS, build, default_weights, register
 from networks.release import load_release_state_dict
 from networks.sim_mpnet import SimMPNet
 
 __all__ = [
     "DMWLA",
     "DSGIM",
+    "NETWORKS",
     "SCALES",
     "VARIANTS",
     "NetworkError",
     "PrototypeMemoryBank",
     "SimMPNet",
+    "build",
+    "default_weights",
     "load_release_state_dict",
     "pretrained_file",
+    "register",
 ]

@@ -116,7 +116,7 @@ def predict_volume(
     device: torch.device | str = "cpu",
     amp_dtype: torch.dtype | None = None,
 ) -> np.ndarray:
-    """Predict the class of every voxel: slices to S x S, arg max of the four summed logit maps, and back.
+    """Predict the class of every voxel: slices to S x S, arg max of the summed logit maps, and back.
 
     Gives uint8 (D, H, W). The model must be on `device`; it predicts in evaluation mode and leaves in the
     mode it came in. `batch_size` slices go through at a time, under autocast if `amp_dtype` is given.

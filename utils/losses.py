@@ -1,4 +1,4 @@
-"""The loss over all combinations of the four logit maps."""
+"""The loss over all combinations of the logit maps."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ def subset_loss(logits: Sequence[Tensor], label: Tensor, ce_weight: float = 0.3,
     squares in the denominator, averaged over all classes, background too.
 
     Args:
-        logits: maps (B, num_classes, S, S); four of them give 15 subsets.
+        logits: maps (B, num_classes, S, S); four of them give 15 subsets, one gives one.
         label: int64 (B, S, S), ids below num_classes.
         ce_weight: weight of each subset's cross entropy.
         dice_weight: weight of each subset's Dice loss.

@@ -1,0 +1,123 @@
+"""Every network by its name, Sim-MPNet and the baselines; ``docs/adding_a_network.md`` adds one's own.
+
+What a name builds has the interface of Sim-MPNet, which is all that training, testing and prediction know of it:
+images (B, in_channels, S, S) give a list of logit maps (B, num_classes, S, S) whose sum's argmax predicts, ``config``
+holds the arguments that rebuild it, and ``memory_banks`` yields its memories, of which a baseline has none.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from networks.errors import NetworkError
+from networks.layers import check_choice, check_images, check_input, resize
+from networks.maxvit import weights_file
+from networks.sim_mpnet import SIZE_STEP, SimMPNet
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {}
+"""Name, as ``--network`` and the checkpoints have it, and what builds the network."""
+NEEDED = ("num_classes", "in_channels", "img_size")
+_DEFAULT_WEIGHTS: dict[str, Callable[[Mapping[str, Any]], str | Path | None]] = {}
+
+
+def register(
+    name: str,
+    size_step: int = 32,
+    default_weights: Callable[[Mapping[str, Any]], str | Path | None] = lambda options: None,
+) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
+    """Enter the builder below it, a function or a class, as the network ``name``.
+
+    The builder takes ``num_classes``, ``in_channels`` and ``img_size``; ``pretrained`` too if there are weights to
+    start from; and whatever else it likes, with an int, float or str as default: each becomes a flag of the training
+    scripts, or shares the flag, and the default, that has its name already. It returns a network whose forward gives
+    one logit map, or a list of them, of any size. Of classes, channels and size what cannot be is answered before.
+
+    Args:
+        name: not in use yet.
+        size_step: sides of an image are multiples of this, in pixels.
+        default_weights: gives of the arguments what ``pretrained`` is where ``--pretrained`` says nothing.
+
+    Raises:
+        NetworkError: the name is in use, or the builder lacks an argument.
+    """
+    if name in NETWORKS:
+        raise NetworkError(f"there is a network {name} already: choose another name")
+
+    def enter(builder: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        signature = inspect.signature(builder)
+        lacking = [needed for needed in NEEDED if needed not in signature.parameters]
+        if lacking:
+            raise NetworkError(f"the builder of network {name} lacks {', '.join(lacking)}: give it such arguments")
+
+        @functools.wraps(builder, updated=())
+        def build_and_name(*args, **options) -> nn.Module:
+            if "pretrained" not in signature.parameters and options.pop("pretrained", None) is not None:
+                raise NetworkError(f"network {name} has no pretrained weights: leave pretrained out, or at none")
+            try:
+                given = signature.bind(*args, **options)
+            except TypeError as error:
+                raise NetworkError(f"network {name}: {error}") from error
+            given.apply_defaults()
+            config = {key: value for key, value in given.arguments.items() if key != "pretrained"}
+            check_images(config["num_classes"], config["in_channels"], config["img_size"], size_step)
+            network = builder(*given.args, **given.kwargs)
+            if not hasattr(network, "memory_banks"):
+                network = Baseline(network, config)
+            network.config = {"network": name} | network.config
+            return network
+
+        NETWORKS[name], _DEFAULT_WEIGHTS[name] = build_and_name, default_weights
+        return build_and_name
+
+    return enter
+
+
+def build(network: str = "sim_mpnet", **options) -> nn.Module:
+    """Return the network of a name, built with its arguments; ``build(**model.config)`` builds another such.
+
+    Raises:
+        NetworkError: there is no such network, its library is not installed, or an argument does not fit it.
+    """
+    check_choice("network", network, NETWORKS)
+    return NETWORKS[network](**options)
+
+
+def default_weights(network: str, options: Mapping[str, Any]) -> str | Path | None:
+    """Return what ``pretrained`` is of a network with such arguments where the user says nothing."""
+    return _DEFAULT_WEIGHTS[network](options)
+
+
+class Baseline(nn.Module):
+    """Gives a network of one logit map the interface of Sim-MPNet.
+
+    Args:
+        net: takes images (B, in_channels, S, S) to a logit map (B, num_classes, h, w), or to a list of them.
+        config: the arguments that rebuild it.
+    """
+
+    def __init__(self, net: nn.Module, config: Mapping[str, Any]):
+        super().__init__()
+        self.net = net
+        self.config = dict(config)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Return the logit maps, each (B, num_classes, S, S), of images (B, in_channels, S, S), S = ``img_size``."""
+        check_input(x, self.config["in_channels"], self.config["img_size"])
+        maps = self.net(x)
+        maps = list(maps) if isinstance(maps, list | tuple) else [maps]
+        return [m if m.shape[-2:] == x.shape[-2:] else resize(m, x.shape[-2:]) for m in maps]
+
+    def memory_banks(self, decoder: bool = True) -> Iterator[nn.Module]:
+        """Yield nothing: a baseline remembers nothing."""
+        yield from ()
+
+
+def _weights_of_sim_mpnet(options: Mapping[str, Any]) -> Path | None:
+    return None if options["encoders"] == "dmwla" else weights_file(options["model_scale"])
+
+
+register("sim_mpnet", SIZE_STEP, _weights_of_sim_mpnet)(SimMPNet)
