@@ -22,7 +22,7 @@ import torch
 from benchmarks.measure import machine, peak_memory, time_sides
 from datasets import DATASETS, DataError, VolumeDataset
 from datasets.image_sets import images_of
-from networks import NetworkError, SimMPNet, load_release_state_dict
+from networks import NETWORKS, NetworkError, build, load_release_state_dict
 from utils.arguments import training_parser
 from utils.checkpoint import build_network, load_checkpoint
 from utils.cli import ArgumentParser, pick_device, run_script
@@ -98,14 +98,14 @@ def find_runs(given: Sequence[str], output_dir: Path) -> list[tuple[str | None, 
 
 def training_defaults() -> dict[str, dict]:
     """Return the arguments of training that a run has where its user said nothing, by data set."""
-    return {name: vars(training_parser("", SimMPNet, info).parse_args([])) for name, info in DATASETS.items()}
+    return {name: vars(training_parser("", NETWORKS, info).parse_args([])) for name, info in DATASETS.items()}
 
 
 def load(method: Method) -> torch.nn.Module:
     """Rebuild the network of a method's first seed."""
     path = method.runs[0].checkpoint
     channels = 3 if DATASETS[method.dataset].planar else 1
-    return build_network(load_checkpoint(path), path, SimMPNet, load_release_state_dict, channels).eval()
+    return build_network(load_checkpoint(path), path, build, load_release_state_dict, channels).eval()
 
 
 def measured(models: Mapping[Key, torch.nn.Module], costs: Mapping[Key, Cost], args: Namespace) -> dict[Key, Cost]:

@@ -36,7 +36,7 @@ from datasets import (
 )
 from datasets.images import ENDINGS as IMAGE_ENDINGS
 from datasets.scan import NIFTI_ENDINGS, scan_name
-from networks import NetworkError, SimMPNet, load_release_state_dict
+from networks import NetworkError, build, load_release_state_dict
 from utils.checkpoint import build_network, load_checkpoint
 from utils.cli import ArgumentParser, pick_device, run_script, seed_everything, set_precision
 from utils.errors import RunError
@@ -88,7 +88,7 @@ class Predictor:
         set_precision(amp)
         self.device, self.amp_dtype, self.batch_size = pick_device(device), AMP_DTYPES[amp], batch_size
         channels = 3 if self.planar else 1
-        self.model = build_network(state, checkpoint, SimMPNet, load_release_state_dict, channels).to(self.device)
+        self.model = build_network(state, checkpoint, build, load_release_state_dict, channels).to(self.device)
         num_classes, takes = self.model.config["num_classes"], self.model.config["in_channels"]
         self.class_names = tuple(data["class_names"] if data else facts.names_for(num_classes))
         if (num_classes, takes) != (len(self.class_names) + 1, channels):

@@ -9,7 +9,7 @@ TransUNet's ready-made volumes, and a checkpoint of the authors' release:
 """
 
 from datasets import DataError, VolumeDataset, synapse
-from networks import NetworkError, SimMPNet, load_release_state_dict
+from networks import NetworkError, build, load_release_state_dict
 from utils.arguments import testing_parser
 from utils.cli import run_script
 from utils.launch import test
@@ -24,7 +24,7 @@ def main() -> None:
         order = info.label_order(args.label_order, num_classes)
         return VolumeDataset(args.volume_path, args.list_dir, args.split, num_classes, order, args.cases)
 
-    test(args, info, open_volumes, SimMPNet, load_release_state_dict)
+    test(args, info, open_volumes, build, load_release_state_dict)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ The paper's settings, on one GPU:
     python train_acdc.py
 Another size, schedule or precision:
     python train_acdc.py --img_size 224 --lr_schedule cosine --amp bf16 --output_dir runs/acdc_224
+A network to compare with, or an ablation (docs/comparing.md):
+    python train_acdc.py --network unet --output_dir runs/acdc_unet
+    python train_acdc.py --attention plain --output_dir runs/acdc_plain
 Go on after an interruption, or start:
     python train_acdc.py --resume auto
 On the four GPUs of a machine, batches of 4 x 5:
@@ -16,7 +19,7 @@ from pathlib import Path
 
 from datasets import DataError, SliceDataset, VolumeDataset, acdc
 from datasets.verify import quick_check
-from networks import NetworkError, SimMPNet, pretrained_file
+from networks import NETWORKS, NetworkError, default_weights
 from utils.arguments import parse_training, training_parser
 from utils.cli import run_script
 from utils.launch import train
@@ -27,8 +30,8 @@ SPLITS = {"val": ("train", "val"), "test": ("trainval", "test")}
 
 def main() -> None:
     info = acdc.INFO
-    parser = training_parser(__doc__, SimMPNet, info, output_dir="runs/acdc", feature_dim=128)
-    args, checkpoint = parse_training(parser, SimMPNet, SPLITS)
+    parser = training_parser(__doc__, NETWORKS, info, output_dir="runs/acdc", feature_dim=128)
+    args, checkpoint = parse_training(parser, NETWORKS, SPLITS)
     info.require(args.root_path, args.volume_path)
 
     train_set = SliceDataset(
@@ -37,7 +40,7 @@ def main() -> None:
     )  # fmt: skip
     val_set = VolumeDataset(args.volume_path, args.list_dir, args.val_split, args.num_classes)
     quick_check(train_set, val_set, info, Path(args.list_dir, "test.txt"))
-    train(args, checkpoint, info, train_set, val_set, SimMPNet, pretrained_file)
+    train(args, checkpoint, info, train_set, val_set, NETWORKS, default_weights)
 
 
 if __name__ == "__main__":

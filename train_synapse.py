@@ -6,6 +6,9 @@ The habit of the field, the best epoch chosen on the test volumes, as every tabl
     python train_synapse.py --select test --select_from_epoch 100
 TransUNet's ready-made files:
     python train_synapse.py --label_order transunet
+A network to compare with, or an ablation (docs/comparing.md):
+    python train_synapse.py --network unet --output_dir runs/synapse_unet
+    python train_synapse.py --attention plain --output_dir runs/synapse_plain
 Go on after an interruption, or start:
     python train_synapse.py --resume auto
 On the four GPUs of a machine, batches of 4 x 5:
@@ -16,7 +19,7 @@ from pathlib import Path
 
 from datasets import DataError, SliceDataset, VolumeDataset, synapse
 from datasets.verify import quick_check
-from networks import NetworkError, SimMPNet, pretrained_file
+from networks import NETWORKS, NetworkError, default_weights
 from utils.arguments import parse_training, training_parser
 from utils.cli import run_script
 from utils.launch import train
@@ -27,14 +30,14 @@ SPLITS = {"val": ("train", "train"), "test": ("train", "test_vol")}
 
 def main() -> None:
     info = synapse.INFO
-    parser = training_parser(__doc__, SimMPNet, info, output_dir="runs/synapse", feature_dim=256)
+    parser = training_parser(__doc__, NETWORKS, info, output_dir="runs/synapse", feature_dim=256)
     parser.add_argument(
         "--val_cases",
         nargs="+",
         default=synapse.validation_cases(),
         help="cases of the training list that validate and do not train, where --select is val",
     )
-    args, checkpoint = parse_training(parser, SimMPNet, SPLITS)
+    args, checkpoint = parse_training(parser, NETWORKS, SPLITS)
     order = info.label_order(args.label_order, args.num_classes)
     info.require(args.root_path)
 
@@ -49,7 +52,7 @@ def main() -> None:
         info.require(args.volume_path)
         val_set = VolumeDataset(args.volume_path, args.list_dir, args.val_split, args.num_classes, order)
     quick_check(train_set, val_set, info, Path(args.list_dir, "test_vol.txt"))
-    train(args, checkpoint, info, train_set, val_set, SimMPNet, pretrained_file)
+    train(args, checkpoint, info, train_set, val_set, NETWORKS, default_weights)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,7 @@ class SimMPNet(nn.Module):
         check_choice("encoders", encoders, ENCODERS)
         check_choice("loss", loss, LOSSES)
 
+        self.leaves_parameters_out = attention == "intra_cluster"  # which several processes must know
         blocks = dict(
             attention=attention,
             columns_per_cluster=columns_per_cluster,

@@ -10,7 +10,7 @@ from torch import nn
 
 from datasets import DatasetInfo, Preprocessing
 from datasets.training_set import TrainingSet
-from networks import DMWLA, SimMPNet
+from networks import DMWLA, NETWORKS
 from utils.arguments import network_arguments, parse_training, training_parser
 from utils.cli import seed_everything
 from utils.training import DataFacts, Trainer
@@ -86,8 +86,8 @@ def parse(folder: Path, *flags: str):
         "--model_scale pico --pretrained none --img_size 64 --img_size_dmwla 64 --feature_dim 16 --num_workers 0 "
         "--decoder_feature_dim 16 --columns_per_cluster 20 --warmup_iterations 3 --batch_size 2 --max_epochs 2"
     )
-    parser = training_parser("test", SimMPNet, DRAWINGS, output_dir=folder)
-    return parse_training(parser, SimMPNet, SPLITS, [*small.split(), *flags])
+    parser = training_parser("test", NETWORKS, DRAWINGS, output_dir=folder)
+    return parse_training(parser, NETWORKS, SPLITS, [*small.split(), *flags])
 
 
 def trainer(
@@ -100,7 +100,7 @@ def trainer(
 ) -> Trainer:
     args, checkpoint = parse(folder, *flags)
     seed_everything(args.seed, deterministic=True)
-    model = network(**network_arguments(args, SimMPNet))
+    model = network(**network_arguments(args, NETWORKS))
     val_set = [DrawnVolume(str(i)) for i in range(volumes)]
     made = Trainer(model, Drawings(slices), val_set, DataFacts("drawings", NAMES), args, torch.device(device))
     if checkpoint:

@@ -24,6 +24,8 @@ VARIANT_DEFAULTS = {
 }
 Splits = Mapping[str, tuple[str, str]]
 """For each choice of ``--select`` the lists to train on and to choose the best epoch on."""
+Networks = Mapping[str, Callable[..., Any]]
+"""For each choice of ``--network`` what builds it: `networks.NETWORKS`."""
 
 
 class Dataset(Protocol):
@@ -45,12 +47,13 @@ class Dataset(Protocol):
     def doubts(self, label: Any, num_classes: int) -> list[str]: ...
 
 
-def training_parser(description: str, network: Callable, dataset: Dataset, **defaults: Any) -> ArgumentParser:
+def training_parser(description: str, networks: Networks, dataset: Dataset, **defaults: Any) -> ArgumentParser:
     """Return the parser of a training script.
 
     Args:
         description: the script's docstring.
-        network: the class to be trained; arguments that it takes have its defaults.
+        networks: what can be trained, the default first, whose arguments have its defaults. An argument that only
+            another one takes is added as a flag.
         dataset: what is trained on.
         defaults: what the data set changes.
     """
@@ -91,6 +94,14 @@ def training_parser(description: str, network: Callable, dataset: Dataset, **def
         )
 
     model = parser.add_argument_group("network")
+    first = next(iter(networks))
+    model.add_argument(
+        "--network", default=first, choices=networks, help="what is trained; a flag that another one has is refused"
+    )
+    model.add_argument("--attention", help="dmwla, plain (without DMW-LA), or intra_cluster (without the global one)")
+    model.add_argument("--dsgim", help="both similarities, only cosine, only euclidean, or none: no DS-GIM")
+    model.add_argument("--encoders", help="both, only maxvit, or only dmwla")
+    model.add_argument("--loss", help="subset: of all combinations of the four maps; last: of the last layer's alone")
     model.add_argument(
         "--variant", choices=list(VARIANT_DEFAULTS), help="release computes what the authors' program does"
     )
@@ -98,8 +109,8 @@ def training_parser(description: str, network: Callable, dataset: Dataset, **def
     model.add_argument("--img_size_dmwla", type=int, help="side of the DMW-LA encoder's image")
     model.add_argument(
         "--pretrained",
-        help="ImageNet weights of the MaxViT encoder: a file, hub (timm's download), or none for random weights; "
-        "default: the file of the scale in pretrained_pth/maxvit",
+        help="ImageNet weights of the encoder: a file (MaxViT), hub (the library's download), or none for random "
+        "weights; default: the file of the scale in pretrained_pth/maxvit, hub, or none where nobody published any",
     )
     model.add_argument("--feature_dim", type=int, help="memory width d in the encoder")
     model.add_argument("--num_clusters", type=int, help="clusters in the encoder; default: num_classes")
@@ -110,6 +121,7 @@ def training_parser(description: str, network: Callable, dataset: Dataset, **def
     model.add_argument("--phi_k_momentum", type=float, help="share of phi_k that an update keeps")
     model.add_argument("--replaced_columns", type=int, help="K, before W-LD changes it; never more than M are")
     model.add_argument("--warmup_iterations", type=int, help="iterations before the memory is used")
+    model.add_argument("--wld", default="loss", choices=["loss", "none"], help="how K changes: by the loss, or never")
     model.add_argument("--wld_start_epoch", type=int, default=100, help="first epoch in which W-LD changes K")
 
     optimisation = parser.add_argument_group("optimisation")
@@ -158,7 +170,13 @@ def training_parser(description: str, network: Callable, dataset: Dataset, **def
     _add_device(run)
     folders = {"root_path": dataset.root_path, "volume_path": dataset.volume_path, "list_dir": dataset.list_dir}
     facts = folders | {"num_classes": dataset.num_classes, "pretrained": None}
-    parser.set_defaults(**network_defaults(network) | facts | defaults)
+    known = network_defaults(networks[first])
+    for name, network in networks.items():
+        for option, default in network_defaults(network).items():
+            if option not in {*known, *vars(parser.parse_args([]))}:
+                kind = {bool: int, type(None): str}.get(type(default), type(default))
+                model.add_argument(f"--{option}", type=kind, default=default, help=f"of {name}")
+    parser.set_defaults(**known | facts | defaults)
     return parser
 
 
@@ -193,7 +211,7 @@ def testing_parser(description: str, dataset: Dataset) -> ArgumentParser:
 
 
 def parse_training(
-    parser: ArgumentParser, network: Callable, splits: Splits, argv: list[str] | None = None
+    parser: ArgumentParser, networks: Networks, splits: Splits, argv: list[str] | None = None
 ) -> tuple[Namespace, dict | None]:
     """Return the merged arguments and, when resuming, the checkpoint.
 
@@ -226,11 +244,17 @@ def parse_training(
         parser.set_defaults(**saved | {"output_dir": str(resume.parent)})
         args = parser.parse_args(argv)
         args.resume = resume
-        _check_resumed(args, saved, checkpoint["network"], checkpoint["iteration"])
+        name = checkpoint["network"].get("network", next(iter(networks)))
+        if not isinstance(name, str) or name not in networks:
+            raise RunError(f"{resume} holds a network unknown here, {name!r}: import its file in networks/__init__.py")
+        # an older checkpoint does not know every argument
+        trained = {"network": name} | network_defaults(networks[name]) | checkpoint["network"]
+        _check_resumed(args, saved, trained, checkpoint["iteration"])
     elif last.exists():
         raise RunError(
             f"{args.output_dir} holds a run already: go on with --resume auto, or choose another --output_dir"
         )
+    _check_flags_of(args.network, networks, _typed(parser, argv), args.pretrained)
     if args.num_clusters is None:
         args.num_clusters = args.num_classes
     for name, value in VARIANT_DEFAULTS[args.variant].items():
@@ -251,9 +275,9 @@ def network_defaults(network: Callable) -> dict[str, Any]:
     return {p.name: None if p.default is p.empty else p.default for p in parameters if p.name != "pretrained"}
 
 
-def network_arguments(args: Namespace, network: Callable) -> dict[str, Any]:
+def network_arguments(args: Namespace, networks: Networks) -> dict[str, Any]:
     """Return those of the arguments that build the network."""
-    return {name: getattr(args, name) for name in network_defaults(network)}
+    return {name: getattr(args, name) for name in network_defaults(networks[args.network])}
 
 
 def check_n_gpu(args: Namespace) -> None:
@@ -320,6 +344,27 @@ def _iteration_of(path: Path) -> int:
         return load_checkpoint(path)["iteration"]
     except (RunError, KeyError):
         return 0
+
+
+def _typed(parser: ArgumentParser, argv: list[str]) -> set[str]:
+    """Return the names of the arguments that the user has typed."""
+    untouched = object()
+    blank = Namespace(**dict.fromkeys(vars(parser.parse_args([])), untouched))
+    return {name for name, value in vars(parser.parse_args(argv, blank)).items() if value is not untouched}
+
+
+def _check_flags_of(name: str, networks: Networks, typed: set[str], pretrained: str | None) -> None:
+    """Refuse what was typed for another network than the one of this name."""
+    takes = {n: set(inspect.signature(network).parameters) for n, network in networks.items()}
+    for parameters in takes.values():
+        if "replaced_columns" in parameters:
+            parameters |= {"wld", "wld_start_epoch"}  # of the loop, for a memory
+    foreign = (set().union(*takes.values()) - takes[name]) & typed
+    if pretrained == "none":
+        foreign.discard("pretrained")  # true of it
+    if foreign:
+        flags = ", ".join(f"--{flag}" for flag in sorted(foreign))
+        raise RunError(f"--network {name} does not take {flags}: leave that out")
 
 
 def _check_numbers(args: Namespace) -> None:

@@ -14,7 +14,7 @@ import torch
 from utils.errors import RunError, brief
 from utils.files import atomic_write
 
-PACKAGES = ("torch", "timm", "numpy", "scipy", "faiss-gpu", "faiss-cpu", "h5py")
+PACKAGES = ("torch", "timm", "numpy", "scipy", "faiss-gpu", "faiss-cpu", "h5py", "segmentation-models-pytorch", "monai")
 # What every checkpoint of ours has: enough to rebuild the network and to read its output.
 REQUIRED = ("model", "network", "data")
 MAX_SIDE = 2048
@@ -128,7 +128,7 @@ def build_network(
     Args:
         checkpoint: what ``load_checkpoint`` returned.
         path: where it came from, for messages.
-        network: the class to build, ``SimMPNet``.
+        network: builds one from the arguments that a checkpoint holds: ``networks.build``.
         load_release: ``load_release_state_dict``.
         release_channels: of the images, 1 or 3, which a checkpoint of the release does not say.
     """

@@ -91,6 +91,7 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
     # PyTorch 2.15 renamed it, and warns of the old name.
     new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     options = {"forward_sync_buffers" if new else "broadcast_buffers": False, "gradient_as_bucket_view": True}
+    options["find_unused_parameters"] = getattr(model, "leaves_parameters_out", False)  # looked for in every step
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, **options)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from timm.layers import convert_sync_batchnorm
 
-from utils.arguments import Dataset, check_n_gpu, network_arguments
+from utils.arguments import Dataset, Networks, check_n_gpu, network_arguments
 from utils.checkpoint import build_network, load_checkpoint
 from utils.cli import pick_device, seed_everything, set_precision, setup_logging
 from utils.distribution import launched, process_group, rank, rank_device
@@ -40,8 +40,8 @@ def train(
     dataset: Dataset,
     train_set: TrainingSet,
     val_set: Sequence[Volume],
-    network: Callable[..., torch.nn.Module],
-    default_weights: Callable[[str], Path | None],
+    networks: Networks,
+    default_weights: Callable[[str, dict], str | Path | None],
 ) -> None:
     """Build the network, or take up the checkpoint's, and train it into the run folder.
 
@@ -50,8 +50,8 @@ def train(
         dataset: what is trained on.
         train_set: slices or images to train on.
         val_set: volumes or images to choose the best epoch on.
-        network: the class to build, ``SimMPNet``.
-        default_weights: gives the weight file of a scale where ``--pretrained`` says nothing.
+        networks: what ``--network`` chooses from.
+        default_weights: gives of a network and its arguments what it starts from where ``--pretrained`` says nothing.
     """
     device = rank_device(args.device)
     if args.sync_bn and device.type == "cpu":
@@ -59,11 +59,12 @@ def train(
     with process_group(device):
         seed_everything(args.seed, deterministic=bool(args.deterministic))
         set_precision(args.amp)
-        if find_spec("faiss") is None:
-            raise RunError("faiss is not installed, which ends the memory's warm-up: pip install -r requirements.txt")
-        pretrained = None if checkpoint else _pretrained(args, default_weights)
+        options = network_arguments(args, networks)
+        pretrained = None if checkpoint else _pretrained(args, options, default_weights)
         keep_in_memory(train_set, args)  # before anything is written: a damaged file is found here
-        model = network(**network_arguments(args, network), pretrained=pretrained)
+        model = networks[args.network](**options, pretrained=pretrained)
+        if any(True for _ in model.memory_banks()) and find_spec("faiss") is None:
+            raise RunError("faiss is not installed, which ends the memory's warm-up: pip install -r requirements.txt")
         if args.sync_bn:
             model = convert_sync_batchnorm(model)
         if rank():
@@ -94,7 +95,7 @@ def test(
         args: the arguments of ``testing_parser``.
         dataset: what is tested on; it names the classes where the checkpoint, one of the release, does not.
         open_volumes: gives the volumes to test on, for a number of classes.
-        network: the class to build, ``SimMPNet``.
+        network: builds what a checkpoint describes: ``networks.build``.
         load_release: ``load_release_state_dict``.
     """
     check_n_gpu(args)
@@ -185,15 +186,9 @@ def _read_through(volumes: Sequence[Volume], dataset: Dataset, num_classes: int)
     return doubts
 
 
-def _pretrained(args: Namespace, default_weights: Callable[[str], Path | None]) -> str | Path | None:
+def _pretrained(
+    args: Namespace, options: dict, default_weights: Callable[[str, dict], str | Path | None]
+) -> str | Path | None:
     if args.pretrained == "none":
         return None
-    if args.pretrained is not None:
-        return args.pretrained
-    weights = default_weights(args.model_scale)
-    if weights is None:
-        raise RunError(
-            f"nobody published a weight file of scale {args.model_scale}: try --pretrained hub, or --pretrained none "
-            "to train from random weights"
-        )
-    return weights
+    return default_weights(args.network, options) if args.pretrained is None else args.pretrained

@@ -147,7 +147,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=args.base_lr, weight_decay=args.weight_decay, fused=True
         )
-        self.wld = WeightLossDynamic(args.wld_start_epoch, args.replaced_columns)
+        self.wld = WeightLossDynamic(math.inf if args.wld == "none" else args.wld_start_epoch, args.replaced_columns)
         self.watch = NumberWatch(
             1 if device.type == "cpu" else 50,
             args.amp == "fp16",
@@ -322,7 +322,8 @@ class Trainer:
 
     def smaller_steps(self) -> str:
         """Say what to change where a step does not fit into the memory."""
-        names = ("batch_size", "accumulate", "img_size", "img_size_dmwla", "amp")
+        sizes = (name for name in ("img_size", "img_size_dmwla") if name in self.model.config)
+        names = ("batch_size", "accumulate", *sizes, "amp")
         now = " ".join(f"--{name} {getattr(self.args, name)}" for name in names)
         return (
             f"{now} are too much for it; raise --accumulate, which computes the same batch in more parts, lower "
@@ -401,7 +402,13 @@ class Trainer:
         means = self.totals / self.steps
         if not self.release:
             self.update_k(means[0])
-        banks = list(self.model.memory_banks())
+        banks, memory = list(self.model.memory_banks()), {}
+        if banks:
+            memory = {
+                "k": int(banks[0].replaced_columns),
+                "k_decoder": int(banks[-1].replaced_columns),
+                "cluster_use": np.mean([(bank.key_counts > 0).float().mean().item() for bank in banks]).item(),
+            }
         row = {
             "epoch": self.epoch + 1,
             "iteration": self.iteration,
@@ -409,9 +416,7 @@ class Trainer:
             "train_loss": means[0].item(),
             "train_ce_loss": means[1].item(),
             "train_dice_loss": means[2].item(),
-            "k": int(banks[0].replaced_columns),
-            "k_decoder": int(banks[-1].replaced_columns),
-            "cluster_use": np.mean([(bank.key_counts > 0).float().mean().item() for bank in banks]).item(),
+            **memory,
             "train_seconds": self.seconds,
             **({"overflows": self.watch.overflows} if self.args.amp == "fp16" else {}),
             **scores,
@@ -426,9 +431,10 @@ class Trainer:
     def record(self, row: dict[str, float], events) -> None:
         """Write the epoch to the log, ``metrics.csv``, TensorBoard and ``progress.png``."""
         dice = f", {self.dice_name} {100 * row['val_dice']:.2f} %" if "val_dice" in row else ""
+        k = f", K {row['k']}" if "k" in row else ""
         logger.info(
-            "epoch %d/%d: loss %.4f%s, K %d, lr %.2e, %.0f s",
-            self.epoch, self.args.max_epochs, row["train_loss"], dice, row["k"], row["lr"], row["train_seconds"],
+            "epoch %d/%d: loss %.4f%s%s, lr %.2e, %.0f s",
+            self.epoch, self.args.max_epochs, row["train_loss"], dice, k, row["lr"], row["train_seconds"],
         )  # fmt: skip
         self.add_scalars(row, events)
         events.flush()

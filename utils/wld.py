@@ -11,12 +11,12 @@ class WeightLossDynamic:
     falls fast keeps its memory; one that rises renews more of it. Nothing waits for the device.
 
     Args:
-        start_epoch: the first epoch (from 1) that changes K.
+        start_epoch: the first epoch (from 1) that changes K; infinity leaves K as it is.
         default: K before that, and where the formula leaves the range.
         low, high: the range of K.
     """
 
-    def __init__(self, start_epoch: int = 100, default: int = 50, low: int = 25, high: int = 75):
+    def __init__(self, start_epoch: float = 100, default: int = 50, low: int = 25, high: int = 75):
         self.start_epoch, self.default, self.low, self.high = start_epoch, default, low, high
         self.previous: Tensor | None = None
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from networks import SimMPNet
+from networks import NETWORKS, SimMPNet
 from tests.mini import DRAWINGS, NAMES, SPLITS, MiniNet, assert_same, drawing, parse, trainer
 from utils.arguments import parse_training, training_parser
 from utils.checkpoint import build_network, load_checkpoint
@@ -364,6 +364,14 @@ def test_wld_sets_k_of_every_block_or_in_release_of_the_encoder(tmp_path, varian
     assert ks == [60] * 12 + [60 if decoder_changes else 50] * 4
 
 
+def test_without_wld_k_stays_what_it_is(tmp_path):
+    made = trainer(tmp_path, "--wld", "none", "--replaced_columns", "33", "--wld_start_epoch", "1", network=SimMPNet)
+    for epoch, loss in enumerate((1.0, 1.2, 0.9), 1):
+        made.epoch = epoch
+        made.update_k(torch.tensor(loss))
+    assert [int(bank.replaced_columns) for bank in made.model.memory_banks()] == [33] * 16
+
+
 @pytest.mark.parametrize(
     ("schedule", "middle", "end"), [("constant", 1e-4, 1e-4), ("poly", 1e-4 * 0.5**0.9, 0), ("cosine", 5e-5, 0)]
 )
@@ -388,13 +396,20 @@ def test_what_is_typed_wins_over_the_checkpoint_and_that_over_the_defaults(run):
     args, _ = parse(run.folder, "--resume", str(run.folder / "last.pth"), "--base_lr", "3e-4")
     assert args.base_lr == 3e-4
     assert args.output_dir == run.folder
-    parser = training_parser("test", SimMPNet, DRAWINGS, output_dir="elsewhere")
-    args, _ = parse_training(parser, SimMPNet, SPLITS, ["--resume", str(run.folder / "last.pth")])
+    parser = training_parser("test", NETWORKS, DRAWINGS, output_dir="elsewhere")
+    args, _ = parse_training(parser, NETWORKS, SPLITS, ["--resume", str(run.folder / "last.pth")])
     assert args.batch_size == 2 and args.model_scale == "pico" and args.output_dir == run.folder
 
 
 @pytest.mark.parametrize(
-    "flags", [("--columns_per_cluster", "30"), ("--pretrained", "hub"), ("--output_dir", "elsewhere")]
+    "flags",
+    [
+        ("--columns_per_cluster", "30"),
+        ("--pretrained", "hub"),
+        ("--output_dir", "elsewhere"),
+        ("--network", "unet"),  # of which a checkpoint as old as these says nothing
+        ("--attention", "plain"),
+    ],
 )
 def test_what_a_resumed_run_cannot_follow_is_refused(run, flags):
     with pytest.raises(RunError, match=f"{flags[0]} {flags[1]}"):

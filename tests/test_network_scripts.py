@@ -1,0 +1,132 @@
+"""Every network through the training script: a baseline, one's own and an ablation, and flags that do not fit."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from datasets import acdc
+from datasets.phantom import write_phantom
+from networks import NETWORKS
+from predict import Predictor
+from tests.networks.test_registry import example  # noqa: F401, a fixture
+from tests.test_scripts import SMALL, assert_one_line, folders, volume_folders
+from utils.arguments import network_arguments, parse_training, training_parser
+from utils.errors import RunError
+
+COMMON = (
+    "--pretrained none --img_size 64 --batch_size 4 --max_iterations 3 --num_workers 0 --device cpu --seed 3"
+).split()
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("phantom")
+    write_phantom(folder, (2, 1, 1))
+    return folder
+
+
+def parse(tmp_path, *argv):
+    parser = training_parser("test", NETWORKS, acdc.INFO, output_dir=tmp_path / "run", feature_dim=128)
+    return parse_training(parser, NETWORKS, {"val": ("train", "val"), "test": ("trainval", "test")}, list(argv))[0]
+
+
+def test_a_baseline_trains_resumes_tests_and_predicts_like_sim_mpnet(phantom, run_script, tmp_path):
+    pytest.importorskip("segmentation_models_pytorch", reason="smp is not installed (requirements-baselines.txt)")
+    run = tmp_path / "run"
+    done = run_script("train_acdc.py", "--network", "unet", *folders(phantom), *COMMON, "--output_dir", run)
+    assert done.status == 0, done.error
+    done = run_script("train_acdc.py", "--resume", run / "last.pth", "--max_iterations", 5)
+    assert done.status == 0, done.error
+    state = torch.load(run / "last.pth", weights_only=True)
+    assert state["iteration"] == 5 and state["network"]["network"] == "unet"
+    with open(run / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 and "k" not in rows[0] and all(np.isfinite(float(row["train_loss"])) for row in rows)
+
+    done = run_script("test_acdc.py", "--checkpoint", run / "best.pth", *volume_folders(phantom), "--is_savenii")
+    assert done.status == 0, done.error
+    assert json.loads((run / "results_test/summary.json").read_text())["num_cases"] > 0
+    scan = sorted((run / "results_test/nifti").glob("*_img.nii.gz"))[0]
+    assert Predictor(run / "best.pth", "cpu")(scan).shape == nibabel.load(scan).shape
+
+
+def test_the_documented_example_trains_with_its_own_flag(example, phantom, run_script, tmp_path):  # noqa: F811
+    flags = ["--network", example, "--width", 8, *folders(phantom), *COMMON, "--output_dir", tmp_path / "run"]
+    done = run_script("train_acdc.py", *flags)
+    assert done.status == 0, done.error
+    state = torch.load(tmp_path / "run/best.pth", weights_only=True)
+    assert state["network"]["network"] == example and state["network"]["width"] == 8
+    done = run_script("test_acdc.py", "--checkpoint", tmp_path / "run/best.pth", *volume_folders(phantom))
+    assert done.status == 0, done.error
+
+    del NETWORKS[example]
+    try:
+        for script, flag in (("train_acdc.py", "--resume"), ("test_acdc.py", "--checkpoint")):
+            done = run_script(script, flag, tmp_path / "run/last.pth", *volume_folders(phantom))
+            assert_one_line(done, example)
+    finally:
+        NETWORKS[example] = None  # for the fixture to take away
+
+
+def test_ablations_train_and_their_checkpoints_know_them(phantom, run_script, tmp_path):
+    ablations = {"attention": "plain", "dsgim": "cosine", "encoders": "dmwla", "loss": "last"}
+    flags = [word for name, value in ablations.items() for word in (f"--{name}", value)]
+    flags += ["--wld", "none", "--output_dir", tmp_path / "run"]
+    done = run_script("train_acdc.py", *folders(phantom), *SMALL, *flags)
+    assert done.status == 0, done.error
+    assert torch.load(tmp_path / "run/best.pth", weights_only=True)["network"].items() >= ablations.items()
+    done = run_script("test_acdc.py", "--checkpoint", tmp_path / "run/best.pth", *volume_folders(phantom))
+    assert done.status == 0, done.error
+    done = run_script("train_acdc.py", "--resume", tmp_path / "run/last.pth", "--loss", "subset")
+    assert_one_line(done, "--loss subset", "last")
+
+
+def test_a_network_gets_its_own_arguments_with_the_defaults_of_the_data_set(tmp_path):
+    args = parse(tmp_path, "--network", "maxvit_unet", "--model_scale", "pico", "--img_size", "96")
+    options = {"num_classes": 4, "in_channels": 1, "img_size": 96, "model_scale": "pico"}
+    assert network_arguments(args, NETWORKS) == options
+    args = parse(tmp_path)
+    assert args.network == "sim_mpnet" and network_arguments(args, NETWORKS)["feature_dim"] == 128
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--feature_dim", "128"),  # as refused where it is the default
+        ("--variant", "release"),
+        ("--wld_start_epoch", "3"),
+        ("--loss", "last"),
+        ("--img_size_dmwla", "64"),
+        ("--model_scale", "pico"),
+    ],
+)
+def test_a_flag_of_another_network_is_refused_by_name(tmp_path, flags):
+    with pytest.raises(RunError, match=f"--network unet does not take {flags[0]}: leave that out"):
+        parse(tmp_path, "--network", "unet", *flags)
+
+
+def test_a_network_without_weights_may_be_told_so(tmp_path):
+    assert parse(tmp_path, "--network", "attention_unet", "--pretrained", "none").pretrained == "none"
+    with pytest.raises(RunError, match="--network attention_unet does not take --pretrained"):
+        parse(tmp_path, "--network", "attention_unet", "--pretrained", "hub")
+
+
+def test_a_network_that_is_not_there_is_one_line(run_script, phantom):
+    assert_one_line(
+        run_script("train_acdc.py", *folders(phantom), "--network", "resnet"), "resnet", "sim_mpnet", "unet"
+    )
+
+
+def test_without_its_library_a_baseline_says_what_to_install(run_script, phantom, tmp_path, monkeypatch):
+    for module in ("segmentation_models_pytorch", "monai.networks.nets"):
+        monkeypatch.setitem(sys.modules, module, None)  # how a library that is not installed looks
+    for network in ("unet", "attention_unet"):
+        flags = ["--network", network, *folders(phantom), *COMMON, "--output_dir", tmp_path / "run"]
+        assert_one_line(run_script("train_acdc.py", *flags), "requirements-baselines.txt", "pip install")
+    assert not (tmp_path / "run").exists()
