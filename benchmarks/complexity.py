@@ -1,7 +1,8 @@
 """Parameters, multiply-adds and memory of the network, stage by stage: ``python -m benchmarks.complexity``.
 
 Counted by ``torch.utils.flop_counter`` (two operations per multiply-add) on one image in evaluation with the memory in
-use, beside what the paper states for Synapse: 91.30 M parameters and 43.74 G multiply-adds.
+use, beside what the paper states for Synapse: 91.30 M parameters and 43.74 G multiply-adds. Of a baseline
+(``--network``) its own parts.
 """
 
 import torch
@@ -10,14 +11,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import add_network, markdown, past_warm_up
 from benchmarks.plain import plain_copy
-from networks import SimMPNet
+from networks import NETWORKS, NetworkError, SimMPNet, build
 from utils.cli import ArgumentParser, run_script
 
 PAPER = "91.30 M parameters, 43.74 G multiply-adds"
 
 
-def parts(model: SimMPNet) -> dict[str, nn.Module]:
+def parts(model: nn.Module) -> dict[str, nn.Module]:
     """Return the parts of the network in the order of the forward pass."""
+    if not isinstance(model, SimMPNet):
+        return dict(model.net.named_children())
     named = {"stem": model.stem, "MaxViT stem": model.maxvit.stem}
     named |= {f"MaxViT stage {i}": stage for i, stage in enumerate(model.maxvit.stages, 1)}
     named |= {f"DMW-LA stage {i}": stage for i, stage in enumerate(model.dmwla_encoder.stages, 1)}
@@ -28,14 +31,15 @@ def parts(model: SimMPNet) -> dict[str, nn.Module]:
     return named | {f"decoder Up {3 - i}": m for i, m in enumerate(model.decoder.ups)}
 
 
-def count(model: SimMPNet, size: int, channels: int) -> list[list[object]]:
+def count(model: nn.Module, size: int, channels: int) -> list[list[object]]:
     """Return for each part, and for all: parameters, multiply-adds, and bytes kept for backward, of one image."""
     names = {module: name for name, module in model.named_modules()}
     counter = FlopCounterMode(display=False)
     x = torch.rand(1, channels, size, size)
     with counter, torch.no_grad():
         model.eval()(x)
-    flops = {name.removeprefix("SimMPNet."): sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    root = f"{type(model).__name__}."
+    flops = {name.removeprefix(root): sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     saved = _saved_bytes(model, parts(model), x)
     rows = []
     for name, module in parts(model).items():
@@ -45,11 +49,12 @@ def count(model: SimMPNet, size: int, channels: int) -> list[list[object]]:
     rest = [_parameters(model), flops["Global"] / 2, saved["all"]]
     for row in rows:
         rest = [a - b for a, b in zip(rest, row[1:], strict=True)]
-    return [*rows, ["gates, injections, heads, attention of the decoder", *rest],
+    others = "gates, injections, heads, attention of the decoder" if isinstance(model, SimMPNet) else "the rest"
+    return [*rows, [others, *rest],
             ["all", _parameters(model), flops["Global"] / 2, saved["all"]]]  # fmt: skip
 
 
-def _saved_bytes(model: SimMPNet, named: dict[str, nn.Module], x: Tensor) -> dict[str, int]:
+def _saved_bytes(model: nn.Module, named: dict[str, nn.Module], x: Tensor) -> dict[str, int]:
     """Return how many bytes each part keeps for its backward pass, storages counted once, parameters not at all."""
     saved, inside = dict.fromkeys([*named, "all"], 0), []
     seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -82,23 +87,26 @@ def _parameters(module: nn.Module) -> int:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--network", default="sim_mpnet", choices=NETWORKS, help="what is counted")
     add_network(parser)
+    parser.set_defaults(model_scale=None, img_size_dmwla=None)  # the network's own, if it takes them
     parser.add_argument("--in_channels", type=int, default=1, help="1 (grey) or 3 (colour)")
     args = parser.parse_args()
-    model = SimMPNet(**vars(args))
+    model = build(**{name: value for name, value in vars(args).items() if value is not None})
     past_warm_up(model)
     rows = [
         [name, f"{parameters / 1e6:.2f} M", f"{work / 1e9:.2f} G", f"{memory / 2**20:.0f} MiB"]
         for name, parameters, work, memory in count(model, args.img_size, args.in_channels)
     ]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        plain_copy(model).eval()(torch.rand(1, args.in_channels, args.img_size, args.img_size))
-    plain_work = f"{counter.get_total_flops() / 2e9:.2f} G"
-    rows.append(["all, attention at the memory's width d, as written", rows[-1][1], plain_work, "-"])
-    print(f"{args.model_scale}, {args.img_size} / {args.img_size_dmwla}, {args.num_classes} classes")
-    print(f"the paper: {PAPER}")
+    print(", ".join(f"{name} {value}" for name, value in model.config.items() if name in vars(args)))
+    if isinstance(model, SimMPNet):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            plain_copy(model).eval()(torch.rand(1, args.in_channels, args.img_size, args.img_size))
+        plain_work = f"{counter.get_total_flops() / 2e9:.2f} G"
+        rows.append(["all, attention at the memory's width d, as written", rows[-1][1], plain_work, "-"])
+        print(f"the paper: {PAPER}")
     print(markdown(["", "parameters", "multiply-adds", "kept for backward, per image"], rows))
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, NetworkError)

@@ -27,6 +27,12 @@ def run(name: str, flags: str, before: str = "pass") -> str:
     return done.stdout
 
 
+def test_the_complexity_of_a_baseline_is_counted_part_by_part():
+    pytest.importorskip("segmentation_models_pytorch", reason="smp is not installed (requirements-baselines.txt)")
+    table = run("complexity", "--network unet --num_classes 4 --img_size 64")
+    assert "| encoder | 21.28 M |" in table and "| all |" in table and "the paper" not in table
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_a_benchmark_prints_its_table(name):
     assert "| --- |" in run(name, SMALL[name])
