@@ -4,7 +4,7 @@ The paper's settings, on one GPU:
     python train_acdc.py
 Another size, schedule or precision:
     python train_acdc.py --img_size 224 --lr_schedule cosine --amp bf16 --output_dir runs/acdc_224
-A network to compare with, or an ablation (docs/comparing.md):
+A network to compare with, or an ablation (docs/baselines.md):
     python train_acdc.py --network unet --output_dir runs/acdc_unet
     python train_acdc.py --attention plain --output_dir runs/acdc_plain
 Go on after an interruption, or start:

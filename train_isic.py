@@ -4,7 +4,7 @@ The paper's settings, on one GPU:
     python train_isic.py
 With the colour augmentation of this field, which the paper has not:
     python train_isic.py --photometric
-A network to compare with, or an ablation (docs/comparing.md):
+A network to compare with, or an ablation (docs/baselines.md):
     python train_isic.py --network unet --output_dir runs/isic_unet
     python train_isic.py --attention plain --output_dir runs/isic_plain
 Go on after an interruption, or start:

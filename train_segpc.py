@@ -6,7 +6,7 @@ Single cells (prepare_data.py segpc --raw DIR --crops):
     python train_segpc.py --root_path data/SegPC_crops --output_dir runs/segpc_crops
 With the colour augmentation of this field, which the paper has not:
     python train_segpc.py --photometric
-A network to compare with, or an ablation (docs/comparing.md):
+A network to compare with, or an ablation (docs/baselines.md):
     python train_segpc.py --network unet --output_dir runs/segpc_unet
     python train_segpc.py --attention plain --output_dir runs/segpc_plain
 Go on after an interruption, or start:

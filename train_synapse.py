@@ -6,7 +6,7 @@ The habit of the field, the best epoch chosen on the test volumes, as every tabl
     python train_synapse.py --select test --select_from_epoch 100
 TransUNet's ready-made files:
     python train_synapse.py --label_order transunet
-A network to compare with, or an ablation (docs/comparing.md):
+A network to compare with, or an ablation (docs/baselines.md):
     python train_synapse.py --network unet --output_dir runs/synapse_unet
     python train_synapse.py --attention plain --output_dir runs/synapse_plain
 Go on after an interruption, or start:
