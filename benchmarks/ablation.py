@@ -1,0 +1,147 @@
+"""Configurations trained and tested over several seeds, one row of a table each: ``python -m benchmarks.ablation``.
+
+Every part of the paper left out in turn, on ACDC; what follows ``--`` goes to every training:
+    python -m benchmarks.ablation --preset parts --seeds 2222 1 2 --output_dir runs/parts -- --amp bf16
+The networks to compare with, or some of them, on another set:
+    python -m benchmarks.ablation --preset networks --rows sim_mpnet unet --dataset isic --output_dir runs/networks
+Called again it goes on: what is tested is not done anew, what was interrupted is resumed. The folder then holds each
+run with its results, ``<row>/seed_<seed>``, the scores of them all, ``runs.csv``, and their means, ``table.md``.
+"""
+
+import csv
+import json
+import logging
+import shlex
+import statistics
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from benchmarks.measure import machine, markdown
+from networks import NETWORKS
+from utils.cli import ArgumentParser, run_script
+from utils.errors import RunError
+from utils.files import atomic_write
+
+logger = logging.getLogger("ablation")
+
+ROOT = Path(__file__).resolve().parents[1]
+PRESETS = {
+    "parts": {
+        "whole": "",
+        "without DMW-LA": "--attention plain",
+        "without global interaction": "--attention intra_cluster",
+        "without W-LD": "--wld none",
+        "without DS-GIM": "--dsgim none",
+        "without cosine similarity": "--dsgim euclidean",
+        "without Euclidean distance": "--dsgim cosine",
+        "without DMW-LA encoder": "--encoders maxvit",
+        "without MaxViT encoder": "--encoders dmwla --pretrained none",
+        "without subset loss": "--loss last",
+    },
+    "columns": {f"M {m}": f"--columns_per_cluster {m}" for m in (25, 50, 100, 200)},
+    "replaced": {f"K {k}": f"--replaced_columns {k} --wld none" for k in (0, 25, 50, 75, 100)},
+    "clusters": {f"{n} clusters": f"--num_clusters {n} --decoder_num_clusters {n}" for n in (2, 4, 8, 16)},
+    "variants": {name: f"--variant {name} --select val --select_from_epoch 1" for name in ("paper", "release")},
+    "networks": {name: f"--network {name}" for name in NETWORKS},
+}
+"""For each choice of ``--preset`` its rows: what the table calls them, and the flags of ``train_<set>.py``."""
+SCORES = ("dice", "hd95", "jaccard", "assd")
+
+
+def train_and_test(folder: Path, flags: list[str], args: Namespace) -> Path:
+    """Train and test one configuration, from where an earlier call left it; returns its ``summary.json``.
+
+    Raises:
+        RunError: the folder holds a run with other flags, or a script has failed.
+    """
+    results = folder / f"results_{args.split}" if args.split else folder / "results"
+    summary, typed = results / "summary.json", folder / "flags.txt"
+    if typed.exists() and typed.read_text() != shlex.join(flags):
+        raise RunError(
+            f"{folder} was trained with {typed.read_text()}, not {shlex.join(flags)}: take another --output_dir"
+        )
+    if summary.exists():
+        return summary
+    folder.mkdir(parents=True, exist_ok=True)
+    typed.write_text(shlex.join(flags))
+    last = folder / "last.pth"
+    _run(f"train_{args.dataset}.py", *(["--resume", last] if last.exists() else [*flags, "--output_dir", folder]))
+    trained_with = json.loads((folder / "config.json").read_text())["args"]
+    data = "volume_path" if "volume_path" in trained_with else "root_path"
+    same = [data, "list_dir", "label_order", "device", "n_gpu", "amp"]
+    same = [word for name in same if trained_with.get(name) is not None for word in (f"--{name}", trained_with[name])]
+    split = ["--split", args.split] if args.split else []
+    _run(f"test_{args.dataset}.py", "--checkpoint", folder / "best.pth", "--test_save_dir", results, *same, *split)
+    return summary
+
+
+def _run(script: str, *flags: object) -> None:
+    logger.info("%s %s", script, shlex.join(map(str, flags)))
+    done = subprocess.run([sys.executable, ROOT / script, *map(str, flags)], check=False)
+    if done.returncode:
+        raise RunError(
+            f"{script} ended with status {done.returncode}, for the reason above: mend it and call this again"
+        )
+
+
+def collect(folder: Path, summaries: dict[str, dict[int, Path]]) -> str:
+    """Write ``runs.csv`` and ``table.md`` of each row's summaries by seed; returns the table."""
+    lines, table = [], []
+    for row, of_seeds in summaries.items():
+        cells: dict[str, list[float]] = {}
+        for seed, path in of_seeds.items():
+            summary = json.loads(path.read_text())
+            for convention in ("transunet", "strict"):
+                scores = summary[convention]
+                for scored in [*scores["classes"], {"class": "mean", **scores["mean"]}]:
+                    lines.append([row, seed, convention, scored["class"], *(scored[s] for s in SCORES), scores["unit"]])
+                for score in ("dice", "hd95"):
+                    value = scores["mean"][score]
+                    cells.setdefault(f"{convention} {score}", []).append(float("nan") if value is None else value)
+        shown = [_mean_and_deviation(values, 100 if "dice" in name else 1) for name, values in cells.items()]
+        table.append([row, len(of_seeds), *shown])
+    with atomic_write(folder / "runs.csv") as temporary, open(temporary, "w", newline="") as file:
+        csv.writer(file).writerows([["row", "seed", "convention", "class", *SCORES, "unit"], *lines])
+    header = ["", "seeds", "Dice [%]", "HD95", "strict Dice [%]", "strict HD95"]
+    text = f"{markdown(header, table)}\n\nMean and standard deviation over the seeds; {machine()}\n"
+    with atomic_write(folder / "table.md") as temporary:
+        temporary.write_text(text)
+    return text
+
+
+def _mean_and_deviation(values: list[float], scale: float) -> str:
+    mean = f"{scale * statistics.fmean(values):.2f}"
+    return mean if len(values) < 2 else f"{mean} ± {scale * statistics.stdev(values):.2f}"
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", required=True, choices=PRESETS, help="which rows")
+    parser.add_argument("--rows", nargs="+", help="only these of them; default: all")
+    parser.add_argument("--dataset", default="acdc", choices=["synapse", "acdc", "segpc", "isic"], help="the data set")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[2222], help="each row is trained with each of them")
+    parser.add_argument("--split", help="list to test on; default: the test list")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the runs and the table")
+    parser.add_argument("flags", nargs="*", help="behind --: flags of every training")
+    args = parser.parse_args()
+    rows = PRESETS[args.preset]
+    unknown = set(args.rows or ()) - set(rows)
+    if unknown:
+        raise RunError(f"--rows {', '.join(sorted(unknown))} is no row of {args.preset}: choose of {', '.join(rows)}")
+    taken = {"--seed", "--output_dir", "--resume"} & {flag.split("=")[0] for flag in args.flags}
+    if taken:
+        raise RunError(f"{', '.join(sorted(taken))} is set for each run: leave it out, or use --seeds and --output_dir")
+    summaries: dict[str, dict[int, Path]] = {}
+    for seed in args.seeds:  # a first seed of every row before the second of any
+        for row in args.rows or rows:
+            folder = args.output_dir / row.replace(" ", "_") / f"seed_{seed}"
+            flags = [*args.flags, *shlex.split(rows[row]), "--seed", str(seed)]
+            summaries.setdefault(row, {})[seed] = train_and_test(folder, flags, args)
+            text = collect(args.output_dir, summaries)
+    print(text)
+
+
+if __name__ == "__main__":
+    run_script(main)

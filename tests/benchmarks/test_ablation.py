@@ -1,0 +1,91 @@
+"""Rows trained and tested over seeds: all of them collected, none done twice, what was interrupted gone on with."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from benchmarks import ablation
+from datasets.phantom import write_phantom
+from networks import NETWORKS
+from tests.networks.test_registry import example  # noqa: F401, a fixture
+from tests.test_scripts import folders
+from utils.errors import RunError
+
+FEW = "--img_size 64 --batch_size 4 --max_iterations 2 --num_workers 0 --device cpu".split()
+
+
+@pytest.fixture
+def started(monkeypatch, run_script):
+    """Let the benchmark start its scripts in this process; gives what it started."""
+    started = []
+
+    def run(script, *flags):
+        started.append((script, *map(str, flags)))
+        done = run_script(script, *flags)
+        if done.status:
+            raise RunError(done.error)
+
+    monkeypatch.setattr(ablation, "_run", run)
+    return started
+
+
+def call(monkeypatch, *argv) -> None:
+    monkeypatch.setattr("sys.argv", ["ablation", *map(str, argv)])
+    ablation.main()
+
+
+def test_rows_over_seeds_are_collected_and_gone_on_with(example, started, monkeypatch, tmp_path):  # noqa: F811
+    write_phantom(tmp_path / "phantom", (2, 1, 1))
+    rows = {"narrow": f"--network {example} --width 4", "the wide one": f"--network {example} --width 8"}
+    monkeypatch.setitem(ablation.PRESETS, "networks", rows)
+    out = tmp_path / "out"
+    argv = ["--preset", "networks", "--output_dir", out, "--seeds", 1, 2, "--", *folders(tmp_path / "phantom"), *FEW]
+    call(monkeypatch, *argv)
+    assert [script for script, *_ in started] == ["train_acdc.py", "test_acdc.py"] * 4
+    with open(out / "runs.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert {(line["row"], line["seed"]) for line in lines} == {(row, seed) for row in rows for seed in "12"}
+    assert {line["class"] for line in lines} == {"right ventricle", "myocardium", "left ventricle", "mean"}
+    table = (out / "table.md").read_text()
+    assert all(f"| {row} | 2 |" in table for row in rows) and "±" in table
+
+    interrupted = out / "the_wide_one" / "seed_2"
+    (interrupted / "results/summary.json").unlink()
+    started.clear()
+    call(monkeypatch, *argv)
+    assert [flags[:3] for flags in started] == [
+        ("train_acdc.py", "--resume", str(interrupted / "last.pth")),
+        ("test_acdc.py", "--checkpoint", str(interrupted / "best.pth")),
+    ]
+    assert (out / "table.md").read_text().splitlines()[:4] == table.splitlines()[:4]
+
+    with pytest.raises(RunError, match=r"narrow/seed_1 was trained with .*--batch_size 4"):
+        call(monkeypatch, *argv, "--batch_size", 2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--rows", "wide"], "--rows wide is no row of parts: choose of whole,"),
+        (["--", "--seed=3"], "--seed is set for each run"),
+    ],
+)
+def test_what_cannot_be_is_answered_before_anything_runs(started, monkeypatch, tmp_path, flags, words):
+    with pytest.raises(RunError, match=words):
+        call(monkeypatch, "--preset", "parts", "--output_dir", tmp_path / "out", *flags)
+    assert not started and not (tmp_path / "out").exists()
+
+
+def test_every_row_is_understood_by_the_training_script():
+    from datasets import acdc
+    from utils.arguments import network_arguments, parse_training, training_parser
+
+    splits = {"val": ("train", "val"), "test": ("trainval", "test")}
+    for rows in ablation.PRESETS.values():
+        configurations = []
+        for flags in rows.values():
+            parser = training_parser("test", NETWORKS, acdc.INFO, output_dir=Path("nowhere"))
+            args, _ = parse_training(parser, NETWORKS, splits, flags.split())
+            configurations.append((args.network, args.wld, *network_arguments(args, NETWORKS).values()))
+        assert len(set(configurations)) == len(rows)
