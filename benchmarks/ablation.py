@@ -19,6 +19,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from benchmarks.measure import machine, markdown
+from datasets import DATASETS
 from networks import NETWORKS
 from utils.cli import ArgumentParser, run_script
 from utils.errors import RunError
@@ -56,8 +57,8 @@ def train_and_test(folder: Path, flags: list[str], args: Namespace) -> Path:
     Raises:
         RunError: the folder holds a run with other flags, or a script has failed.
     """
-    results = folder / f"results_{args.split}" if args.split else folder / "results"
-    summary, typed = results / "summary.json", folder / "flags.txt"
+    split = args.split or DATASETS[args.dataset].splits[-1]
+    summary, typed = folder / f"results_{split}" / "summary.json", folder / "flags.txt"
     if typed.exists() and typed.read_text() != shlex.join(flags):
         raise RunError(
             f"{folder} was trained with {typed.read_text()}, not {shlex.join(flags)}: take another --output_dir"
@@ -72,8 +73,7 @@ def train_and_test(folder: Path, flags: list[str], args: Namespace) -> Path:
     data = "volume_path" if "volume_path" in trained_with else "root_path"
     same = [data, "list_dir", "label_order", "device", "n_gpu", "amp"]
     same = [word for name in same if trained_with.get(name) is not None for word in (f"--{name}", trained_with[name])]
-    split = ["--split", args.split] if args.split else []
-    _run(f"test_{args.dataset}.py", "--checkpoint", folder / "best.pth", "--test_save_dir", results, *same, *split)
+    _run(f"test_{args.dataset}.py", "--checkpoint", folder / "best.pth", "--split", split, *same)
     return summary
 
 
@@ -120,7 +120,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--preset", required=True, choices=PRESETS, help="which rows")
     parser.add_argument("--rows", nargs="+", help="only these of them; default: all")
-    parser.add_argument("--dataset", default="acdc", choices=["synapse", "acdc", "segpc", "isic"], help="the data set")
+    parser.add_argument("--dataset", default="acdc", choices=DATASETS, help="the data set")
     parser.add_argument("--seeds", nargs="+", type=int, default=[2222], help="each row is trained with each of them")
     parser.add_argument("--split", help="list to test on; default: the test list")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the runs and the table")

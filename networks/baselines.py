@@ -9,7 +9,9 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from networks.errors import NetworkError
 from networks.layers import check_choice
@@ -67,7 +69,8 @@ def swin_unetr(num_classes: int, in_channels: int = 1, img_size: int = 256) -> n
             f"img_size is {img_size}, which leaves swin_unetr a deepest map of one pixel: take 64 or more"
         )
     nets = _library("monai.networks.nets", "monai")
-    return nets.SwinUNETR(in_channels, num_classes, feature_size=48, spatial_dims=2)
+    with _NumbersOnTheCPU():
+        return nets.SwinUNETR(in_channels, num_classes, feature_size=48, spatial_dims=2)
 
 
 @register("swin_upernet", default_weights=lambda options: "hub")
@@ -128,13 +131,14 @@ def _smp(
     smp = _library("segmentation_models_pytorch", "segmentation-models-pytorch")
     weights = True if encoder.startswith("tu-") else "imagenet"  # timm's encoders know only yes and no
     try:
-        return getattr(smp, architecture)(
-            encoder,
-            encoder_weights=None if pretrained is None else weights,
-            in_channels=in_channels,
-            classes=num_classes,
-            **encoder_options,
-        )
+        with _NumbersOnTheCPU():
+            return getattr(smp, architecture)(
+                encoder,
+                encoder_weights=None if pretrained is None else weights,
+                in_channels=in_channels,
+                classes=num_classes,
+                **encoder_options,
+            )
     except Exception as error:  # no network, no such weights, a broken cache or file: the libraries raise many kinds
         if pretrained is None:
             raise
@@ -142,6 +146,16 @@ def _smp(
             f"the weights ({pretrained}) of {encoder.removeprefix('tu-')} could not be had or do not fit "
             f"({type(error).__name__}); {remedy}"
         ) from error
+
+
+class _NumbersOnTheCPU(TorchFunctionMode):
+    """Lets a network be built on the meta device, to learn its shapes, though it reads the rates of its drop path."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.linspace:
+            kwargs.setdefault("device", "cpu")
+        return func(*args, **kwargs)
 
 
 def _library(module: str, package: str) -> ModuleType:

@@ -51,7 +51,7 @@ def test_rows_over_seeds_are_collected_and_gone_on_with(example, started, monkey
     assert all(f"| {row} | 2 |" in table for row in rows) and "±" in table
 
     interrupted = out / "the_wide_one" / "seed_2"
-    (interrupted / "results/summary.json").unlink()
+    (interrupted / "results_test/summary.json").unlink()
     started.clear()
     call(monkeypatch, *argv)
     assert [flags[:3] for flags in started] == [
