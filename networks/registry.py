@@ -102,6 +102,7 @@ class Baseline(nn.Module):
     def __init__(self, net: nn.Module, config: Mapping[str, Any]):
         super().__init__()
         self.net = net
+        self.leaves_parameters_out = getattr(net, "leaves_parameters_out", False)  # of some steps
         self.config = dict(config)
 
     def forward(self, x: Tensor) -> list[Tensor]:

@@ -64,6 +64,7 @@ def images() -> torch.Tensor:
 
 def test_every_parameter_in_use_gets_a_finite_gradient(trained):
     unused = (".phi.weight", ".g.weight") if trained.config.get("attention") == "intra_cluster" else ()
+    assert getattr(trained, "leaves_parameters_out", False) == bool(unused)  # DistributedDataParallel has to know
     for name, parameter in trained.named_parameters():
         if name.endswith(unused):
             assert parameter.grad is None, name
