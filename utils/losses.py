@@ -51,30 +51,36 @@ class _SubsetLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, label: Tensor, ce_weight: float, dice_weight: float, *logits: Tensor):
-        maps = [m.flatten(2) for m in logits]  # (B, num_classes, N)
+        # A channels-last network's maps come with the classes innermost, in which a softmax is slow.
+        maps = [m.flatten(2).contiguous() for m in logits]  # (B, num_classes, N)
         target = label.flatten(1).unsqueeze(1)  # (B, 1, N)
         one_hot = torch.zeros_like(maps[0]).scatter_(1, target, 1)
         counts = sum_over_ranks(one_hot.sum((0, 2)))  # Y (num_classes,)
         # Of CE's gradient p - y the second part is the same in each of the subsets that a map belongs to.
-        in_subsets = 2 ** (len(maps) - 1)
-        gradients = [one_hot * (-ce_weight * in_subsets / target.numel()) for _ in maps]
+        of_y = -ce_weight * 2 ** (len(maps) - 1) / target.numel()
+        gradients: list[Tensor | None] = [None] * len(maps)
         terms: list[tuple[Tensor, Tensor]] = []
+        # Each subset is worked out in the memory of an earlier one: a CPU takes longer to fetch fresh pages than to
+        # compute what goes into them.
+        sums, above = ([torch.empty_like(maps[0]) for _ in maps] for _ in range(2))  # by the size of the subset
+        own, p, of_p = (torch.empty_like(maps[0]) for _ in range(3))
 
-        def descend(first: int, total: Tensor | None) -> Tensor | None:
-            """Treat the subsets that add later maps to ``total``; returns the sum of their gradients."""
-            above = None
+        def descend(first: int, total: Tensor | None, size: int) -> Tensor:
+            """Treat the subsets that add later maps to the ``size`` in ``total``; returns their gradients' sum."""
             for i in range(first, len(maps)):
-                z = maps[i] if total is None else total + maps[i]
-                gradient, *losses = _one_subset(z, target, one_hot, counts, ce_weight, dice_weight)
-                terms.append(losses)
-                below = descend(i + 1, z)
+                z = maps[i] if total is None else torch.add(total, maps[i], out=sums[size])
+                below = descend(i + 1, z, size + 1) if i + 1 < len(maps) else None
+                gradient = above[size] if i == first else own
+                terms.append(_one_subset(z, target, one_hot, counts, ce_weight, dice_weight, p, of_p, gradient))
                 if below is not None:
-                    gradient += below
-                gradients[i] += gradient
-                above = gradient if above is None else above.add_(gradient)
-            return above
+                    gradient.add_(below)
+                added = gradients[i]
+                gradients[i] = gradient.add(one_hot, alpha=of_y) if added is None else added.add_(gradient)
+                if gradient is own:
+                    above[size].add_(own)
+            return above[size]
 
-        descend(0, None)
+        descend(0, None, 0)
         cross_entropy, dice = (torch.stack(term).sum() for term in zip(*terms, strict=True))
         ctx.save_for_backward(*(g.view_as(m) for g, m in zip(gradients, logits, strict=True)))
         ctx.mark_non_differentiable(cross_entropy, dice)
@@ -87,15 +93,27 @@ class _SubsetLoss(torch.autograd.Function):
 
 
 def _one_subset(
-    z: Tensor, target: Tensor, one_hot: Tensor, counts: Tensor, ce_weight: float, dice_weight: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient (B, num_classes, N), but for CE's -y, cross entropy and Dice of logits z of that shape."""
-    num_classes = z.shape[1]
-    log_p = z.log_softmax(1)
-    log_p_label = log_p.gather(1, target)  # (B, 1, N)
-    p, p_label = log_p.exp_(), log_p_label.exp()
+    z: Tensor,
+    target: Tensor,
+    one_hot: Tensor,
+    counts: Tensor,
+    ce_weight: float,
+    dice_weight: float,
+    p: Tensor,
+    of_p: Tensor,
+    gradient: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return cross entropy and Dice of logits z (B, num_classes, N).
 
-    overlap = (one_hot @ p_label.mT).sum((0, 2))  # I (num_classes,)
+    ``gradient`` is overwritten with their gradient, but for CE's -y, ``p`` with the softmax and ``of_p`` with Dice's
+    gradient by p, all of z's shape.
+    """
+    num_classes = z.shape[1]
+    torch.log_softmax(z, 1, out=p)
+    log_p_label = p.gather(1, target)  # (B, 1, N)
+    p.exp_()
+
+    overlap = (one_hot @ log_p_label.exp().mT).sum((0, 2))  # I (num_classes,)
     squares = torch.linalg.vector_norm(p, dim=2).square().sum(0)  # Q (num_classes,)
     cross_entropy = -log_p_label.mean()
     ranks = world_size()
@@ -107,7 +125,8 @@ def _one_subset(
     dice = (1 - numerator / denominator).mean()
 
     scale = 2 * dice_weight / num_classes * ranks  # the mean over ranks is to be a sum
-    of_p = p * (scale * numerator / denominator.square())[:, None]
+    torch.mul(p, (scale * numerator / denominator.square())[:, None], out=of_p)
     of_p.addcmul_(one_hot, (-scale / denominator)[:, None])
-    gradient = torch.ops.aten._softmax_backward_data(of_p, p, 1, p.dtype)
-    return gradient.add_(p, alpha=ce_weight / target.numel()), cross_entropy, dice
+    torch.ops.aten._softmax_backward_data.out(of_p, p, 1, p.dtype, grad_input=gradient)
+    gradient.add_(p, alpha=ce_weight / target.numel())
+    return cross_entropy, dice
