@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from networks.errors import NetworkError
-from networks.layers import check_choice, check_variant
+from networks.layers import check_choice, check_variant, without_autocast
 from networks.ranks import gather, rank, world_size
 
 ATTENTIONS = ("dmwla", "plain", "intra_cluster")
@@ -147,17 +147,16 @@ class DMWLA(PlainAttention):
         read = (_attend_by_cluster if by_cluster else _attend_to_own)(query, key, value, cluster)
         return read if narrow else self.o(read)
 
-    @torch.no_grad()
     def assign(self, tokens: Tensor) -> Tensor:
         """Return the cluster, int64 (B, N), whose prototype has the largest cosine with theta of each token."""
-        with torch.autocast(tokens.device.type, enabled=False):
+        with without_autocast(tokens):
             prototypes = F.normalize(self.bank.prototypes, dim=1)
-            prototypes = prototypes @ self.theta.weight.to(prototypes.dtype)  # (num_clusters, c)
-            return F.linear(tokens.to(prototypes.dtype), prototypes).argmax(-1)
+            prototypes = prototypes @ self.theta.weight.detach().to(prototypes.dtype)  # (num_clusters, c)
+            return F.linear(tokens.detach().to(prototypes.dtype), prototypes).argmax(-1)
 
     @torch.no_grad()
     def _update_memory(self, tokens: Tensor) -> None:
-        with torch.autocast(tokens.device.type, enabled=False):
+        with without_autocast(tokens):
             self.bank.update(F.linear(tokens.to(self.phi_k.dtype).flatten(0, 1), self.phi_k))
             self.phi_k.lerp_(self.phi.weight.detach().to(self.phi_k.dtype), 1 - self.phi_k_momentum)
 
@@ -388,7 +387,7 @@ def _attend_to_own(query: Tensor, key: Tensor, value: Tensor, cluster: Tensor) -
     query = torch.cat([query, (own - 1).to(query.dtype) * _out_of_reach(query)], dim=-1)
     key = torch.cat([key.flatten(0, 1), column_cluster], dim=-1)
     value = F.pad(value.flatten(0, 1), (0, num_clusters))  # fused kernels want keys and values of one width
-    batch = len(query)
+    batch = query.shape[0]  # len() would tie an exported program to one batch size
     return _attend(query, key.expand(batch, -1, -1), value.expand(batch, -1, -1))[..., :-num_clusters]
 
 

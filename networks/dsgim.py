@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from networks.errors import NetworkError
-from networks.layers import check_choice, check_variant
+from networks.layers import check_choice, check_variant, without_autocast
 
 SIMILARITIES = ("both", "cosine", "euclidean")
 EXCLUDED = -100.0  # the score of a key that a branch leaves out
@@ -57,13 +57,14 @@ class DSGIM(nn.Module):
         if height % 2 or width % 2:
             raise NetworkError(f"the map is {height} x {width}; DS-GIM cuts it into 2 x 2 windows: both must be even")
         query_scale, key_scale = self._decays(x, position)  # (B, 1, h, w) each
-        with torch.autocast(x.device.type, enabled=False):  # thresholds must not hang on bf16 rounding
+        with without_autocast(x):  # thresholds must not hang on bf16 rounding
             exact = x.to(self.query.weight.dtype)
             query = rearrange(self.query(exact * query_scale), "b c h w -> b (h w) c")
             key = rearrange(self.key(exact * key_scale), "b c h w -> b (h w) c")
             scores = query @ key.mT  # T (B, hw, hw), unscaled
             if self.variant == "release":  # image 0 is constant: no rounding of the product may say otherwise
-                scores = torch.cat([scores[:1, :1, :1].expand_as(scores[:1]), scores[1:]])
+                is_first = torch.arange(x.shape[0], device=x.device).view(-1, 1, 1) == 0
+                scores = torch.where(is_first, scores[:, :1, :1], scores)
             attention = self._branches(scores) if self.parts_keys else scores.softmax(-1)
         value = rearrange(self.value(x), "b c h w -> b (h w) c")
         out = self.fc(attention.to(value.dtype) @ value)
@@ -72,35 +73,33 @@ class DSGIM(nn.Module):
         out = F.relu(self.norm1(self.conv1(out), statistics))
         return F.relu(self.norm2(self.conv2(out), statistics))
 
-    @torch.no_grad()
     def _decays(self, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """Return the factors (B, 1, h, w) of the query's and of the key's input."""
         if not self.decays_windows:
             whole = torch.ones_like(x[:, :1])
             return whole, whole
-        selected = select_windows(x)  # (B, 4)
+        selected = select_windows(x.detach())  # (B, 4)
         selected = rearrange(selected, "b (r c) -> b 1 r c", r=2)
         selected = selected.repeat_interleave(x.shape[-2] // 2, 2).repeat_interleave(x.shape[-1] // 2, 3)
         gamma = self.decay[position + 1] if self.variant == "paper" else torch.zeros_like(self.decay[0])
         query_scale = torch.where(selected, gamma, 1.0)
         key_scale = torch.where(selected, 1.0, gamma)
         if self.variant == "release":  # image 0 of a batch is lost: its mask is truncated to zero everywhere
-            not_first = (torch.arange(len(x), device=x.device) > 0).view(-1, 1, 1, 1)
+            not_first = (torch.arange(x.shape[0], device=x.device) > 0).view(-1, 1, 1, 1)
             query_scale, key_scale = query_scale * not_first, key_scale * not_first
         return query_scale, key_scale
 
     def _branches(self, scores: Tensor) -> Tensor:
         """Return softmax_I + softmax_II (B, n, n) of the scores T (B, n, n)."""
         n = scores.shape[-1]
-        with torch.no_grad():
-            mean = scores.mean(-1)  # r (B, n)
-            distance = (mean[:, :, None] - mean[:, None, :]).abs()  # E (B, n, n)
-            tau = distance.topk(n // 2, dim=-1).values[..., -1:]  # (B, n, 1)
-            mask_1 = (distance >= tau) | torch.eye(n, dtype=torch.bool, device=scores.device)
-            mask_2 = ~mask_1
-            if self.variant == "release":  # it compares the binary mask I, not E, with tau
-                mask_2 = mask_2 | (tau >= 1)
-            present = scores != 0
+        mean = scores.detach().mean(-1)  # r (B, n); masks carry no gradient
+        distance = (mean[:, :, None] - mean[:, None, :]).abs()  # E (B, n, n)
+        tau = distance.topk(n // 2, dim=-1).values[..., -1:]  # (B, n, 1)
+        mask_1 = (distance >= tau) | torch.eye(n, dtype=torch.bool, device=scores.device)
+        mask_2 = ~mask_1
+        if self.variant == "release":  # it compares the binary mask I, not E, with tau
+            mask_2 = mask_2 | (tau >= 1)
+        present = scores.detach() != 0
         branch_1 = torch.where(mask_1 & present, scores, EXCLUDED).softmax(-1)
         branch_2 = torch.where(mask_2 & present, scores, EXCLUDED).softmax(-1)
         return branch_1 + branch_2

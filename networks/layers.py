@@ -1,6 +1,7 @@
 """The small parts that both encoders and the decoder share."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,15 @@ def check_input(x: Tensor, in_channels: int, img_size: int) -> None:
 def resize(x: Tensor, size: int | tuple[int, int]) -> Tensor:
     """Resize a map (B, C, H, W) to ``size`` bilinearly, corners not aligned: the only way this network resizes."""
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Return a context without autocast on the device of ``x``; where it is off already, one that does nothing.
+
+    torch.export cuts a program in two at every change of autocast.
+    """
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 class ConvBlock(nn.Sequential):
