@@ -215,6 +215,13 @@ class ColourPreprocessing:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(f"the checkpoint's preprocessing {brief(values)} is not one of ours; train anew") from error
 
+    def described(self, img_size: int) -> str:
+        """Return in words what leads from an image to the network's input, for a program that is not this one."""
+        return (
+            f"RGB; shrunk in proportion to a shorter side of {img_size} where that is longer, then resized to "
+            f"{img_size} x {img_size}, both bicubic with averaging; v becomes (v / 255 - mean) / std in each channel"
+        )
+
     def normalise(self, image: np.ndarray) -> np.ndarray:
         """Return images as the network sees them: uint8 (..., H, W, 3) to float32 (..., 3, H, W)."""
         scaled = np.moveaxis(image, -1, -3).astype(np.float32)

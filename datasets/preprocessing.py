@@ -42,6 +42,16 @@ class Preprocessing:
             raise DataError(f"the checkpoint's window is {window}; two rising intensities were expected")
         return cls(orientation, window)
 
+    def described(self, img_size: int) -> str:
+        """Return in words what leads from a scan to the network's input, for a program that is not this one."""
+        axes = "as stored" if self.orientation is None else f"turned to run as {self.orientation} (x, y, z)"
+        ends = "the scan's minimum and maximum" if self.window is None else "{:g} and {:g}".format(*self.window)
+        return (
+            f"voxel axes {axes}; slices across z, rows along y, columns along x; {ends} become 0 and 1, what is beyond "
+            f"is clipped; each slice resized to {img_size} x {img_size} by cubic splines, corner pixels on corner "
+            "pixels, mirrored at the border"
+        )
+
     def scale(self, image: np.ndarray, low: float, high: float) -> np.ndarray:
         """Return an image as float32 in [0, 1], ``low`` becoming 0 and ``high`` 1; where they are one, all is 0."""
         if high <= low:
