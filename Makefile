@@ -35,7 +35,7 @@ $(VENV)/.user: requirements.txt constraints.txt | $(VENV)/bin/uv
 	$(VENV)/bin/uv pip install --quiet --python $(RUN) --compile-bytecode -r requirements.txt -c constraints.txt
 	@touch $@
 
-$(VENV)/.dev: requirements.txt requirements-baselines.txt requirements-dev.txt constraints.txt | $(VENV)/bin/uv
+$(VENV)/.dev: requirements.txt requirements-baselines.txt requirements-export.txt requirements-dev.txt constraints.txt | $(VENV)/bin/uv
 	$(VENV)/bin/uv pip install --quiet --python $(RUN) --compile-bytecode -r requirements-dev.txt -c constraints.txt
 	@touch $@ $(VENV)/.user
 

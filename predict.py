@@ -6,6 +6,8 @@ One NIfTI file, the folder of a DICOM series, or a folder of NIfTI files:
     python predict.py --checkpoint runs/synapse/best.pth --input scans --output segmentations --overlays 3
 An image (JPG, PNG, BMP, TIFF) or a folder of them, with a checkpoint of a colour data set:
     python predict.py --checkpoint runs/isic/best.pth --input photo.jpg --output mask.png --overlays 1
+With an export of either format (export.py) in the checkpoint's place:
+    python predict.py --checkpoint model.onnx --input scan.nii.gz --output seg.nii.gz
 In a notebook:
     from predict import Predictor
     predictor = Predictor("runs/synapse/best.pth")
@@ -41,6 +43,7 @@ from utils.checkpoint import build_network, load_checkpoint
 from utils.cli import ArgumentParser, pick_device, run_script, seed_everything, set_precision
 from utils.errors import RunError
 from utils.evaluation import predict_volume, save_mask
+from utils.exported import is_export, open_export
 from utils.figures import save_overlays, save_picture_overlay
 from utils.files import atomic_write, check_writable, file_stem
 from utils.reports import organ_volumes, picture_areas, write_colour_tables, write_report
@@ -56,10 +59,11 @@ OTHER_ENDINGS = (*NIFTI_ENDINGS, *IMAGE_ENDINGS, ".gz", ".mha", ".mhd", ".nrrd",
 class Predictor:
     """A trained network with the preprocessing that its checkpoint names.
 
-    checkpoint: best.pth of a run, or one of the release with ``dataset``, the name of the data set it was trained on;
-    device: auto, cpu, cuda or cuda:1; amp: none, bf16 or fp16; batch_size: slices predicted at a time. ``class_names``
-    are those of label ids 1, 2, ...; ``planar`` says whether it takes images, not scans. Raises RunError, DataError or
-    NetworkError for a checkpoint that is unfit.
+    checkpoint: best.pth of a run, one of the release with ``dataset``, the name of the data set it was trained on, or
+    an export (.onnx, .pt2); device: auto, cpu, cuda or cuda:1; amp: none, bf16 or fp16, of an export none; batch_size:
+    slices predicted at a time. ``class_names`` are those of label ids 1, 2, ...; ``planar`` says whether it takes
+    images, not scans; ``dataset`` is what it was trained on, ``origin`` when and by what, as far as the checkpoint says
+    so. Raises RunError, DataError or NetworkError for a checkpoint that is unfit.
     """
 
     def __init__(
@@ -70,7 +74,8 @@ class Predictor:
         batch_size: int = 20,
         dataset: str | None = None,
     ):
-        state = load_checkpoint(checkpoint)
+        exported = open_export(checkpoint, device, amp) if is_export(checkpoint) else None
+        state = load_checkpoint(checkpoint) if exported is None else {"data": exported.metadata}
         data = state.get("data", {})
         if dataset is not None and data.get("dataset", dataset) != dataset:
             raise RunError(f"{checkpoint} was trained on {data['dataset']}, not on {dataset}: leave out --dataset")
@@ -86,9 +91,15 @@ class Predictor:
             raise RunError(f"{checkpoint} does not say how scans are prepared for it: give --dataset")
         self.planar = isinstance(self.preprocessing, ColourPreprocessing)
         set_precision(amp)
-        self.device, self.amp_dtype, self.batch_size = pick_device(device), AMP_DTYPES[amp], batch_size
+        self.amp_dtype, self.batch_size = AMP_DTYPES[amp], batch_size
         channels = 3 if self.planar else 1
-        self.model = build_network(state, checkpoint, build, load_release_state_dict, channels).to(self.device)
+        if exported is None:
+            self.device = pick_device(device)
+            self.model = build_network(state, checkpoint, build, load_release_state_dict, channels).to(self.device)
+            self.origin = {name: state[name] for name in ("epoch", "iteration", "git", "versions") if name in state}
+        else:
+            self.device, self.model, self.origin = exported.device, exported, exported.metadata["checkpoint"]
+        self.dataset = dataset or data.get("dataset")
         num_classes, takes = self.model.config["num_classes"], self.model.config["in_channels"]
         self.class_names = tuple(data["class_names"] if data else facts.names_for(num_classes))
         if (num_classes, takes) != (len(self.class_names) + 1, channels):
@@ -120,7 +131,7 @@ class Predictor:
 
 def parse_args() -> Namespace:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="best.pth of a run, or one of the release")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="best.pth, one of the release, or an export")
     parser.add_argument("--input", type=Path, required=True, help="scan or image, or a folder of them")
     parser.add_argument(
         "--output", type=Path, required=True, help="file (.nii.gz, .png) for one of them, folder for a folder"
