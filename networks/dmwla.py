@@ -147,6 +147,10 @@ class DMWLA(PlainAttention):
         read = (_attend_by_cluster if by_cluster else _attend_to_own)(query, key, value, cluster)
         return read if narrow else self.o(read)
 
+    def clusters(self, x: Tensor) -> Tensor:
+        """Return the cluster of each token of a map (B, c, H, W), int64 (B, H, W)."""
+        return self.assign(rearrange(x, "b c h w -> b h w c"))
+
     def assign(self, tokens: Tensor) -> Tensor:
         """Return the cluster, int64 (B, N), whose prototype has the largest cosine with theta of each token."""
         with without_autocast(tokens):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from networks.decoder import Decoder
-from networks.dmwla import ATTENTIONS, PrototypeMemoryBank
+from networks.dmwla import ATTENTIONS, DMWLA, PrototypeMemoryBank
 from networks.dmwla_encoder import DMWLAEncoder
-from networks.dsgim import SIMILARITIES
+from networks.dsgim import SIMILARITIES, select_windows
 from networks.errors import NetworkError
 from networks.layers import check_choice, check_images, check_input, check_size, check_variant, resize
 from networks.maxvit import MaxViTEncoder, scale_widths
@@ -154,6 +154,46 @@ class SimMPNet(nn.Module):
         for room in (self.dmwla_encoder, self.decoder) if decoder else (self.dmwla_encoder,):
             if room is not None:
                 yield from (module for module in room.modules() if isinstance(module, PrototypeMemoryBank))
+
+    def memory_blocks(self) -> Iterator[tuple[str, DMWLA]]:
+        """Yield every block that has a memory, in the order of the forward pass, and its name.
+
+        ``encoder 3.1`` is the first of the third stage, ``decoder 4`` that of the deepest level.
+        """
+        stages = self.dmwla_encoder.stages if self.dmwla_encoder is not None else ()
+        blocks = {f"encoder {i}.{j}": block for i, stage in enumerate(stages, 1) for j, block in enumerate(stage, 1)}
+        blocks |= {f"decoder {len(self.decoder.dmwla) - i}": block for i, block in enumerate(self.decoder.dmwla)}
+        yield from ((name, block) for name, block in blocks.items() if isinstance(block, DMWLA))
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Do a forward pass and return what its blocks decide about images (B, in_channels, S, S).
+
+        Returns:
+            The cluster of each token, int64 (B, h, w), by the names of ``memory_blocks`` (without meaning while the
+            memory is in warm-up), and the windows that DS-GIM selects, bool (B, positions, 4), row by row of 2 x 2, or
+            ``None`` where an ablation selects none.
+        """
+        clusters: dict[str, Tensor] = {}
+        windows: list[Tensor] = []
+        names = {block: name for name, block in self.memory_blocks()}
+
+        def assign(block: DMWLA, arguments: tuple[Tensor]) -> None:
+            clusters[names[block]] = block.clusters(arguments[0])
+
+        def select(_: nn.Module, arguments: tuple[Tensor, int]) -> None:
+            windows.append(select_windows(arguments[0]))
+
+        handles = [block.register_forward_pre_hook(assign) for block in names]
+        dsgim = self.dmwla_encoder and self.dmwla_encoder.dsgim
+        if dsgim is not None and dsgim.decays_windows:
+            handles.append(dsgim.register_forward_pre_hook(select))
+        try:
+            self(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return clusters, torch.stack(windows, dim=1) if windows else None
 
     def _skips_of_one_encoder(self, x: Tensor) -> list[Tensor]:
         """Return s_i, (B, C_i, s / 2^(i+1), s / 2^(i+1)), of images (B, 3, S, S) where an ablation left one encoder."""
