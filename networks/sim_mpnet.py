@@ -16,7 +16,7 @@ from networks.dmwla import ATTENTIONS, DMWLA, PrototypeMemoryBank
 from networks.dmwla_encoder import DMWLAEncoder
 from networks.dsgim import SIMILARITIES, select_windows
 from networks.errors import NetworkError
-from networks.layers import check_choice, check_images, check_input, check_size, check_variant, resize
+from networks.layers import check_choice, check_images, check_input, check_size, check_variant, resize, without_autocast
 from networks.maxvit import MaxViTEncoder, scale_widths
 
 SIZE_STEP = 32  # the deepest stage has stride 32
@@ -138,7 +138,8 @@ class SimMPNet(nn.Module):
         """
         check_input(x, self.config["in_channels"], self.config["img_size"])
         size = x.shape[-1]
-        x = self.stem(x)  # (B, 3, S, S)
+        with without_autocast(x):  # what rounding takes from an image no layer gives back
+            x = self.stem(x)  # (B, 3, S, S)
         if self.gate is None:
             skips = self._skips_of_one_encoder(x)
         else:

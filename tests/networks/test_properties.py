@@ -197,6 +197,16 @@ def test_autocast_keeps_the_memory_in_float32():
         assert parameter.grad.isfinite().all(), name
 
 
+def test_autocast_does_not_round_away_the_faint_contrast_of_a_bright_image():
+    model, seen = tiny_network().train(), []
+    model.maxvit.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    images = 0.9 + 1e-3 * torch.rand(2, 1, 64, 64)  # bfloat16 has steps of 0.004 there
+    model(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images)
+    torch.testing.assert_close(seen[1], seen[0])
+
+
 @pytest.mark.parametrize(("img_size", "img_size_dmwla"), [(96, 64), (64, 96), (32, 32), (160, 128)])
 def test_any_multiple_of_32_works(img_size, img_size_dmwla):
     model = tiny_network(img_size=img_size, img_size_dmwla=img_size_dmwla).eval()
