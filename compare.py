@@ -23,7 +23,7 @@ from benchmarks.measure import machine, peak_memory, time_sides
 from datasets import DATASETS, DataError, VolumeDataset
 from datasets.image_sets import images_of
 from networks import NETWORKS, NetworkError, build, load_release_state_dict
-from utils.arguments import training_parser
+from utils.arguments import flags_of_others, training_parser
 from utils.checkpoint import build_network, load_checkpoint
 from utils.cli import ArgumentParser, pick_device, run_script
 from utils.comparison import Comparison, Method, Run, compare, group_runs, paired_tests, read_run, striking_cases
@@ -262,7 +262,7 @@ def write_pages(folder: Path, sections: Sequence[Section]) -> None:
 def main() -> None:
     args = parse_args()
     runs = find_runs(args.runs, args.output_dir)
-    methods = group_runs(runs, training_defaults())
+    methods = group_runs(runs, training_defaults(), flags_of_others(NETWORKS))
     comparisons = compare(methods, DATASETS, args.split)
     if (args.volume_path or args.list_dir) and len({c.dataset for c in comparisons}) > 1:
         raise RunError("--volume_path and --list_dir are of one data set, the runs of several: compare one at a time")

@@ -280,6 +280,15 @@ def network_arguments(args: Namespace, networks: Networks) -> dict[str, Any]:
     return {name: getattr(args, name) for name in network_defaults(networks[args.network])}
 
 
+def flags_of_others(networks: Networks) -> dict[str, set[str]]:
+    """Return for each network the training arguments that are only for others."""
+    takes = {name: set(inspect.signature(network).parameters) for name, network in networks.items()}
+    for parameters in takes.values():
+        if "replaced_columns" in parameters:
+            parameters |= {"wld", "wld_start_epoch"}  # of the loop, for a memory
+    return {name: set().union(*takes.values()) - parameters for name, parameters in takes.items()}
+
+
 def check_n_gpu(args: Namespace) -> None:
     """Refuse more than one GPU; none means the CPU.
 
@@ -355,11 +364,7 @@ def _typed(parser: ArgumentParser, argv: list[str]) -> set[str]:
 
 def _check_flags_of(name: str, networks: Networks, typed: set[str], pretrained: str | None) -> None:
     """Refuse what was typed for another network than the one of this name."""
-    takes = {n: set(inspect.signature(network).parameters) for n, network in networks.items()}
-    for parameters in takes.values():
-        if "replaced_columns" in parameters:
-            parameters |= {"wld", "wld_start_epoch"}  # of the loop, for a memory
-    foreign = (set().union(*takes.values()) - takes[name]) & typed
+    foreign = flags_of_others(networks)[name] & typed
     if pretrained == "none":
         foreign.discard("pretrained")  # true of it
     if foreign:

@@ -4,7 +4,7 @@ import csv
 import json
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -190,15 +190,20 @@ def command_to_test(run: Run, dataset: Dataset, split: str | None = None) -> str
     return shlex.join(words)
 
 
-def group_runs(runs: Sequence[tuple[str | None, Run]], defaults: Mapping[str, Mapping[str, Any]]) -> list[Method]:
+def group_runs(
+    runs: Sequence[tuple[str | None, Run]],
+    defaults: Mapping[str, Mapping[str, Any]],
+    of_others: Mapping[str, Collection[str]],
+) -> list[Method]:
     """Put the seeds of each method together and name the methods.
 
     runs: each with the name that the user gave it, or None. Runs of one name are one method; one without a name is of
     the method whose settings it has. A method without a name is called by its network and by those settings that set
     it apart from others of its network, the defaults left out. defaults: of every data set the training arguments'
-    defaults, for what an older `config.json` does not have. A second run of the same seed is left out, with a warning.
+    defaults, for what an older `config.json` does not have. of_others: by network the arguments that are for others
+    only, which are not its settings. A second run of the same seed is left out, with a warning.
     """
-    settings = [_settings(run, defaults[run.dataset]) for _, run in runs]
+    settings = [_settings(run, defaults[run.dataset], of_others) for _, run in runs]
     kinds = [
         json.dumps([run.dataset, own], sort_keys=True, default=str)
         for (_, run), own in zip(runs, settings, strict=True)
@@ -325,12 +330,13 @@ def _read_history(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _settings(run: Run, defaults: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(run: Run, defaults: Mapping[str, Any], of_others: Mapping[str, Collection[str]]) -> dict[str, Any]:
     """Give the arguments that make the method, with the defaults of those that the run's version did not have."""
     chosen_by_variant = VARIANT_DEFAULTS.get(run.args.get("variant"), {})
     known = {name: chosen_by_variant.get(name, value) for name, value in defaults.items()}
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in {**known, **run.args}.items()}
-    return {name: value for name, value in settings.items() if name not in NOT_THE_METHOD and value is not None}
+    left_out = {*NOT_THE_METHOD, *of_others.get(settings.get("network", NETWORK), ())}
+    return {name: value for name, value in settings.items() if name not in left_out and value is not None}
 
 
 def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -23,12 +23,13 @@ from utils.errors import RunError
 from utils.evaluation import CaseResult
 
 DEFAULTS = {name: {"network": "sim_mpnet", "base_lr": 1e-4, "dsgim": "both", "compile": False} for name in DATASETS}
+OF_OTHERS = {"unet": {"dsgim"}}
 
 
 def grouped(*runs):
     """Group runs given as folders or (name, folder)."""
     named = [run if isinstance(run, tuple) else (None, run) for run in runs]
-    return group_runs([(name, read_run(folder)) for name, folder in named], DEFAULTS)
+    return group_runs([(name, read_run(folder)) for name, folder in named], DEFAULTS, OF_OTHERS)
 
 
 def compared(*runs, splits=None):
@@ -55,6 +56,13 @@ def test_a_method_is_called_by_its_network_and_what_sets_it_apart(tmp_path):
     ]
     names = [method.name for method in grouped(*runs)]
     assert names == ["sim_mpnet", "sim_mpnet, dsgim none", "unet", "sim_mpnet, base_lr 1e-05, compile"]
+
+
+def test_what_a_network_does_not_take_is_no_setting_of_it(tmp_path):
+    dice = random_dice(3, 0)
+    runs = [write_run(tmp_path / name, dice, network=name, dsgim="both") for name in ("sim_mpnet", "unet")]
+    ours, other = grouped(*runs)
+    assert ours.settings["dsgim"] == "both" and "dsgim" not in other.settings
 
 
 def test_an_argument_that_an_older_run_lacks_had_its_default(tmp_path):
