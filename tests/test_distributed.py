@@ -81,7 +81,8 @@ def test_two_processes_train_as_one_with_twice_the_batch(one_and_two):
         if name.endswith("warmup_counter"):
             assert value.item() == states[1]["model"][name].item(), name
     scores = [[row["val_dice"] for row in state["history"]] for state in states]
-    assert scores[1] == pytest.approx(scores[0], abs=1e-2)
+    assert scores[1][0] == pytest.approx(scores[0][0], abs=1e-3)  # of volumes that two ranks share
+    assert scores[1] == pytest.approx(scores[0], abs=5e-2)
 
 
 @pytest.fixture(scope="module")

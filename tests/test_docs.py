@@ -62,7 +62,7 @@ def test_every_command_of_a_page_is_one_that_its_script_takes(page, run_script, 
         return parsed
 
     monkeypatch.setattr(ArgumentParser, "parse_args", parse_and_stop)
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     found = list(commands(text))
     assert found or "python " not in "".join(blocks(text)).replace("python -", "")
     made_there = set(re.findall(r"> (\w+\.py)$", text, re.MULTILINE))
@@ -80,21 +80,21 @@ def test_every_command_of_a_page_is_one_that_its_script_takes(page, run_script, 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_every_link_of_a_page_leads_to_a_file_and_a_heading(page):
-    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
         if target.startswith("http"):
             continue
         path, _, heading = target.partition("#")
         file = (page.parent / path).resolve() if path else page
         assert file.exists(), target
         if heading:
-            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
             assert heading in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, target
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_every_test_that_a_page_names_is_there(page):
-    sources = "".join(path.read_text() for path in ROOT.glob("tests/**/test_*.py"))
-    for name in re.findall(r"(?<!-)\btest_[a-z0-9_]+(?=\.\.\.|`)", page.read_text()):
+    sources = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py"))
+    for name in re.findall(r"(?<!-)\btest_[a-z0-9_]+(?=\.\.\.|`)", page.read_text(encoding="utf-8")):
         exists = f"def {name}" in sources or any(ROOT.glob(f"tests/**/{name}.py")) or (ROOT / f"{name}.py").is_file()
         assert exists, name
 
@@ -102,7 +102,7 @@ def test_every_test_that_a_page_names_is_there(page):
 @pytest.fixture
 def spleen(monkeypatch, tmp_path):
     """The data set of ``docs/adding_a_data_set.md``, entered, and the scripts it makes, in ``tmp_path``."""
-    page = (ROOT / "docs/adding_a_data_set.md").read_text()
+    page = (ROOT / "docs/adding_a_data_set.md").read_text(encoding="utf-8")
     code, parser, branch = blocks(page, "python")
     module = types.ModuleType("datasets.spleen")
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -111,8 +111,8 @@ def spleen(monkeypatch, tmp_path):
     monkeypatch.setitem(datasets.DATASETS, "spleen", module.INFO)
     for line in re.findall(r"^sed .*$", page, re.MULTILINE):
         old, new, source, target = re.fullmatch(r"sed 's/(\w+)/(\w+)/g' (\S+) > (\S+)", line).groups()
-        (tmp_path / target).write_text((ROOT / source).read_text().replace(old, new))
-    prepare = (ROOT / "prepare_data.py").read_text()
+        (tmp_path / target).write_text((ROOT / source).read_text(encoding="utf-8").replace(old, new))
+    prepare = (ROOT / "prepare_data.py").read_text(encoding="utf-8")
     for old, new in (
         ("phantom, segpc,", "phantom, segpc, spleen,"),
         ("    made = kinds", f"{parser}\n    made = kinds"),
@@ -150,12 +150,14 @@ def test_the_data_set_of_the_docs_is_prepared_checked_trained_and_tested_on(sple
     ):
         done = run_script(script, *flags)
         assert done.status == 0, done.error
-    assert [len((out / "lists" / f"{split}.txt").read_text().split()) for split in ("train", "val", "test")] == [
+    assert [
+        len((out / "lists" / f"{split}.txt").read_text(encoding="utf-8").split()) for split in ("train", "val", "test")
+    ] == [
         7,
         1,
         2,
     ]
-    cases = (run / "results_test" / "cases.csv").read_text()
+    cases = (run / "results_test" / "cases.csv").read_text(encoding="utf-8")
     assert ",spleen," in cases and ",mm," in cases
     with np.load(next((out / "train_npz").glob("*.npz"))) as saved:
         np.testing.assert_allclose(saved["image"][saved["label"] == 1].mean(), 260 / 400, atol=0.02)
