@@ -1,6 +1,8 @@
 """What a user of the network relies on, in the variant ``paper`` unless a test says otherwise."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from einops import rearrange
 from torch.nn import functional as F
 
 from networks import DMWLA, DSGIM, NetworkError, SimMPNet
+from tests.conftest import ROOT
 from tests.drawings import noisy, rings
 from utils.losses import subset_loss
 
@@ -195,6 +198,17 @@ def test_autocast_keeps_the_memory_in_float32():
         assert bank.pool.isfinite().all()
     for name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all(), name
+
+
+def test_kmeans_works_beside_simple_itk():
+    pytest.importorskip("SimpleITK")
+    code = (
+        "import faiss, SimpleITK, torch; from networks.dmwla import kmeans; torch.manual_seed(0)\n"
+        "centroids, nearest = kmeans(torch.tensor([[0., 0], [0, 1], [9, 0], [9, 1]]), 2)\n"
+        "assert sorted(centroids.tolist()) == [[0, .5], [9, .5]] and nearest[0] == nearest[1] != nearest[2]"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_autocast_does_not_round_away_the_faint_contrast_of_a_bright_image():
