@@ -4,6 +4,7 @@ Every part of the paper left out in turn, on ACDC; what follows ``--`` goes to e
     python -m benchmarks.ablation --preset parts --seeds 2222 1 2 --output_dir runs/parts -- --amp bf16
 The networks to compare with, or some of them, on another set:
     python -m benchmarks.ablation --preset networks --rows sim_mpnet unet --dataset isic --output_dir runs/networks
+A flag that goes to every training is left out of a row whose network does not take it.
 Called again it goes on: what is tested is not done anew, what was interrupted is resumed. The folder then holds each
 run with its results, ``<row>/seed_<seed>``, the scores of them all, ``runs.csv``, and their means, ``table.md``.
 """
@@ -12,6 +13,7 @@ import csv
 import json
 import logging
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from pathlib import Path
 from benchmarks.measure import machine, markdown
 from datasets import DATASETS
 from networks import NETWORKS
+from utils.arguments import flags_of_others
 from utils.cli import ArgumentParser, run_script
 from utils.errors import RunError
 from utils.files import atomic_write
@@ -41,7 +44,9 @@ PRESETS = {
         "without MaxViT encoder": "--encoders dmwla --pretrained none",
         "without subset loss": "--loss last",
     },
-    "columns": {f"M {m}": f"--columns_per_cluster {m}" for m in (25, 50, 100, 200)},
+    "columns": {
+        f"M {m}": f"--columns_per_cluster {m} --replaced_columns {m // 2} --wld none" for m in (25, 50, 100, 200)
+    },
     "replaced": {f"K {k}": f"--replaced_columns {k} --wld none" for k in (0, 25, 50, 75, 100)},
     "clusters": {f"{n} clusters": f"--num_clusters {n} --decoder_num_clusters {n}" for n in (2, 4, 8, 16)},
     "variants": {name: f"--variant {name} --select val --select_from_epoch 1" for name in ("paper", "release")},
@@ -49,6 +54,7 @@ PRESETS = {
 }
 """For each choice of ``--preset`` its rows: what the table calls them, and the flags of ``train_<set>.py``."""
 SCORES = ("dice", "hd95", "jaccard", "assd")
+SETS = [name for name, info in DATASETS.items() if info.train_script == f"train_{name}.py"]
 
 
 def train_and_test(folder: Path, flags: list[str], args: Namespace) -> Path:
@@ -57,8 +63,7 @@ def train_and_test(folder: Path, flags: list[str], args: Namespace) -> Path:
     Raises:
         RunError: the folder holds a run with other flags, or a script has failed.
     """
-    split = args.split or DATASETS[args.dataset].splits[-1]
-    summary, typed = folder / f"results_{split}" / "summary.json", folder / "flags.txt"
+    summary, typed = folder / f"results_{args.split}" / "summary.json", folder / "flags.txt"
     if typed.exists() and typed.read_text() != shlex.join(flags):
         raise RunError(
             f"{folder} was trained with {typed.read_text()}, not {shlex.join(flags)}: take another --output_dir"
@@ -73,26 +78,46 @@ def train_and_test(folder: Path, flags: list[str], args: Namespace) -> Path:
     data = "volume_path" if "volume_path" in trained_with else "root_path"
     same = [data, "list_dir", "label_order", "device", "n_gpu", "amp"]
     same = [word for name in same if trained_with.get(name) is not None for word in (f"--{name}", trained_with[name])]
-    _run(f"test_{args.dataset}.py", "--checkpoint", folder / "best.pth", "--split", split, *same)
+    _run(f"test_{args.dataset}.py", "--checkpoint", folder / "best.pth", "--split", args.split, *same)
     return summary
+
+
+def fitting(flags: list[str], row: str) -> list[str]:
+    """Return those of the flags, each with its values, that the network of a row takes."""
+    words = [*flags, *shlex.split(row)]
+    network = words[words.index("--network") + 1] if "--network" in words else next(iter(NETWORKS))
+    foreign, kept, takes = flags_of_others(NETWORKS).get(network, ()), [], True
+    for word in flags:
+        if word.startswith("--"):
+            takes = word[2:].split("=")[0] not in foreign
+        if takes:
+            kept.append(word)
+    return kept
 
 
 def _run(script: str, *flags: object) -> None:
     logger.info("%s %s", script, shlex.join(map(str, flags)))
-    done = subprocess.run([sys.executable, ROOT / script, *map(str, flags)], check=False)
-    if done.returncode:
-        raise RunError(
-            f"{script} ended with status {done.returncode}, for the reason above: mend it and call this again"
-        )
+    process = subprocess.Popen([sys.executable, ROOT / script, *map(str, flags)])
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # which a terminal sends to the script too, and it saves what it has
+        process.wait()
+        logger.warning("the same command goes on with this row")
+        raise
+    if status:
+        raise RunError(f"{script} ended with status {status}, for the reason above: mend it and call this again")
 
 
-def collect(folder: Path, summaries: dict[str, dict[int, Path]]) -> str:
+def collect(folder: Path, summaries: dict[str, dict[int, Path]], what: str) -> str:
     """Write ``runs.csv`` and ``table.md`` of each row's summaries by seed; returns the table."""
     lines, table = [], []
+    unit = "voxels"
     for row, of_seeds in summaries.items():
         cells: dict[str, list[float]] = {}
         for seed, path in of_seeds.items():
             summary = json.loads(path.read_text())
+            unit = summary["transunet"]["unit"]
             for convention in ("transunet", "strict"):
                 scores = summary[convention]
                 for scored in [*scores["classes"], {"class": "mean", **scores["mean"]}]:
@@ -104,8 +129,11 @@ def collect(folder: Path, summaries: dict[str, dict[int, Path]]) -> str:
         table.append([row, len(of_seeds), *shown])
     with atomic_write(folder / "runs.csv") as temporary, open(temporary, "w", newline="") as file:
         csv.writer(file).writerows([["row", "seed", "convention", "class", *SCORES, "unit"], *lines])
-    header = ["", "seeds", "Dice [%]", "HD95", "strict Dice [%]", "strict HD95"]
-    text = f"{markdown(header, table)}\n\nMean and standard deviation over the seeds; {machine()}\n"
+    header = ["", "seeds", "Dice [%]", f"HD95 [{unit}]", "strict Dice [%]", "strict HD95"]
+    text = (
+        f"{markdown(header, table)}\n\n{what}. Means over cases and classes, convention transunet and then strict (mm "
+        f"where the files have a spacing); mean and standard deviation over the seeds. {machine()}\n"
+    )
     with atomic_write(folder / "table.md") as temporary:
         temporary.write_text(text)
     return text
@@ -120,12 +148,13 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--preset", required=True, choices=PRESETS, help="which rows")
     parser.add_argument("--rows", nargs="+", help="only these of them; default: all")
-    parser.add_argument("--dataset", default="acdc", choices=DATASETS, help="the data set")
+    parser.add_argument("--dataset", default="acdc", choices=SETS, help="the data set")
     parser.add_argument("--seeds", nargs="+", type=int, default=[2222], help="each row is trained with each of them")
     parser.add_argument("--split", help="list to test on; default: the test list")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the runs and the table")
     parser.add_argument("flags", nargs="*", help="behind --: flags of every training")
     args = parser.parse_args()
+    args.split = args.split or DATASETS[args.dataset].splits[-1]
     rows = PRESETS[args.preset]
     unknown = set(args.rows or ()) - set(rows)
     if unknown:
@@ -137,9 +166,9 @@ def main() -> None:
     for seed in args.seeds:  # a first seed of every row before the second of any
         for row in args.rows or rows:
             folder = args.output_dir / row.replace(" ", "_") / f"seed_{seed}"
-            flags = [*args.flags, *shlex.split(rows[row]), "--seed", str(seed)]
+            flags = [*fitting(args.flags, rows[row]), *shlex.split(rows[row]), "--seed", str(seed)]
             summaries.setdefault(row, {})[seed] = train_and_test(folder, flags, args)
-            text = collect(args.output_dir, summaries)
+            text = collect(args.output_dir, summaries, f"{args.dataset}, {args.split}")
     print(text)
 
 

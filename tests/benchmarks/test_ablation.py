@@ -1,6 +1,11 @@
 """Rows trained and tested over seeds: all of them collected, none done twice, what was interrupted gone on with."""
 
 import csv
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +13,7 @@ import pytest
 from benchmarks import ablation
 from datasets.phantom import write_phantom
 from networks import NETWORKS
+from tests.conftest import ROOT
 from tests.networks.test_registry import example  # noqa: F401, a fixture
 from tests.test_scripts import folders
 from utils.errors import RunError
@@ -62,6 +68,30 @@ def test_rows_over_seeds_are_collected_and_gone_on_with(example, started, monkey
 
     with pytest.raises(RunError, match=r"narrow/seed_1 was trained with .*--batch_size 4"):
         call(monkeypatch, *argv, "--batch_size", 2)
+
+
+def test_ctrl_c_waits_until_the_training_has_saved(tmp_path):
+    (tmp_path / "training.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "def save(*_):\n    time.sleep(1)\n    pathlib.Path('saved').touch()\n    sys.exit(130)\n"
+        "signal.signal(signal.SIGINT, save)\npathlib.Path('started').touch()\ntime.sleep(60)\n"
+    )
+    code = f"from benchmarks import ablation; ablation._run({str(tmp_path / 'training.py')!r})"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True
+    )
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(30) != 0
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_flag_that_a_network_does_not_take_is_left_out_of_its_row():
+    flags = ["--model_scale", "pico", "--img_size", "64", "--warmup_iterations=5", "--amp", "bf16"]
+    assert ablation.fitting(flags, "--network unet") == ["--img_size", "64", "--amp", "bf16"]
+    assert ablation.fitting(flags, "--dsgim none") == flags
 
 
 @pytest.mark.parametrize(
