@@ -26,7 +26,17 @@ from networks import NETWORKS, NetworkError, build, load_release_state_dict
 from utils.arguments import flags_of_others, training_parser
 from utils.checkpoint import build_network, load_checkpoint
 from utils.cli import ArgumentParser, pick_device, run_script
-from utils.comparison import Comparison, Method, Run, compare, group_runs, paired_tests, read_run, striking_cases
+from utils.comparison import (
+    Comparison,
+    Method,
+    Run,
+    command_to_test,
+    compare,
+    group_runs,
+    paired_tests,
+    read_run,
+    striking_cases,
+)
 from utils.comparison_figures import example, save_box_plots, save_curves, save_qualitative
 from utils.comparison_report import (
     Cost,
@@ -94,6 +104,18 @@ def find_runs(given: Sequence[str], output_dir: Path) -> list[tuple[str | None, 
     if not runs:
         raise RunError(f"no run folder in {' '.join(given)}: give folders that train_<set>.py wrote")
     return runs
+
+
+def tested(runs: list[tuple[str | None, Run]], splits: Sequence[str] | None) -> list[tuple[str | None, Run]]:
+    """Leave out, with a warning, the runs without results to compare, so that they set no others apart."""
+    kept = [(name, run) for name, run in runs if any(split in run.results for split in splits or run.results)]
+    if not kept:
+        return runs  # comparing them says so
+    for _, run in runs:
+        if run.folder not in {other.folder for _, other in kept}:
+            command = command_to_test(run, DATASETS[run.dataset], splits[0] if splits else None)
+            logger.warning("%s was not tested and is left out; test it with: %s", run.folder, command)
+    return kept
 
 
 def training_defaults() -> dict[str, dict]:
@@ -225,6 +247,13 @@ def published_beside(comparison: Comparison, comparisons: Sequence[Comparison]) 
     return next((by_split[s] for s in reversed(DATASETS[comparison.dataset].splits) if s in by_split), of_set[0])
 
 
+def on_own_lists(comparison: Comparison) -> bool:
+    """Whether all runs have the data set's own lists, so that the published rows are of like cases."""
+    own = Path(DATASETS[comparison.dataset].list_dir).resolve()
+    runs = (run for method in comparison.methods.values() for run in method.runs)
+    return all(Path(run.args.get("list_dir", own)).resolve() == own for run in runs)
+
+
 def training_section(dataset: str, methods: Sequence[Method], folder: Path) -> Section:
     """List the runs of a data set and draw how they trained."""
     section = Section(f"{dataset}, runs and training", [settings_table(methods)])
@@ -261,13 +290,15 @@ def write_pages(folder: Path, sections: Sequence[Section]) -> None:
 
 def main() -> None:
     args = parse_args()
-    runs = find_runs(args.runs, args.output_dir)
+    runs = tested(find_runs(args.runs, args.output_dir), args.split)
     methods = group_runs(runs, training_defaults(), flags_of_others(NETWORKS))
     comparisons = compare(methods, DATASETS, args.split)
     if (args.volume_path or args.list_dir) and len({c.dataset for c in comparisons}) > 1:
         raise RunError("--volume_path and --list_dir are of one data set, the runs of several: compare one at a time")
     chosen = choose_cases(comparisons, args)
     published = {} if args.no_published else read_published(PUBLISHED)
+    for dataset in {comparison.dataset for comparison in comparisons if not on_own_lists(comparison)}:
+        published.pop(dataset, None)
     check_writable(args.output_dir)
     models, costs = examine(comparisons, args)
 
@@ -283,7 +314,7 @@ def main() -> None:
             published.get(comparison.dataset, ()) if comparison is published_beside(comparison, comparisons) else ()
         )
         made = tables(comparison, own_costs, beside, own_tests)
-        print("\n".join(markdown(replace(table, published=())) for table in made))
+        print("\n".join(markdown(replace(table, published=())) for table in made).replace("\\<", "<"))
         stem = f"{number}_{file_stem(comparison.dataset)}_{file_stem(comparison.split)}"
         pictures = [draw_boxes(folder / f"{stem}_boxes.png", comparison)]
         if cases and own_models:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets import DATASETS
 from utils.evaluation import CaseResult, write_case_csv
 from utils.metrics import FOUND, ClassResult, Metrics
 
@@ -34,7 +35,7 @@ def write_run(
 ) -> Path:
     """Write `config.json`, `metrics.csv` and the results of a split; dice: of each class, by case."""
     folder.mkdir(parents=True, exist_ok=True)
-    args = {"seed": seed, "variant": "paper", "output_dir": str(folder), "list_dir": "lists/lists_ACDC", **args}
+    args = {"seed": seed, "variant": "paper", "output_dir": str(folder), "list_dir": DATASETS[dataset].list_dir, **args}
     data = {"dataset": dataset, "class_names": list(class_names)}
     (folder / "config.json").write_text(json.dumps({"args": args, "data": data}))
     with open(folder / "metrics.csv", "w", newline="") as file:

@@ -353,6 +353,7 @@ def _names(settings: Mapping[tuple, Mapping[str, Any]], defaults: Mapping[str, M
         network = own.get("network", NETWORK)
         rivals = [s for k, s in settings.items() if k[0] == key[0] and s.get("network", NETWORK) == network]
         apart = [name for name in _differing(rivals) if own.get(name) != defaults[key[0]].get(name)]
+        apart = [name for name in apart if not name.endswith(("_path", "_dir"))]  # too long; the table has them
         name = ", ".join([network, *(_setting(name, own.get(name)) for name in apart)])
         while any(k[0] == key[0] and taken == name for k, taken in names.items()):
             name += " (2)"
