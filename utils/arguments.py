@@ -386,6 +386,11 @@ def _check_numbers(args: Namespace) -> None:
     for name in ("pool_momentum", "phi_k_momentum"):
         if not 0 <= getattr(args, name) <= 1:
             raise RunError(f"--{name} is {getattr(args, name)}; expected a share from 0 to 1")
+    if args.replaced_columns > args.columns_per_cluster:
+        logger.warning(
+            "--replaced_columns %d is more than --columns_per_cluster %d: a step replaces every column of a cluster",
+            args.replaced_columns, args.columns_per_cluster,
+        )  # fmt: skip
     if args.batch_size % args.accumulate:
         divisors = ", ".join(str(n) for n in range(1, args.batch_size + 1) if args.batch_size % n == 0)
         raise RunError(
