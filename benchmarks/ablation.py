@@ -64,17 +64,16 @@ def train_and_test(folder: Path, flags: list[str], args: Namespace) -> Path:
         RunError: the folder holds a run with other flags, or a script has failed.
     """
     summary, typed = folder / f"results_{args.split}" / "summary.json", folder / "flags.txt"
-    if typed.exists() and typed.read_text() != shlex.join(flags):
-        raise RunError(
-            f"{folder} was trained with {typed.read_text()}, not {shlex.join(flags)}: take another --output_dir"
-        )
+    before = typed.read_text(encoding="utf-8") if typed.exists() else shlex.join(flags)
+    if before != shlex.join(flags):
+        raise RunError(f"{folder} was trained with {before}, not {shlex.join(flags)}: take another --output_dir")
     if summary.exists():
         return summary
     folder.mkdir(parents=True, exist_ok=True)
-    typed.write_text(shlex.join(flags))
+    typed.write_text(shlex.join(flags), encoding="utf-8")
     last = folder / "last.pth"
     _run(f"train_{args.dataset}.py", *(["--resume", last] if last.exists() else [*flags, "--output_dir", folder]))
-    trained_with = json.loads((folder / "config.json").read_text())["args"]
+    trained_with = json.loads((folder / "config.json").read_text(encoding="utf-8"))["args"]
     data = "volume_path" if "volume_path" in trained_with else "root_path"
     same = [data, "list_dir", "label_order", "device", "n_gpu", "amp"]
     same = [word for name in same if trained_with.get(name) is not None for word in (f"--{name}", trained_with[name])]
@@ -116,7 +115,7 @@ def collect(folder: Path, summaries: dict[str, dict[int, Path]], what: str) -> s
     for row, of_seeds in summaries.items():
         cells: dict[str, list[float]] = {}
         for seed, path in of_seeds.items():
-            summary = json.loads(path.read_text())
+            summary = json.loads(path.read_text(encoding="utf-8"))
             unit = summary["transunet"]["unit"]
             for convention in ("transunet", "strict"):
                 scores = summary[convention]
@@ -127,7 +126,7 @@ def collect(folder: Path, summaries: dict[str, dict[int, Path]], what: str) -> s
                     cells.setdefault(f"{convention} {score}", []).append(float("nan") if value is None else value)
         shown = [_mean_and_deviation(values, 100 if "dice" in name else 1) for name, values in cells.items()]
         table.append([row, len(of_seeds), *shown])
-    with atomic_write(folder / "runs.csv") as temporary, open(temporary, "w", newline="") as file:
+    with atomic_write(folder / "runs.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["row", "seed", "convention", "class", *SCORES, "unit"], *lines])
     header = ["", "seeds", "Dice [%]", f"HD95 [{unit}]", "strict Dice [%]", "strict HD95"]
     text = (
@@ -135,7 +134,7 @@ def collect(folder: Path, summaries: dict[str, dict[int, Path]], what: str) -> s
         f"where the files have a spacing); mean and standard deviation over the seeds. {machine()}\n"
     )
     with atomic_write(folder / "table.md") as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
     return text
 
 

@@ -186,7 +186,7 @@ def write_profile(form: Form, folder: Path) -> None:
     profiler.export_chrome_trace(str(folder / "trace.json.gz"))
     order = "self_cuda_time_total" if form.device.type == "cuda" else "self_cpu_time_total"
     table = profiler.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90)
-    (folder / "profile.txt").write_text(f"{form.name}, three training steps\n{table}\n")
+    (folder / "profile.txt").write_text(f"{form.name}, three training steps\n{table}\n", encoding="utf-8")
 
 
 def measure(form: Form, flops: tuple[float, float], peak_rate: float) -> list[object]:
@@ -243,7 +243,7 @@ def main() -> None:
         f"ceiling {peak_rate / 1e12:.1f} TFLOP/s (bf16)",
         markdown(header, rows),
     ]
-    (args.output / "gpu.md").write_text("\n\n".join(lines) + "\n")
+    (args.output / "gpu.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     print("\n\n".join(lines))
     free_memory()
     write_profile(Form(args.forms[-1], args, device), args.output)

@@ -73,7 +73,7 @@ def test_from_tested_runs_to_tables_figures_and_the_page(runs, phantom, run_scri
     for convention in ("transunet", "strict"):
         for metric in ("dice", "hd95", "jaccard", "assd"):
             (row,) = (r for r in ours if (r["convention"], r["class"], r["metric"]) == (convention, "mean", metric))
-            summaries = [json.loads((run / "results_test/summary.json").read_text()) for run in runs[:2]]
+            summaries = [json.loads((run / "results_test/summary.json").read_text("utf-8")) for run in runs[:2]]
             means = [summary[convention]["mean"][metric] for summary in summaries]
             scale = 100 if row["unit"] == "%" else 1
             assert float(row["mean"]) == pytest.approx(scale * sum(means) / 2, rel=1e-4)
@@ -85,11 +85,14 @@ def test_from_tested_runs_to_tables_figures_and_the_page(runs, phantom, run_scri
     tested = rows(out / "paired_tests.csv")
     assert {(row["first"], row["second"]) for row in tested} == {("Ours & <co>", "sim_mpnet, decoder_feature_dim 8")}
 
-    page = Reader((out / "comparison.html").read_text())
+    page = Reader((out / "comparison.html").read_text("utf-8"))
     assert not page.open and not page.wrong and page.tags["img"] == 3
     assert "Ours & <co>" in "".join(page.text)
     assert "images/s" in done.output and "myocardium" in done.output and "published" not in done.output
-    for text in ((out / "comparison.md").read_text(), (out / "comparison.tex").read_text()):
+    for text in (
+        (out / "comparison.md").read_text("utf-8"),
+        (out / "comparison.tex").read_text("utf-8"),
+    ):
         assert "images/s" in text and "published" not in text and "myocardium" in text
     with Image.open(out / "figures/1_acdc_test_predictions.png") as figure:
         assert figure.width > figure.height  # image, label and two methods beside one another
@@ -102,7 +105,7 @@ def test_without_data_or_checkpoints_the_tables_are_made_and_what_is_missing_is_
     done = run_script("compare.py", first, second, "--output_dir", out, "--no_published")
     assert done.status == 0
     assert done.error.count("warning:") == 2 and done.error.count("no checkpoint at") == 2
-    text = (out / "comparison.md").read_text()
+    text = (out / "comparison.md").read_text("utf-8")
     assert "| sim_mpnet \\* | 1 | 8 | - | - |" in text and "optimistic" in text
     assert "published" not in text
     assert not list(out.rglob("*predictions.png")) and (out / "figures/acdc_training.png").is_file()
@@ -116,12 +119,12 @@ def test_published_rows_stand_once_per_data_set_beside_its_test_split(run_script
     for split, heading in (([], "acdc, test"), (["--split", "another", "val"], "acdc, val")):
         done = run_script("compare.py", run, other, "--output_dir", tmp_path / "out", *split)
         assert done.status == 0
-        parts = (tmp_path / "out/comparison.md").read_text().split("\n## ")
+        parts = (tmp_path / "out/comparison.md").read_text("utf-8").split("\n## ")
         published = {part.splitlines()[0]: part.count("| *U-Net (published)*") for part in parts}
         assert {name: count for name, count in published.items() if count} == {heading: 2, "segpc, val": 2}
         assert "published" not in done.output
-        assert "U-Net (published)" in (tmp_path / "out/comparison.tex").read_text()
-        assert "U-Net" in "".join(Reader((tmp_path / "out/comparison.html").read_text()).text)
+        assert "U-Net (published)" in (tmp_path / "out/comparison.tex").read_text("utf-8")
+        assert "U-Net" in "".join(Reader((tmp_path / "out/comparison.html").read_text("utf-8")).text)
         sources = {(row["method"], row["source"]) for row in rows(tmp_path / "out/comparison.csv")}
         assert len({method for method, source in sources if source == "published"}) == 18
 

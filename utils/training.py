@@ -228,7 +228,7 @@ class Trainer:
     def lock(self) -> None:
         """Refuse a folder that another process trains into; the lock ends with this process, however it ends."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.locked = open(self.folder / "train.log", "a")  # noqa: SIM115
+        self.locked = open(self.folder / "train.log", "a", encoding="utf-8")  # noqa: SIM115
         try:
             fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -439,7 +439,10 @@ class Trainer:
         self.add_scalars(row, events)
         events.flush()
         fields = list(dict.fromkeys(name for r in self.history for name in r))
-        with atomic_write(self.folder / "metrics.csv") as temporary, open(temporary, "w", newline="") as file:
+        with (
+            atomic_write(self.folder / "metrics.csv") as temporary,
+            open(temporary, "w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.DictWriter(file, fields)
             writer.writeheader()
             writer.writerows(self.history)
@@ -536,7 +539,7 @@ class Trainer:
         content = {"args": vars(self.args), "data": asdict(self.facts), "ranks": world_size(), **provenance()}
         name = "config_resumed.json" if self.iteration else "config.json"
         with atomic_write(self.folder / name) as temporary:
-            temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
+            temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
 
     def open_events(self) -> EventFile | None:
         """Return rank 0's event file, with the epochs done so far: a resumed run has one file too."""

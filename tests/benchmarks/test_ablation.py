@@ -53,7 +53,7 @@ def test_rows_over_seeds_are_collected_and_gone_on_with(example, started, monkey
         lines = list(csv.DictReader(file))
     assert {(line["row"], line["seed"]) for line in lines} == {(row, seed) for row in rows for seed in "12"}
     assert {line["class"] for line in lines} == {"right ventricle", "myocardium", "left ventricle", "mean"}
-    table = (out / "table.md").read_text()
+    table = (out / "table.md").read_text(encoding="utf-8")
     assert all(f"| {row} | 2 |" in table for row in rows) and "±" in table
 
     interrupted = out / "the_wide_one" / "seed_2"
@@ -64,7 +64,7 @@ def test_rows_over_seeds_are_collected_and_gone_on_with(example, started, monkey
         ("train_acdc.py", "--resume", str(interrupted / "last.pth")),
         ("test_acdc.py", "--checkpoint", str(interrupted / "best.pth")),
     ]
-    assert (out / "table.md").read_text().splitlines()[:4] == table.splitlines()[:4]
+    assert (out / "table.md").read_text(encoding="utf-8").splitlines()[:4] == table.splitlines()[:4]
 
     with pytest.raises(RunError, match=r"narrow/seed_1 was trained with .*--batch_size 4"):
         call(monkeypatch, *argv, "--batch_size", 2)

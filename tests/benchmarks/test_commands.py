@@ -41,9 +41,11 @@ def test_a_benchmark_prints_its_table(name):
 def test_the_gpu_benchmark_is_ready_to_run(tmp_path):
     small = "--device cpu --forms plain bf16 --model_scale pico --num_classes 3 --img_size 64 --img_size_dmwla 64"
     assert "| plain |" in run("gpu", f"{small} --batch_size 2 --repeats 1 --output {tmp_path}")
-    table = (tmp_path / "gpu.md").read_text()
+    table = (tmp_path / "gpu.md").read_text(encoding="utf-8")
     assert "| bf16 |" in table and "failed" not in table
-    assert (tmp_path / "trace.json.gz").stat().st_size and "bf16" in (tmp_path / "profile.txt").read_text()
+    assert (tmp_path / "trace.json.gz").stat().st_size and "bf16" in (tmp_path / "profile.txt").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_the_plot_of_scaling_is_drawn(tmp_path):
