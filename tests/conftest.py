@@ -29,6 +29,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.fixture(scope="session")
+def phantom(tmp_path_factory) -> Path:
+    """Made-up hearts that no test changes: two patients train, one validates, one tests."""
+    from datasets.phantom import write_phantom
+
+    folder = tmp_path_factory.mktemp("phantom")
+    write_phantom(folder, (2, 1, 1))
+    return folder
+
+
 @dataclass
 class Outcome:
     """What a script printed and how it ended."""

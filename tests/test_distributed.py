@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from datasets.phantom import write_phantom
 from tests.conftest import ROOT
+from tests.test_scripts import folders
 from utils.checkpoint import load_checkpoint
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -85,18 +85,9 @@ def test_two_processes_train_as_one_with_twice_the_batch(one_and_two):
     assert scores[1] == pytest.approx(scores[0], abs=5e-2)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> list[str]:
-    folder = tmp_path_factory.mktemp("phantom")
-    write_phantom(folder, (2, 1, 1))
-    return [
-        "--root_path",
-        f"{folder}/train_npz",
-        "--volume_path",
-        f"{folder}/test_vol_h5",
-        "--list_dir",
-        f"{folder}/lists",
-    ]
+@pytest.fixture
+def data(phantom) -> list[str]:
+    return folders(phantom)
 
 
 def test_a_rank_that_dies_ends_the_run_in_view_and_torchrun_starts_it_again(data, tmp_path):

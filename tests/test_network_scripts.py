@@ -3,7 +3,6 @@
 import csv
 import json
 import sys
-from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from datasets import acdc
-from datasets.phantom import write_phantom
 from networks import NETWORKS
 from predict import Predictor
 from tests.networks.test_registry import example  # noqa: F401, a fixture
@@ -22,13 +20,6 @@ from utils.errors import RunError
 COMMON = (
     "--pretrained none --img_size 64 --batch_size 4 --max_iterations 3 --num_workers 0 --device cpu --seed 3"
 ).split()
-
-
-@pytest.fixture(scope="module")
-def phantom(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("phantom")
-    write_phantom(folder, (2, 1, 1))
-    return folder
 
 
 def parse(tmp_path, *argv):

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from datasets.phantom import write_phantom
 from tests.conftest import ROOT
 from tests.mini import assert_same, trainer
+from tests.test_scripts import folders
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import RunError
 from utils.files import remove_temporaries
@@ -28,11 +28,9 @@ SMALL = (
 ).split()
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> list[str]:
-    folder = tmp_path_factory.mktemp("phantom")
-    write_phantom(folder, (2, 1, 1))
-    return f"--root_path {folder}/train_npz --volume_path {folder}/test_vol_h5 --list_dir {folder}/lists".split()
+@pytest.fixture
+def data(phantom) -> list[str]:
+    return folders(phantom)
 
 
 def command(data: list[str], folder: Path, *flags: str) -> list[str]:

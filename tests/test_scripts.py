@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.phantom import write_phantom
 from tests.conftest import Outcome
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,13 +20,6 @@ SMALL = (
     "--model_scale pico --pretrained none --img_size 64 --img_size_dmwla 64 --feature_dim 16 --decoder_feature_dim 16 "
     "--columns_per_cluster 20 --warmup_iterations 2 --batch_size 4 --max_iterations 3 --num_workers 0 --device cpu"
 ).split()
-
-
-@pytest.fixture(scope="module")
-def phantom(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("phantom")
-    write_phantom(folder, (2, 1, 1))
-    return folder
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ablation
-from datasets.phantom import write_phantom
 from networks import NETWORKS
 from tests.conftest import ROOT
 from tests.networks.test_registry import example  # noqa: F401, a fixture
@@ -41,12 +40,11 @@ def call(monkeypatch, *argv) -> None:
     ablation.main()
 
 
-def test_rows_over_seeds_are_collected_and_gone_on_with(example, started, monkeypatch, tmp_path):  # noqa: F811
-    write_phantom(tmp_path / "phantom", (2, 1, 1))
+def test_rows_over_seeds_are_collected_and_gone_on_with(example, phantom, started, monkeypatch, tmp_path):  # noqa: F811
     rows = {"narrow": f"--network {example} --width 4", "the wide one": f"--network {example} --width 8"}
     monkeypatch.setitem(ablation.PRESETS, "networks", rows)
     out = tmp_path / "out"
-    argv = ["--preset", "networks", "--output_dir", out, "--seeds", 1, 2, "--", *folders(tmp_path / "phantom"), *FEW]
+    argv = ["--preset", "networks", "--output_dir", out, "--seeds", 1, 2, "--", *folders(phantom), *FEW]
     call(monkeypatch, *argv)
     assert [script for script, *_ in started] == ["train_acdc.py", "test_acdc.py"] * 4
     with open(out / "runs.csv") as file:
