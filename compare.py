@@ -30,9 +30,9 @@ from utils.comparison import (
     Comparison,
     Method,
     Run,
-    command_to_test,
     compare,
     group_runs,
+    leave_out,
     paired_tests,
     read_run,
     striking_cases,
@@ -113,8 +113,7 @@ def tested(runs: list[tuple[str | None, Run]], splits: Sequence[str] | None) -> 
         return runs  # comparing them says so
     for _, run in runs:
         if run.folder not in {other.folder for _, other in kept}:
-            command = command_to_test(run, DATASETS[run.dataset], splits[0] if splits else None)
-            logger.warning("%s was not tested and is left out; test it with: %s", run.folder, command)
+            leave_out(run, DATASETS[run.dataset], splits[0] if splits else None)
     return kept
 
 

@@ -62,8 +62,9 @@ class Predictor:
     checkpoint: best.pth of a run, one of the release with ``dataset``, the name of the data set it was trained on, or
     an export (.onnx, .pt2); device: auto, cpu, cuda or cuda:1; amp: none, bf16 or fp16, of an export none; batch_size:
     slices predicted at a time. ``class_names`` are those of label ids 1, 2, ...; ``planar`` says whether it takes
-    images, not scans; ``dataset`` is what it was trained on, ``origin`` when and by what, as far as the checkpoint says
-    so. Raises RunError, DataError or NetworkError for a checkpoint that is unfit.
+    images, not scans; ``dataset`` is what it was trained on, ``origin`` when and by what, ``history`` the epochs of
+    its training, as far as the checkpoint says so. Raises RunError, DataError or NetworkError for a checkpoint that is
+    unfit.
     """
 
     def __init__(
@@ -97,8 +98,10 @@ class Predictor:
             self.device = pick_device(device)
             self.model = build_network(state, checkpoint, build, load_release_state_dict, channels).to(self.device)
             self.origin = {name: state[name] for name in ("epoch", "iteration", "git", "versions") if name in state}
+            self.history = state.get("history", [])
         else:
             self.device, self.model, self.origin = exported.device, exported, exported.metadata["checkpoint"]
+            self.history = []
         self.dataset = dataset or data.get("dataset")
         num_classes, takes = self.model.config["num_classes"], self.model.config["in_channels"]
         self.class_names = tuple(data["class_names"] if data else facts.names_for(num_classes))

@@ -97,13 +97,15 @@ def fitting(flags: list[str], row: str) -> list[str]:
 def _run(script: str, *flags: object) -> None:
     logger.info("%s %s", script, shlex.join(map(str, flags)))
     process = subprocess.Popen([sys.executable, ROOT / script, *map(str, flags)])
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         status = process.wait()
     except KeyboardInterrupt:  # which a terminal sends to the script too, and it saves what it has
         process.wait()
         logger.warning("the same command goes on with this row")
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if status:
         raise RunError(f"{script} ended with status {status}, for the reason above: mend it and call this again")
 

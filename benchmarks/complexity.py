@@ -7,12 +7,12 @@ use, beside what the paper states for Synapse: 91.30 M parameters and 43.74 G mu
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import add_network, markdown, past_warm_up
 from benchmarks.plain import plain_copy
 from networks import NETWORKS, NetworkError, SimMPNet, build
 from utils.cli import ArgumentParser, run_script
+from utils.complexity import count_multiply_adds, count_parameters, flop_counter
 
 PAPER = "91.30 M parameters, 43.74 G multiply-adds"
 
@@ -34,9 +34,8 @@ def parts(model: nn.Module) -> dict[str, nn.Module]:
 def count(model: nn.Module, size: int, channels: int) -> list[list[object]]:
     """Return for each part, and for all: parameters, multiply-adds, and bytes kept for backward, of one image."""
     names = {module: name for name, module in model.named_modules()}
-    counter = FlopCounterMode(display=False)
     x = torch.rand(1, channels, size, size)
-    with counter, torch.no_grad():
+    with flop_counter() as counter, torch.no_grad():
         model.eval()(x)
     root = f"{type(model).__name__}."
     flops = {name.removeprefix(root): sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
@@ -47,13 +46,13 @@ def count(model: nn.Module, size: int, channels: int) -> list[list[object]]:
     for name, module in parts(model).items():
         inside = list(module) if isinstance(module, nn.ModuleList) else [module]
         work = sum(flops.get(names[m], 0) for m in inside)
-        rows.append([name, _parameters(module), work / 2, saved[name]])
-    rest = [_parameters(model), flops["Global"] / 2, saved["all"]]
+        rows.append([name, count_parameters(module), work / 2, saved[name]])
+    rest = [count_parameters(model), flops["Global"] / 2, saved["all"]]
     for row in rows:
         rest = [a - b for a, b in zip(rest, row[1:], strict=True)]
     others = "gates, injections, heads, attention of the decoder" if isinstance(model, SimMPNet) else "the rest"
     return [*rows, [others, *rest],
-            ["all", _parameters(model), flops["Global"] / 2, saved["all"]]]  # fmt: skip
+            ["all", count_parameters(model), flops["Global"] / 2, saved["all"]]]  # fmt: skip
 
 
 def _saved_bytes(model: nn.Module, named: dict[str, nn.Module], x: Tensor) -> dict[str, int]:
@@ -83,10 +82,6 @@ def _saved_bytes(model: nn.Module, named: dict[str, nn.Module], x: Tensor) -> di
     return saved
 
 
-def _parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--network", default="sim_mpnet", choices=NETWORKS, help="what is counted")
@@ -102,9 +97,7 @@ def main() -> None:
     ]
     print(", ".join(f"{name} {value}" for name, value in model.config.items() if name in vars(args)))
     if isinstance(model, SimMPNet):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            plain_copy(model).eval()(torch.rand(1, args.in_channels, args.img_size, args.img_size))
-        plain_work = f"{counter.get_total_flops() / 2e9:.2f} G"
+        plain_work = f"{count_multiply_adds(plain_copy(model), args.img_size, args.in_channels) / 1e9:.2f} G"
         rows.append(["all, attention at the memory's width d, as written", rows[-1][1], plain_work, "-"])
         print(f"the paper: {PAPER}")
     print(markdown(["", "parameters", "multiply-adds", "kept for backward, per image"], rows))

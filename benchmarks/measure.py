@@ -77,7 +77,7 @@ def past_warm_up(module: nn.Module) -> None:
         bank.warmup_counter.fill_(bank.sampling_steps)
         bank.pool.normal_()
         bank.prototypes.copy_(bank.pool.mean(1))
-    module.load_state_dict(module.state_dict())  # the banks read their counters anew
+        bank.reread()
     assert not any(bank.in_warmup for bank in banks)
 
 

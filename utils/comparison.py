@@ -190,6 +190,13 @@ def command_to_test(run: Run, dataset: Dataset, split: str | None = None) -> str
     return shlex.join(words)
 
 
+def leave_out(run: Run, dataset: Dataset, split: str | None) -> str:
+    """Warn that a run was not tested, on a split or at all, with the command that tests it; returns the command."""
+    command, where = command_to_test(run, dataset, split), f" on {split}" if split else ""
+    logger.warning("%s was not tested%s and is left out; test it with: %s", run.folder, where, command)
+    return command
+
+
 def group_runs(
     runs: Sequence[tuple[str | None, Run]],
     defaults: Mapping[str, Mapping[str, Any]],
@@ -259,11 +266,7 @@ def compare(
             for method in of_set:
                 for run in method.runs:
                     if split not in run.results:
-                        commands.append(command_to_test(run, datasets[dataset], split))
-                        logger.warning(
-                            "%s was not tested%s and is left out; test it with: %s",
-                            run.folder, f" on {split}" if split else "", commands[-1],
-                        )  # fmt: skip
+                        commands.append(leave_out(run, datasets[dataset], split))
                 runs = tuple(run for run in method.runs if split in run.results)
                 if runs:
                     classes = runs[0].results[split].class_names

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from utils.evaluation import Volume
-from utils.figures import class_legend, coloured, draw_series, grey_limits, pixel_aspect, save_figure, upright_steps
+from utils.figures import (
+    class_legend,
+    coloured,
+    count_epochs,
+    draw_series,
+    grey_limits,
+    pixel_aspect,
+    save_figure,
+    upright_steps,
+)
 from utils.metrics import Metrics, dice_only
 
 if TYPE_CHECKING:
@@ -71,7 +80,6 @@ def save_curves(path: str | Path, histories: Mapping[str, Sequence[Sequence[Mapp
     histories: by method the rows of `metrics.csv` of each seed. What is missing, empty or NaN is left out.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     loss, dice = figure.subplots(1, 2)
@@ -81,8 +89,7 @@ def save_curves(path: str | Path, histories: Mapping[str, Sequence[Sequence[Mapp
             draw_series(loss, "training loss", history, "train_loss", **_series_style(style))
             draw_series(dice, "validation Dice [%]", history, "val_dice", scale=100, **_series_style(style))
     for axes in (loss, dice):
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        count_epochs(axes)
     if any(row.get("selected_on") == "test" for seeds in histories.values() for rows in seeds for row in rows):
         dice.set_ylabel("Dice of what the best epoch is chosen on [%]")
     _method_legend(figure, list(histories))

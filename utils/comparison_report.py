@@ -8,7 +8,7 @@ from pathlib import Path
 
 from utils.comparison import TESTED, Comparison, Method, PairedTest, differing_settings
 from utils.errors import RunError
-from utils.evaluation import CONVENTIONS, OPTIMISTIC
+from utils.evaluation import CONVENTIONS, OPTIMISTIC, read_number
 from utils.files import atomic_write
 from utils.metrics import MISSED, SPURIOUS, Metrics
 from utils.tables import Table
@@ -57,8 +57,8 @@ def read_published(path: str | Path) -> dict[str, list[Published]]:
         reader = csv.DictReader(file)
         try:
             for row in reader:
-                numbers = (_read(row[name]) for name in ("dsc", "hd95", "params_m", "gmacs"))
-                classes = tuple(_read(row[f"class{i}"]) for i in range(1, 9) if row[f"class{i}"])
+                numbers = (read_number(row[name]) for name in ("dsc", "hd95", "params_m", "gmacs"))
+                classes = tuple(read_number(row[f"class{i}"]) for i in range(1, 9) if row[f"class{i}"])
                 rows.setdefault(row["dataset"], []).append(Published(row["method"], *numbers, classes))
         except (KeyError, ValueError, TypeError) as error:
             raise RunError(
@@ -308,7 +308,3 @@ def _cell(value: object) -> object:
     if not isinstance(value, float):
         return value
     return "" if math.isnan(value) else f"{value:.6g}"
-
-
-def _read(cell: str) -> float:
-    return float(cell) if cell else math.nan

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -20,18 +23,20 @@ def count_multiply_adds(model: nn.Module, img_size: int, in_channels: int) -> fl
     device where it is.
     """
     device = next(model.parameters()).device
-    counter = FlopCounterMode(display=False)
-    with _no_fast_path(), counter, torch.inference_mode():
+    with flop_counter() as counter, torch.inference_mode():
         model.eval()(torch.zeros(1, in_channels, img_size, img_size, device=device))
     return counter.get_total_flops() / 2
 
 
 @contextmanager
-def _no_fast_path() -> Iterator[None]:
-    """Keep `nn.MultiheadAttention` from its fused form in evaluation, which the counter cannot see into."""
+def flop_counter() -> Iterator["FlopCounterMode"]:
+    """Count what is computed meanwhile, `nn.MultiheadAttention` too, whose fused form in evaluation hides its work."""
+    from torch.utils.flop_counter import FlopCounterMode  # not where only parameters are counted: it takes a while
+
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with FlopCounterMode(display=False) as counter:
+            yield counter
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)

@@ -304,7 +304,7 @@ def read_case_csv(path: str | Path) -> tuple[list[CaseResult], list[str], str]:
             for row in reader:
                 if None in row.values():
                     raise ValueError("too few cells")
-                metrics = [Metrics(*(_read(row[f"{c}_{f}"]) for f in Metrics._fields)) for c in CONVENTIONS]
+                metrics = [Metrics(*(read_number(row[f"{c}_{f}"]) for f in Metrics._fields)) for c in CONVENTIONS]
                 result, selected_on = ClassResult(row["state"], *metrics), row["selected_on"]
                 cases.setdefault(row["case"], {})[row["class"]] = result, row["strict_unit"]
         except (KeyError, ValueError, csv.Error) as error:
@@ -432,7 +432,8 @@ def _cells(metrics: Metrics) -> list[str]:
     return ["-" if np.isnan(x) else f"{s * x:.2f}" for s, x in zip(scales, metrics, strict=True)]
 
 
-def _read(cell: str) -> float:
+def read_number(cell: str) -> float:
+    """Return the number of a cell of a table, NaN of an empty one."""
     return float(cell) if cell else float("nan")
 
 

@@ -84,7 +84,6 @@ def save_progress(path: str | Path, history: Sequence[Mapping[str, object]]) -> 
     `k`, `lr`, `cluster_use` (share of clusters in use, in [0, 1]). What is missing, empty or NaN is left out.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     loss, dice, k, use = figure.subplots(2, 2, sharex=True).flat
@@ -95,8 +94,7 @@ def save_progress(path: str | Path, history: Sequence[Mapping[str, object]]) -> 
     use.set_ylim(-4, 104)
     k.set_ylim(bottom=0)
     for axes in (k, use):
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        count_epochs(axes)
     save_figure(figure, path)
 
 
@@ -216,6 +214,14 @@ def _draw_dice(axes: "Axes", history: Sequence[Mapping[str, object]]) -> None:
     best = int(np.argmax(dice))
     axes.plot(epochs[best], dice[best], "*", color="black", markersize=12)
     axes.set_title(f"best {dice[best]:.2f} % in epoch {epochs[best]:.0f}", fontsize=10)
+
+
+def count_epochs(axes: "Axes") -> None:
+    """Let the axis across count whole epochs."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def draw_series(

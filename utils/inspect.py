@@ -24,12 +24,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from utils.checkpoint import load_checkpoint
 from utils.cli import ArgumentParser, run_script
 from utils.errors import RunError
 from utils.events import EventFile
 from utils.exported import is_export
-from utils.figures import COLOURS, draw_series, save_figure, upright_steps
+from utils.figures import COLOURS, count_epochs, draw_series, save_figure, upright_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -141,7 +140,7 @@ def save_memory_use(
     use, shares = figure.subplots(2, 1)
     draw_series(use, "clusters in use [%]", history, "cluster_use", COLOURS[5], scale=100)
     use.set_ylim(-4, 104)
-    _mark_epochs(use)
+    count_epochs(use)
     for name, counts in key_counts.items():
         share = 100 * counts / max(counts.sum(), 1)
         below = share.cumsum() - share
@@ -160,7 +159,7 @@ def save_k(path: str | Path, history: Sequence[Mapping[str, object]]) -> None:
     draw_series(axes, "K (columns replaced)", history, "k", COLOURS[3], label="encoder", linewidth=4)
     draw_series(axes, "K (columns replaced)", history, "k_decoder", COLOURS[6], label="decoder", linestyle="--")
     axes.set_ylim(bottom=0)
-    _mark_epochs(axes)
+    count_epochs(axes)
     axes.legend(frameon=False)
     save_figure(figure, path)
 
@@ -252,13 +251,6 @@ def _panels(count: int, columns: int = 6) -> tuple["Figure", list["Axes"]]:
     return figure, list(axes[:count])
 
 
-def _mark_epochs(axes: "Axes") -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
 def _show(axes: "Axes", image: np.ndarray, title: str) -> None:
     axes.imshow(image, "gray")
     axes.set_title(title, fontsize=9)
@@ -295,7 +287,6 @@ def main(open_predictor: Callable, read_prepared: Callable) -> None:
     """
     args = parse_args()
     predictor = open_predictor(args.checkpoint, "cpu", dataset=args.dataset)
-    history = load_checkpoint(args.checkpoint).get("history", [])
     model, seen = predictor.model, {}
     if not hasattr(model, "observe"):
         name = model.config["network"]
@@ -308,7 +299,7 @@ def main(open_predictor: Callable, read_prepared: Callable) -> None:
             raise RunError(f"--slice {z}: {args.input} has {len(volume.image)}, numbered from 0")
         network_input = volume.network_input(model.config["img_size"], slice(z, z + 1))
         seen = dict(image=volume.image[z], network_input=network_input, steps=upright_steps(volume))
-    paths = inspect(model, history, args.output, **seen)
+    paths = inspect(model, predictor.history, args.output, **seen)
     logger.info("%s and, for TensorBoard, events in %s", ", ".join(path.name for path in paths), args.output)
 
 

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from utils.checkpoint import load_checkpoint, provenance, save_checkpoint
+from utils.complexity import count_parameters
 from utils.distribution import distribute, gather_over_ranks, largest_over_ranks, rank, share_buffers, world_size
 from utils.errors import RunError, Stopped
 from utils.evaluation import Volume, case_dice, mean_dice
@@ -210,7 +211,7 @@ class Trainer:
             self.write_config()
         logger.info(
             "%.2f M parameters, %d training samples, %d validation cases, %d iterations, on %s%s; run folder %s",
-            sum(p.numel() for p in self.model.parameters()) / 1e6, len(self.train_set), len(self.val_set),
+            count_parameters(self.model) / 1e6, len(self.train_set), len(self.val_set),
             self.total_iterations, f"{world_size()} x " if world_size() > 1 else "", self.device, self.folder,
         )  # fmt: skip
         events = self.open_events()
