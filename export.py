@@ -85,6 +85,7 @@ def main() -> None:
         predictor.preprocessing.described(config["img_size"]),
         {"file": args.checkpoint.name, "sha256": sha256(args.checkpoint), **predictor.origin},
     )
+    logger.info("tracing %s, which takes up to some minutes for the paper's network", args.checkpoint)
     program = trace(network)
     with atomic_write(args.output) as temporary:
         write_export(temporary, program, metadata)

@@ -21,7 +21,7 @@ a { color: var(--link); } nav a { margin-right: 1rem; }
 .wide { overflow-x: auto; margin: .4rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 9rem; }
+th.words, td.words { text-align: left; white-space: normal; min-width: 9rem; }
 td:first-child { position: sticky; left: 0; background: var(--back); }
 thead th { border-bottom: 2px solid var(--faint); vertical-align: bottom; white-space: normal; }
 th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid var(--link); }
@@ -109,11 +109,16 @@ def _block(content: str | Table | Picture) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col"><button type="button">{html.escape(text)}</button></th>' for text in table.header)
-    body = f"<tbody>{''.join(map(_row, table.rows))}</tbody>"
+    of_words = [any(row[i][:1].isalpha() for row in table.rows) for i in range(len(table.header))]
+    columns = ['class="words"' if words or i == 0 else "" for i, words in enumerate(of_words)]
+    head = "".join(
+        f'<th scope="col" {column}><button type="button">{html.escape(text)}</button></th>'
+        for column, text in zip(columns, table.header, strict=True)
+    )
+    body = f"<tbody>{_rows(table.rows, columns)}</tbody>"
     if table.published:
         heading = f'<tr><th colspan="{len(table.header)}"><span>{html.escape(table.published_heading)}</span></th></tr>'
-        body += f'<tbody class="published">{heading}{"".join(map(_row, table.published))}</tbody>'
+        body += f'<tbody class="published">{heading}{_rows(table.published, columns)}</tbody>'
     caption = html.escape(table.caption)
     # What is scrolled must be reached by the keyboard too, and the caption must not scroll with it
     return (
@@ -123,8 +128,9 @@ def _table(table: Table) -> str:
     )
 
 
-def _row(cells: Sequence[str]) -> str:
-    return f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in cells)}</tr>"
+def _rows(rows: Sequence[Sequence[str]], columns: Sequence[str]) -> str:
+    cells = ((f"<td {c}>{html.escape(t)}</td>" for c, t in zip(columns, row, strict=True)) for row in rows)
+    return "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
 
 
 def _picture(picture: Picture) -> str:

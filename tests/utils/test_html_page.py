@@ -88,6 +88,14 @@ def test_published_rows_have_a_part_of_the_table_of_their_own(sections):
     assert "U-Net" in theirs and "U-Net" not in ours
 
 
+def test_columns_of_words_stand_left_and_those_of_numbers_right():
+    table = Table("-", ["run", "p", "K", "why"], [["1st", "< 0.1", "-", "-"], ["2nd", "-", "9", "one case"]])
+    reader = Reader(page("title", [Section("-", [table])]))
+    assert [tag for tag, name, value in reader.attributes if (name, value) == ("class", "words")] == ["th"] * 2 + [
+        "td"
+    ] * 4
+
+
 PROBE = """
 <script>
 const found = {errors: [], violations: []};
