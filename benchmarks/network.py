@@ -1,7 +1,7 @@
 """The whole network beside its plain transcription: ``python -m benchmarks.network``.
 
 A training step (forward, subset loss, backward, AdamW, memory update) and an evaluation forward pass, in which the
-plain side takes one slice at a time.
+plain side takes one slice at a time; its AdamW is PyTorch's default, ours the fused one that the scripts train with.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,11 @@ from utils.cli import ArgumentParser, run_script
 from utils.losses import subset_loss
 
 
-def training_step(model: nn.Module, loss_of: Callable, images: Tensor, label: Tensor) -> Callable[[], None]:
-    """Return what does one training step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+def training_step(
+    model: nn.Module, loss_of: Callable, images: Tensor, label: Tensor, fused: bool
+) -> Callable[[], None]:
+    """Return what does one training step; `fused` tells how AdamW computes."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=fused)
 
     def step() -> None:
         model.train()
@@ -57,8 +59,8 @@ def main() -> None:
 
     evaluation = {"plain": slice_by_slice, "ours": in_a_batch}
     training = {
-        "plain": training_step(plainly, plain.subset_loss, images, label),
-        "ours": training_step(ours, subset_loss, images, label),
+        "plain": training_step(plainly, plain.subset_loss, images, label, fused=False),
+        "ours": training_step(ours, subset_loss, images, label, fused=True),
     }
     rows = []
     for name, sides in (("evaluation forward", evaluation), ("training step", training)):

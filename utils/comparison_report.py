@@ -190,7 +190,7 @@ def _means_table(
         for i, metric in enumerate(Metrics._fields):
             row.append(_spread(spread, -1, i, _unit(comparison, convention, metric)[1]))
         if convention == "strict":
-            row += [f"{(scores.states == state).sum() / scores.num_seeds:g}" for state in (MISSED, SPURIOUS)]
+            row += [f"{(scores.states == state).sum() / scores.num_seeds:.3g}" for state in (MISSED, SPURIOUS)]
         rows.append(row)
     others = [[p.method, *["-"] * (width - 1), _number(p.dice), _number(p.hd95), "-", "-"] for p in published]
     for row, p in zip(others, published, strict=True):
