@@ -42,6 +42,7 @@ PRESETS = {
         "without Euclidean distance": "--dsgim cosine",
         "without DMW-LA encoder": "--encoders maxvit",
         "without MaxViT encoder": "--encoders dmwla --pretrained none",
+        "without gate": "--gate none",
         "without subset loss": "--loss last",
     },
     "columns": {

@@ -7,6 +7,7 @@ of December 2025 computes, so that its checkpoints give its numbers; ``docs/arch
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,25 @@ from networks.maxvit import MaxViTEncoder, scale_widths
 
 SIZE_STEP = 32  # the deepest stage has stride 32
 ENCODERS = ("both", "maxvit", "dmwla")
+GATES = ("learned", "none")
 LOSSES = ("subset", "last")
+
+
+class Observation(NamedTuple):
+    """What the blocks of a network decide about images (B, in_channels, S, S).
+
+    Attributes:
+        clusters: the cluster of each token, int64 (B, h, w), by the names of ``SimMPNet.memory_blocks``; without
+            meaning while the memory is in warm-up.
+        windows: those that DS-GIM selects, bool (B, positions, 4), row by row of 2 x 2; ``None`` where an ablation
+            selects none.
+        gate: how far the gate lets the DMW-LA encoder see the image, (B, 1, S / 32, S / 32) in [0, 1]; ``None``
+            without a gate.
+    """
+
+    clusters: dict[str, Tensor]
+    windows: Tensor | None
+    gate: Tensor | None
 
 
 class SimMPNet(nn.Module):
@@ -50,6 +69,7 @@ class SimMPNet(nn.Module):
             interaction; ``"intra_cluster"``: without the global interaction, once the warm-up has ended.
         dsgim: ``"both"`` similarities of DS-GIM, only ``"cosine"``, only ``"euclidean"``, or ``"none"``: no DS-GIM.
         encoders: ``"both"``, only ``"maxvit"``, or only ``"dmwla"``; the decoder's maps keep their sizes.
+        gate: ``"learned"``, or ``"none"``: the DMW-LA encoder sees the image as it is.
         loss: ``"subset"``, of all combinations of four logit maps; or ``"last"``: the decoder's last layer has the
             only head, so that training and prediction see its map alone.
 
@@ -78,6 +98,7 @@ class SimMPNet(nn.Module):
         attention: str = "dmwla",
         dsgim: str = "both",
         encoders: str = "both",
+        gate: str = "learned",
         loss: str = "subset",
     ):
         super().__init__()
@@ -90,6 +111,7 @@ class SimMPNet(nn.Module):
         check_choice("attention", attention, ATTENTIONS)
         check_choice("dsgim", dsgim, (*SIMILARITIES, "none"))
         check_choice("encoders", encoders, ENCODERS)
+        check_choice("gate", gate, GATES)
         check_choice("loss", loss, LOSSES)
 
         self.leaves_parameters_out = attention == "intra_cluster"  # which several processes must know
@@ -110,7 +132,7 @@ class SimMPNet(nn.Module):
         elif pretrained is not None:
             raise NetworkError(f"pretrained is {pretrained}, but encoders='dmwla' has no MaxViT: leave one of them out")
         widths = self.maxvit.widths if self.maxvit is not None else scale_widths(model_scale)
-        if encoders == "both":
+        if encoders == "both" and gate == "learned":
             self.gate = nn.Conv2d(widths[-1], 1, 1)
         if encoders != "maxvit":
             self.dmwla_encoder = DMWLAEncoder(
@@ -140,12 +162,13 @@ class SimMPNet(nn.Module):
         size = x.shape[-1]
         with without_autocast(x):  # what rounding takes from an image no layer gives back
             x = self.stem(x)  # (B, 3, S, S)
-        if self.gate is None:
+        if self.maxvit is None or self.dmwla_encoder is None:
             skips = self._skips_of_one_encoder(x)
         else:
             f = self.maxvit(x)  # f_i (B, C_i, S / 2^(i+1), S / 2^(i+1))
-            gate = resize(torch.sigmoid(self.gate(f[-1])), size)  # (B, 1, S, S)
-            e = self.dmwla_encoder(x * gate)  # e_i (B, C_i, s / 2^(i+1), s / 2^(i+1)), s = img_size_dmwla
+            if self.gate is not None:
+                x = x * resize(torch.sigmoid(self.gate(f[-1])), size)
+            e = self.dmwla_encoder(x)  # e_i (B, C_i, s / 2^(i+1), s / 2^(i+1)), s = img_size_dmwla
             skips = [e_i + resize(f_i, e_i.shape[-2:]) for e_i, f_i in zip(e, f, strict=True)]
         d = self.decoder(skips)  # d_4 ... d_1
         return [resize(head(d_i), size) for head, d_i in zip(self.heads, d[-len(self.heads) :], strict=True)]
@@ -167,16 +190,11 @@ class SimMPNet(nn.Module):
         yield from ((name, block) for name, block in blocks.items() if isinstance(block, DMWLA))
 
     @torch.no_grad()
-    def observe(self, x: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Do a forward pass and return what its blocks decide about images (B, in_channels, S, S).
-
-        Returns:
-            The cluster of each token, int64 (B, h, w), by the names of ``memory_blocks`` (without meaning while the
-            memory is in warm-up), and the windows that DS-GIM selects, bool (B, positions, 4), row by row of 2 x 2, or
-            ``None`` where an ablation selects none.
-        """
+    def observe(self, x: Tensor) -> Observation:
+        """Do a forward pass and return what its blocks decide about images (B, in_channels, S, S)."""
         clusters: dict[str, Tensor] = {}
         windows: list[Tensor] = []
+        gates: list[Tensor] = []
         names = {block: name for name, block in self.memory_blocks()}
 
         def assign(block: DMWLA, arguments: tuple[Tensor]) -> None:
@@ -189,12 +207,14 @@ class SimMPNet(nn.Module):
         dsgim = self.dmwla_encoder and self.dmwla_encoder.dsgim
         if dsgim is not None and dsgim.decays_windows:
             handles.append(dsgim.register_forward_pre_hook(select))
+        if self.gate is not None:
+            handles.append(self.gate.register_forward_hook(lambda *logits: gates.append(logits[-1].sigmoid())))
         try:
             self(x)
         finally:
             for handle in handles:
                 handle.remove()
-        return clusters, torch.stack(windows, dim=1) if windows else None
+        return Observation(clusters, torch.stack(windows, dim=1) if windows else None, gates[0] if gates else None)
 
     def _skips_of_one_encoder(self, x: Tensor) -> list[Tensor]:
         """Return s_i, (B, C_i, s / 2^(i+1), s / 2^(i+1)), of images (B, 3, S, S) where an ablation left one encoder."""

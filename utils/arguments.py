@@ -101,6 +101,7 @@ def training_parser(description: str, networks: Networks, dataset: Dataset, **de
     model.add_argument("--attention", help="dmwla, plain (without DMW-LA), or intra_cluster (without the global one)")
     model.add_argument("--dsgim", help="both similarities, only cosine, only euclidean, or none: no DS-GIM")
     model.add_argument("--encoders", help="both, only maxvit, or only dmwla")
+    model.add_argument("--gate", help="learned, or none: the DMW-LA encoder sees the image ungated")
     model.add_argument("--loss", help="subset: of all combinations of the four maps; last: of the last layer's alone")
     model.add_argument(
         "--variant", choices=list(VARIANT_DEFAULTS), help="release computes what the authors' program does"

@@ -1,4 +1,4 @@
-"""Look inside a trained network: what its memory has learned, and what DS-GIM picks out.
+"""Look inside a trained network: what its memory has learned, what DS-GIM picks out, what the gate lets through.
 
     python -m utils.inspect --checkpoint runs/acdc/best.pth
     python -m utils.inspect --checkpoint runs/acdc/best.pth --input scan.nii.gz --slice 5
@@ -10,6 +10,7 @@ Writes into a folder beside the checkpoint, as PNG and for TensorBoard:
     prototypes.png     cosine similarity of the prototypes of each block
     clusters.png       with --input: the cluster of each token over the image, for each block
     windows.png        with --input: the two windows that DS-GIM selects, for each of its positions
+    gate.png           with --input: how much of the image the DMW-LA encoder sees, there and over the epochs
 A cluster has the same colour in clusters.png and in memory_use.png. The two need not agree: training sends a key to the
 cluster of the largest dot product, a token reads that of the largest cosine.
 """
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("inspect")
 
-PICTURES = ("memory_use", "k", "prototypes", "clusters", "windows")
-COURSE = ("k", "k_decoder", "cluster_use")  # of the rows of metrics.csv
+PICTURES = ("memory_use", "k", "prototypes", "clusters", "windows", "gate")
+COURSE = ("k", "k_decoder", "cluster_use", "gate")  # of the rows of metrics.csv
 
 
 class Bank(Protocol):
@@ -62,7 +63,7 @@ class Network(Protocol):
 
     def memory_blocks(self) -> Iterator[tuple[str, Block]]: ...
 
-    def observe(self, x: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]: ...
+    def observe(self, x: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, torch.Tensor | None]: ...
 
 
 def save_cluster_maps(
@@ -100,6 +101,26 @@ def save_windows(path: str | Path, image: np.ndarray, windows: np.ndarray) -> No
             style = dict(fill=False, edgecolor=COLOURS[0], linewidth=2) if frame else dict(color="black", alpha=0.6)
             corner = (column * width - 0.5, row * height - 0.5)
             place.add_patch(Rectangle(corner, width, height, zorder=2 + frame, **style))
+    save_figure(figure, path)
+
+
+def save_gate(path: str | Path, image: np.ndarray, gate: np.ndarray, history: Sequence[Mapping[str, object]]) -> None:
+    """Draw what the gate lets through of an image, as shares of it, and the mean share over the epochs.
+
+    image: (H, W) or (H, W, 3); gate: (h, w) in [0, 1], covering the whole image; history: rows of ``metrics.csv``.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    seen, share, course = figure.subplots(1, 3)
+    _show(seen, image, "image")
+    drawn = share.imshow(gate, "gray", vmin=0, vmax=1, interpolation="nearest")
+    share.set_title(f"gate, {gate.min():.2f} to {gate.max():.2f}", fontsize=9)
+    share.axis("off")
+    figure.colorbar(drawn, ax=share, shrink=0.8)
+    draw_series(course, "gate open [%]", history, "gate", COLOURS[2], scale=100)
+    course.set_ylim(-4, 104)
+    count_epochs(course)
     save_figure(figure, path)
 
 
@@ -206,7 +227,7 @@ def inspect(
         for bank in banks.values():
             bank.writable = False
         model.eval()
-        clusters, windows = model.observe(torch.from_numpy(network_input))
+        clusters, windows, gate = model.observe(torch.from_numpy(network_input))
         if banks and not warming_up:
             maps = {name: indices[0].numpy()[steps] for name, indices in clusters.items()}
             num_clusters = {name: len(bank.prototypes) for name, bank in banks.items()}
@@ -214,9 +235,12 @@ def inspect(
         if windows is not None:
             grids = windows[0].numpy().reshape(-1, 2, 2)[(slice(None), *steps)]
             pictures["windows"] = lambda path: save_windows(path, image, grids)
+        if gate is not None:
+            shares = gate[0, 0].numpy()[steps]
+            pictures["gate"] = lambda path: save_gate(path, image, shares, history)
 
     if not pictures:
-        others = "DS-GIM's windows need --input" if image is None else "no DS-GIM selects windows"
+        others = "windows and gate need --input" if image is None else "there are neither windows nor a gate"
         raise RunError(f"nothing to draw: no memory is in use, and {others}")
     paths = [folder / f"{name}.png" for name in PICTURES if name in pictures]
     for path in paths:

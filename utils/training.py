@@ -15,7 +15,7 @@ import shutil
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -44,6 +44,10 @@ logger = logging.getLogger(__name__)
 
 AMP_DTYPES = {"none": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Autocast's type for each ``--amp``; tf32 is a way of multiplying float32 (``utils.cli.set_precision``)."""
+
+
+GATE_SHUT = 0.01
+"""What a gate lets through of an image, on average, from which on it is called shut."""
 
 
 @dataclass(frozen=True)
@@ -360,7 +364,7 @@ class Trainer:
         return (self.epoch + 1) % self.args.eval_interval == 0 or self.iteration >= self.total_iterations
 
     def validate(self) -> dict[str, float]:
-        """Return the mean validation Dice and that of each class, of volumes at their own resolution.
+        """Return the mean validation Dice and that of each class, of volumes at their own resolution, and the gate.
 
         Each rank takes its share of the volumes; in ``release``, whose memory is written then too, rank 0 takes all.
         """
@@ -368,7 +372,8 @@ class Trainer:
         share_buffers(self.model)
         every = 1 if self.release else world_size()
         dice = {}
-        with out_of_memory(f"--eval_batch_size {self.args.eval_batch_size} is too much for it; lower it"):
+        too_much = f"--eval_batch_size {self.args.eval_batch_size} is too much for it; lower it"
+        with out_of_memory(too_much), self.gate_observed() as opened:
             for i in range(rank(), len(self.val_set), every) if self.writes or not self.release else ():
                 if self.signals.received and not self.release:
                     break
@@ -388,6 +393,7 @@ class Trainer:
         else:
             self.stop_where_asked()
         dice = {i: scores for part in gather_over_ranks(dice) for i, scores in part.items()}
+        opened = [share for part in gather_over_ranks([share.tolist() for share in opened]) for share in part]
         mean, per_class = mean_dice([dice[i] for i in sorted(dice)])
         names = (f"val_dice_{name.replace(' ', '_')}" for name in self.facts.class_names)
         classes = dict(zip(names, per_class.tolist(), strict=True))
@@ -395,8 +401,23 @@ class Trainer:
             "selected_on": self.facts.selected_on,
             "val_dice": mean,
             **classes,
+            **({"gate": float(np.mean(np.concatenate(opened)))} if opened else {}),
             "val_seconds": time.perf_counter() - start,
         }
+
+    @contextmanager
+    def gate_observed(self) -> Iterator[list[Tensor]]:
+        """Collect how far the gate between the encoders lets each image through meanwhile; none without a gate."""
+        opened: list[Tensor] = []
+        gate = getattr(self.model, "gate", None)
+        if gate is None:
+            yield opened
+            return
+        handle = gate.register_forward_hook(lambda *logits: opened.append(logits[-1].float().sigmoid().mean((1, 2, 3))))
+        try:
+            yield opened
+        finally:
+            handle.remove()
 
     def close_epoch(self, scores: dict[str, float], events) -> None:
         """Let W-LD set K, write the epoch's row and save."""
@@ -433,10 +454,17 @@ class Trainer:
         """Write the epoch to the log, ``metrics.csv``, TensorBoard and ``progress.png``."""
         dice = f", {self.dice_name} {100 * row['val_dice']:.2f} %" if "val_dice" in row else ""
         k = f", K {row['k']}" if "k" in row else ""
+        gate = f", gate {100 * row['gate']:.0f} % open" if "gate" in row else ""
         logger.info(
-            "epoch %d/%d: loss %.4f%s%s, lr %.2e, %.0f s",
-            self.epoch, self.args.max_epochs, row["train_loss"], dice, k, row["lr"], row["train_seconds"],
+            "epoch %d/%d: loss %.4f%s%s%s, lr %.2e, %.0f s",
+            self.epoch, self.args.max_epochs, row["train_loss"], dice, gate, k, row["lr"], row["train_seconds"],
         )  # fmt: skip
+        *earlier, opened = [1.0, *(r["gate"] for r in self.history if "gate" in r)]
+        if "gate" in row and opened < GATE_SHUT <= earlier[-1]:
+            logger.warning(
+                "the gate between the encoders is shut: the DMW-LA encoder sees a black image. It may open again; "
+                "--gate none trains without it"
+            )
         self.add_scalars(row, events)
         events.flush()
         fields = list(dict.fromkeys(name for r in self.history for name in r))

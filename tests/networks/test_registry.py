@@ -24,6 +24,7 @@ ABLATIONS = [
     dict(dsgim="euclidean"),
     dict(encoders="maxvit"),
     dict(encoders="dmwla"),
+    dict(gate="none"),
     dict(loss="last"),
     dict(attention="plain", dsgim="none", encoders="dmwla", loss="last"),
 ]
@@ -138,6 +139,7 @@ def test_the_subset_loss_of_one_map_is_the_loss_of_that_map():
         (dict(attention="none"), ["attention", "plain"]),
         (dict(dsgim="manhattan"), ["dsgim", "manhattan", "cosine", "none"]),
         (dict(encoders="three"), ["encoders", "maxvit"]),
+        (dict(gate="shut"), ["gate", "learned", "none"]),
         (dict(loss="first"), ["loss", "last"]),
         (dict(encoders="dmwla", pretrained="a.pth"), ["a.pth", "encoders"]),
     ],
@@ -205,6 +207,7 @@ def parts_of(model: torch.nn.Module) -> set[str]:
         (dict(dsgim="none"), {"dmwla_encoder.dsgim."}),
         (dict(encoders="maxvit"), {"gate.", "dmwla_encoder.stages.", "dmwla_encoder.dsgim."}),
         (dict(encoders="dmwla"), {"gate.", "maxvit.stem.", "maxvit.stages."}),
+        (dict(gate="none"), {"gate."}),
         (dict(loss="last"), {"heads.1.", "heads.2.", "heads.3."}),
     ],
     ids=lambda value: name_of(value) if isinstance(value, dict) else "",
@@ -236,6 +239,18 @@ def test_without_the_global_interaction_a_token_sees_no_other(options, reads_oth
     with torch.no_grad():
         same = torch.isclose(block(x), block(changed), rtol=0, atol=1e-6).all(1)[0]
     assert not same[3, 3] and same[:3].all() != reads_others
+
+
+def test_without_a_gate_the_second_encoder_sees_the_image(images):
+    gated, ungated = make().eval(), make(gate="none").eval()
+    ungated.load_state_dict({name: value for name, value in gated.state_dict().items() if not name.startswith("gate.")})
+    sides = []
+    for logit in (0.0, 100.0):
+        torch.nn.init.zeros_(gated.gate.weight)
+        torch.nn.init.constant_(gated.gate.bias, logit)
+        with torch.no_grad():
+            sides.append(all(torch.equal(a, b) for a, b in zip(gated(images), ungated(images), strict=True)))
+    assert sides == [False, True]
 
 
 def test_the_last_layer_predicts_alone(images):

@@ -21,13 +21,17 @@ from utils.inspect import (
     cosine_similarity,
     inspect,
     save_cluster_maps,
+    save_gate,
     save_memory_use,
     save_prototype_similarity,
     save_windows,
 )
 
 SIZE = 64
-HISTORY = [{"epoch": e, "k": 50 - e, "k_decoder": 50, "cluster_use": e / 9, "val_dice": 0.5} for e in range(1, 9)]
+HISTORY = [
+    {"epoch": e, "k": 50 - e, "k_decoder": 50, "cluster_use": e / 9, "gate": 1 / e, "val_dice": 0.5}
+    for e in range(1, 9)
+]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +75,7 @@ def test_observing_shows_every_block_and_changes_nothing(model):
     image = torch.rand(2, 1, SIZE, SIZE)
     seen = []
     handle = model.dmwla_encoder.dsgim.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    clusters, windows = model.observe(image)
+    clusters, windows, gate = model.observe(image)
     handle.remove()
     names = [name for name, _ in model.memory_blocks()]
     assert list(clusters) == names and len(names) == 16
@@ -82,6 +86,7 @@ def test_observing_shows_every_block_and_changes_nothing(model):
         assert all(c.shape == (2, side, side) for block, c in clusters.items() if block.startswith(name))
     assert all(c.min() >= 0 and c.max() < (5 if "decoder" in name else 4) for name, c in clusters.items())
     assert max(len(c.unique()) for c in clusters.values()) > 1
+    assert gate.shape == (2, 1, 2, 2) and 0 < gate.min() < gate.max() < 1
     assert windows.shape == (2, 6, 4) and (windows.sum(-1) == 2).all()
     torch.testing.assert_close(windows, torch.stack([select_windows(x) for x in seen], 1))
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -128,6 +133,20 @@ def test_use_of_the_memory_shows_epochs_and_clusters(tmp_path):
     assert not np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0], pictures[2])
 
 
+def test_the_gate_s_picture_shows_image_gate_and_course(tmp_path):
+    image, gate = np.zeros((32, 32)), np.array([[0.0, 1.0], [1.0, 1.0]])
+    cases = {
+        "base": (image, gate, HISTORY),
+        "shut": (image, np.zeros_like(gate), HISTORY),
+        "other_image": (image + np.eye(32), gate, HISTORY),
+        "no_history": (image, gate, []),
+    }
+    for name, arguments in cases.items():
+        save_gate(tmp_path / f"{name}.png", *arguments)
+    base, *others = (pixels(tmp_path / f"{name}.png") for name in cases)
+    assert all(not np.array_equal(base, other) for other in others)
+
+
 def test_the_command_writes_every_picture_and_the_same_for_tensorboard(model, tmp_path, run_script):
     checkpoint = save(tmp_path / "run" / "best.pth", model, HISTORY)
     rng = np.random.default_rng(0)
@@ -139,12 +158,13 @@ def test_the_command_writes_every_picture_and_the_same_for_tensorboard(model, tm
     flags = "--checkpoint", checkpoint, "--input", tmp_path / "case.npy.h5", "--slice", 1
     done = run_script("utils/inspect.py", *flags)
     assert done.status == 0, done.error
-    names = {"memory_use", "k", "prototypes", "clusters", "windows"}
+    names = {"memory_use", "k", "prototypes", "clusters", "windows", "gate"}
     assert {path.stem for path in folder.glob("*.png")} == names
     assert all(pixels(path).std() > 0 for path in folder.glob("*.png"))
     (events,) = (folder / "events").iterdir()
     content = events.read_bytes()
-    assert all(name.encode() in content for name in (*names, "memory/k", "memory/k_decoder", "memory/cluster_use"))
+    course = ("memory/k", "memory/k_decoder", "memory/cluster_use", "memory/gate")
+    assert all(name.encode() in content for name in (*names, *course))
 
 
 def test_without_an_image_or_in_warm_up_there_is_less_to_see(model, tmp_path, run_script):
@@ -162,7 +182,7 @@ def test_without_an_image_or_in_warm_up_there_is_less_to_see(model, tmp_path, ru
 @pytest.mark.parametrize(
     ("ablation", "blocks", "pictures"),
     [
-        (dict(attention="plain"), 0, {"windows"}),
+        (dict(attention="plain"), 0, {"windows", "gate"}),
         (dict(encoders="maxvit"), 4, {"memory_use", "k", "prototypes", "clusters"}),
     ],
     ids=["plain", "maxvit"],
@@ -180,8 +200,8 @@ def test_an_ablation_shows_what_is_left(model, tmp_path, ablation, blocks, pictu
 def test_without_memory_and_windows_there_is_nothing_to_see(model, tmp_path):
     image = np.zeros((SIZE, SIZE), np.float32)
     for dsgim in ("none", "euclidean"):
-        ablated = SimMPNet(**model.config | {"attention": "plain", "dsgim": dsgim})
-        with pytest.raises(RunError, match="no DS-GIM selects windows"):
+        ablated = SimMPNet(**model.config | {"attention": "plain", "dsgim": dsgim, "gate": "none"})
+        with pytest.raises(RunError, match="neither windows nor a gate"):
             inspect(ablated, HISTORY, tmp_path, image, image[None, None])
 
 

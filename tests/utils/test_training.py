@@ -120,6 +120,27 @@ def test_a_run_stopped_while_it_validates_goes_on_to_the_same_end(tmp_path, vari
     assert states[0]["wld"]["previous"] is not None
 
 
+def test_a_gate_that_is_shut_is_recorded_and_said_once(tmp_path, caplog):
+    class Gated(MiniNet):
+        """Takes the logit of its gate from a list, one for each validated volume."""
+
+        def __init__(self, **config):
+            super().__init__(**config)
+            self.logits = [-9.0, -9.0, 0.0, -9.0]
+            self.gate = torch.nn.Identity()
+
+        def forward(self, x):
+            logit = 9.0 if self.training else self.logits.pop(0)
+            return super().forward(x * torch.sigmoid(self.gate(torch.full_like(x, logit))))
+
+    made = trainer(tmp_path, "--max_epochs", "4", network=Gated)
+    made.fit()
+    assert [row["gate"] for row in made.history] == pytest.approx([1.2e-4, 1.2e-4, 0.5, 1.2e-4], rel=0.1)
+    assert caplog.text.count("the gate between the encoders is shut") == 2
+    with open(tmp_path / "metrics.csv") as file:
+        assert [float(row["gate"]) for row in csv.DictReader(file)] == [row["gate"] for row in made.history]
+
+
 def test_signals_mean_what_they_meant_after_the_run(run, tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     trainer(tmp_path).fit()
