@@ -272,10 +272,12 @@ def test_a_difference_is_judged_by_the_largest_logit():
     assert not Agreement(difference=2e-4, scale=1, other_class=0).good
 
 
-def one_line(done, *words: str) -> None:
+def one_line(done, *words: str, after: tuple[str, ...] = ()) -> None:
+    """Hold an error to one line with these words, and what precedes it to lines with the words of ``after``."""
     assert done.status == 1
-    assert len(done.error.strip().splitlines()) == 1, done.error
-    assert all(word in done.error for word in words), done.error
+    *progress, error = done.error.strip().splitlines()
+    assert len(progress) == len(after) and all(map(str.__contains__, progress, after)), done.error
+    assert error.startswith("error: ") and all(word in error for word in words), done.error
 
 
 def test_what_cannot_be_exported_is_said_in_one_line(checkpoint, tmp_path, run_script, monkeypatch):
@@ -301,7 +303,8 @@ def test_a_network_that_cannot_be_traced_is_said_in_one_line(tmp_path, run_scrip
     try:
         path = save(tmp_path / "best.pth", build("untraceable", num_classes=4, in_channels=1, img_size=SIZE), "acdc")
         flags = f"--checkpoint {path} --format torch --output {tmp_path}/model.pt2"
-        one_line(run_script("export.py", *flags.split()), "cannot trace network untraceable", "control flow")
+        done = run_script("export.py", *flags.split())
+        one_line(done, "cannot trace network untraceable", "control flow", after=("tracing",))
     finally:
         del NETWORKS["untraceable"]
     assert list(tmp_path.iterdir()) == [path]

@@ -107,6 +107,8 @@ class StopSignals:
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.received:
             self.__exit__()
+            if number == signal.SIGINT:  # which a shell lets its background processes ignore
+                raise KeyboardInterrupt
             os.kill(os.getpid(), number)
         self.received = number
 

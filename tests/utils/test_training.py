@@ -147,7 +147,8 @@ def test_signals_mean_what_they_meant_after_the_run(run, tmp_path):
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-def test_a_second_signal_does_not_wait_for_the_step(tmp_path):
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN], ids=["in front", "in the background"])
+def test_a_second_signal_does_not_wait_for_the_step(tmp_path, before):
     made = trainer(tmp_path)
     step = made.train_step
 
@@ -159,8 +160,12 @@ def test_a_second_signal_does_not_wait_for_the_step(tmp_path):
         return step(batch)
 
     made.train_step = signalled
-    with pytest.raises(KeyboardInterrupt):
-        made.fit()
+    outside = signal.signal(signal.SIGINT, before)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            made.fit()
+    finally:
+        signal.signal(signal.SIGINT, outside)
 
 
 def test_checkpoints_in_mid_epoch_come_by_iterations_and_by_minutes(tmp_path):
