@@ -6,7 +6,8 @@ The networks to compare with, or some of them, on another set:
     python -m benchmarks.ablation --preset networks --rows sim_mpnet unet --dataset isic --output_dir runs/networks
 A flag that goes to every training is left out of a row whose network does not take it.
 Called again it goes on: what is tested is not done anew, what was interrupted is resumed. The folder then holds each
-run with its results, ``<row>/seed_<seed>``, the scores of them all, ``runs.csv``, and their means, ``table.md``.
+run with its results, ``<row>/seed_<seed>``, the scores of them all, those of earlier calls too, ``runs.csv``, and
+their means, ``table.md``.
 """
 
 import csv
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.measure import machine, markdown
@@ -58,8 +60,8 @@ SCORES = ("dice", "hd95", "jaccard", "assd")
 SETS = [name for name, info in DATASETS.items() if info.train_script == f"train_{name}.py"]
 
 
-def train_and_test(folder: Path, flags: list[str], args: Namespace) -> Path:
-    """Train and test one configuration, from where an earlier call left it; returns its ``summary.json``.
+def train_and_test(folder: Path, flags: list[str], args: Namespace) -> None:
+    """Train and test one configuration, from where an earlier call left it.
 
     Raises:
         RunError: the folder holds a run with other flags, or a script has failed.
@@ -69,7 +71,7 @@ def train_and_test(folder: Path, flags: list[str], args: Namespace) -> Path:
     if before != shlex.join(flags):
         raise RunError(f"{folder} was trained with {before}, not {shlex.join(flags)}: take another --output_dir")
     if summary.exists():
-        return summary
+        return
     folder.mkdir(parents=True, exist_ok=True)
     typed.write_text(shlex.join(flags), encoding="utf-8")
     last = folder / "last.pth"
@@ -79,7 +81,6 @@ def train_and_test(folder: Path, flags: list[str], args: Namespace) -> Path:
     same = [data, "list_dir", "label_order", "device", "n_gpu", "amp"]
     same = [word for name in same if trained_with.get(name) is not None for word in (f"--{name}", trained_with[name])]
     _run(f"test_{args.dataset}.py", "--checkpoint", folder / "best.pth", "--split", args.split, *same)
-    return summary
 
 
 def fitting(flags: list[str], row: str) -> list[str]:
@@ -109,6 +110,17 @@ def _run(script: str, *flags: object) -> None:
         signal.signal(signal.SIGTERM, before)
     if status:
         raise RunError(f"{script} ended with status {status}, for the reason above: mend it and call this again")
+
+
+def tested(folder: Path, rows: Iterable[str], split: str) -> dict[str, dict[int, Path]]:
+    """Return the summaries that a folder has, of this and of earlier calls, by row and seed."""
+    found: dict[str, dict[int, Path]] = {}
+    for row in rows:
+        paths = folder.glob(f"{row.replace(' ', '_')}/seed_*/results_{split}/summary.json")
+        of_seeds = {int(path.parents[1].name.removeprefix("seed_")): path for path in paths}
+        if of_seeds:
+            found[row] = dict(sorted(of_seeds.items()))
+    return found
 
 
 def collect(folder: Path, summaries: dict[str, dict[int, Path]], what: str) -> str:
@@ -164,13 +176,12 @@ def main() -> None:
     taken = {"--seed", "--output_dir", "--resume"} & {flag.split("=")[0] for flag in args.flags}
     if taken:
         raise RunError(f"{', '.join(sorted(taken))} is set for each run: leave it out, or use --seeds and --output_dir")
-    summaries: dict[str, dict[int, Path]] = {}
     for seed in args.seeds:  # a first seed of every row before the second of any
         for row in args.rows or rows:
             folder = args.output_dir / row.replace(" ", "_") / f"seed_{seed}"
             flags = [*fitting(args.flags, rows[row]), *shlex.split(rows[row]), "--seed", str(seed)]
-            summaries.setdefault(row, {})[seed] = train_and_test(folder, flags, args)
-            text = collect(args.output_dir, summaries, f"{args.dataset}, {args.split}")
+            train_and_test(folder, flags, args)
+            text = collect(args.output_dir, tested(args.output_dir, rows, args.split), f"{args.dataset}, {args.split}")
     print(text)
 
 

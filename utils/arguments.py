@@ -128,7 +128,9 @@ def training_parser(description: str, networks: Networks, dataset: Dataset, **de
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--max_epochs", type=int, default=300, help="epochs of the whole run")
     optimisation.add_argument(
-        "--max_iterations", type=int, help="stop here, in mid-epoch if need be; resuming then starts the next epoch"
+        "--max_iterations",
+        type=int,
+        help="of the whole run, learning rates too; it may end in mid-epoch, and resuming then starts the next",
     )
     optimisation.add_argument("--batch_size", type=int, default=20, help="slices in a batch, of each process")
     optimisation.add_argument(

@@ -172,16 +172,19 @@ def _means_table(
 ) -> Table:
     unit = comparison.distance_unit(convention)
     measured = [cost for cost in costs.values() if not math.isnan(cost.images_per_second)]
-    header = ["method", "seeds", "cases", "parameters [M]", "multiply-adds [G]"]
+    header = ["method", "seeds", "cases"]
+    header += ["missed", "spurious"] if convention == "strict" else []
+    header += ["parameters [M]", "multiply-adds [G]"]
     header += ["images/s", "peak memory [MiB]"] if measured else []
     width = len(header)
     header += ["Dice [%]", f"HD95 [{unit}]", "Jaccard [%]", f"ASSD [{unit}]"]
-    header += ["missed", "spurious"] if convention == "strict" else []
     rows = []
     for name, scores in comparison.scores.items():
         spread = scores.spread(convention)
         cost = costs.get(name)
         row = [_marked(name, scores.selected_on), str(scores.num_seeds), str(len(scores.cases))]
+        if convention == "strict":
+            row += [f"{(scores.states == state).sum() / scores.num_seeds:.3g}" for state in (MISSED, SPURIOUS)]
         row += ["-", "-"] if cost is None else [f"{cost.parameters / 1e6:.2f}", f"{cost.multiply_adds / 1e9:.2f}"]
         if measured and cost is None:
             row += ["-", "-"]
@@ -189,8 +192,6 @@ def _means_table(
             row += [_number(cost.images_per_second, 1), _number(cost.peak_memory / 2**20, 0)]
         for i, metric in enumerate(Metrics._fields):
             row.append(_spread(spread, -1, i, _unit(comparison, convention, metric)[1]))
-        if convention == "strict":
-            row += [f"{(scores.states == state).sum() / scores.num_seeds:.3g}" for state in (MISSED, SPURIOUS)]
         rows.append(row)
     others = [[p.method, *["-"] * (width - 1), _number(p.dice), _number(p.hd95), "-", "-"] for p in published]
     for row, p in zip(others, published, strict=True):

@@ -217,11 +217,13 @@ def _draw_dice(axes: "Axes", history: Sequence[Mapping[str, object]]) -> None:
 
 
 def count_epochs(axes: "Axes") -> None:
-    """Let the axis across count whole epochs."""
+    """Let the axis across count whole epochs, be it one."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low, (low + high - 1) / 2), max(high, (low + high + 1) / 2))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def draw_series(

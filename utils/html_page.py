@@ -28,7 +28,7 @@ th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2p
 th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
 tbody.published, tbody.published td { color: var(--faint); font-style: italic; background: var(--band); }
-tbody.published th { border-top: 2px solid var(--faint); }
+tbody.published th { border-top: 2px solid var(--faint); text-align: left; }
 tbody.published th span { position: sticky; left: .7rem; display: inline-block; max-width: calc(100vw - 4rem); }
 figure { margin: 1.5rem 0; }
 img { display: block; max-width: 100%; min-width: min(40rem, 175%); height: auto; background: #ffffff; }

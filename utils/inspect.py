@@ -10,7 +10,7 @@ Writes into a folder beside the checkpoint, as PNG and for TensorBoard:
     prototypes.png     cosine similarity of the prototypes of each block
     clusters.png       with --input: the cluster of each token over the image, for each block
     windows.png        with --input: the two windows that DS-GIM selects, for each of its positions
-    gate.png           with --input: how much of the image the DMW-LA encoder sees, there and over the epochs
+    gate.png           with --input: what the gate lets the DMW-LA encoder see; over the epochs, how much of its images
 A cluster has the same colour in clusters.png and in memory_use.png. The two need not agree: training sends a key to the
 cluster of the largest dot product, a token reads that of the largest cosine.
 """
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from utils.cli import ArgumentParser, run_script
 from utils.errors import RunError
@@ -105,22 +106,25 @@ def save_windows(path: str | Path, image: np.ndarray, windows: np.ndarray) -> No
 
 
 def save_gate(path: str | Path, image: np.ndarray, gate: np.ndarray, history: Sequence[Mapping[str, object]]) -> None:
-    """Draw what the gate lets through of an image, as shares of it, and the mean share over the epochs.
+    """Draw an image, what the gate lets through of it, and where that was recorded its mean share over the epochs.
 
-    image: (H, W) or (H, W, 3); gate: (h, w) in [0, 1], covering the whole image; history: rows of ``metrics.csv``.
+    image: (H, W) or (H, W, 3), not negative; gate: (h, w) in [0, 1], covering the whole image; history: rows of
+    ``metrics.csv``.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    seen, share, course = figure.subplots(1, 3)
-    _show(seen, image, "image")
-    drawn = share.imshow(gate, "gray", vmin=0, vmax=1, interpolation="nearest")
-    share.set_title(f"gate, {gate.min():.2f} to {gate.max():.2f}", fontsize=9)
-    share.axis("off")
-    figure.colorbar(drawn, ax=share, shrink=0.8)
-    draw_series(course, "gate open [%]", history, "gate", COLOURS[2], scale=100)
-    course.set_ylim(-4, 104)
-    count_epochs(course)
+    recorded = any(row.get("gate") not in (None, "") for row in history)
+    figure = Figure(figsize=(9 if recorded else 6, 3), layout="constrained")
+    places = figure.subplots(1, 2 + recorded)
+    share = F.interpolate(torch.from_numpy(gate)[None, None], image.shape[:2], mode="bilinear")[0, 0].numpy()
+    let_through = image * share.reshape(share.shape + (1,) * (image.ndim - 2))
+    _show(places[0], image, "image")
+    _show(places[1], let_through.astype(image.dtype), f"gate {100 * gate.min():.0f} to {100 * gate.max():.0f} % open")
+    places[1].images[0].set_clim(*places[0].images[0].get_clim())
+    if recorded:
+        draw_series(places[2], "gate open [%]", history, "gate", COLOURS[2], scale=100)
+        places[2].set_ylim(-4, 104)
+        count_epochs(places[2])
     save_figure(figure, path)
 
 

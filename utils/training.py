@@ -462,8 +462,9 @@ class Trainer:
         *earlier, opened = [1.0, *(r["gate"] for r in self.history if "gate" in r)]
         if "gate" in row and opened < GATE_SHUT <= earlier[-1]:
             logger.warning(
-                "the gate between the encoders is shut: the DMW-LA encoder sees a black image. It may open again; "
-                "--gate none trains without it"
+                "the gate between the encoders is shut (%.1e): the DMW-LA encoder sees next to nothing of an image. "
+                "It may open again; --gate none trains without it",
+                row["gate"],
             )
         self.add_scalars(row, events)
         events.flush()
