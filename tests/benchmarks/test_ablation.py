@@ -64,6 +64,11 @@ def test_rows_over_seeds_are_collected_and_gone_on_with(example, phantom, starte
     ]
     assert (out / "table.md").read_text(encoding="utf-8").splitlines()[:4] == table.splitlines()[:4]
 
+    started.clear()
+    call(monkeypatch, *argv[:4], "--rows", "narrow", "--seeds", 2, "--", *folders(phantom), *FEW)  # one of four runs
+    assert started == []
+    assert (out / "table.md").read_text(encoding="utf-8").splitlines()[:4] == table.splitlines()[:4]
+
     with pytest.raises(RunError, match=r"narrow/seed_1 was trained with .*--batch_size 4"):
         call(monkeypatch, *argv, "--batch_size", 2)
 
