@@ -6,8 +6,8 @@ The networks to compare with, or some of them, on another set:
     python -m benchmarks.ablation --preset networks --rows sim_mpnet unet --dataset isic --output_dir runs/networks
 A flag that goes to every training is left out of a row whose network does not take it.
 Called again it goes on: what is tested is not done anew, what was interrupted is resumed. The folder then holds each
-run with its results, ``<row>/seed_<seed>``, the scores of them all, those of earlier calls too, ``runs.csv``, and
-their means, ``table.md``.
+run with its results, ``<row>/seed_<seed>``, the scores of them all, those of earlier calls with the same
+flags too, ``runs.csv``, and their means, ``table.md``.
 """
 
 import csv
@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.measure import machine, markdown
@@ -112,14 +111,23 @@ def _run(script: str, *flags: object) -> None:
         raise RunError(f"{script} ended with status {status}, for the reason above: mend it and call this again")
 
 
-def tested(folder: Path, rows: Iterable[str], split: str) -> dict[str, dict[int, Path]]:
-    """Return the summaries that a folder has, of this and of earlier calls, by row and seed."""
+def run_of(row: str, seed: object, args: Namespace) -> tuple[Path, list[str]]:
+    """Return the folder and the flags of a row's run."""
+    flags = PRESETS[args.preset][row]
+    folder = args.output_dir / row.replace(" ", "_") / f"seed_{seed}"
+    return folder, [*fitting(args.flags, flags), *shlex.split(flags), "--seed", str(seed)]
+
+
+def tested(args: Namespace) -> dict[str, dict[int, Path]]:
+    """Return the summaries, of this and of earlier calls with the same flags, by row and seed."""
     found: dict[str, dict[int, Path]] = {}
-    for row in rows:
-        paths = folder.glob(f"{row.replace(' ', '_')}/seed_*/results_{split}/summary.json")
-        of_seeds = {int(path.parents[1].name.removeprefix("seed_")): path for path in paths}
-        if of_seeds:
-            found[row] = dict(sorted(of_seeds.items()))
+    for row in PRESETS[args.preset]:
+        seeds = (int(path.name.removeprefix("seed_")) for path in run_of(row, "*", args)[0].parent.glob("seed_*"))
+        for seed in sorted(seeds):
+            folder, flags = run_of(row, seed, args)
+            summary, typed = folder / f"results_{args.split}" / "summary.json", folder / "flags.txt"
+            if summary.exists() and typed.exists() and typed.read_text(encoding="utf-8") == shlex.join(flags):
+                found.setdefault(row, {})[seed] = summary
     return found
 
 
@@ -178,10 +186,8 @@ def main() -> None:
         raise RunError(f"{', '.join(sorted(taken))} is set for each run: leave it out, or use --seeds and --output_dir")
     for seed in args.seeds:  # a first seed of every row before the second of any
         for row in args.rows or rows:
-            folder = args.output_dir / row.replace(" ", "_") / f"seed_{seed}"
-            flags = [*fitting(args.flags, rows[row]), *shlex.split(rows[row]), "--seed", str(seed)]
-            train_and_test(folder, flags, args)
-            text = collect(args.output_dir, tested(args.output_dir, rows, args.split), f"{args.dataset}, {args.split}")
+            train_and_test(*run_of(row, seed, args), args)
+            text = collect(args.output_dir, tested(args), f"{args.dataset}, {args.split}")
     print(text)
 
 

@@ -6,6 +6,7 @@ of December 2025 computes, so that its checkpoints give its numbers; ``docs/arch
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -194,7 +195,6 @@ class SimMPNet(nn.Module):
         """Do a forward pass and return what its blocks decide about images (B, in_channels, S, S)."""
         clusters: dict[str, Tensor] = {}
         windows: list[Tensor] = []
-        gates: list[Tensor] = []
         names = {block: name for name, block in self.memory_blocks()}
 
         def assign(block: DMWLA, arguments: tuple[Tensor]) -> None:
@@ -207,14 +207,26 @@ class SimMPNet(nn.Module):
         dsgim = self.dmwla_encoder and self.dmwla_encoder.dsgim
         if dsgim is not None and dsgim.decays_windows:
             handles.append(dsgim.register_forward_pre_hook(select))
-        if self.gate is not None:
-            handles.append(self.gate.register_forward_hook(lambda *logits: gates.append(logits[-1].sigmoid())))
         try:
-            self(x)
+            with self.gate_observed() as gates:
+                self(x)
         finally:
             for handle in handles:
                 handle.remove()
         return Observation(clusters, torch.stack(windows, dim=1) if windows else None, gates[0] if gates else None)
+
+    @contextmanager
+    def gate_observed(self) -> Iterator[list[Tensor]]:
+        """Collect meanwhile the gate of each forward pass, as ``Observation`` has it; none without a gate."""
+        gates: list[Tensor] = []
+        if self.gate is None:
+            yield gates
+            return
+        handle = self.gate.register_forward_hook(lambda *logits: gates.append(logits[-1].float().sigmoid()))
+        try:
+            yield gates
+        finally:
+            handle.remove()
 
     def _skips_of_one_encoder(self, x: Tensor) -> list[Tensor]:
         """Return s_i, (B, C_i, s / 2^(i+1), s / 2^(i+1)), of images (B, 3, S, S) where an ablation left one encoder."""

@@ -15,7 +15,7 @@ import shutil
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -373,7 +373,8 @@ class Trainer:
         every = 1 if self.release else world_size()
         dice = {}
         too_much = f"--eval_batch_size {self.args.eval_batch_size} is too much for it; lower it"
-        with out_of_memory(too_much), self.gate_observed() as opened:
+        observed = getattr(self.model, "gate_observed", lambda: nullcontext([]))  # other networks have no gate
+        with out_of_memory(too_much), observed() as gates:
             for i in range(rank(), len(self.val_set), every) if self.writes or not self.release else ():
                 if self.signals.received and not self.release:
                     break
@@ -392,8 +393,9 @@ class Trainer:
                 bank.reread()
         else:
             self.stop_where_asked()
-        dice = {i: scores for part in gather_over_ranks(dice) for i, scores in part.items()}
-        opened = [share for part in gather_over_ranks([share.tolist() for share in opened]) for share in part]
+        parts = gather_over_ranks((dice, [share for gate in gates for share in gate.mean((1, 2, 3)).tolist()]))
+        dice = {i: scores for part, _ in parts for i, scores in part.items()}
+        opened = [share for _, part in parts for share in part]
         mean, per_class = mean_dice([dice[i] for i in sorted(dice)])
         names = (f"val_dice_{name.replace(' ', '_')}" for name in self.facts.class_names)
         classes = dict(zip(names, per_class.tolist(), strict=True))
@@ -401,23 +403,9 @@ class Trainer:
             "selected_on": self.facts.selected_on,
             "val_dice": mean,
             **classes,
-            **({"gate": float(np.mean(np.concatenate(opened)))} if opened else {}),
+            **({"gate": float(np.mean(opened))} if opened else {}),
             "val_seconds": time.perf_counter() - start,
         }
-
-    @contextmanager
-    def gate_observed(self) -> Iterator[list[Tensor]]:
-        """Collect how far the gate between the encoders lets each image through meanwhile; none without a gate."""
-        opened: list[Tensor] = []
-        gate = getattr(self.model, "gate", None)
-        if gate is None:
-            yield opened
-            return
-        handle = gate.register_forward_hook(lambda *logits: opened.append(logits[-1].float().sigmoid().mean((1, 2, 3))))
-        try:
-            yield opened
-        finally:
-            handle.remove()
 
     def close_epoch(self, scores: dict[str, float], events) -> None:
         """Let W-LD set K, write the epoch's row and save."""
@@ -459,8 +447,8 @@ class Trainer:
             "epoch %d/%d: loss %.4f%s%s%s, lr %.2e, %.0f s",
             self.epoch, self.args.max_epochs, row["train_loss"], dice, gate, k, row["lr"], row["train_seconds"],
         )  # fmt: skip
-        *earlier, opened = [1.0, *(r["gate"] for r in self.history if "gate" in r)]
-        if "gate" in row and opened < GATE_SHUT <= earlier[-1]:
+        gates = [1.0, *(r["gate"] for r in self.history if "gate" in r)]
+        if "gate" in row and gates[-1] < GATE_SHUT <= gates[-2]:
             logger.warning(
                 "the gate between the encoders is shut (%.1e): the DMW-LA encoder sees next to nothing of an image. "
                 "It may open again; --gate none trains without it",

@@ -129,6 +129,8 @@ def test_a_gate_that_is_shut_is_recorded_and_said_once(tmp_path, caplog):
             self.logits = [-9.0, -9.0, 0.0, -9.0]
             self.gate = torch.nn.Identity()
 
+        gate_observed = SimMPNet.gate_observed
+
         def forward(self, x):
             logit = 9.0 if self.training else self.logits.pop(0)
             return super().forward(x * torch.sigmoid(self.gate(torch.full_like(x, logit))))
