@@ -379,16 +379,18 @@ def _attend_by_cluster(query: Tensor, key: Tensor, value: Tensor, cluster: Tenso
 
 def _attend_to_own(query: Tensor, key: Tensor, value: Tensor, cluster: Tensor) -> Tensor:
     """Do the same for all clusters at once, without asking the device for anything."""
-    num_clusters, columns_per_cluster, _ = key.shape
-    # One more coordinate per cluster moves every foreign column out of the softmax: no mask in memory.
-    own = F.one_hot(cluster, num_clusters)  # (B, N, num_clusters)
-    column_cluster = torch.eye(num_clusters, dtype=key.dtype, device=key.device)
+    num_clusters, columns_per_cluster, width = key.shape
+    # One more coordinate per cluster moves every foreign column out of the softmax: no mask in memory. Fused kernels
+    # want keys and values of one width, a multiple of 8, so a few coordinates more are zero.
+    coordinates = num_clusters + -(width + num_clusters) % 8
+    own = F.one_hot(cluster, coordinates)  # (B, N, coordinates)
+    column_cluster = torch.eye(num_clusters, coordinates, dtype=key.dtype, device=key.device)
     column_cluster = repeat(column_cluster, "k j -> (k m) j", m=columns_per_cluster)
     query = torch.cat([query, (own - 1).to(query.dtype) * _out_of_reach(query)], dim=-1)
     key = torch.cat([key.flatten(0, 1), column_cluster], dim=-1)
-    value = F.pad(value.flatten(0, 1), (0, num_clusters))  # fused kernels want keys and values of one width
+    value = F.pad(value.flatten(0, 1), (0, coordinates))
     batch = query.shape[0]  # len() would tie an exported program to one batch size
-    return _attend(query, key.expand(batch, -1, -1), value.expand(batch, -1, -1))[..., :-num_clusters]
+    return _attend(query, key.expand(batch, -1, -1), value.expand(batch, -1, -1))[..., :width]
 
 
 def _out_of_reach(query: Tensor) -> float:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from networks import DMWLA, SimMPNet
 from tests.conftest import ROOT
@@ -60,6 +61,15 @@ def test_a_steady_training_step_never_waits_for_the_gpu(amp_dtype):
         torch.cuda.set_sync_debug_mode("default")
     assert loss.isfinite()
     assert all(bank.pool.dtype == torch.float32 and bank.pool.isfinite().all() for bank in model.memory_banks())
+
+
+@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16, torch.float16])
+def test_every_attention_has_a_fused_kernel(amp_dtype):
+    model = steady_network().cuda()
+    fused = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    with sdpa_kernel(fused), torch.autocast("cuda", amp_dtype, enabled=amp_dtype is not None):
+        logits = model(torch.rand(2, 1, 128, 128, device="cuda"))  # fails where there is none
+        sum(m.float().sum() for m in logits).backward()
 
 
 def test_the_warm_up_ends_in_an_ordered_pool_on_the_gpu():

@@ -8,9 +8,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from networks import DMWLA, DSGIM
+from networks import DMWLA, DSGIM, dmwla
 from tests import oracle
 
+INTRA_CLUSTER = st.sampled_from([dmwla._attend_by_cluster, dmwla._attend_to_own])  # a CPU's way, a GPU's way
 VARIANTS = st.sampled_from(["paper", "release"])
 SIZES = st.fixed_dictionaries(
     {
@@ -55,16 +56,17 @@ def block_and_input(
     return block, torch.randn(sizes["batch"], sizes["channels"], sizes["height"], sizes["width"])
 
 
-@settings(max_examples=60, deadline=None)
-@given(SIZES, VARIANTS, st.integers(0, 10**6))
-def test_a_steady_step_and_its_gradients(sizes, variant, seed):
+@settings(max_examples=100, deadline=None)
+@given(SIZES, VARIANTS, INTRA_CLUSTER, st.integers(0, 10**6))
+def test_a_steady_step_and_its_gradients(sizes, variant, attend, seed):
     block, x = block_and_input(sizes, variant, seed)
     plain = copy.deepcopy(block)
     x.requires_grad_()
     coefficients = torch.randn(x.shape)
 
     torch.manual_seed(seed)
-    output = block.train()(x)
+    with mock.patch("networks.dmwla._attend_by_cluster", attend):
+        output = block.train()(x)
     gradients = torch.autograd.grad((output * coefficients).sum(), [x, *block.parameters()])
     expected = oracle.steady_forward(plain, x)
     expected_gradients = torch.autograd.grad((expected * coefficients).sum(), [x, *plain.parameters()])
@@ -78,11 +80,13 @@ def test_a_steady_step_and_its_gradients(sizes, variant, seed):
     torch.testing.assert_close(block.phi_k, phi_k)
 
 
-def test_a_token_reads_no_foreign_column_however_large_the_values():
+@pytest.mark.parametrize("attend", [dmwla._attend_by_cluster, dmwla._attend_to_own])
+def test_a_token_reads_no_foreign_column_however_large_the_values(attend):
     sizes = dict(batch=1, channels=4, height=3, width=3, feature_dim=6, num_clusters=3, columns_per_cluster=5)
     block, x = block_and_input(sizes | {"replaced_columns": 2}, "paper", seed=1)
     block.bank.pool[1] *= 1e6
-    torch.testing.assert_close(block.eval()(100 * x), oracle.steady_forward(block, 100 * x))
+    with mock.patch("networks.dmwla._attend_by_cluster", attend):
+        torch.testing.assert_close(block.eval()(100 * x), oracle.steady_forward(block, 100 * x))
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,0 +1,135 @@
+"""What a GPU would be asked for, found out without one.
+
+Fake tensors have a device and a shape but no values. On a pretended GPU they refuse whatever would wait for one (a
+value read in Python, a shape that hangs on values) and two devices in one operation. Autograd needs a real device, so
+these are forward passes; that of the loss computes its gradient too.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from datasets import resize
+from datasets.augmentation import Change, finish_on_device
+from networks import DMWLA, PrototypeMemoryBank, SimMPNet
+from utils.losses import subset_losses
+
+SMALL = dict(num_classes=4, model_scale="pico", img_size=128, img_size_dmwla=96, feature_dim=32, decoder_feature_dim=32)
+GPU = torch.device("cuda", 0)
+
+
+class NothingWaits(TorchDispatchMode):
+    """Refuses copies between the host and the device that make both wait."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        output = function(*arguments, **options)
+        if function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            devices = {t.device.type for t in (*arguments, output) if isinstance(t, torch.Tensor)}
+            assert len(devices) == 1 or options.get("non_blocking"), f"a copy waits, to {output.device}"
+        return output
+
+
+class AttentionWidths(TorchFunctionMode):
+    """Notes the widths of the queries, keys and values that attention is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        if function is nn.functional.scaled_dot_product_attention:
+            self.seen.add(tuple(t.shape[-1] for t in arguments[:3]))
+        return function(*arguments, **(options or {}))
+
+
+@pytest.fixture(autouse=True)
+def autocast_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+
+
+def move(module: nn.Module) -> None:
+    """Move a module to the pretended GPU."""
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    module._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=GPU))
+    torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+def leave_of_the_warm_up(module: nn.Module, steps: int) -> None:
+    for bank in (m for m in module.modules() if isinstance(m, PrototypeMemoryBank)):
+        bank._steps_done = bank.sampling_steps - steps
+
+
+@pytest.mark.parametrize(
+    ("variant", "amp_dtype"), [("paper", None), ("paper", torch.bfloat16), ("release", torch.float16)]
+)
+def test_a_training_step_asks_the_device_nothing(variant, amp_dtype):
+    model = SimMPNet(**SMALL, variant=variant).to(memory_format=torch.channels_last).train()
+    of_head = []
+    model.heads[0].register_forward_hook(lambda *logits: of_head.append(logits[-1].dtype))
+    with FakeTensorMode(), NothingWaits():
+        move(model)
+        images = torch.rand(2, 1, 128, 128, device=GPU)
+        label = torch.randint(4, (2, 128, 128), device=GPU)
+        for steps_left in (100, 0):  # in the warm-up and after it
+            leave_of_the_warm_up(model, steps_left)
+            with torch.autocast("cuda", amp_dtype, enabled=amp_dtype is not None):
+                logits = model(images)
+            losses = subset_losses(logits, label)
+            assert of_head.pop() == (amp_dtype or torch.float32)
+            assert all(loss.device == GPU and loss.dtype == torch.float32 for loss in losses)
+            for bank in model.memory_banks():
+                assert bank.pool.device == GPU and bank.pool.dtype == torch.float32
+                assert bank._steps_done == bank.sampling_steps - max(steps_left - 1, 0)
+
+
+def test_what_does_ask_is_found_out():
+    block = DMWLA(8, 8, num_clusters=3, warmup_iterations=5).train()
+    with FakeTensorMode(), NothingWaits():
+        move(block)
+        leave_of_the_warm_up(block, 1)
+        with pytest.raises(DataDependentOutputException):  # K-means, at the end of the warm-up
+            block(torch.rand(2, 8, 6, 6, device=GPU))
+        with pytest.raises(AssertionError, match="a copy waits"):
+            torch.rand(2).to(GPU)
+
+
+def test_augmenting_on_the_device_asks_it_nothing():
+    changes = [Change(), Change(turns=1, flipped_axis=0), Change(angle=7)]
+
+    def finish() -> tuple[torch.Tensor, torch.Tensor]:
+        images = [torch.rand(200, 180, device=GPU) for _ in changes]
+        labels = [torch.zeros(200, 180, dtype=torch.uint8, device=GPU) for _ in changes]
+        return finish_on_device(images, labels, changes, 128)
+
+    matrices = resize._cubic_matrix, resize._nearest_index
+    for cached in matrices:
+        cached.cache_clear()
+    try:
+        with FakeTensorMode():
+            finish()  # the first of a size fetches its matrices
+            with NothingWaits():
+                image, label = finish()
+    finally:
+        for cached in matrices:
+            cached.cache_clear()
+    assert image.shape == (3, 1, 128, 128) and label.shape == (3, 128, 128) and {image.device, label.device} == {GPU}
+
+
+@pytest.mark.parametrize("num_clusters", [2, 3, 4, 9, 10])
+@pytest.mark.parametrize("feature_dim", [128, 256])
+def test_attention_has_widths_that_fused_kernels_take(num_clusters, feature_dim):
+    """A multiple of 8 and the same for all three, or PyTorch writes the whole matrix down."""
+    widths = AttentionWidths()
+    for channels in (96, 192, 384, 768):
+        block = DMWLA(channels, feature_dim, num_clusters).eval()
+        with FakeTensorMode(), widths:
+            move(block)
+            leave_of_the_warm_up(block, 0)
+            block(torch.rand(2, channels, 7, 7, device=GPU))
+    assert len(widths.seen) > 1
+    assert all(query % 8 == 0 and query == key == value for query, key, value in widths.seen)
