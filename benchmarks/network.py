@@ -2,17 +2,21 @@
 
 A training step (forward, subset loss, backward, AdamW, memory update) and an evaluation forward pass, in which the
 plain side takes one slice at a time; its AdamW is PyTorch's default, ours the fused one that the scripts train with.
+``--profile 1`` tells where our time goes, by PyTorch's operations, beside a large product of matrices.
 """
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import plain
 from benchmarks.measure import add_network, add_timing, machine, markdown, past_warm_up, peak_memory, time_sides
 from networks import SimMPNet
 from utils.cli import ArgumentParser, run_script
+from utils.complexity import flop_counter
 from utils.losses import subset_loss
 
 
@@ -32,11 +36,41 @@ def training_step(
     return step
 
 
+def where_the_time_goes(call: Callable[[], object], count: int = 12, repeats: int = 3) -> str:
+    """Return a table of the operations that take longest: their time, its share of all, and their speed."""
+    with flop_counter() as counter:
+        call()
+    flops = {str(name).removeprefix("aten."): n for name, n in counter.get_flop_counts()["Global"].items()}
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(repeats):
+            call()
+    milliseconds: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        name = event.key.removeprefix("aten::").replace("mkldnn_convolution", "convolution")  # where it is done
+        milliseconds[name] += event.self_cpu_time_total / 1000 / repeats
+
+    def row(name: str, taken: float) -> list[str]:
+        speed = f"{flops[name] / taken / 1e6:.0f}" if name in flops else "-"
+        return [name, f"{taken:.0f}", f"{100 * taken / milliseconds.total():.1f}", speed]
+
+    longest = milliseconds.most_common(count)
+    rest = milliseconds.total() - sum(taken for _, taken in longest)
+    rows = [*(row(*pair) for pair in longest), row(f"{len(milliseconds) - len(longest)} others", rest)]
+    return markdown(["", "ms", "%", "GFLOP/s"], rows)
+
+
+def product_speed(n: int = 2048) -> float:
+    """Return the GFLOP/s of a float32 product of n x n matrices."""
+    a = torch.randn(n, n)
+    return 2 * n**3 / time_sides({"": lambda: a @ a}, repeats=9)[""] / 1e9
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     add_network(parser)
     parser.add_argument("--batch_size", type=int, default=2, help="slices at a time")
     add_timing(parser, repeats=5)
+    parser.add_argument("--profile", type=int, default=0, choices=[0, 1], help="1: also where our time goes")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -72,6 +106,10 @@ def main() -> None:
     print(machine())
     print(f"{args.model_scale}, {args.img_size} / {args.img_size_dmwla}, batch {args.batch_size}, float32")
     print(markdown(["", "plain", "ours", "ratio"], rows))
+    if args.profile:
+        print(f"\na product of 2048 x 2048 matrices: {product_speed():.0f} GFLOP/s")
+        for name, sides in (("evaluation forward", evaluation), ("training step", training)):
+            print(f"\n{name}, ours\n\n{where_the_time_goes(sides['ours'])}")
 
 
 if __name__ == "__main__":

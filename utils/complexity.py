@@ -1,6 +1,7 @@
 """How large a network is and how much it computes."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -30,13 +31,37 @@ def count_multiply_adds(model: nn.Module, img_size: int, in_channels: int) -> fl
 
 @contextmanager
 def flop_counter() -> Iterator["FlopCounterMode"]:
-    """Count what is computed meanwhile, `nn.MultiheadAttention` too, whose fused form in evaluation hides its work."""
+    """Count what is computed meanwhile.
+
+    `nn.MultiheadAttention` too, whose fused form in evaluation hides its work; and the gradients of a convolution in
+    groups, of which torch counts as many times too much as there are groups.
+    """
     from torch.utils.flop_counter import FlopCounterMode  # not where only parameters are counted: it takes a while
 
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False) as counter:
+        of_convolution = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
+        with FlopCounterMode(display=False, custom_mapping=of_convolution) as counter:
             yield counter
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _convolution_backward_flops(
+    output: Sequence[int],
+    x: Sequence[int],
+    weight: Sequence[int],
+    bias: object,
+    stride: object,
+    padding: object,
+    dilation: object,
+    transposed: bool,
+    output_padding: object,
+    groups: int,
+    wanted: Sequence[bool],
+    **shapes: object,
+) -> int:
+    """Return the FLOPs of the gradients of a convolution from shapes: by input and by weight what the forward has."""
+    forward = 2 * math.prod(x if transposed else output) * math.prod(weight[1:])
+    return forward * sum(wanted[:2])

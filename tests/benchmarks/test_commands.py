@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 
 SMALL = {
     "dmwla": "--channels 8 --feature_dim 16 --side 6 --batch_size 1 --repeats 1",
-    "network": "--model_scale pico --num_classes 3 --img_size 64 --img_size_dmwla 64 --repeats 1",
+    "network": "--model_scale pico --num_classes 3 --img_size 64 --img_size_dmwla 64 --repeats 1 --profile 1",
     "loss": "--batch_size 1 --num_classes 3 --img_size 32 --repeats 1",
     "evaluation": "--count 2 --slices 6",
     "input_pipeline": "--count 120 --workers 1",
