@@ -6,7 +6,7 @@ crops.
 
 import re
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,12 @@ def image_of(name: str) -> str:
 def _stem(name: str) -> str:
     path = Path(name)
     return path.stem if path.suffix.lower() in ENDINGS else path.name
+
+
+def kind_of(names: Iterable[str]) -> str:
+    """Return what pictures of these names show: whole images, or single cells, or both."""
+    kinds = {"single cells" if name != image_of(name) else "whole images" for name in names}
+    return " and ".join(sorted(kinds))
 
 
 def image_files(folder: str | Path) -> dict[str, Path]:
@@ -128,7 +134,8 @@ class ImageDataset(TrainingSet):
     ):
         super().__init__(seed)
         self.source = list_path(list_dir, split)
-        self.pairs = list(select_images(folder, list_dir, split).values())
+        files = select_images(folder, list_dir, split)
+        self.pairs, self.kind = list(files.values()), kind_of(files)
         self.num_classes = num_classes
         self.img_size = img_size
         self.augment = augment
@@ -191,7 +198,7 @@ class ImageFolder(Sequence[Picture]):
         self.preprocessing = preprocessing
         self.source = list_path(list_dir, split)
         self.files = select_images(folder, list_dir, split)
-        self.names = list(self.files)
+        self.names, self.kind = list(self.files), kind_of(self.files)
 
     @property
     def patients(self) -> set[str]:

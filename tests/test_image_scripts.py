@@ -96,6 +96,14 @@ def test_single_cells_are_trained_and_tested_on_by_the_lists_of_their_images(tmp
     with open(tmp_path / "run/results_test/cases.csv") as file:
         assert {row["case"] for row in csv.DictReader(file)} == cells
     assert len(cells) > len(images)
+    assert "trained on" not in (tmp_path / "run/results_test/test.log").read_text()
+
+    done = run_script("prepare_data.py", "segpc", "--raw", tmp_path / "raw", "--out", tmp_path / "whole")
+    assert done.status == 0, done.error
+    flags = ["--root_path", tmp_path / "whole", "--list_dir", tmp_path / "data/lists", "--device", "cpu"]
+    done = run_script("test_segpc.py", *flags, "--checkpoint", tmp_path / "run/best.pth")
+    assert done.status == 0, done.error
+    assert "best.pth was trained on single cells, these are whole images; look at --root_path" in done.error
 
 
 def test_what_is_wrong_is_one_line(tmp_path, run_script):

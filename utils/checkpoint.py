@@ -96,7 +96,7 @@ def _check_content(state: dict[str, Any], path: Path) -> None:
         raise RunError(f"{path}: its 'network' is not the arguments of one: copy it again, or train anew")
     if not isinstance(names, list | tuple) or not all(isinstance(n, str) and n.isprintable() and n for n in names):
         raise RunError(f"{path}: its 'class_names' are {brief(names)}, text was expected: copy it again, or train anew")
-    for key in ("dataset", "selected_on"):
+    for key in ("dataset", "selected_on", "kind"):
         if not isinstance(data.get(key, ""), str):
             raise RunError(
                 f"{path}: its {key!r} is {brief(data[key])}, text was expected: copy it again, or train anew"

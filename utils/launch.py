@@ -71,7 +71,7 @@ def train(
             torch.manual_seed(args.seed + rank())  # the same network, but chance of its own, for drop path
         setup_logging(Path(args.output_dir) / "train.log")
         names, preprocessing = dataset.names_for(args.num_classes), dataset.preprocessing.to_dict()
-        facts = DataFacts(dataset.name, names, preprocessing, args.selected_on)
+        facts = DataFacts(dataset.name, names, preprocessing, args.selected_on, getattr(train_set, "kind", ""))
         if facts.selected_on == "test":
             logger.warning(
                 "the best epoch is chosen on the test volumes, as the release does: its scores are optimistic"
@@ -122,6 +122,9 @@ def test(
     volumes = open_volumes(num_classes)
     # Photographs take too long to be read twice.
     doubts = [] if dataset.planar else _read_through(volumes, dataset, num_classes)
+    trained_on, kind = data.get("kind", ""), getattr(volumes, "kind", "")
+    if trained_on and trained_on != kind:
+        doubts.append(f"{args.checkpoint} was trained on {trained_on}, these are {kind}; look at --root_path")
     folder = args.test_save_dir or args.checkpoint.parent / f"results_{args.split}"
     setup_logging(folder / "test.log")
     for doubt in doubts:

@@ -55,13 +55,15 @@ class DataFacts:
     """What a checkpoint says about its data.
 
     dataset: which set; class_names: without background; preprocessing: of a scan, plain values; selected_on: the
-    volumes that the best epoch is chosen on, ``val`` or ``test``.
+    volumes that the best epoch is chosen on, ``val`` or ``test``; kind: what a sample shows, of a set that is prepared
+    in more ways than one.
     """
 
     dataset: str
     class_names: tuple[str, ...]
     preprocessing: dict[str, Any] = field(default_factory=dict)
     selected_on: str = "val"
+    kind: str = ""
 
 
 class TrainingSet(Protocol):
