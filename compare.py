@@ -42,6 +42,7 @@ from utils.comparison_report import (
     Cost,
     notes,
     read_published,
+    runs_table,
     settings_table,
     tables,
     write_csv,
@@ -255,7 +256,8 @@ def on_own_lists(comparison: Comparison) -> bool:
 
 def training_section(dataset: str, methods: Sequence[Method], folder: Path) -> Section:
     """List the runs of a data set and draw how they trained."""
-    section = Section(f"{dataset}, runs and training", [settings_table(methods)])
+    listed = (table for table in (runs_table(methods), settings_table(methods)) if table.rows)
+    section = Section(f"{dataset}, runs and training", [*listed])
     histories = {method.name: [run.history for run in method.runs if run.history] for method in methods}
     if any(histories.values()):
         path = folder / f"{file_stem(dataset)}_training.png"

@@ -94,6 +94,9 @@ def test_from_tested_runs_to_tables_figures_and_the_page(runs, phantom, run_scri
         (out / "comparison.tex").read_text("utf-8"),
     ):
         assert "images/s" in text and "published" not in text and "myocardium" in text
+    text = (out / "comparison.md").read_text("utf-8")
+    assert all(f"| {run} |\n" in text for run in runs)
+    assert "| decoder_feature_dim | 16 | 8 |\n" in text
     with Image.open(out / "figures/1_acdc_test_predictions.png") as figure:
         assert figure.width > figure.height  # image, label and two methods beside one another
 

@@ -87,21 +87,18 @@ def tables(
     return made
 
 
+def runs_table(methods: Sequence[Method]) -> Table:
+    """List the runs of each method."""
+    rows = [(m.name, str(run.args.get("seed", "-")), str(run.folder)) for m in methods for run in m.runs]
+    return Table("The runs.", ("method", "seed", "run folder"), rows)
+
+
 def settings_table(methods: Sequence[Method]) -> Table:
-    """List the runs and seeds of each method, and every setting in which not all methods are alike."""
-    names = differing_settings(methods)
+    """List every setting in which not all methods are alike, a column for each method."""
     rows = [
-        [
-            method.name,
-            ", ".join(str(run.args.get("seed", "-")) for run in method.runs),
-            *(str(method.settings.get(name, "-")) for name in names),
-            ", ".join(str(run.folder) for run in method.runs),
-        ]
-        for method in methods
+        (name, *(str(method.settings.get(name, "-")) for method in methods)) for name in differing_settings(methods)
     ]
-    return Table(
-        "Runs, and the training arguments in which they differ.", ["method", "seeds", *names, "run folders"], rows
-    )
+    return Table("Training arguments in which the methods differ.", ("", *(method.name for method in methods)), rows)
 
 
 def write_csv(
