@@ -33,8 +33,8 @@ def count_multiply_adds(model: nn.Module, img_size: int, in_channels: int) -> fl
 def flop_counter() -> Iterator["FlopCounterMode"]:
     """Count what is computed meanwhile.
 
-    `nn.MultiheadAttention` too, whose fused form in evaluation hides its work; and the gradients of a convolution in
-    groups, of which torch counts as many times too much as there are groups.
+    `nn.MultiheadAttention` too, whose fused form in evaluation hides its work; and the gradient by weight of a
+    convolution in groups as what it is, which torch multiplies by the groups.
     """
     from torch.utils.flop_counter import FlopCounterMode  # not where only parameters are counted: it takes a while
 
