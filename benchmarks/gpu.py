@@ -175,19 +175,18 @@ def ceiling(device: torch.device) -> float:
 
 
 def write_profile(form: Form, folder: Path) -> None:
-    """Write a trace of three training steps, and the table of what took the time."""
+    """Write a trace of a training step, and the table of what took the time."""
     step = form.training_step(form.args.batch_size)
     for _ in range(4):
         step()
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (form.device.type == "cuda")
     with profile(activities=kinds) as profiler:
-        for _ in range(3):
-            step()
+        step()
         synchronize(form.device)
     profiler.export_chrome_trace(str(folder / "trace.json.gz"))
     order = "self_cuda_time_total" if form.device.type == "cuda" else "self_cpu_time_total"
     table = profiler.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90)
-    (folder / "profile.txt").write_text(f"{form.name}, three training steps\n{table}\n", encoding="utf-8")
+    (folder / "profile.txt").write_text(f"{form.name}, a training step\n{table}\n", encoding="utf-8")
 
 
 def measure(form: Form, flops: tuple[float, float], peak_rate: float) -> list[object]:

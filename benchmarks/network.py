@@ -36,7 +36,7 @@ def training_step(
     return step
 
 
-def where_the_time_goes(call: Callable[[], object], count: int = 12, repeats: int = 3) -> str:
+def where_the_time_goes(call: Callable[[], object], repeats: int, count: int = 12) -> str:
     """Return a table of the operations that take longest: their time, its share of all, and their speed."""
     with flop_counter() as counter:
         call()
@@ -109,7 +109,7 @@ def main() -> None:
     if args.profile:
         print(f"\na product of 2048 x 2048 matrices: {product_speed():.0f} GFLOP/s")
         for name, sides in (("evaluation forward", evaluation), ("training step", training)):
-            print(f"\n{name}, ours\n\n{where_the_time_goes(sides['ours'])}")
+            print(f"\n{name}, ours\n\n{where_the_time_goes(sides['ours'], args.repeats)}")
 
 
 if __name__ == "__main__":
