@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import plain
-from benchmarks.measure import add_network, machine, markdown, past_warm_up, synchronize, time_sides
+from benchmarks.measure import add_network, machine, markdown, past_warm_up, product_rate, synchronize, time_sides
 from networks import SimMPNet
 from utils.cli import ArgumentParser, pick_device, run_script, set_precision
 from utils.complexity import flop_counter
@@ -166,14 +166,6 @@ def operations(args: Namespace) -> tuple[float, float]:
     return counts[0], counts[1]
 
 
-def ceiling(device: torch.device) -> float:
-    """Return the operations a second of a large bf16 matrix product."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    seconds = time_sides({"": lambda: [a @ b for _ in range(10)]}, repeats=5, warmup=2, device=device)[""] / 10
-    return 2 * n**3 / seconds
-
-
 def write_profile(form: Form, folder: Path) -> None:
     """Write a trace of a training step, and the table of what took the time."""
     step = form.training_step(form.args.batch_size)
@@ -225,7 +217,8 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     args.output.mkdir(parents=True, exist_ok=True)
 
-    flops, peak_rate = operations(args), ceiling(device)
+    flops = operations(args)
+    peak_rate = product_rate(8192 if device.type == "cuda" else 1024, torch.bfloat16, device)
     rows = []
     for name in args.forms:
         form = Form(name, args, device)

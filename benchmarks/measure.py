@@ -63,6 +63,13 @@ def peak_memory(call: Callable[[], object], device: str | torch.device = "cpu") 
     return peak
 
 
+def product_rate(n: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> float:
+    """Return the operations a second of a product of n x n matrices: what a device can do."""
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    seconds = time_sides({"": lambda: [a @ b for _ in range(10)]}, repeats=5, warmup=2, device=device)[""] / 10
+    return 2 * n**3 / seconds
+
+
 def synchronize(device: str | torch.device) -> None:
     """Wait for the device, if it is one that works by itself."""
     if torch.device(device).type == "cuda":

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import plain
-from benchmarks.measure import add_network, add_timing, machine, markdown, past_warm_up, peak_memory, time_sides
+from benchmarks.measure import (
+    add_network,
+    add_timing,
+    machine,
+    markdown,
+    past_warm_up,
+    peak_memory,
+    product_rate,
+    time_sides,
+)
 from networks import SimMPNet
 from utils.cli import ArgumentParser, run_script
 from utils.complexity import flop_counter
@@ -59,12 +68,6 @@ def where_the_time_goes(call: Callable[[], object], repeats: int, count: int = 1
     return markdown(["", "ms", "%", "GFLOP/s"], rows)
 
 
-def product_speed(n: int = 2048) -> float:
-    """Return the GFLOP/s of a float32 product of n x n matrices."""
-    a = torch.randn(n, n)
-    return 2 * n**3 / time_sides({"": lambda: a @ a}, repeats=9)[""] / 1e9
-
-
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     add_network(parser)
@@ -107,7 +110,7 @@ def main() -> None:
     print(f"{args.model_scale}, {args.img_size} / {args.img_size_dmwla}, batch {args.batch_size}, float32")
     print(markdown(["", "plain", "ours", "ratio"], rows))
     if args.profile:
-        print(f"\na product of 2048 x 2048 matrices: {product_speed():.0f} GFLOP/s")
+        print(f"\na product of 2048 x 2048 matrices: {product_rate(2048) / 1e9:.0f} GFLOP/s")
         for name, sides in (("evaluation forward", evaluation), ("training step", training)):
             print(f"\n{name}, ours\n\n{where_the_time_goes(sides['ours'], args.repeats)}")
 

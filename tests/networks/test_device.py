@@ -55,8 +55,10 @@ def autocast_without_a_gpu(monkeypatch):
 def move(module: nn.Module) -> None:
     """Move a module to the pretended GPU."""
     torch.__future__.set_overwrite_module_params_on_conversion(True)
-    module._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=GPU))
-    torch.__future__.set_overwrite_module_params_on_conversion(False)
+    try:
+        module._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=GPU))
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
 
 
 def leave_of_the_warm_up(module: nn.Module, steps: int) -> None:
