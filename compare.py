@@ -21,8 +21,10 @@ import torch
 
 from benchmarks.measure import machine, peak_memory, time_sides
 from datasets import DATASETS, DataError, VolumeDataset
+from datasets.files import atomic_write, check_writable, file_stem
 from datasets.image_sets import images_of
 from networks import NETWORKS, NetworkError, build, load_release_state_dict
+from networks.complexity import count_multiply_adds, count_parameters
 from utils.arguments import flags_of_others, training_parser
 from utils.checkpoint import build_network, load_checkpoint
 from utils.cli import ArgumentParser, pick_device, run_script
@@ -48,10 +50,8 @@ from utils.comparison_report import (
     write_csv,
     write_tests_csv,
 )
-from utils.complexity import count_multiply_adds, count_parameters
 from utils.errors import RunError
 from utils.evaluation import Volume, predict_volume
-from utils.files import atomic_write, check_writable, file_stem
 from utils.html_page import Picture, Section, page
 from utils.tables import Table, escape_markdown, latex, markdown
 

@@ -15,8 +15,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from datasets import DATASETS, DataError
+from datasets.files import atomic_write, check_writable
 from networks import NetworkError
-from predict import Predictor
 from utils.cli import ArgumentParser, run_script, seed_everything
 from utils.errors import RunError
 from utils.exported import (
@@ -31,7 +31,7 @@ from utils.exported import (
     trace,
     write_export,
 )
-from utils.files import atomic_write, check_writable
+from utils.predictor import Predictor
 
 logger = logging.getLogger("export")
 

@@ -9,7 +9,7 @@ An image (JPG, PNG, BMP, TIFF) or a folder of them, with a checkpoint of a colou
 With an export of either format (export.py) in the checkpoint's place:
     python predict.py --checkpoint model.onnx --input scan.nii.gz --output seg.nii.gz
 In a notebook:
-    from predict import Predictor
+    from utils.predictor import Predictor
     predictor = Predictor("runs/synapse/best.pth")
     segmentation = predictor("scan.nii.gz")    # a nibabel image on the scan's grid; of a photograph, an array (H, W)
 
@@ -26,110 +26,22 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import (
-    DATASETS,
-    ColourPreprocessing,
-    DataError,
-    Picture,
-    Volume,
-    preprocessing_from_dict,
-    read_picture,
-    read_scan,
-)
+from datasets import DATASETS, DataError, Picture, Volume
+from datasets.files import atomic_write, check_writable, file_stem
 from datasets.images import ENDINGS as IMAGE_ENDINGS
 from datasets.scan import NIFTI_ENDINGS, scan_name
-from networks import NetworkError, build, load_release_state_dict
-from utils.checkpoint import build_network, load_checkpoint
-from utils.cli import ArgumentParser, pick_device, run_script, seed_everything, set_precision
+from networks import NetworkError
+from utils.cli import ArgumentParser, run_script, seed_everything
 from utils.errors import RunError
-from utils.evaluation import predict_volume, save_mask
-from utils.exported import is_export, open_export
+from utils.evaluation import save_mask
 from utils.figures import save_overlays, save_picture_overlay
-from utils.files import atomic_write, check_writable, file_stem
-from utils.reports import organ_volumes, picture_areas, write_colour_tables, write_report
+from utils.predictor import Predictor, organ_volumes, picture_areas, write_colour_tables, write_report
 from utils.training import AMP_DTYPES
-from utils.watch import out_of_memory
 
 logger = logging.getLogger("predict")
 
 OTHER_ENDINGS = (*NIFTI_ENDINGS, *IMAGE_ENDINGS, ".gz", ".mha", ".mhd", ".nrrd", ".dcm", ".gif", ".webp")
 """Endings that nobody gives to a folder."""
-
-
-class Predictor:
-    """A trained network with the preprocessing that its checkpoint names.
-
-    checkpoint: best.pth of a run, one of the release with ``dataset``, the name of the data set it was trained on, or
-    an export (.onnx, .pt2); device: auto, cpu, cuda or cuda:1; amp: none, bf16 or fp16, of an export none; batch_size:
-    slices predicted at a time. ``class_names`` are those of label ids 1, 2, ...; ``planar`` says whether it takes
-    images, not scans; ``dataset`` is what it was trained on, ``origin`` when and by what, ``history`` the epochs of
-    its training, as far as the checkpoint says so. Raises RunError, DataError or NetworkError for a checkpoint that is
-    unfit.
-    """
-
-    def __init__(
-        self,
-        checkpoint: str | Path,
-        device: str = "auto",
-        amp: str = "none",
-        batch_size: int = 20,
-        dataset: str | None = None,
-    ):
-        exported = open_export(checkpoint, device, amp) if is_export(checkpoint) else None
-        state = load_checkpoint(checkpoint) if exported is None else {"data": exported.metadata}
-        data = state.get("data", {})
-        if dataset is not None and data.get("dataset", dataset) != dataset:
-            raise RunError(f"{checkpoint} was trained on {data['dataset']}, not on {dataset}: leave out --dataset")
-        facts = DATASETS.get(dataset or data.get("dataset"))
-        if "preprocessing" in data:
-            try:
-                self.preprocessing = preprocessing_from_dict(data["preprocessing"])
-            except DataError as error:
-                raise RunError(f"{checkpoint}: {error}") from error
-        elif facts is not None:
-            self.preprocessing = facts.preprocessing
-        else:
-            raise RunError(f"{checkpoint} does not say how scans are prepared for it: give --dataset")
-        self.planar = isinstance(self.preprocessing, ColourPreprocessing)
-        set_precision(amp)
-        self.amp_dtype, self.batch_size = AMP_DTYPES[amp], batch_size
-        channels = 3 if self.planar else 1
-        if exported is None:
-            self.device = pick_device(device)
-            self.model = build_network(state, checkpoint, build, load_release_state_dict, channels).to(self.device)
-            self.origin = {name: state[name] for name in ("epoch", "iteration", "git", "versions") if name in state}
-            self.history = state.get("history", [])
-        else:
-            self.device, self.model, self.origin = exported.device, exported, exported.metadata["checkpoint"]
-            self.history = []
-        self.dataset = dataset or data.get("dataset")
-        num_classes, takes = self.model.config["num_classes"], self.model.config["in_channels"]
-        self.class_names = tuple(data["class_names"] if data else facts.names_for(num_classes))
-        if (num_classes, takes) != (len(self.class_names) + 1, channels):
-            raise RunError(
-                f"{checkpoint}: its network has {num_classes} classes with background and takes {takes} channels, its "
-                f"data have {len(self.class_names) + 1} and {channels}: copy it again, or train anew"
-            )
-
-    def read(self, path: str | Path) -> Volume | Picture:
-        """Open a scan (a NIfTI file or the folder of a DICOM series) or an image, as the network is to see it."""
-        if self.planar:
-            return read_picture(path, class_names=self.class_names, preprocessing=self.preprocessing)
-        volume = read_scan(path, self.preprocessing)
-        volume.class_names = self.class_names
-        return volume
-
-    def segment(self, volume: Volume | Picture) -> np.ndarray:
-        """Return the class of every voxel of what was read, uint8 (D, H, W), D being 1 of an image."""
-        size = self.model.config["img_size"]
-        with out_of_memory(f"--batch_size {self.batch_size} is too much for it; lower it, or use --amp bf16"):
-            return predict_volume(self.model, volume, size, self.batch_size, self.device, self.amp_dtype)
-
-    def __call__(self, path: str | Path):
-        """Segment a scan, to a nibabel image that lies where the scan does, or an image, to uint8 (H, W)."""
-        volume = self.read(path)
-        prediction = self.segment(volume)
-        return prediction[0] if self.planar else volume.to_nifti(prediction)
 
 
 def parse_args() -> Namespace:

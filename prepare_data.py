@@ -83,7 +83,7 @@ def main() -> None:
     else:
         where = f"--root_path {args.out}/train_npz --volume_path {args.out}/test_vol_h5 --list_dir {list_dir}"
     logger.info("%d %s are ready in %s", len(names), "images" if info.planar else "volumes", args.out)
-    logger.info("next, check them:  python -m datasets.verify %s %s%s", args.dataset, where, splits)
+    logger.info("next, check them:  python -m utils.verify %s %s%s", args.dataset, where, splits)
     logger.info("then train:        python %s %s", info.train_script, where)
 
 

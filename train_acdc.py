@@ -18,11 +18,11 @@ Small, from scratch, on a CPU:
 from pathlib import Path
 
 from datasets import DataError, SliceDataset, VolumeDataset, acdc
-from datasets.verify import quick_check
 from networks import NETWORKS, NetworkError, default_weights
 from utils.arguments import parse_training, training_parser
 from utils.cli import run_script
 from utils.launch import train
+from utils.verify import quick_check
 
 SPLITS = {"val": ("train", "val"), "test": ("trainval", "test")}
 """For each --select the lists to train on and to choose the best epoch on."""

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from datasets import DataError, isic
 from datasets.image_sets import training_images
-from datasets.verify import quick_check
 from networks import NETWORKS, NetworkError, default_weights
 from utils.arguments import parse_training, training_parser
 from utils.cli import run_script
 from utils.launch import train
+from utils.verify import quick_check
 
 SPLITS = {"val": ("train", "val"), "test": ("train", "test")}
 """For each --select the lists to train on and to choose the best epoch on."""

@@ -18,11 +18,11 @@ On the four GPUs of a machine, batches of 4 x 5:
 from pathlib import Path
 
 from datasets import DataError, SliceDataset, VolumeDataset, synapse
-from datasets.verify import quick_check
 from networks import NETWORKS, NetworkError, default_weights
 from utils.arguments import parse_training, training_parser
 from utils.cli import run_script
 from utils.launch import train
+from utils.verify import quick_check
 
 SPLITS = {"val": ("train", "train"), "test": ("train", "test_vol")}
 """For each --select the lists to train on and to choose the best epoch on; in one list, --val_cases part them."""

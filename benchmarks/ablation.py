@@ -23,11 +23,11 @@ from pathlib import Path
 
 from benchmarks.measure import machine, markdown
 from datasets import DATASETS
+from datasets.files import atomic_write
 from networks import NETWORKS
 from utils.arguments import flags_of_others
 from utils.cli import ArgumentParser, run_script
 from utils.errors import RunError
-from utils.files import atomic_write
 
 logger = logging.getLogger("ablation")
 

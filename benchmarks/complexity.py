@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from benchmarks.measure import add_network, markdown, past_warm_up
 from benchmarks.plain import plain_copy
 from networks import NETWORKS, NetworkError, SimMPNet, build
+from networks.complexity import count_multiply_adds, count_parameters, flop_counter
 from utils.cli import ArgumentParser, run_script
-from utils.complexity import count_multiply_adds, count_parameters, flop_counter
 
 PAPER = "91.30 M parameters, 43.74 G multiply-adds"
 

@@ -32,8 +32,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import plain
 from benchmarks.measure import add_network, machine, markdown, past_warm_up, product_rate, synchronize, time_sides
 from networks import SimMPNet
+from networks.complexity import flop_counter
 from utils.cli import ArgumentParser, pick_device, run_script, set_precision
-from utils.complexity import flop_counter
 from utils.losses import subset_loss
 
 FORMS = ("plain", "float32", "tf32", "bf16", "compiled", "graphs")

@@ -24,8 +24,8 @@ from benchmarks.measure import (
     time_sides,
 )
 from networks import SimMPNet
+from networks.complexity import flop_counter
 from utils.cli import ArgumentParser, run_script
-from utils.complexity import flop_counter
 from utils.losses import subset_loss
 
 

@@ -12,9 +12,9 @@ import torch
 
 from benchmarks.dmwla import forward, step
 from benchmarks.measure import add_timing, machine, markdown, past_warm_up, time_sides
+from datasets.files import atomic_write
 from networks import DMWLA
 from utils.cli import ArgumentParser, run_script
-from utils.files import atomic_write
 
 SIDES = (14, 20, 28, 40, 56, 80, 112)
 CLUSTERS = (2, 4, 8, 16, 32, 64)

@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image
 
 from datasets.errors import DataError
+from datasets.files import atomic_write
 from datasets.image_sets import image_files, image_of
 from datasets.images import ENDINGS, IMAGE_FOLDER, MASK_FOLDER
 from datasets.lists import natural_key
 from datasets.preparation import run_all
-from utils.files import atomic_write
 
 
 @dataclass(frozen=True)

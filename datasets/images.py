@@ -15,9 +15,8 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from datasets.errors import DataError
+from datasets.errors import DataError, brief
 from datasets.storage import memory_bounded
-from utils.errors import brief
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 """Endings of the files that are images, in lower case."""

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.errors import DataError
+from datasets.errors import DataError, brief
 from datasets.storage import checked_label
-from utils.errors import brief
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ from collections import Counter
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from datasets.errors import DataError
+from datasets.errors import DataError, brief
+from datasets.files import atomic_write
 from datasets.volume import ENDINGS, data_name
-from utils.errors import brief
-from utils.files import atomic_write
 
 MAX_LIST_BYTES = 2**24
 """Longest list that is read: some hundred thousand names."""

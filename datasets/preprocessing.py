@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from datasets.errors import DataError
+from datasets.errors import DataError, brief
 from datasets.orientation import is_orientation
-from utils.errors import brief
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ import h5py
 import numpy as np
 from h5py import h5d, h5s, h5t, h5z
 
-from datasets.errors import DataError
+from datasets.errors import DataError, brief
 from datasets.orientation import LENGTHS, is_affine, is_orientation
-from utils.errors import brief
 
 MAX_BYTES = 4 * 2**30
 """Largest array that is read, in bytes, a number counted with at least 4: it may become a float32 when it is worked on.

@@ -168,7 +168,7 @@ def read_case(case: Case) -> Volume:
     volume.label = case.label_order.apply(case.label_path, raw, volume.image.shape, ())
     volume.image = np.asarray(volume.image)
     volume.name, volume.class_names = case.name, CLASS_NAMES
-    # How often an organ lies where it cannot is for `datasets.verify` to say; here a wrong order shows at once.
+    # How often an organ lies where it cannot is for `utils.verify` to say; here a wrong order shows at once.
     for doubt in doubtful_places(volume.label):
         logger.warning("%s: %s", case.label_path, doubt)
     return volume

@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 
 from datasets.errors import DataError
+from datasets.files import atomic_write
 from datasets.label_order import LabelOrder
 from datasets.orientation import nifti_image
 from datasets.resize import resize_cubic, resize_nearest
@@ -28,7 +29,6 @@ from datasets.storage import (
     memory_bounded,
     read_fields,
 )
-from utils.files import atomic_write
 
 COMPRESSION = 1
 """zlib's level for prepared files: the fastest."""

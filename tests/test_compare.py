@@ -12,11 +12,11 @@ from PIL import Image
 from datasets import acdc
 from datasets.phantom import write_phantom
 from networks import SimMPNet
+from networks.complexity import count_parameters
 from tests.comparison_runs import random_dice, write_run
 from tests.test_scripts import assert_one_line
 from tests.utils.test_html_page import Reader
 from utils.checkpoint import save_checkpoint
-from utils.complexity import count_parameters
 
 SMALL = dict(model_scale="pico", img_size=64, img_size_dmwla=64, feature_dim=16, decoder_feature_dim=16)
 

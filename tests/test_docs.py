@@ -144,7 +144,7 @@ def test_the_data_set_of_the_docs_is_prepared_checked_trained_and_tested_on(sple
     small += "--max_iterations", 2, "--batch_size", 2, "--num_workers", 0, "--output_dir", run
     for script, *flags in (
         (spleen / "prepare_data.py", "spleen", "--raw", tmp_path / "raw", "--out", out, "--jobs", 1),
-        ("datasets/verify.py", "spleen", "--root_path", out / "train_npz", *data),
+        ("utils/verify.py", "spleen", "--root_path", out / "train_npz", *data),
         (spleen / "train_spleen.py", "--root_path", out / "train_npz", *data, *small),
         (spleen / "test_spleen.py", "--checkpoint", run / "best.pth", *data),
     ):

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import export
-import predict
 import utils.exported
 from benchmarks.measure import past_warm_up
 from datasets import DATASETS
 from networks import DMWLA, DSGIM, NETWORKS, VARIANTS, build, register
 from tests.test_predict import write_scan
+from utils import predictor as predictors
 from utils.checkpoint import save_checkpoint
 from utils.exported import ENDINGS, Agreement, SummedLogits, compare, describe, open_export, trace, write_export
 
@@ -174,14 +174,14 @@ def test_a_colour_network_in_warm_up_is_exported_too(tmp_path):
     model = blocks(in_use=False, num_classes=2, in_channels=3)
     path = save(tmp_path / "best.pth", model, "isic")
     run_export(path, "torch", tmp_path / "model.pt2")
-    predictor = predict.Predictor(tmp_path / "model.pt2", "cpu")
+    predictor = predictors.Predictor(tmp_path / "model.pt2", "cpu")
     assert predictor.planar and predictor.class_names == DATASETS["isic"].class_names
     assert "warm-up" in predictor.model.metadata["memory"]
     from PIL import Image
 
     noise = np.random.default_rng(0).integers(0, 256, (8, 10, 3), np.uint8)
     Image.fromarray(noise).resize((100, 80), Image.Resampling.BICUBIC).save(tmp_path / "photo.png")
-    expected = predict.Predictor(path, "cpu")(tmp_path / "photo.png")
+    expected = predictors.Predictor(path, "cpu")(tmp_path / "photo.png")
     assert 0 < expected.mean() < 1
     assert (predictor(tmp_path / "photo.png") == expected).mean() > 0.999
 
@@ -203,12 +203,12 @@ def test_baselines_and_ablations_are_exported_too(tmp_path, monkeypatch, options
     torch.manual_seed(0)
     model = seasoned(build(num_classes=4, img_size=SIZE, **options))
     checkpoint, scan = save(tmp_path / "best.pth", model, "acdc"), write_scan(tmp_path, "scan", "RAS")
-    expected = predict.Predictor(checkpoint, "cpu")(scan).get_fdata()
+    expected = predictors.Predictor(checkpoint, "cpu")(scan).get_fdata()
     assert len(np.unique(expected)) > 1
     for kind, ending in ENDINGS.items():
         need(kind)
         run_export(checkpoint, kind, tmp_path / f"model{ending}")
-        predictor = predict.Predictor(tmp_path / f"model{ending}", "cpu")
+        predictor = predictors.Predictor(tmp_path / f"model{ending}", "cpu")
         assert (predictor(scan).get_fdata() == expected).mean() > 0.999
         assert predictor.model.metadata["network"] == model.config
         assert predictor.model.metadata["memory"] == "none"

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-import predict
 from tests.datasets.test_isic import write_raw as write_isic
 from tests.datasets.test_segpc import write_raw as write_segpc
 from tests.test_scripts import SMALL, assert_one_line
+from utils import predictor as predictors
 
 IDS = {"train": ("3", "5", "8", "9", "10"), "valid": ("20", "21")}
 
@@ -65,7 +65,7 @@ def test_from_raw_images_to_tables_masks_and_overlays(made, run_script):
 
     mask = np.asarray(Image.open(results / "masks" / f"{names[0]}.png"))
     image = next((folder / "data/images").glob(f"{names[0]}.*"))
-    np.testing.assert_array_equal(predict.Predictor(folder / "run/best.pth", "cpu")(image), mask)
+    np.testing.assert_array_equal(predictors.Predictor(folder / "run/best.pth", "cpu")(image), mask)
     out = folder / "out" / "mask.png"
     flags = ["--checkpoint", folder / "run/best.pth", "--device", "cpu", "--overlays", 1]
     done = run_script("predict.py", *flags, "--input", image, "--output", out)
@@ -135,9 +135,9 @@ def test_a_photograph_of_24_million_pixels_is_segmented_at_its_own_size(tmp_path
     image = np.zeros((4000, 6000, 3), np.uint8)
     image[1000:3000, 1500:4500] = 255
     Image.fromarray(image).save(tmp_path / "photo.jpg")
-    predictor = predict.Predictor.__new__(predict.Predictor)
+    predictor = predictors.Predictor.__new__(predictors.Predictor)
     predictor.model, predictor.planar, predictor.class_names = Reddish(), True, ("lesion",)
-    predictor.preprocessing = predict.DATASETS["isic"].preprocessing
+    predictor.preprocessing = predictors.DATASETS["isic"].preprocessing
     predictor.device, predictor.amp_dtype, predictor.batch_size = torch.device("cpu"), None, 1
     mask = predictor(tmp_path / "photo.jpg")
     assert mask.shape == (4000, 6000)

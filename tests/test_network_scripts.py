@@ -11,11 +11,11 @@ import torch
 
 from datasets import acdc
 from networks import NETWORKS
-from predict import Predictor
 from tests.networks.test_registry import example  # noqa: F401, a fixture
 from tests.test_scripts import SMALL, assert_one_line, folders, volume_folders
 from utils.arguments import network_arguments, parse_training, training_parser
 from utils.errors import RunError
+from utils.predictor import Predictor
 
 COMMON = (
     "--pretrained none --img_size 64 --batch_size 4 --max_iterations 3 --num_workers 0 --device cpu --seed 3"

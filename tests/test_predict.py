@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-import predict
 from datasets import DATASETS, Preprocessing, read_scan, synapse
 from datasets.orientation import reorient
 from datasets.scan import read_scan_label
 from networks import SimMPNet
 from tests.datasets.test_scan import ORIENTATIONS, places, turn, write_dicom
+from utils import predictor as predictors
 from utils.checkpoint import save_checkpoint
 from utils.evaluation import predict_volume
 
@@ -45,7 +45,7 @@ def threshold(tmp_path, monkeypatch) -> Path:
     path = tmp_path / "best.pth"
     data = {"dataset": "synapse", "class_names": NAMES, "preprocessing": synapse.INFO.preprocessing.to_dict()}
     save_checkpoint(path, {"model": {}, "network": {}, "data": data})
-    monkeypatch.setattr(predict, "build_network", lambda *_: Threshold())
+    monkeypatch.setattr(predictors, "build_network", lambda *_: Threshold())
     return path
 
 
@@ -81,7 +81,7 @@ def write_scan(folder: Path, name: str, orientation: str, degrees: float = 0.0, 
 def test_what_is_predicted_lies_on_the_patient(threshold, tmp_path, run_script, orientation, degrees, program):
     pytest.importorskip(program)
     scan = write_scan(tmp_path / "scans", "scan", orientation, degrees)
-    segmentation = predict.Predictor(threshold)(scan)
+    segmentation = predictors.Predictor(threshold)(scan)
     nibabel.save(segmentation, tmp_path / "seg.nii.gz")
     truth = scan.with_name("scan_label.nii.gz")
     expected, found = places(truth, program), places(tmp_path / "seg.nii.gz", program)
@@ -96,7 +96,7 @@ def test_what_is_predicted_lies_on_the_patient(threshold, tmp_path, run_script, 
 
 def test_a_scan_of_another_size_is_restored_to_its_own(threshold, tmp_path):
     scan = write_scan(tmp_path, "scan", "PSR", 20, plane=(48, 41))
-    predictor = predict.Predictor(threshold)
+    predictor = predictors.Predictor(threshold)
     volume = predictor.read(scan)
     label = read_scan_label(scan.with_name("scan_label.nii.gz"), volume)
     prediction = predictor.segment(volume)
@@ -217,10 +217,10 @@ def test_preprocessing_comes_from_the_checkpoint(tiny, tmp_path):
     state = torch.load(tiny, weights_only=True)
     state["data"]["preprocessing"] = Preprocessing("RAS", (0.0, 10.0)).to_dict()
     save_checkpoint(tmp_path / "other.pth", state)
-    assert predict.Predictor(tmp_path / "other.pth").preprocessing == Preprocessing("RAS", (0.0, 10.0))
-    assert predict.Predictor(tiny).preprocessing == DATASETS["synapse"].preprocessing
+    assert predictors.Predictor(tmp_path / "other.pth").preprocessing == Preprocessing("RAS", (0.0, 10.0))
+    assert predictors.Predictor(tiny).preprocessing == DATASETS["synapse"].preprocessing
     scan = write_scan(tmp_path, "scan", "LPS")
-    volumes = predict.Predictor(tmp_path / "other.pth").read(scan), predict.Predictor(tiny).read(scan)
+    volumes = predictors.Predictor(tmp_path / "other.pth").read(scan), predictors.Predictor(tiny).read(scan)
     assert not np.array_equal(volumes[0].image[3], volumes[1].image[3])
 
 

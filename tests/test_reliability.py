@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from datasets.files import remove_temporaries
 from tests.conftest import ROOT
 from tests.mini import assert_same, trainer
 from tests.test_scripts import folders
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import RunError
-from utils.files import remove_temporaries
 
 SMALL = (
     "--model_scale pico --pretrained none --img_size 64 --img_size_dmwla 64 --feature_dim 16 --decoder_feature_dim 16 "

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from utils.errors import RunError, brief
-from utils.files import atomic_write
+from datasets.errors import brief
+from datasets.files import atomic_write
+from utils.errors import RunError
 
 PACKAGES = ("torch", "timm", "numpy", "scipy", "faiss-gpu", "faiss-cpu", "h5py", "segmentation-models-pytorch", "monai")
 # What every checkpoint of ours has: enough to rebuild the network and to read its output.

@@ -14,7 +14,8 @@ from typing import NoReturn
 import numpy as np
 import torch
 
-from utils.errors import RunError, Stopped, printable
+from datasets.errors import printable
+from utils.errors import RunError, Stopped
 
 REMEDIES = {
     errno.ENOSPC: "make room on the disk or choose another folder",

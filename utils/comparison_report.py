@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from datasets.files import atomic_write
 from utils.comparison import TESTED, Comparison, Method, PairedTest, differing_settings
 from utils.errors import RunError
 from utils.evaluation import CONVENTIONS, OPTIMISTIC, read_number
-from utils.files import atomic_write
 from utils.metrics import MISSED, SPURIOUS, Metrics
 from utils.tables import Table
 

@@ -12,18 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from networks.ranks import world_size
 from utils.cli import pick_device
 from utils.errors import RunError
-
-
-def world_size() -> int:
-    """Return the number of ranks, 1 where the process is alone."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """Return this process's rank, 0 where it is alone."""
-    return dist.get_rank() if world_size() > 1 else 0
 
 
 def launched() -> bool:

@@ -14,8 +14,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from datasets.files import atomic_write, file_stem
 from utils.errors import RunError
-from utils.files import atomic_write, file_stem
 from utils.metrics import (
     ABSENT,
     ISIC_THRESHOLD,

@@ -20,8 +20,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from datasets.errors import brief
 from utils.cli import pick_device
-from utils.errors import RunError, brief
+from utils.errors import RunError
 
 ENDINGS = {"onnx": ".onnx", "torch": ".pt2"}
 """How the file of each format ends."""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from datasets.files import atomic_write, file_stem
 from utils.evaluation import Volume
-from utils.files import atomic_write, file_stem
 from utils.metrics import dice_only
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Look inside a trained network: what its memory has learned, what DS-GIM picks out, what the gate lets through.
 
-    python -m utils.inspect --checkpoint runs/acdc/best.pth
-    python -m utils.inspect --checkpoint runs/acdc/best.pth --input scan.nii.gz --slice 5
+    python -m utils.inspection --checkpoint runs/acdc/best.pth
+    python -m utils.inspection --checkpoint runs/acdc/best.pth --input scan.nii.gz --slice 5
     tensorboard --logdir runs/acdc/inspection
 
 Writes into a folder beside the checkpoint, as PNG and for TensorBoard:
@@ -335,7 +335,7 @@ if __name__ == "__main__":
     # The one place of this room that knows networks and data, as the scripts do.
     from datasets import DataError, Volume, read_slice, read_volume
     from networks import NetworkError
-    from predict import Predictor
+    from utils.predictor import Predictor
 
     def read_prepared(path: Path) -> Volume:
         """Return a prepared volume, or a prepared slice as a volume of one."""

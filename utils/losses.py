@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from utils.distribution import sum_over_ranks, world_size
+from networks.ranks import world_size
+from utils.distribution import sum_over_ranks
 
 SMOOTH = 1e-5  # keeps the Dice of an absent class defined
 

@@ -1,8 +1,8 @@
 """A contact sheet of what training sees: augmented samples with their labels' outlines, in the classes' colours.
 
-    python -m datasets.preview acdc --output preview.png
-    python -m datasets.preview isic --photometric --count 25
-    python -m datasets.preview segpc --root_path data/SegPC_crops --list_dir data/SegPC_crops/lists --split val
+    python -m utils.preview acdc --output preview.png
+    python -m utils.preview isic --photometric --count 25
+    python -m utils.preview segpc --root_path data/SegPC_crops --list_dir data/SegPC_crops/lists --split val
 
 The samples are spread evenly over the split; where more are asked for than it has, they go on in the next epoch.
 """
@@ -19,12 +19,12 @@ from torch.utils.data import Dataset
 
 from datasets import DATASETS
 from datasets.errors import DataError
+from datasets.files import atomic_write
 from datasets.image_sets import ImageDataset
 from datasets.info import DatasetInfo
 from datasets.slices import SliceDataset
 from utils.cli import ArgumentParser, run_script
 from utils.figures import class_colour
-from utils.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,7 +84,7 @@ def draw(dataset: Dataset, class_names: Sequence[str], count: int) -> "Figure":
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the sheet that the command line asks for."""
-    parser = ArgumentParser(prog="python -m datasets.preview", description=__doc__)
+    parser = ArgumentParser(prog="python -m utils.preview", description=__doc__)
     parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("--root_path", help="folder of the slices, or the one that holds images and masks")
     parser.add_argument("--list_dir", help="folder of the lists")

@@ -28,14 +28,15 @@ from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
+from datasets.files import atomic_write, remove_temporaries
+from networks.complexity import count_parameters
+from networks.ranks import rank, world_size
 from utils.checkpoint import load_checkpoint, provenance, save_checkpoint
-from utils.complexity import count_parameters
-from utils.distribution import distribute, gather_over_ranks, largest_over_ranks, rank, share_buffers, world_size
+from utils.distribution import distribute, gather_over_ranks, largest_over_ranks, share_buffers
 from utils.errors import RunError, Stopped
 from utils.evaluation import Volume, case_dice, mean_dice
 from utils.events import EventFile
 from utils.figures import save_progress
-from utils.files import atomic_write, remove_temporaries
 from utils.losses import subset_losses
 from utils.watch import NumberWatch, Step, StopSignals, out_of_memory
 from utils.wld import WeightLossDynamic

@@ -1,10 +1,10 @@
 """Check a prepared data set before a network is trained on it.
 
-    python -m datasets.verify acdc
-    python -m datasets.verify acdc --splits train val              # where the test volumes are not at hand
-    python -m datasets.verify synapse --label_order transunet      # files that others made
-    python -m datasets.verify segpc                                # images and masks
-    python -m datasets.verify phantom --root_path data/phantom/train_npz --volume_path data/phantom/test_vol_h5 \\
+    python -m utils.verify acdc
+    python -m utils.verify acdc --splits train val              # where the test volumes are not at hand
+    python -m utils.verify synapse --label_order transunet      # files that others made
+    python -m utils.verify segpc                                # images and masks
+    python -m utils.verify phantom --root_path data/phantom/train_npz --volume_path data/phantom/test_vol_h5 \\
         --list_dir data/phantom/lists
 
 The first split is read as the slices to train on, the others as volumes; a set of images is read as images. Exits with
@@ -185,7 +185,7 @@ def format_part(part: Part, class_names: Sequence[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the full check from the command line; returns the exit status."""
-    parser = ArgumentParser(prog="python -m datasets.verify", description=__doc__)
+    parser = ArgumentParser(prog="python -m utils.verify", description=__doc__)
     parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("--root_path", help="folder of the slices, or of images and masks")
     parser.add_argument("--volume_path", help="folder of the volumes")

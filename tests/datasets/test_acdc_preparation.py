@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from datasets import acdc, preparation, read_slice, read_volume, volume
-from tests.datasets.conftest import REAL_ACDC
+from tests.conftest import REAL_ACDC
 
 nibabel = pytest.importorskip("nibabel")
 

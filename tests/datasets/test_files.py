@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from utils.files import atomic_write, check_writable, file_stem
+from datasets.files import atomic_write, check_writable, file_stem
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path):

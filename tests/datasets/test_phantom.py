@@ -6,7 +6,7 @@ from scipy import ndimage
 
 from datasets import SliceDataset, VolumeDataset, phantom
 from datasets.lists import read_list
-from datasets.verify import full_check, quick_check
+from utils.verify import full_check, quick_check
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ def test_phantom_and_the_commands_that_come_next(tmp_path):
         assert list((tmp_path / "out" / folder).iterdir())
     said = done.stderr + done.stdout
     where = f"--root_path {tmp_path}/out/train_npz --volume_path {tmp_path}/out/test_vol_h5"
-    assert f"python -m datasets.verify phantom {where} --list_dir {tmp_path}/out/lists" in said
+    assert f"python -m utils.verify phantom {where} --list_dir {tmp_path}/out/lists" in said
     assert f"python train_acdc.py {where}" in said
 
 

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from datasets import image_preparation, segpc
+from datasets.files import atomic_write
 from datasets.image_sets import ImageFolder
 from datasets.images import read_image, read_mask
 from datasets.lists import read_list
-from utils.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared" / "data" / "SegPC"

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from datasets import SliceDataset, VolumeDataset, read_slice, read_volume, synapse, verify, write_slice, write_volume
+from datasets import SliceDataset, VolumeDataset, read_slice, read_volume, synapse, write_slice, write_volume
 from datasets.lists import read_list
 from datasets.orientation import reorient
 from datasets.volume import Volume
 from tests.datasets.test_scan import ORIENTATIONS, places, turn
+from utils import verify
 from utils.evaluation import predict_volume, save_nifti
 
 nibabel = pytest.importorskip("nibabel")

@@ -211,7 +211,7 @@ def read_a_checkpoint(path: Path) -> list:
 
 def read_a_predictor(path: Path) -> list:
     """Take a checkpoint up as ``predict.py`` does, with the whole network."""
-    from predict import Predictor
+    from utils.predictor import Predictor
 
     predictor = Predictor(path, device="cpu")
     config = predictor.model.config

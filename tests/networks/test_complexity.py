@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.complexity import count_multiply_adds, count_parameters, flop_counter
+from networks.complexity import count_multiply_adds, count_parameters, flop_counter
 
 
 class Small(nn.Module):

@@ -1,4 +1,4 @@
-"""What utils.inspect shows is what the network does, and looking changes nothing."""
+"""What utils.inspection shows is what the network does, and looking changes nothing."""
 
 import copy
 from pathlib import Path
@@ -17,7 +17,7 @@ from networks.dsgim import select_windows
 from tests.networks.test_registry import example  # noqa: F401, a fixture
 from utils.checkpoint import save_checkpoint
 from utils.errors import RunError
-from utils.inspect import (
+from utils.inspection import (
     cosine_similarity,
     inspect,
     save_cluster_maps,
@@ -156,7 +156,7 @@ def test_the_command_writes_every_picture_and_the_same_for_tensorboard(model, tm
     (folder / "events").mkdir(parents=True)
     (folder / "events" / "events.out.tfevents.1.host").write_text("of an earlier look")
     flags = "--checkpoint", checkpoint, "--input", tmp_path / "case.npy.h5", "--slice", 1
-    done = run_script("utils/inspect.py", *flags)
+    done = run_script("utils/inspection.py", *flags)
     assert done.status == 0, done.error
     names = {"memory_use", "k", "prototypes", "clusters", "windows", "gate"}
     assert {path.stem for path in folder.glob("*.png")} == names
@@ -168,13 +168,13 @@ def test_the_command_writes_every_picture_and_the_same_for_tensorboard(model, tm
 
 
 def test_without_an_image_or_in_warm_up_there_is_less_to_see(model, tmp_path, run_script):
-    done = run_script("utils/inspect.py", "--checkpoint", save(tmp_path / "best.pth", model, []))
+    done = run_script("utils/inspection.py", "--checkpoint", save(tmp_path / "best.pth", model, []))
     assert done.status == 0, done.error
     assert {path.stem for path in (tmp_path / "inspection").glob("*.png")} == {"memory_use", "prototypes"}
 
     young = SimMPNet(**model.config)
     checkpoint = save(tmp_path / "young" / "best.pth", young, HISTORY)
-    done = run_script("utils/inspect.py", "--checkpoint", checkpoint, "--output", tmp_path / "out")
+    done = run_script("utils/inspection.py", "--checkpoint", checkpoint, "--output", tmp_path / "out")
     assert done.status == 0 and "warm-up" in done.error
     assert {path.stem for path in (tmp_path / "out").glob("*.png")} == {"k"}
 
@@ -207,10 +207,10 @@ def test_without_memory_and_windows_there_is_nothing_to_see(model, tmp_path):
 
 def test_what_is_seen_is_drawn_upright(model, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("utils.inspect.save_cluster_maps", lambda path, *what: drawn.append(what))
-    monkeypatch.setattr("utils.inspect.save_windows", lambda path, *what: drawn.append(what))
-    monkeypatch.setattr("utils.inspect.PICTURES", ("clusters", "windows"))
-    monkeypatch.setattr("utils.inspect._write_events", lambda *_: None)
+    monkeypatch.setattr("utils.inspection.save_cluster_maps", lambda path, *what: drawn.append(what))
+    monkeypatch.setattr("utils.inspection.save_windows", lambda path, *what: drawn.append(what))
+    monkeypatch.setattr("utils.inspection.PICTURES", ("clusters", "windows"))
+    monkeypatch.setattr("utils.inspection._write_events", lambda *_: None)
     image = np.random.default_rng(0).random((SIZE, SIZE), np.float32)
     for steps in ((slice(None), slice(None)), (slice(None, None, -1), slice(None))):
         inspect(model, [], tmp_path, image, image[None, None], steps)
@@ -233,7 +233,7 @@ def test_what_cannot_be_looked_into_is_said_in_one_line(model, example, tmp_path
         (("--checkpoint", checkpoint, "--input", tmp_path / "case.npy.h5", "--slice", 3), ("--slice 3", "has 3")),
         (("--checkpoint", checkpoint, "--input", tmp_path / "no.nii.gz"), ("no.nii.gz",)),
     ):
-        done = run_script("utils/inspect.py", *flags)
+        done = run_script("utils/inspection.py", *flags)
         assert done.status == 1 and len(done.error.strip().splitlines()) == 1, done.error
         assert all(word in done.error for word in words), done.error
     assert not (tmp_path / "inspection").exists()

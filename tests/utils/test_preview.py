@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import DATASETS, preview
+from datasets import DATASETS
 from datasets.volume import Volume, write_slice
 from tests.datasets.test_images import write_set
+from utils import preview
 
 
 @pytest.fixture

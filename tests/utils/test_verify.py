@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datasets import SliceDataset, VolumeDataset, acdc, verify
-from datasets.verify import full_check, quick_check
+from datasets import SliceDataset, VolumeDataset, acdc
+from utils import verify
+from utils.verify import full_check, quick_check
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -110,7 +111,7 @@ def test_the_command_ends_with_status_1_and_no_traceback(prepared):
     (prepared / "test_vol_h5" / "patient003_frame01.npy.h5").unlink()
     (prepared / "test_vol_h5" / "patient003_frame09.npy.h5").unlink()
     root, volumes, lists = _folders(prepared)
-    command = [sys.executable, "-m", "datasets.verify", "phantom"]
+    command = [sys.executable, "-m", "utils.verify", "phantom"]
     command += ["--root_path", root, "--volume_path", volumes, "--list_dir", lists]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
