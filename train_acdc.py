@@ -36,7 +36,6 @@ def main() -> None:
 
     train_set = SliceDataset(
         args.root_path, args.list_dir, args.train_split, args.num_classes, args.img_size, augment=True, seed=args.seed,
-        on_device=args.augment_on == "device",
     )  # fmt: skip
     val_set = VolumeDataset(args.volume_path, args.list_dir, args.val_split, args.num_classes)
     quick_check(train_set, val_set, info, Path(args.list_dir, "test.txt"))

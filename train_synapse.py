@@ -44,7 +44,7 @@ def main() -> None:
     held_out = args.val_cases if args.val_split == args.train_split else ()
     train_set = SliceDataset(
         args.root_path, args.list_dir, args.train_split, args.num_classes, args.img_size, augment=True, seed=args.seed,
-        label_order=order, without=held_out, on_device=args.augment_on == "device",
+        label_order=order, without=held_out,
     )  # fmt: skip
     if held_out:  # from their slices, since ready-made sets have no volumes of training cases
         val_set = VolumeDataset(args.root_path, args.list_dir, args.val_split, args.num_classes, order, only=held_out)

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 from benchmarks import plain
 from benchmarks.measure import machine, markdown, synchronize
 from datasets import SliceDataset, Volume
-from datasets.augmentation import augment
 from datasets.phantom import write_phantom
+from datasets.transforms import augment
 from datasets.volume import write_slice
 from utils.cli import ArgumentParser, run_script
 
@@ -54,16 +54,16 @@ def slices_per_second(dataset: SliceDataset, workers: int, device: torch.device,
     """Return the rate of each epoch, the workers' start left out."""
     loader = DataLoader(
         dataset, 20, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0,
-        collate_fn=dataset.collate, pin_memory=device.type == "cuda",
+         pin_memory=device.type == "cuda",
     )  # fmt: skip
     rates = []
     for epoch in range(epochs):
         dataset.set_epoch(epoch)
         batches = iter(loader)
-        dataset.to_device(next(batches), device)  # the workers have started
+        next(batches)["image"].to(device)  # the workers have started
         start, count = time.perf_counter(), 0
         for batch in batches:
-            count += len(dataset.to_device(batch, device)[0])
+            count += len(batch["image"].to(device))
         synchronize(device)
         rates.append(count / (time.perf_counter() - start))
     return rates
@@ -93,15 +93,13 @@ def main() -> None:
         ):
             arguments = root / "train_npz", lists, "train", num_classes, SIZE, True
             plainly = min(slices_per_second(PlainSlices(*arguments), args.workers, device, 2))
-            from_files, from_memory, on_device = (SliceDataset(*arguments) for _ in range(3))
-            on_device.on_device = True
-            for dataset in (from_memory, on_device):
-                dataset.keep(4 * 2**30)
-            rates = [min(slices_per_second(d, args.workers, device, 3)) for d in (from_files, from_memory, on_device)]
+            from_files, from_memory = (SliceDataset(*arguments) for _ in range(2))
+            from_memory.keep(4 * 2**30)
+            rates = [min(slices_per_second(d, args.workers, device, 3)) for d in (from_files, from_memory)]
             rows.append([what, *(f"{rate:.0f}" for rate in (plainly, *rates)), f"{rates[1] / plainly:.1f}"])
     print(machine(device))
     print(f"slices a second, the slowest of three epochs, {args.workers} workers, batches of 20, to {SIZE} x {SIZE}")
-    print(markdown(["", "plain", "from files", "from memory", f"finished on {device}", "memory / plain"], rows))
+    print(markdown(["", "plain", "from files", "from memory", "memory / plain"], rows))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from datasets.augmentation import augment
 from datasets.errors import DataError
 from datasets.images import (
     ENDINGS,
@@ -30,6 +29,7 @@ from datasets.images import (
 from datasets.lists import list_path, natural_key, read_list, refuse_missing
 from datasets.photometric import photometric
 from datasets.training_set import TrainingSet
+from datasets.transforms import augment
 
 if TYPE_CHECKING:
     from datasets.info import DatasetInfo

@@ -6,13 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from datasets.augmentation import Change, augment, draw, finish_on_device
 from datasets.label_order import LabelOrder
 from datasets.lists import list_path, patient_of, select_files
-from datasets.resize import resize_cubic, resize_nearest
 from datasets.training_set import TrainingSet
+from datasets.transforms import augment, resize_cubic, resize_nearest
 from datasets.volume import data_name, read_slice
 
 
@@ -21,9 +19,8 @@ class SliceDataset(TrainingSet):
 
     root_path: their folder; a folder of the split's name in it is used in its place. num_classes counts the
     background; label_order turns the ids of other people's files into ours; without: patients of the list to leave out.
-    ``[i]`` gives ``image`` float32 (1, S, S), cubic, ``label`` int64 (S, S), nearest, and ``name``; with on_device the
-    slice as it was read and what is to be done to it, which ``to_device`` does there. Raises DataError for a bad list
-    at once, for a bad file when it is read.
+    ``[i]`` gives ``image`` float32 (1, S, S), cubic, ``label`` int64 (S, S), nearest, and ``name``. Raises DataError
+    for a bad list at once, for a bad file when it is read.
     """
 
     def __init__(
@@ -37,7 +34,6 @@ class SliceDataset(TrainingSet):
         seed: int = 2222,
         label_order: LabelOrder | None = None,
         without: Sequence[str] = (),
-        on_device: bool = False,
     ):
         super().__init__(seed)
         self.source = list_path(list_dir, split)
@@ -46,7 +42,6 @@ class SliceDataset(TrainingSet):
         self.label_order = label_order
         self.img_size = img_size
         self.augment = augment
-        self.on_device = on_device
 
     @property
     def patients(self) -> set[str]:
@@ -62,28 +57,11 @@ class SliceDataset(TrainingSet):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image, label = self.stored(index)
-        name = data_name(self.files[index])
-        if self.on_device:
-            change = draw(self.generator(index)) if self.augment else Change()
-            return {"image": torch.from_numpy(image), "label": torch.from_numpy(label), "change": change, "name": name}
         if self.augment:
             image, label = augment(image, label, self.generator(index))
         size = (self.img_size, self.img_size)
         return {
             "image": torch.from_numpy(resize_cubic(image, size))[None],
             "label": torch.from_numpy(resize_nearest(label, size)).long(),
-            "name": name,
+            "name": data_name(self.files[index]),
         }
-
-    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the batch of samples; of slices that are still of any size, lists."""
-        if self.on_device:
-            return {key: [sample[key] for sample in samples] for key in samples[0]}
-        return super().collate(samples)
-
-    def to_device(self, batch: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return a batch's images (B, 1, S, S), float32, and labels (B, S, S), int64, on the device, finished there."""
-        if not self.on_device:
-            return super().to_device(batch, device)
-        images, labels = ([x.to(device, non_blocking=True) for x in batch[key]] for key in ("image", "label"))
-        return finish_on_device(images, labels, batch["change"], self.img_size)

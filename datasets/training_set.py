@@ -1,12 +1,10 @@
-"""What the training sets share: chance by sample, what was read kept in memory, and the way to the device."""
+"""What the training sets share: chance by sample, and what was read kept in memory."""
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 
 class TrainingSet(Dataset):
@@ -53,11 +51,3 @@ class TrainingSet(Dataset):
                         return len(self._kept)
                     self._kept.append((image, label))
         return len(self._kept)
-
-    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the batch of samples."""
-        return default_collate(samples)
-
-    def to_device(self, batch: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return a batch's images (B, C, S, S), float32, and labels (B, S, S), int64, on the device."""
-        return batch["image"].to(device, non_blocking=True), batch["label"].to(device, non_blocking=True)

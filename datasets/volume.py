@@ -19,7 +19,6 @@ from datasets.errors import DataError
 from datasets.files import atomic_write
 from datasets.label_order import LabelOrder
 from datasets.orientation import nifti_image
-from datasets.resize import resize_cubic, resize_nearest
 from datasets.storage import (
     checked_class_names,
     checked_geometry,
@@ -29,6 +28,7 @@ from datasets.storage import (
     memory_bounded,
     read_fields,
 )
+from datasets.transforms import resize_cubic, resize_nearest
 
 COMPRESSION = 1
 """zlib's level for prepared files: the fastest."""

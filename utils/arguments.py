@@ -85,13 +85,6 @@ def training_parser(description: str, networks: Networks, dataset: Dataset, **de
     data.add_argument(
         "--cache_gib", type=float, default=4.0, help="memory for what was read, so that files are read once; 0: none"
     )
-    if not dataset.planar:
-        data.add_argument(
-            "--augment_on",
-            default="cpu",
-            choices=["cpu", "device"],
-            help="where slices are augmented and resized: by the workers, or on the network's device",
-        )
 
     model = parser.add_argument_group("network")
     first = next(iter(networks))

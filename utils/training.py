@@ -76,10 +76,6 @@ class TrainingSet(Protocol):
 
     def keep(self, max_bytes: int) -> int: ...
 
-    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]: ...
-
-    def to_device(self, batch: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]: ...
-
 
 class EpochBatches(Sampler[list[int]]):
     """The batches of an epoch, in an order of its own, from any sample on; of each batch this rank's part.
@@ -190,7 +186,6 @@ class Trainer:
             num_workers=self.args.num_workers,
             persistent_workers=self.args.num_workers > 0,
             pin_memory=self.device.type == "cuda",
-            collate_fn=self.train_set.collate,
             worker_init_fn=self.signals.leave_to_the_main_process,
             generator=torch.Generator(),  # of its own, so that a loader begun again leaves the global one alone
         )
@@ -282,7 +277,8 @@ class Trainer:
         lr = self.learning_rate(self.iteration)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        image, label = self.train_set.to_device(batch, self.device)  # (B, C, S, S), (B, S, S)
+        image = batch["image"].to(self.device, non_blocking=True)  # (B, C, S, S)
+        label = batch["label"].to(self.device, non_blocking=True)  # (B, S, S)
         losses = self.losses
         if self.args.compile and not any(bank.in_warmup for bank in self.model.memory_banks()):
             self.compiled_losses = losses = self.compiled_losses or torch.compile(self.losses, dynamic=False)

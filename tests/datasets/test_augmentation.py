@@ -1,10 +1,9 @@
 """Augmentation moves image and label alike, as often and as far as the specification says."""
 
 import numpy as np
-import torch
 from scipy import ndimage
 
-from datasets.augmentation import Change, augment, finish_on_device
+from datasets.transforms import augment
 
 
 def _samples(count):
@@ -49,14 +48,3 @@ def test_the_same_generator_gives_the_same_and_the_original_is_left_alone():
         first, second = (augment(image, label, np.random.default_rng(seed)) for _ in range(2))
         np.testing.assert_array_equal(first[0], second[0])
     np.testing.assert_array_equal(image, before)
-
-
-def test_a_rotation_on_the_device_is_scipys():
-    for shape in ((32, 32), (33, 33)):
-        image = np.arange(1, shape[0] * shape[1] + 1, dtype=np.float32).reshape(shape)
-        pair = torch.from_numpy(image), torch.from_numpy(image).to(torch.int32)
-        for angle in range(-20, 20):
-            expected = ndimage.rotate(image, angle, order=0, reshape=False)
-            images, labels = finish_on_device(*([x] for x in pair), [Change(angle=angle)], shape[0])
-            np.testing.assert_allclose(images[0, 0], expected, atol=1e-2)
-            np.testing.assert_array_equal(labels[0], expected)

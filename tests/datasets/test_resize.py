@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from datasets.resize import resize_cubic, resize_nearest
+from datasets.transforms import resize_cubic, resize_nearest
 
 SIZES = st.integers(1, 70)
 

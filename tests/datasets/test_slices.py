@@ -82,16 +82,3 @@ def test_memory_for_what_is_kept_is_bounded_and_the_rest_is_read(prepared, monke
     assert dataset[4]["name"] == "patient001_frame09_slice001"
     with pytest.raises(pytest.fail.Exception, match="sample 5"):
         _ = dataset[5]
-
-
-def test_samples_finished_on_the_device_are_those_of_the_workers(prepared):
-    here, there = _open(prepared, img_size=40), _open(prepared, img_size=40, on_device=True)
-    loader = DataLoader(there, batch_size=5, num_workers=1, collate_fn=there.collate)
-    for epoch in range(6):
-        for dataset in (here, there):
-            dataset.set_epoch(epoch)
-        batches = [there.to_device(batch, torch.device("cpu")) for batch in loader]
-        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        expected = [here[i] for i in range(12)]
-        torch.testing.assert_close(images, torch.stack([sample["image"] for sample in expected]), atol=1e-4, rtol=0)
-        assert torch.equal(labels, torch.stack([sample["label"] for sample in expected]))

@@ -12,8 +12,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from datasets import resize
-from datasets.augmentation import Change, finish_on_device
 from networks import DMWLA, PrototypeMemoryBank, SimMPNet
 from utils.losses import subset_losses
 
@@ -98,28 +96,6 @@ def test_what_does_ask_is_found_out():
             block(torch.rand(2, 8, 6, 6, device=GPU))
         with pytest.raises(AssertionError, match="a copy waits"):
             torch.rand(2).to(GPU)
-
-
-def test_augmenting_on_the_device_asks_it_nothing():
-    changes = [Change(), Change(turns=1, flipped_axis=0), Change(angle=7)]
-
-    def finish() -> tuple[torch.Tensor, torch.Tensor]:
-        images = [torch.rand(200, 180, device=GPU) for _ in changes]
-        labels = [torch.zeros(200, 180, dtype=torch.uint8, device=GPU) for _ in changes]
-        return finish_on_device(images, labels, changes, 128)
-
-    matrices = resize._cubic_matrix, resize._nearest_index
-    for cached in matrices:
-        cached.cache_clear()
-    try:
-        with FakeTensorMode():
-            finish()  # the first of a size fetches its matrices
-            with NothingWaits():
-                image, label = finish()
-    finally:
-        for cached in matrices:
-            cached.cache_clear()
-    assert image.shape == (3, 1, 128, 128) and label.shape == (3, 128, 128) and {image.device, label.device} == {GPU}
 
 
 @pytest.mark.parametrize("num_clusters", [2, 3, 4, 9, 10])
