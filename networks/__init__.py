@@ -8,9 +8,10 @@ from networks.layers import VARIANTS
 from networks.maxvit import SCALES, pretrained_file
 from networks.registry import NETWORKS, build, default_weights, register
 from networks.release import load_release_state_dict
-from networks.sim_mpnet import SimMPNet
+from networks.sim_mpnet import CHOICES, SimMPNet
 
 __all__ = [
+    "CHOICES",
     "DMWLA",
     "DSGIM",
     "NETWORKS",

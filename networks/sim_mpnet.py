@@ -18,13 +18,23 @@ from networks.dmwla import ATTENTIONS, DMWLA, PrototypeMemoryBank
 from networks.dmwla_encoder import DMWLAEncoder
 from networks.dsgim import SIMILARITIES, select_windows
 from networks.errors import NetworkError
-from networks.layers import check_choice, check_images, check_input, check_size, check_variant, resize, without_autocast
-from networks.maxvit import MaxViTEncoder, scale_widths
+from networks.layers import VARIANTS, check_choice, check_images, check_input, check_size, resize, without_autocast
+from networks.maxvit import SCALES, MaxViTEncoder, scale_widths
 
 SIZE_STEP = 32  # the deepest stage has stride 32
 ENCODERS = ("both", "maxvit", "dmwla")
 GATES = ("learned", "none")
 LOSSES = ("subset", "last")
+CHOICES = {
+    "variant": VARIANTS,
+    "model_scale": tuple(SCALES),
+    "attention": ATTENTIONS,
+    "dsgim": (*SIMILARITIES, "none"),
+    "encoders": ENCODERS,
+    "gate": GATES,
+    "loss": LOSSES,
+}
+"""The values of each argument of ``SimMPNet`` that is a choice."""
 
 
 class Observation(NamedTuple):
@@ -106,14 +116,10 @@ class SimMPNet(nn.Module):
         # Everything that rebuilds this network, but not the weights it started from.
         num_clusters = num_classes if num_clusters is None else num_clusters
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__", "pretrained")}
-        check_variant(variant)
         check_images(num_classes, in_channels, img_size, SIZE_STEP)
         check_size("img_size_dmwla", img_size_dmwla, SIZE_STEP)
-        check_choice("attention", attention, ATTENTIONS)
-        check_choice("dsgim", dsgim, (*SIMILARITIES, "none"))
-        check_choice("encoders", encoders, ENCODERS)
-        check_choice("gate", gate, GATES)
-        check_choice("loss", loss, LOSSES)
+        for name, choices in CHOICES.items():
+            check_choice(name, self.config[name], choices)
 
         self.leaves_parameters_out = attention == "intra_cluster"  # which several processes must know
         blocks = dict(
