@@ -31,12 +31,11 @@ from datasets.files import atomic_write, check_writable, file_stem
 from datasets.images import ENDINGS as IMAGE_ENDINGS
 from datasets.scan import NIFTI_ENDINGS, scan_name
 from networks import NetworkError
-from utils.cli import ArgumentParser, run_script, seed_everything
+from utils.cli import AMP_DTYPES, ArgumentParser, run_script, seed_everything
 from utils.errors import RunError
 from utils.evaluation import save_mask
 from utils.figures import save_overlays, save_picture_overlay
 from utils.predictor import Predictor, organ_volumes, picture_areas, write_colour_tables, write_report
-from utils.training import AMP_DTYPES
 
 logger = logging.getLogger("predict")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from utils.checkpoint import load_checkpoint
-from utils.cli import ArgumentParser
+from utils.cli import AMP_DTYPES, ArgumentParser
 from utils.errors import RunError
 
 logger = logging.getLogger(__name__)
@@ -314,9 +314,7 @@ def _add_label_order(group, dataset: Dataset) -> None:
 def _add_device(group) -> None:
     group.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda or cuda:1")
     group.add_argument("--n_gpu", type=int, default=1, help="0: the CPU, 1: one GPU if there is one")
-    group.add_argument(
-        "--amp", default="none", choices=["none", "tf32", "bf16", "fp16"], help="autocast precision, or TensorFloat-32"
-    )
+    group.add_argument("--amp", default="none", choices=AMP_DTYPES, help="autocast precision, or TensorFloat-32")
 
 
 def _check_resumed(args: Namespace, saved: dict[str, Any], trained: dict[str, Any], iteration: int) -> None:

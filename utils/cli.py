@@ -29,6 +29,9 @@ REMEDIES = {
     errno.EISDIR: "expected a file, check the path",
 }
 
+AMP_DTYPES = {"none": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The choices of ``--amp`` and their autocast type. tf32 has none: it changes float32 products (``set_precision``)."""
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Help that keeps the lines of the description and shows every default that says something."""

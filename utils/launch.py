@@ -15,7 +15,7 @@ from datasets.files import file_stem
 from networks.ranks import rank
 from utils.arguments import Dataset, Networks, check_n_gpu, network_arguments
 from utils.checkpoint import build_network, load_checkpoint
-from utils.cli import pick_device, seed_everything, set_precision, setup_logging
+from utils.cli import AMP_DTYPES, pick_device, seed_everything, set_precision, setup_logging
 from utils.distribution import launched, process_group, rank_device
 from utils.errors import RunError
 from utils.evaluation import (
@@ -29,7 +29,7 @@ from utils.evaluation import (
     write_summary_json,
 )
 from utils.figures import save_overlays
-from utils.training import AMP_DTYPES, DataFacts, Trainer, TrainingSet
+from utils.training import DataFacts, Trainer, TrainingSet
 from utils.watch import out_of_memory
 
 logger = logging.getLogger(__name__)

@@ -22,12 +22,11 @@ from datasets import (
 from datasets.files import atomic_write
 from networks import build, load_release_state_dict
 from utils.checkpoint import build_network, load_checkpoint
-from utils.cli import pick_device, set_precision
+from utils.cli import AMP_DTYPES, pick_device, set_precision
 from utils.errors import RunError
 from utils.evaluation import predict_volume
 from utils.exported import is_export, open_export
 from utils.figures import class_rgb
-from utils.training import AMP_DTYPES
 from utils.watch import out_of_memory
 
 Row = tuple[str, str, int, float]

@@ -32,6 +32,7 @@ from datasets.files import atomic_write, remove_temporaries
 from networks.complexity import count_parameters
 from networks.ranks import rank, world_size
 from utils.checkpoint import load_checkpoint, provenance, save_checkpoint
+from utils.cli import AMP_DTYPES
 from utils.distribution import distribute, gather_over_ranks, largest_over_ranks, share_buffers
 from utils.errors import RunError, Stopped
 from utils.evaluation import Volume, case_dice, mean_dice
@@ -42,10 +43,6 @@ from utils.watch import NumberWatch, Step, StopSignals, out_of_memory
 from utils.wld import WeightLossDynamic
 
 logger = logging.getLogger(__name__)
-
-AMP_DTYPES = {"none": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Autocast's type for each ``--amp``; tf32 is a way of multiplying float32 (``utils.cli.set_precision``)."""
-
 
 GATE_SHUT = 0.01
 """What a gate lets through of an image, on average, from which on it is called shut."""
