@@ -19,7 +19,7 @@ from benchmarks import plain
 from benchmarks.measure import machine, markdown
 from datasets import Volume, read_volume
 from datasets.phantom import write_phantom
-from datasets.volume import write_volume
+from datasets.volumes import write_volume
 from utils.cli import ArgumentParser, run_script
 from utils.evaluation import evaluate, summarise, write_case_csv
 from utils.metrics import Metrics

@@ -19,7 +19,7 @@ from benchmarks.measure import machine, markdown, synchronize
 from datasets import SliceDataset, Volume
 from datasets.phantom import write_phantom
 from datasets.transforms import augment
-from datasets.volume import write_slice
+from datasets.volumes import write_slice
 from utils.cli import ArgumentParser, run_script
 
 SIZE = 256

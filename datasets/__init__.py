@@ -7,9 +7,7 @@ from datasets.images import ColourPreprocessing, Picture, read_picture
 from datasets.info import DatasetInfo, preprocessing_from_dict
 from datasets.preprocessing import Preprocessing
 from datasets.scan import read_scan
-from datasets.slices import SliceDataset
-from datasets.volume import Volume, read_slice, read_volume, write_slice, write_volume
-from datasets.volumes import VolumeDataset
+from datasets.volumes import SliceDataset, Volume, VolumeDataset, read_slice, read_volume, write_slice, write_volume
 
 DATASETS = {info.name: info for info in (synapse.INFO, acdc.INFO, segpc.INFO, isic.INFO, phantom.INFO)}
 """What every data set is, by its name in commands and checkpoints."""

@@ -15,10 +15,11 @@ import numpy as np
 
 from datasets.errors import DataError
 from datasets.info import DatasetInfo
+from datasets.lists import data_name
 from datasets.preparation import prepare_all, scale_to_unit
 from datasets.preprocessing import Preprocessing
 from datasets.scan import read_scan, read_scan_label
-from datasets.volume import Volume, data_name, read_volume
+from datasets.volumes import Volume, read_volume
 
 logger = logging.getLogger(__name__)
 

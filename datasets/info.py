@@ -9,8 +9,8 @@ import numpy as np
 
 from datasets.errors import DataError
 from datasets.images import ColourPreprocessing
-from datasets.label_order import LabelOrder
 from datasets.preprocessing import Preprocessing
+from datasets.storage import LabelOrder
 
 
 def _no_doubts(_: np.ndarray) -> list[str]:

@@ -12,13 +12,21 @@ from pathlib import Path
 
 from datasets.errors import DataError, brief
 from datasets.files import atomic_write
-from datasets.volume import ENDINGS, data_name
 
 MAX_LIST_BYTES = 2**24
 """Longest list that is read: some hundred thousand names."""
 
+ENDINGS = (".npy.h5", ".h5", ".npz")
+"""Endings of the files that are data, longest first."""
+
 _LONGEST_NAME = 255  # bytes, of a file in the usual file systems
 _OTHER_NAMES = {"val": "valid", "valid": "val"}
+
+
+def data_name(path: str | Path) -> str:
+    """Return a data file's name without its ending."""
+    name = Path(path).name
+    return next((name.removesuffix(ending) for ending in ENDINGS if name.endswith(ending)), name)
 
 
 def natural_key(name: str) -> list:

@@ -19,7 +19,7 @@ from datasets.info import DatasetInfo
 from datasets.lists import write_lists
 from datasets.preparation import prepare_all, scale_to_unit
 from datasets.preprocessing import Preprocessing
-from datasets.volume import Volume
+from datasets.volumes import Volume
 
 NUM_PATIENTS = (16, 4, 6)
 """Patients for training, validation and test."""

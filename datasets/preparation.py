@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets.errors import DataError
-from datasets.volume import Volume, write_slice, write_volume
+from datasets.volumes import Volume, write_slice, write_volume
 
 SLICE_FOLDER = "train_npz"
 VOLUME_FOLDER = "test_vol_h5"

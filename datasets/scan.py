@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from datasets.errors import DataError, brief
-from datasets.orientation import is_affine, orientation_of, reorient
-from datasets.preprocessing import Preprocessing, ScanImage
+from datasets.preprocessing import Preprocessing, ScanImage, is_affine, orientation_of, reorient
 from datasets.storage import MAX_INFLATION, check_declared, checked_label, memory_bounded
-from datasets.volume import Volume
+from datasets.volumes import Volume
 
 logger = logging.getLogger(__name__)
 

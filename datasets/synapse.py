@@ -15,11 +15,11 @@ import numpy as np
 
 from datasets.errors import DataError
 from datasets.info import DatasetInfo
-from datasets.label_order import LabelOrder
 from datasets.preparation import prepare_all
 from datasets.preprocessing import Preprocessing
 from datasets.scan import read_scan, read_scan_label
-from datasets.volume import Volume
+from datasets.storage import LabelOrder
+from datasets.volumes import Volume
 
 logger = logging.getLogger(__name__)
 

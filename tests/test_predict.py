@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from datasets import DATASETS, Preprocessing, read_scan, synapse
-from datasets.orientation import reorient
+from datasets.preprocessing import reorient
 from datasets.scan import read_scan_label
 from networks import SimMPNet
 from tests.datasets.test_scan import ORIENTATIONS, places, turn, write_dicom

@@ -22,7 +22,7 @@ from datasets.errors import DataError
 from datasets.files import atomic_write
 from datasets.image_sets import ImageDataset
 from datasets.info import DatasetInfo
-from datasets.slices import SliceDataset
+from datasets.volumes import SliceDataset
 from utils.cli import ArgumentParser, run_script
 from utils.figures import class_colour
 

@@ -26,11 +26,9 @@ from datasets.errors import DataError
 from datasets.image_sets import ImageDataset, ImageFolder, image_of
 from datasets.images import Picture
 from datasets.info import DatasetInfo
-from datasets.label_order import LabelOrder
 from datasets.lists import list_path, patient_of, read_list, select_files
-from datasets.slices import SliceDataset
-from datasets.volume import Volume, read_slice
-from datasets.volumes import VolumeDataset
+from datasets.storage import LabelOrder
+from datasets.volumes import SliceDataset, Volume, VolumeDataset, read_slice
 from utils.cli import ArgumentParser, run_script
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 
-from datasets import acdc, preparation, read_slice, read_volume, volume
+from datasets import acdc, preparation, read_slice, read_volume, volumes
 from tests.conftest import REAL_ACDC
 
 nibabel = pytest.importorskip("nibabel")
@@ -109,7 +109,7 @@ def test_an_interrupted_preparation_goes_on_where_it_stopped(raw, tmp_path, monk
     def fails_late(path, case, index):
         calls.append(path)
         if len(calls) == 2 * SHAPE[2] + 2:
-            monkeypatch.setattr(volume.np.lib.format, "write_array", fails)
+            monkeypatch.setattr(volumes.np.lib.format, "write_array", fails)
         real(path, case, index)
 
     def fails(file, array, **options):

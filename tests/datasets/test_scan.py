@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from datasets import Preprocessing, read_scan, read_volume, write_volume
-from datasets.orientation import nifti_image, orientation_of, reorient
+from datasets.preprocessing import nifti_image, orientation_of, reorient
 from datasets.scan import read_scan_label
 from utils.evaluation import save_nifti
 

@@ -8,8 +8,8 @@ import torch
 
 from datasets import SliceDataset, VolumeDataset, read_slice, read_volume, synapse, write_slice, write_volume
 from datasets.lists import read_list
-from datasets.orientation import reorient
-from datasets.volume import Volume
+from datasets.preprocessing import reorient
+from datasets.volumes import Volume
 from tests.datasets.test_scan import ORIENTATIONS, places, turn
 from utils import verify
 from utils.evaluation import predict_volume, save_nifti

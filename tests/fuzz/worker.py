@@ -98,7 +98,7 @@ def read_a_slice(path: Path) -> list:
 
 def read_a_volume(path: Path) -> list:
     from datasets import read_volume
-    from datasets.orientation import is_orientation
+    from datasets.preprocessing import is_orientation
 
     volume = read_volume(path, NUM_CLASSES)
     assert_pair(volume.image, volume.label, 3)
@@ -132,7 +132,7 @@ def read_a_scan(path: Path) -> list:
 def read_a_scan_label(path: Path) -> list:
     from datasets.preprocessing import Preprocessing, ScanImage
     from datasets.scan import read_scan_label
-    from datasets.volume import Volume
+    from datasets.volumes import Volume
 
     image = ScanImage(np.zeros(nifti_shape(path), np.int16), 1, 0, Preprocessing())
     volume = Volume("a", image, affine=np.eye(4))

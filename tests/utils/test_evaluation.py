@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from datasets.orientation import nifti_image
+from datasets.preprocessing import nifti_image
 from utils.errors import RunError
 from utils.evaluation import (
     case_dice,

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from datasets import DATASETS
-from datasets.volume import Volume, write_slice
+from datasets.volumes import Volume, write_slice
 from tests.datasets.test_images import write_set
 from utils import preview
 
