@@ -1,11 +1,12 @@
 """The network of the paper, one file per idea, and networks to compare with."""
 
 from networks import baselines  # noqa: F401, which registers them
-from networks.dmwla import DMWLA, PrototypeMemoryBank
+from networks.dmwla import DMWLA
 from networks.dsgim import DSGIM
 from networks.errors import NetworkError
 from networks.layers import VARIANTS
 from networks.maxvit import SCALES, pretrained_file
+from networks.memory_bank import PrototypeMemoryBank
 from networks.registry import NETWORKS, build, default_weights, register
 from networks.release import load_release_state_dict
 from networks.sim_mpnet import CHOICES, SimMPNet

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from networks.decoder import Decoder
-from networks.dmwla import ATTENTIONS, DMWLA, PrototypeMemoryBank
+from networks.dmwla import ATTENTIONS, DMWLA
 from networks.dmwla_encoder import DMWLAEncoder
 from networks.dsgim import SIMILARITIES, select_windows
 from networks.errors import NetworkError
 from networks.layers import VARIANTS, check_choice, check_images, check_input, check_size, resize, without_autocast
 from networks.maxvit import SCALES, MaxViTEncoder, scale_widths
+from networks.memory_bank import PrototypeMemoryBank
 
 SIZE_STEP = 32  # the deepest stage has stride 32
 ENCODERS = ("both", "maxvit", "dmwla")

@@ -99,7 +99,7 @@ def test_the_order_that_k_means_gives_the_pool(sizes, seed):
     expected_draws = torch.get_rng_state()
     expected = oracle.ordered_pool(block.bank.pool, centroids, nearest)
     torch.set_rng_state(expected_draws)
-    with mock.patch("networks.dmwla.kmeans", return_value=(centroids, nearest)):
+    with mock.patch("networks.memory_bank.kmeans", return_value=(centroids, nearest)):
         block.bank.order()
     torch.testing.assert_close(block.bank.pool, expected)
     torch.testing.assert_close(block.bank.prototypes, torch.stack([c / c.norm() for c in centroids]))

@@ -203,7 +203,7 @@ def test_autocast_keeps_the_memory_in_float32():
 def test_kmeans_works_beside_simple_itk():
     pytest.importorskip("SimpleITK")
     code = (
-        "import faiss, SimpleITK, torch; from networks.dmwla import kmeans; torch.manual_seed(0)\n"
+        "import faiss, SimpleITK, torch; from networks.memory_bank import kmeans; torch.manual_seed(0)\n"
         "centroids, nearest = kmeans(torch.tensor([[0., 0], [0, 1], [9, 0], [9, 1]]), 2)\n"
         "assert sorted(centroids.tolist()) == [[0, .5], [9, .5]] and nearest[0] == nearest[1] != nearest[2]"
     )

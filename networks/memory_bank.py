@@ -1,0 +1,236 @@
+"""The prototype memory bank: what a DMW-LA block remembers of earlier training steps (paper, section 3.2).
+
+The bank keeps P clusters of M columns of width d, and one prototype for each cluster. Its life has three parts:
+
+1. Warm-up (``sample``): each training step writes random keys into random slots of the pool.
+2. K-means (``order``): at the end of the warm-up the pool is sorted into clusters.
+3. Steady state (``update``): each training step blends the K weakest columns of a cluster with the K strongest
+   keys that came to it. W-LD sets K (``utils.losses.WeightLossDynamic``).
+
+Departures from the paper: the bank is frozen in evaluation (the release writes it there too), and several processes
+write it as one. Symbols: B batch, N tokens of an image, T tokens of a batch, d memory width, P clusters, M columns of
+a cluster, K replaced columns.
+"""
+
+import logging
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from networks.errors import NetworkError
+from networks.ranks import gather, rank, world_size
+
+
+class PrototypeMemoryBank(nn.Module):
+    """Remember columns by cluster, and a prototype of each cluster.
+
+    Everything is a float32 buffer, so a checkpoint holds all of it. No gradient flows into it. In a distributed run
+    all ranks write the same bank: each rank contributes its own tokens, and random choices are those of rank 0.
+
+    Args:
+        feature_dim: d.
+        num_clusters: P.
+        columns_per_cluster: M.
+        momentum: weight m of a key when it is blended into a column.
+        replaced_columns: K before W-LD changes it.
+        sampling_steps: warm-up steps before the bank is read.
+        kmeans_step: the warm-up step that ends with K-means; ``release`` samples once more after it.
+
+    Attributes:
+        writable: whether a step may write; under gradient accumulation only the last part of a batch does.
+
+    Buffers:
+        pool: (P, M, d), the remembered columns.
+        prototypes: (P, d), the mean column of each cluster.
+        warmup_counter: int64 (), warm-up steps done.
+        replaced_columns: int64 (), K.
+        key_counts: int64 (P,), keys that each cluster has received; used only in reports.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        num_clusters: int,
+        columns_per_cluster: int,
+        momentum: float,
+        replaced_columns: int,
+        sampling_steps: int,
+        kmeans_step: int,
+    ):
+        super().__init__()
+        self.momentum = momentum
+        self.sampling_steps = sampling_steps
+        self.kmeans_step = kmeans_step
+        self.register_buffer("pool", torch.rand(num_clusters, columns_per_cluster, feature_dim))
+        self.register_buffer("prototypes", torch.zeros(num_clusters, feature_dim))
+        self.register_buffer("warmup_counter", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("replaced_columns", torch.tensor(replaced_columns))
+        self.register_buffer("key_counts", torch.zeros(num_clusters, dtype=torch.int64))
+        self.writable = True
+        self._steps_done: int | None = 0  # copy of warmup_counter in Python: reading the buffer would wait for a GPU
+
+    @property
+    def in_warmup(self) -> bool:
+        """Whether the pool is still being sampled and not yet read."""
+        if self._steps_done is None:
+            self._steps_done = int(self.warmup_counter)
+        return self._steps_done < self.sampling_steps
+
+    @torch.no_grad()
+    def sample(self, phi: Tensor) -> None:
+        """Do one warm-up step: write random rows of ``phi`` (B, N, d) into random slots of the pool."""
+        batch, num_tokens, feature_dim = phi.shape
+        slots = self.pool.view(-1, feature_dim)  # (P M, d)
+        in_warmup = self.in_warmup
+        assert in_warmup, "the warm-up has ended: call update, not sample"
+
+        ranks = world_size() if self.training else 1
+        per_image = max(len(slots) // (batch * ranks), 1)
+        drawn = self._of_first_rank(torch.randint(num_tokens, (batch * ranks, per_image), device=phi.device))
+        if ranks > 1:
+            drawn = drawn.chunk(ranks)[rank()]
+        columns = phi.gather(1, repeat(drawn, "b n -> b n d", d=feature_dim))
+        columns = self._of_all_ranks(columns).flatten(0, 2)  # (ranks B per_image, d)
+        share = 0.5 * (self._steps_done + 1) / self.kmeans_step
+        kept = min(max(int(share * len(columns)), 1), len(slots))
+        columns = columns[self._of_first_rank(torch.randperm(len(columns), device=phi.device))[:kept]]
+        to = self._of_first_rank(torch.randperm(len(slots), device=phi.device))[:kept]
+        slots[to] = columns.to(slots.dtype)
+
+        self._steps_done += 1
+        self.warmup_counter.fill_(self._steps_done)
+        if self._steps_done == self.kmeans_step:
+            self.order()
+
+    @torch.no_grad()
+    def order(self) -> None:
+        """Sort the pool into clusters by K-means, and set the prototypes to the unit centroids.
+
+        A cluster with more than M columns keeps its first M. One with fewer repeats its own at random. An empty one
+        is filled with its centroid. In a distributed run rank 0 computes this for all ranks.
+        """
+        if rank() == 0 or not self.training:
+            num_clusters, size, _ = self.pool.shape
+            columns = self.pool.flatten(0, 1).clone()  # (P M, d)
+            centroids, nearest = kmeans(columns, num_clusters)
+            for p in range(num_clusters):
+                own = columns[nearest == p][:size]
+                if len(own) == 0:
+                    own = centroids[p : p + 1]
+                repeated = torch.randint(len(own), (size - len(own),), device=own.device)
+                self.pool[p] = torch.cat([own, own[repeated]])
+            self.prototypes.copy_(F.normalize(centroids, dim=1))
+        self.pool.copy_(self._of_first_rank(self.pool))
+        self.prototypes.copy_(self._of_first_rank(self.prototypes))
+
+    @torch.no_grad()
+    def update(self, keys: Tensor) -> None:
+        """Blend the strongest of ``keys`` (T, d) into the weakest columns of each key's own cluster.
+
+        All clusters are updated at once, and nothing waits for the device. A cluster without keys keeps its columns.
+        One with fewer than K keys uses all of them, then repeats them at random.
+        """
+        num_clusters, size, feature_dim = self.pool.shape
+        cluster = F.linear(keys, self.prototypes).argmax(1)  # (T,), by dot product
+        own_counts = F.one_hot(cluster, num_clusters).sum(0)  # (P,)
+
+        # Columns from weak to strong, keys from strong to weak, both within their cluster.
+        weakest = self.pool.softmax(dim=1).sum(2).argsort(dim=1)  # (P, M)
+        of_key = strength(keys, cluster, num_clusters, self._of_all_ranks)  # (T,)
+        by_strength = of_key.argsort(descending=True)
+        by_strength = by_strength[cluster[by_strength].argsort(stable=True)]  # (T,), cluster by cluster
+
+        # The M strongest keys of each cluster on this rank; places past its last key hold any key, of strength -inf.
+        nth = torch.arange(size, device=keys.device)
+        own = nth + (own_counts.cumsum(0) - own_counts)[:, None]
+        own = by_strength[own.clamp(max=len(keys) - 1)]  # (P, M)
+        own_strength = of_key[own].masked_fill(nth >= own_counts[:, None], -torch.inf)
+
+        # The M strongest of all ranks, repeated at random where a cluster has fewer.
+        counts = self._of_all_ranks(own_counts).sum(0)  # (P,)
+        strongest = rearrange(self._of_all_ranks(keys[own]), "r p m d -> p (r m) d")
+        order = rearrange(self._of_all_ranks(own_strength), "r p m -> p (r m)").argsort(
+            dim=1, descending=True, stable=True
+        )
+        again = torch.rand(num_clusters, size, device=keys.device)
+        again = (self._of_first_rank(again) * counts[:, None]).long()
+        chosen = order.gather(1, torch.where(nth < counts[:, None], nth, again))
+        strongest = strongest.gather(1, repeat(chosen, "p m -> p m d", d=feature_dim))  # (P, M, d)
+
+        # column <- (1 - m) column + m key, for the first K pairs of each cluster that has keys.
+        slots = repeat(weakest, "p m -> p m d", d=feature_dim)
+        renewed = (nth < self.replaced_columns) & (counts > 0)[:, None]  # (P, M)
+        old = self.pool.gather(1, slots)
+        new = torch.where(renewed[..., None], old.lerp(strongest, self.momentum), old)
+        self.pool.scatter_(1, slots, new)
+        self.prototypes.copy_(self.pool.mean(1))
+        self.key_counts.add_(counts)
+
+    def _of_all_ranks(self, x: Tensor) -> Tensor:
+        """Return (ranks, *x.shape): in training ``x`` of every rank, in evaluation this rank's alone."""
+        return gather(x) if self.training else x[None]
+
+    def _of_first_rank(self, x: Tensor) -> Tensor:
+        return self._of_all_ranks(x)[0]
+
+    def reread(self) -> None:
+        """Read ``warmup_counter`` again; call this after writing the buffer from outside."""
+        self._steps_done = None
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.reread()
+
+
+def strength(
+    x: Tensor, segment: Tensor, num_segments: int, of_all_ranks: Callable[[Tensor], Tensor] = lambda x: x[None]
+) -> Tensor:
+    """Return the strength of each row of ``x`` (T, d), (T,): a softmax over its segment's rows, summed over d.
+
+    Args:
+        x: rows.
+        segment: int64 (T,), the segment of each row.
+        num_segments: how many segments there are.
+        of_all_ranks: returns (ranks, *shape) of a tensor that every rank has, so that a segment spans the ranks.
+    """
+    index = repeat(segment, "t -> t d", d=x.shape[1])
+    largest = x.new_full((num_segments, x.shape[1]), -torch.inf).scatter_reduce(0, index, x, "amax")
+    largest = of_all_ranks(largest).amax(0)
+    exponential = largest.index_select(0, segment).neg_().add_(x).exp_()  # (T, d)
+    total = F.one_hot(segment, num_segments).to(x.dtype).mT @ exponential  # (num_segments, d)
+    total = of_all_ranks(total).sum(0)
+    return (exponential @ total.clamp(min=1).reciprocal().mT).gather(1, segment[:, None]).squeeze(1)
+
+
+def kmeans(columns: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+    """Cluster the rows of ``columns`` (n, d) by Euclidean K-means, on the CPU: n is about a thousand.
+
+    Returns:
+        Centroids (num_clusters, d), and the nearest centroid of each row, int64 (n,).
+
+    Raises:
+        NetworkError: the columns are not finite (training has diverged), or faiss is not installed.
+    """
+    logging.getLogger("faiss").setLevel(logging.WARNING)  # it logs every instruction set that it tries
+    try:
+        import faiss
+    except ImportError as error:
+        raise NetworkError(
+            "the warm-up ends with K-means, which needs faiss: pip install faiss-gpu (Linux x86-64) or faiss-cpu"
+        ) from error
+    if not torch.isfinite(columns).all():
+        raise NetworkError("the memory pool holds values that are not finite: lower the learning rate")
+    points = columns.detach().float().cpu().numpy()
+    settings = faiss.ClusteringParameters()
+    settings.niter, settings.nredo = 100, 10
+    settings.seed = int(torch.randint(2**31 - 1, ()))  # torch's generator is seeded and saved in checkpoints
+    settings.min_points_per_centroid, settings.max_points_per_centroid = 1, len(points)
+    # Not faiss.Kmeans: it reads the centroids from a C++ vector, which fails once SimpleITK is imported.
+    index = faiss.IndexFlatL2(points.shape[1])
+    faiss.Clustering(points.shape[1], num_clusters, settings).train(points, index)
+    centroids = torch.from_numpy(index.reconstruct_n(0, num_clusters)).to(columns)
+    _, nearest = index.search(points, 1)
+    return centroids, torch.from_numpy(nearest[:, 0]).to(columns.device)
