@@ -1,10 +1,12 @@
 """Settings of the whole suite, made before PyTorch is imported, and scripts run as a user runs them."""
 
+import io
 import logging
 import os
 import runpy
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,16 +53,15 @@ class Outcome:
     error: str
 
 
-@pytest.fixture
-def run_script(monkeypatch, capsys):
+def run_in_process(script: str, *arguments: object) -> Outcome:
     """Run a script of the repository in this process, as ``python script.py ...`` would."""
     import torch
 
-    def run(script: str, *arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        monkeypatch.setattr(logging.getLogger(), "handlers", [])  # without pytest's, as in a process of its own
-        monkeypatch.chdir(ROOT)
-        capsys.readouterr()
+    output, error = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(error):
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        patch.setattr(logging.getLogger(), "handlers", [])  # without pytest's, as in a process of its own
+        patch.chdir(ROOT)
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
             status = 0
@@ -68,9 +69,37 @@ def run_script(monkeypatch, capsys):
             status = stop.code or 0
         finally:
             torch.use_deterministic_algorithms(False)
-        return Outcome(status, *capsys.readouterr())
+    return Outcome(status, output.getvalue(), error.getvalue())
 
-    return run
+
+@pytest.fixture
+def run_script() -> Callable[..., Outcome]:
+    return run_in_process
+
+
+def data_flags(data: Path) -> list[str]:
+    """Return the flags of ``train_acdc.py`` for a phantom; from the third on they are those of ``test_acdc.py``."""
+    return ["--root_path", f"{data}/train_npz", "--volume_path", f"{data}/test_vol_h5", "--list_dir", f"{data}/lists"]
+
+
+SMALL = (
+    "--model_scale pico --pretrained none --img_size 64 --img_size_dmwla 64 --feature_dim 16 --decoder_feature_dim 16 "
+    "--columns_per_cluster 20 --warmup_iterations 2 --batch_size 4 --max_iterations 3 --num_workers 0 --device cpu"
+).split()
+"""Flags of a training that takes seconds: three steps, one past the memory's warm-up."""
+
+
+@pytest.fixture(scope="session")
+def trained(phantom, tmp_path_factory) -> Path:
+    """The run folder of ``train_acdc.py`` with SMALL on the phantom, and ``results_test`` in it; no test changes it."""
+    folder = tmp_path_factory.mktemp("trained") / "acdc"
+    for script, *flags in (
+        ("train_acdc.py", *data_flags(phantom), *SMALL, "--output_dir", folder),
+        ("test_acdc.py", *data_flags(phantom)[2:], "--checkpoint", folder / "best.pth", "--device", "cpu"),
+    ):
+        done = run_in_process(script, *flags)
+        assert done.status == 0, done.error
+    return folder
 
 
 @pytest.fixture

@@ -13,13 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import Outcome
+from tests.conftest import SMALL, Outcome
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = (
-    "--model_scale pico --pretrained none --img_size 64 --img_size_dmwla 64 --feature_dim 16 --decoder_feature_dim 16 "
-    "--columns_per_cluster 20 --warmup_iterations 2 --batch_size 4 --max_iterations 3 --num_workers 0 --device cpu"
-).split()
 
 
 @pytest.fixture
@@ -36,19 +32,18 @@ def volume_folders(data: Path) -> list[str]:
     return ["--volume_path", f"{data}/test_vol_h5", "--list_dir", f"{data}/lists"]
 
 
-@pytest.fixture(scope="module")
-def trained(phantom, tmp_path_factory) -> Path:
-    """A run folder that ``train_acdc.py`` left, called as a user calls it."""
-    folder = tmp_path_factory.mktemp("run") / "acdc"
-    command = [sys.executable, "train_acdc.py", *folders(phantom), *SMALL, "--output_dir", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
 def test_training_leaves_its_run_folder(trained):
     names = {path.name for path in trained.iterdir()}
-    assert names == {"config.json", "train.log", "events", "metrics.csv", "progress.png", "last.pth", "best.pth"}
+    assert names == {
+        "config.json",
+        "train.log",
+        "events",
+        "metrics.csv",
+        "progress.png",
+        "last.pth",
+        "best.pth",
+        "results_test",
+    }
     assert "epoch 1/300" in (trained / "train.log").read_text()
 
 
