@@ -2,9 +2,11 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -14,10 +16,13 @@ from datasets.phantom import write_phantom
 from networks import SimMPNet
 from networks.complexity import count_parameters
 from tests.comparison_runs import random_dice, write_run
+from tests.conftest import ROOT
 from tests.test_scripts import assert_one_line
 from tests.utils.test_html_page import Reader
 from utils.checkpoint import save_checkpoint
 
+OLD = ROOT / "tests" / "fixtures" / "comparison_2c5fbf2"
+"""Four run folders and what compare.py of revision 2c5fbf2 wrote for them."""
 SMALL = dict(model_scale="pico", img_size=64, img_size_dmwla=64, feature_dim=16, decoder_feature_dim=16)
 
 
@@ -52,6 +57,26 @@ def runs(trained, tmp_path) -> list[Path]:
 def rows(path: Path) -> list[dict[str, str]]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_the_figures_are_those_of_an_earlier_revision(run_script, tmp_path):
+    runs = [OLD / "runs" / name for name in ("ours_1", "ours_2", "no_dsgim", "unet")]
+    assert run_script("compare.py", *runs, "--num_cases", 0, "--output_dir", tmp_path).status == 0
+    keys = {
+        "comparison.csv": ["source", "method", "convention", "class", "metric"],
+        "paired_tests.csv": ["convention", "metric", "first", "second"],
+    }
+    for name, sorted_by in keys.items():
+        old, new = (pd.read_csv(folder / name).sort_values(sorted_by, ignore_index=True) for folder in (OLD, tmp_path))
+        pd.testing.assert_frame_equal(new, old[new.columns], rtol=1e-5, check_dtype=False)
+    old, new = (measured_rows(folder / "comparison.md") for folder in (OLD, tmp_path))
+    assert new == old and len(old) == 30
+
+
+def measured_rows(path: Path) -> list[list[float]]:
+    """Return the numbers in each row about a method of our own, without the names of run folders."""
+    lines = [line for line in path.read_text("utf-8").splitlines() if re.match(r"\| *(sim_mpnet|unet) ?[^|]*\|", line)]
+    return sorted([float(n) for n in re.findall(r"[-+]?\d+\.?\d*", line)] for line in lines if "runs/" not in line)
 
 
 def test_from_tested_runs_to_tables_figures_and_the_page(runs, phantom, run_script, tmp_path):
