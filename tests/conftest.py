@@ -68,7 +68,7 @@ def run_in_process(script: str, *arguments: object) -> Outcome:
         except SystemExit as stop:
             status = stop.code or 0
         finally:
-            torch.use_deterministic_algorithms(False)
+            torch.set_deterministic_debug_mode("default")
     return Outcome(status, output.getvalue(), error.getvalue())
 
 
