@@ -21,8 +21,9 @@ from datasets import Volume, read_volume
 from datasets.phantom import write_phantom
 from datasets.volumes import write_volume
 from utils.cli import ArgumentParser, run_script
-from utils.evaluation import evaluate, summarise, write_case_csv
+from utils.evaluation import evaluate
 from utils.metrics import Metrics
+from utils.results import case_table, summarise, write_cases
 
 SIZE = 256
 
@@ -66,8 +67,9 @@ def evaluate_ours(paths: list[Path], num_classes: int, table: Path) -> list[list
     """Evaluate as the test scripts do; returns the metrics of each case and class, in voxels."""
     network = Shift(num_classes)
     results = evaluate(network, Files(paths, network), num_classes, SIZE, batch_size=20)
-    summarise(results)
-    write_case_csv(table, results, [f"class {c}" for c in range(1, num_classes)])
+    cases = case_table(results, [f"class {c}" for c in range(1, num_classes)])
+    summarise(cases)
+    write_cases(table, cases)
     return [[c.transunet for c in result.classes] for result in results]
 
 

@@ -18,17 +18,9 @@ from utils.checkpoint import build_network, load_checkpoint
 from utils.cli import AMP_DTYPES, pick_device, seed_everything, set_precision, setup_logging
 from utils.distribution import launched, process_group, rank_device
 from utils.errors import RunError
-from utils.evaluation import (
-    Volume,
-    evaluate,
-    format_table,
-    save_mask,
-    save_nifti,
-    summarise,
-    write_case_csv,
-    write_summary_json,
-)
+from utils.evaluation import Volume, evaluate, save_mask, save_nifti
 from utils.figures import save_overlays
+from utils.results import case_table, format_summary, summarise, write_cases, write_summary
 from utils.training import DataFacts, Trainer, TrainingSet
 from utils.watch import out_of_memory
 
@@ -152,10 +144,11 @@ def test(
             AMP_DTYPES[args.amp],
             on_case=save if args.save_predictions or args.overlays else None,
         )
-    summary = summarise(results)
-    write_case_csv(folder / "cases.csv", results, class_names, selected_on)
-    write_summary_json(folder / "summary.json", summary, class_names, selected_on)
-    print(format_table(summary, class_names, selected_on))
+    table = case_table(results, class_names, selected_on)
+    summary = summarise(table, sum(result.confusion for result in results) if dataset.planar else None)
+    write_cases(folder / "cases.csv", table)
+    write_summary(folder / "summary.json", summary)
+    print(format_summary(summary))
     logger.info("results in %s", folder)
 
 

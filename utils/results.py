@@ -1,31 +1,209 @@
-"""Results as tables: the only writer of Markdown tables."""
+"""The scores of test cases as tables: means over cases, cases.csv, summary.json, what is printed, and Markdown.
 
+Everything starts from one pandas table with a row per case and class, the rows of cases.csv (``COLUMNS``).
+"""
+
+import json
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from datasets.files import atomic_write
+from utils.errors import RunError
+from utils.metrics import ABSENT, ISIC_THRESHOLD, MISSED, SPURIOUS, Metrics, pooled_metrics, thresholded_jaccard
 
 if TYPE_CHECKING:
     import pandas as pd
 
-NUMBER = re.compile(r"[-+]?\.?\d.*|-?|nan")
+    from utils.evaluation import CaseResult
+
+CONVENTIONS = {
+    "transunet": "as papers report: spurious counts as Dice 100, missed as 0, both at distance 0",
+    "strict": "spurious and missed count as Dice 0 at the volume's diagonal, absent is left out",
+}
+STATES = (MISSED, SPURIOUS, ABSENT)
+METRICS = Metrics._fields
+NUMBERS = [f"{convention}_{metric}" for convention in CONVENTIONS for metric in METRICS]
+COLUMNS = ["case", "class", "state", *NUMBERS, "strict_unit", "selected_on"]
+"""Of cases.csv. Dice and Jaccard are in [0, 1], `transunet` distances in voxels, `strict` ones in `strict_unit`."""
+
+OPTIMISTIC = (
+    "The checkpoint was chosen on the test volumes (--select test): its scores are optimistic, compare them only with "
+    "those of checkpoints chosen in the same way."
+)
+"""The first line of every table of such a checkpoint."""
+
+_NUMBER = re.compile(r"[-+]?\.?\d.*|-?|nan")
 
 
-def markdown(frame: "pd.DataFrame", floatfmt: str = "g", index: bool = False, **options) -> str:
+def case_table(results: Sequence["CaseResult"], class_names: Sequence[str], selected_on: str = "val") -> "pd.DataFrame":
+    """Return the table with ``COLUMNS``, one row per case and class; NaN for what a convention leaves out.
+
+    Args:
+        results: what ``evaluate`` returned.
+        class_names: without background, in the order of their label ids.
+        selected_on: the cases that the checkpoint was chosen on, ``val`` or ``test``.
+
+    Raises:
+        RunError: the number of class names is not the number of classes.
+    """
+    import pandas as pd
+
+    if len(class_names) != len(results[0].classes):
+        raise RunError(
+            f"{len(class_names)} class names ({', '.join(class_names)}) for {len(results[0].classes)} classes without "
+            "background: test with the data set that the checkpoint was trained on"
+        )
+    rows = [
+        [result.name, name, c.state, *c.transunet, *c.strict, result.unit, selected_on]
+        for result in results
+        for name, c in zip(class_names, result.classes, strict=True)
+    ]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def write_cases(path: str | Path, table: "pd.DataFrame") -> None:
+    """Write a case table as CSV, numbers with six digits, NaN as an empty cell."""
+    with atomic_write(path) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.6f", lineterminator="\r\n")
+
+
+def read_cases(path: str | Path) -> "pd.DataFrame":
+    """Read the case table that ``write_cases`` wrote.
+
+    Raises:
+        RunError: another kind of file, or one that is cut off.
+    """
+    import pandas as pd
+
+    types = {column: float if column in NUMBERS else str for column in COLUMNS}
+    try:
+        table = pd.read_csv(path, dtype=types, keep_default_na=False, na_values={column: [""] for column in NUMBERS})
+    except ValueError as error:  # pandas' own errors are of this kind too
+        raise RunError(f"{path}: {error}; expected a table of a test script: test the checkpoint again") from error
+    if missing := [column for column in COLUMNS if column not in table]:
+        raise RunError(f"{path}: no column {missing[0]}; expected a table of a test script: test the checkpoint again")
+    classes = table.groupby("case", sort=False)["class"].agg(tuple)
+    if classes.nunique() != 1 or not table["selected_on"].isin(("val", "test")).all():
+        raise RunError(f"{path}: expected the same classes in every case, the file is cut off: test again")
+    return table[COLUMNS]
+
+
+def summarise(table: "pd.DataFrame", confusion: np.ndarray | None = None) -> dict[str, Any]:
+    """Return the content of summary.json: means over cases, then over classes, under both conventions.
+
+    NaN (a class that is absent, under the strict convention) is left out of means; None stands where nothing is left.
+
+    Args:
+        table: a case table.
+        confusion: of images, the sum of all cases' confusions, (num_classes, num_classes). The summary then also has
+            the scores over all pixels together and the ISIC challenge's mean thresholded Jaccard (strict).
+    """
+    classes = table.groupby("class", sort=False)
+    units = sorted(table["strict_unit"].unique())
+    unit = {"transunet": "pixels" if units == ["pixels"] else "voxels", "strict": " or ".join(units)}
+    summary: dict[str, Any] = {"num_cases": table["case"].nunique(), "selected_on": table["selected_on"].iloc[0]}
+    for convention in CONVENTIONS:
+        columns = {f"{convention}_{metric}": metric for metric in METRICS}
+        means = classes[list(columns)].mean().rename(columns=columns)
+        per_class = [{"class": name, **_plain(row)} for name, row in means.iterrows()]
+        summary[convention] = {"unit": unit[convention], "mean": _plain(means.mean()), "classes": per_class}
+    for state in STATES:
+        counts = classes["state"].agg(lambda column, state=state: (column == state).sum())
+        summary[state] = [{"class": name, "cases": int(count)} for name, count in counts.items()]
+    if confusion is not None:
+        thresholded = table["strict_jaccard"].map(thresholded_jaccard).groupby(table["class"], sort=False).mean()
+        summary["thresholded_jaccard"] = [{"class": n, **_plain({"mean": mean})} for n, mean in thresholded.items()]
+        pooled = zip(thresholded.index, pooled_metrics(confusion), strict=True)
+        summary["pooled"] = [{"class": name, **_plain(scores._asdict())} for name, scores in pooled]
+    return summary
+
+
+def write_summary(path: str | Path, summary: dict[str, Any]) -> None:
+    """Write a summary as JSON."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def format_summary(summary: dict[str, Any]) -> str:
+    """Return a summary as plain text, one aligned table per convention, shares in percent."""
+    blocks = [OPTIMISTIC] if summary["selected_on"] == "test" else []
+    for convention, note in CONVENTIONS.items():
+        unit = summary[convention]["unit"]
+        table = _with_mean(summary[convention]["classes"])
+        table[["dice", "jaccard"]] *= 100
+        table.columns = ["Dice [%]", f"HD95 [{unit}]", "Jaccard [%]", f"ASSD [{unit}]"]
+        if convention == "strict":
+            for state in STATES:
+                counts = [row["cases"] for row in summary[state]]
+                table[state] = [*counts, sum(counts)]
+            if "thresholded_jaccard" in summary:
+                title = f"Jaccard, 0 below {ISIC_THRESHOLD} [%]"
+                table[title] = 100 * _with_mean(summary["thresholded_jaccard"])["mean"]
+        blocks += [f"{convention} convention, {summary['num_cases']} cases ({note})\n{_text(table)}"]
+    if "pooled" in summary:
+        table = 100 * _with_mean(summary["pooled"])
+        table.columns = [f"{name.capitalize()} [%]" for name in table]
+        blocks += [f"over the pixels of all cases together\n{_text(table)}"]
+    return "\n\n".join(blocks)
+
+
+def markdown(frame: "pd.DataFrame", floatfmt: str = "g", index: bool = False, **options: Any) -> str:
     """Return a table as Markdown, columns of numbers to the right and of text to the left.
 
-    Text stays as it is ("84.10" is not shortened), except that `|` is escaped and line breaks become blanks.
+    Text stays as it is ("84.10" is not shortened), except that ``|`` is escaped and line breaks become blanks.
 
     Args:
         frame: with column names that are text.
         floatfmt: format of every float; NaN is written as "-".
         index: write the index as the first column, or leave it out.
-        options: of `DataFrame.to_markdown`, such as `colalign`.
+        options: of ``DataFrame.to_markdown``, such as ``colalign``, or ``tablefmt="plain"`` for a terminal.
     """
+    bar = r"\|" if options.get("tablefmt", "pipe") == "pipe" else "|"
 
     def cell(value: object) -> str:
         if isinstance(value, float):
-            return "-" if value != value else format(value, floatfmt)
-        return " ".join(str(value).split()).replace("|", r"\|")
+            return "-" if np.isnan(value) else format(value, floatfmt)
+        return " ".join(str(value).split()).replace("|", bar)
 
     cells = (frame.reset_index() if index else frame).map(cell).rename(columns=cell)
-    align = ["right" if cells.iloc[:, i].map(NUMBER.fullmatch).notna().all() else "left" for i in range(cells.shape[1])]
+    align = ["right" if cells.iloc[:, i].map(_NUMBER.fullmatch).notna().all() else "left" for i in range(len(cells.T))]
     return cells.to_markdown(index=False, **{"colalign": align, "disable_numparse": True, **options})
+
+
+def _text(table: "pd.DataFrame") -> str:
+    return markdown(table, ".2f", index=True, tablefmt="plain")
+
+
+def _with_mean(rows: list[dict[str, Any]]) -> "pd.DataFrame":
+    """Return the numbers of classes as floats, indexed by class, and their mean over classes as the last row."""
+    import pandas as pd
+
+    table = pd.DataFrame(rows).set_index("class").astype(float)
+    return pd.concat([table, table.mean().to_frame("mean").T]).rename_axis("class")
+
+
+def _plain(numbers: Any) -> dict[str, float | None]:
+    return {name: None if np.isnan(x) else float(x) for name, x in numbers.items()}
+
+
+def read_case_csv(path):
+    """Stand in for ``read_cases`` until the comparison works on tables."""
+    from utils.evaluation import CaseResult
+    from utils.metrics import ClassResult
+
+    table = read_cases(path)
+    results = []
+    for name, rows in table.groupby("case", sort=False):
+        numbers = rows[NUMBERS].to_numpy().tolist()
+        classes = (ClassResult(s, Metrics(*n[:4]), Metrics(*n[4:])) for s, n in zip(rows["state"], numbers))  # noqa: B905
+        results.append(CaseResult(name, rows["strict_unit"].iloc[0], tuple(classes)))
+    return results, list(table["class"].unique()), table["selected_on"].iloc[0]
+
+
+def read_number(cell):
+    """Stand in for pandas until the comparison works on tables."""
+    return float(cell) if cell else float("nan")

@@ -19,7 +19,7 @@ def ball(centre: tuple[int, int, int], radius: float, size: int = 40) -> np.ndar
 def test_every_value_of_the_fixture():
     f = load("metrics.npz")
     shape, count = f["shape"], int(np.prod(f["shape"]))
-    prediction, label = (np.unpackbits(f[k], count=count).reshape(shape) for k in ("prediction", "label"))
+    prediction, label = (np.unpackbits(f[k], count=count).reshape(shape).astype(bool) for k in ("prediction", "label"))
     ours = [class_metrics(p, q).transunet for p, q in zip(prediction, label, strict=True)]
     np.testing.assert_allclose(ours, f["dice_hd95_jaccard_assd"], rtol=0, atol=1e-6)
 
