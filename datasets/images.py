@@ -4,7 +4,6 @@ On disk: ``images/<id>`` with one of ``ENDINGS``, RGB, and ``masks/<id>.png``, o
 class index, both at their own size.
 """
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from datasets.errors import DataError, brief
-from datasets.storage import memory_bounded
+from datasets.storage import PREPARE, reading
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 """Endings of the files that are images, in lower case."""
@@ -27,13 +26,10 @@ bytes a pixel at most it takes a third of a gigabyte, and as much again in anoth
 
 IMAGE_FOLDER, MASK_FOLDER = "images", "masks"
 
-_PREPARE = "prepare the data again (prepare_data.py) or replace the file"
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # no others: some of Pillow's start programs
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
-_MAX_SCANS = 200  # passes over a JPEG, each over all of its pixels; progressive ones have about 10
 
 
-@memory_bounded
 def read_image(path: str | Path) -> np.ndarray:
     """Read an image as it is to be looked at, its EXIF orientation applied: uint8 (H, W, 3).
 
@@ -44,7 +40,6 @@ def read_image(path: str | Path) -> np.ndarray:
         return _upright_rgb(file)
 
 
-@memory_bounded
 def read_mask(path: str | Path, shape: tuple[int, int] | None = None, num_classes: int | None = None) -> np.ndarray:
     """Read a mask of class indices: uint8 (H, W).
 
@@ -57,7 +52,7 @@ def read_mask(path: str | Path, shape: tuple[int, int] | None = None, num_classe
         if mask.ndim == 3:
             mask = mask[..., [band not in "Aa" for band in file.getbands()]]  # without alpha
             if (mask != mask[..., :1]).any():
-                raise DataError(f"{path}: holds colours, one class index per pixel was expected; {_PREPARE}")
+                raise DataError(f"{path}: holds colours, one class index per pixel was expected; {PREPARE}")
             mask = mask[..., 0]
     if shape is not None:
         check_size(path, mask.shape, shape)
@@ -66,12 +61,11 @@ def read_mask(path: str | Path, shape: tuple[int, int] | None = None, num_classe
     if low < 0 or high >= bound:
         raise DataError(
             f"{path}: class index {low if low < 0 else high}, 0 to {bound - 1} were expected: set --num_classes to the "
-            f"number of classes with background, or {_PREPARE}"
+            f"number of classes with background, or {PREPARE}"
         )
     return mask.astype(np.uint8)
 
 
-@memory_bounded
 def read_grey(path: str | Path) -> np.ndarray:
     """Read a picture of a mask, in any of the forms that ``read_image`` reads, as brightness: uint8 (H, W).
 
@@ -94,37 +88,21 @@ def check_size(path: str | Path, found: tuple[int, int], expected: tuple[int, in
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
-    """Open an image file that may be damaged, hostile or of another kind; Pillow's errors become a DataError."""
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; prepare the data (prepare_data.py) or correct the path or list")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged tags, and of sizes that are refused here
-            with Image.open(path, formats=_FORMATS) as file:
-                if file.width * file.height > MAX_PIXELS:
-                    raise Image.DecompressionBombError(f"{file.width} x {file.height} pixels")
-                if file.mode == "F":
-                    raise DataError(f"{path}: holds floating-point numbers, 8 or 16 bits were expected; convert it")
-                if file.format == "PNG":
-                    with Image.open(path, formats=("PNG",)) as twin:
-                        twin.verify()  # the checksums, which decoding passes over
-                if file.format == "JPEG" and path.read_bytes().count(b"\xff\xda") > _MAX_SCANS:
-                    raise ValueError(f"more than {_MAX_SCANS} scans")
-                yield file
-    except (DataError, MemoryError):
-        raise
-    except Image.DecompressionBombError as error:
-        size = re.search(r"[0-9]+( x [0-9]+)? pixels", str(error))
-        raise DataError(
-            f"{path}: declares {size.group() if size else 'more pixels'}, more than the {MAX_PIXELS // 10**6} million "
-            "that are read; replace the file by a smaller one"
-        ) from error
-    except Exception as error:  # Pillow's decoders raise many kinds
-        reason = brief(str(error).replace(f" {str(path)!r}", ""))
-        raise DataError(
-            f"{path}: not a readable image ({', '.join(ENDINGS)}), truncated or of another kind ({reason}); {_PREPARE}"
-        ) from error
+    """Open an image file; every error of the block, which decodes it, becomes a DataError."""
+    with reading(path, f"image ({', '.join(ENDINGS)})"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about damaged tags, and about sizes that are refused here
+        with Image.open(path, formats=_FORMATS) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise DataError(
+                    f"{path}: declares {file.width} x {file.height} pixels; at most {MAX_PIXELS // 10**6} million are "
+                    "read: replace the file by a smaller one"
+                )
+            if file.mode == "F":
+                raise DataError(f"{path}: holds floating-point numbers, 8 or 16 bits were expected; convert it")
+            if file.format == "PNG":
+                with Image.open(path, formats=("PNG",)) as twin:
+                    twin.verify()  # compares the checksums, which decoding ignores
+            yield file
 
 
 def _upright_rgb(file: Image.Image) -> np.ndarray:
@@ -135,7 +113,6 @@ def _upright_rgb(file: Image.Image) -> np.ndarray:
     return np.asarray(upright.convert("RGB"))
 
 
-@memory_bounded
 def read_shrunk(path: Path, side: int) -> tuple[np.ndarray, tuple[int, int]]:
     """Read an image shrunk as ``shrink`` does it: returns (uint8 (h, w, 3), its own (H, W)).
 

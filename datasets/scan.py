@@ -1,6 +1,7 @@
-"""Scans as scanners and hospitals hand them out: NIfTI files and folders of a DICOM series."""
+"""Read scans as scanners and hospitals export them: NIfTI files and folders of a DICOM series."""
 
 import gzip
+import io
 import logging
 import math
 from pathlib import Path
@@ -9,237 +10,166 @@ import numpy as np
 
 from datasets.errors import DataError, brief
 from datasets.preprocessing import Preprocessing, ScanImage, is_affine, orientation_of, reorient
-from datasets.storage import MAX_INFLATION, check_declared, checked_label, memory_bounded
+from datasets.storage import MAX_INFLATION, check_declared, checked_label, reading
 from datasets.volumes import Volume
 
 logger = logging.getLogger(__name__)
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 SPACING_TOLERANCE = 0.01
-"""Share by which the distance of two DICOM slices may differ from that of the others."""
+"""Largest relative difference between the distance of two DICOM slices and the mean distance."""
 
 
 def scan_name(path: str | Path) -> str:
-    """Return a scan's name, its file's without the ending or its folder's."""
+    """Return the name of a scan: its folder's, or its file's without the ending."""
     name = Path(path).absolute().name
     return next((name[: -len(ending)] for ending in NIFTI_ENDINGS if name.lower().endswith(ending)), name)
 
 
-@memory_bounded
 def read_scan(path: str | Path, preprocessing: Preprocessing) -> Volume:
-    """Open a scan, a NIfTI file or the folder of one DICOM series, as a Volume without a label.
+    """Read a scan, a NIfTI file or a folder with one DICOM series, as a Volume without a label.
 
-    Its voxels stay in memory as they are stored; ``image`` (a ScanImage) gives them in [0, 1] by the slice. ``affine``
-    belongs to the axes as preprocessing runs them, ``orientation`` is the file's own, ``stored_type`` its number type.
+    The voxels stay in memory as stored; ``image`` (a ScanImage) scales them to [0, 1] slice by slice. ``affine``
+    describes the axes after preprocessing, ``orientation`` those of the file; ``stored_type`` is its number type.
     Raises DataError for a file that is missing, damaged, too large, not a scan of three axes, or not finite.
     """
-    path = Path(path)
-    if path.is_dir():
-        try:
-            voxels, affine, slope, intercept = _load_dicom(path)
-        except RuntimeError as error:  # SimpleITK's
-            reason = brief(str(error)[-200:])
-            raise DataError(f"{path}: its DICOM series cannot be read ({reason}); export it again") from error
-    elif path.is_file():
-        voxels, affine, slope, intercept = _load_nifti(path)
-    else:
-        raise DataError(f"{path}: no such file or folder; give a NIfTI file or the folder of a DICOM series")
-    stored_type = voxels.dtype.name
-    orientation = _checked_orientation(path, affine)
+    voxels, affine, slope, intercept = _load(Path(path))
+    orientation, stored_type = orientation_of(affine), voxels.dtype.name
     if preprocessing.orientation is not None:
         voxels, affine = reorient(voxels, affine, preprocessing.orientation)
-    spacing = tuple(float(length) for length in np.linalg.norm(affine[:3, :3], axis=0)[::-1])
-    if voxels.dtype.kind == "f" and not all(np.isfinite(plane).all() for plane in voxels):
-        raise DataError(f"{path}: the image has values that are NaN or infinite; repair the file")
+    spacing = tuple(np.linalg.norm(affine[:3, :3], axis=0)[::-1].tolist())
     image = ScanImage(voxels, slope, intercept, preprocessing)
-    if not np.isfinite(image.extent()).all():
-        raise DataError(
-            f"{path}: its slope {slope:g} and intercept {intercept:g} make infinite values; repair the header"
-        )
-    _check_window(path, image)
+    low, high = image.extent()
+    if not np.isfinite([low, high]).all():
+        raise DataError(f"{path}: the image has values that are NaN or infinite; repair the file")
+    if preprocessing.window is not None and preprocessing.window[0] < 0 <= low:
+        logger.warning(
+            "%s: its values run from %g to %g, and none is below 0 as Hounsfield units of air would be; "
+            "subtract what was added to them, or the window [%g, %g] misses the organs",
+            path, low, high, *preprocessing.window,
+        )  # fmt: skip
     return Volume(scan_name(path), image, None, spacing, affine, (), orientation, stored_type)
 
 
-@memory_bounded
 def read_scan_label(path: str | Path, volume: Volume, num_classes: int | None = None) -> np.ndarray:
-    """Read the label NIfTI of a scan, turned like its image: uint8 (D, H, W), ids below ``num_classes``.
+    """Read the label NIfTI of a scan and turn it like the image: uint8 (D, H, W), ids below ``num_classes``.
 
-    Raises DataError for a file that is damaged or of another shape, and for one whose axes run otherwise in space than
-    its image's where they decide how the two are turned.
+    ``volume.stored_type`` becomes the label's. Raises DataError for a file that is damaged or of another shape, and,
+    where images are turned, for one whose axes run in other directions than the image's.
     """
-    voxels, affine, slope, intercept = _load_nifti(Path(path))
+    voxels, affine, slope, intercept = _load(Path(path))
     volume.stored_type = voxels.dtype.name
     if (slope, intercept) != (1, 0):
-        check_declared(path, "label", voxels.shape, np.dtype(np.float64), remedy="crop it, or take out its slope")
         voxels = voxels * slope + intercept
     target = volume.image.preprocessing.orientation
-    _checked_orientation(path, affine)
     if target is not None:
         voxels, affine = reorient(voxels, affine, target)
-    label = checked_label(path, np.ascontiguousarray(voxels), volume.image.shape, num_classes)
+    label = checked_label(path, voxels, volume.image.shape, num_classes)
     if not np.allclose(affine, volume.affine, atol=0.1):
         if target is not None and not np.allclose(affine[:3, :3], volume.affine[:3, :3], atol=0.1):
-            raise DataError(f"{path}: its axes run otherwise in space than its image's; repair one of the headers")
+            raise DataError(f"{path}: its axes run in other directions than its image's; repair one of the headers")
         logger.warning("%s: lies elsewhere in space than its image; voxels are matched by index", path)
     return label
 
 
-def _checked_orientation(path: str | Path, affine: np.ndarray) -> str:
-    """Return the way that the axes of a file run, or raise DataError where its affine does not say."""
-    if not is_affine(affine):
-        raise DataError(f"{path}: its affine has no inverse; three axes in mm were expected: repair the header")
-    orientation = orientation_of(affine)
-    if "?" in orientation:
-        raise DataError(f"{path}: its affine leaves open which way an axis runs; repair the header")
-    return orientation
-
-
-def _check_window(path: Path, image: ScanImage) -> None:
-    """Warn where a scan cannot be in the units that its window is in."""
-    window = image.preprocessing.window
-    if window is None or window[0] >= 0:
-        return
-    low, high = image.extent()
-    if low >= 0:
-        logger.warning(
-            "%s: its values run from %g to %g, and none is below 0 as Hounsfield units of air would be; "
-            "subtract what was added to them, or the window [%g, %g] misses the organs", path, low, high, *window
-        )  # fmt: skip
+def _load(path: Path) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """Return (voxels as stored, (z, y, x); affine of the indices (x, y, z); slope; intercept), checked."""
+    if path.is_dir():
+        with reading(path, "DICOM series", "export it again"):
+            loaded = _load_dicom(path)
+    else:
+        with reading(path, "NIfTI file", "copy or unpack it again"):
+            loaded = _load_nifti(path)
+    affine = loaded[1]
+    if not is_affine(affine) or "?" in orientation_of(affine):
+        raise DataError(f"{path}: its affine does not say how the three axes run in mm; repair the header")
+    return loaded
 
 
 def _load_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Return (voxels as stored, (z, y, x); affine of the indices (x, y, z); slope; intercept)."""
-    try:
-        with open(path, "rb") as file:
-            packed = file.read(2) == b"\x1f\x8b"
-        with (gzip.open if packed else open)(path, "rb") as stream:
-            header = _nifti_header(stream.read(540))
-            shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
-            check_declared(path, "image", shape, dtype, remedy="convert or crop it")
-            if len(shape) < 3 or shape[3:] not in ((), (1,)) or 0 in shape:
-                raise DataError(f"{path}: has shape {brief(shape)}; one scan of three axes was expected")
-            shape, end = shape[:3], offset + math.prod(shape) * dtype.itemsize
-            size = path.stat().st_size
-            if (end > size * MAX_INFLATION) if packed else (end != size):
-                raise ValueError(f"{size} bytes, its header declares {end}{' unpacked' if packed else ''}")
-            if packed:
-                voxels = _unpacked(stream, offset, shape, dtype)
-            else:
-                voxels = np.memmap(stream, dtype, "c", offset, shape, order="F")
-        slope, intercept = header.get_slope_inter()
-        slope, intercept = 1.0 if slope is None else float(slope), float(intercept or 0)
-        affine = np.array(header.get_best_affine(), float)
-        if not (header["sform_code"] or header["qform_code"]):
-            logger.warning("%s: its header does not say how it lies in the patient; left and right are a guess", path)
-    except (DataError, MemoryError):
-        raise
-    except Exception as error:  # nibabel, gzip and zlib each have their own
-        raise DataError(f"{path}: not a readable NIfTI file ({brief(error)}); copy or unpack it again") from error
-    return voxels.astype(dtype.newbyteorder("="), copy=False).T, affine, slope, intercept
+    from nibabel import Nifti1Image, Nifti2Image
 
-
-def _nifti_header(content: bytes):
-    """Return nibabel's header of the first bytes of a NIfTI file, version 1 or 2.
-
-    Nothing behind the header is looked at: an extension may declare any size, and be one of nibabel's other formats.
-    """
-    from nibabel import Nifti1Header, Nifti2Header
-
-    for kind, size, magic, at in ((Nifti1Header, 348, b"n+1\0", 344), (Nifti2Header, 540, b"n+2\0", 4)):
-        for order, name in (("<", "little"), (">", "big")):
-            if content[:4] == size.to_bytes(4, name) and content[at : at + 4] == magic:
-                return kind(content[:size], order)
-    raise ValueError("it does not begin as .nii does")
-
-
-def _unpacked(stream: gzip.GzipFile, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Read voxels, (x, y, z), from a gzip stream, and to its end: only there gzip compares the checksum."""
-    stream.seek(offset)
-    voxels = np.empty(shape, dtype, order="F")
-    room = memoryview(voxels.reshape(-1, order="F").view(np.uint8))
-    while len(room):
-        count = stream.readinto(room[: 2**24])
-        if not count:
-            raise EOFError(f"it ends {len(room)} bytes early")
-        room = room[count:]
-    if stream.read(1):
-        raise ValueError("it goes on after the voxels that its header declares")
-    return voxels
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    with (gzip.open if packed else open)(path, "rb") as stream:
+        start = stream.read(540)
+        kind = Nifti2Image if 540 in (int.from_bytes(start[:4], order) for order in ("little", "big")) else Nifti1Image
+        header = kind.header_class.from_fileobj(io.BytesIO(start))
+        shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
+        check_declared(path, "image", shape, dtype, remedy="convert or crop it")
+        if len(shape) < 3 or shape[3:] not in ((), (1,)) or 0 in shape or not header["magic"].item().startswith(b"n+"):
+            raise DataError(f"{path}: has shape {brief(shape)}; one file with one scan of three axes was expected")
+        end, size = offset + math.prod(shape) * dtype.itemsize, path.stat().st_size
+        if end > size * MAX_INFLATION if packed else end != size:
+            raise ValueError(f"{size} bytes, its header declares {end}{' unpacked' if packed else ''}")
+        stream.seek(0)
+        voxels = np.asanyarray(kind.from_stream(stream).dataobj.get_unscaled()).reshape(shape[:3], order="F")
+        stream.seek(end)
+        if stream.read(1):  # At the end of the stream gzip compares the checksum; nibabel does not read that far.
+            raise ValueError(f"it goes on after the {end} bytes that its header declares")
+    slope, intercept = header.get_slope_inter()
+    if not (header["sform_code"] or header["qform_code"]):
+        logger.warning("%s: its header does not say how it lies in the patient; left and right are a guess", path)
+    voxels = voxels.astype(dtype.newbyteorder("="), copy=False)
+    return voxels.T, np.array(header.get_best_affine(), float), float(slope or 1), float(intercept or 0)
 
 
 def _load_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray, float, float]:
     """Return what ``_load_nifti`` does, for the one DICOM series of a folder."""
     import SimpleITK
 
-    series = SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    names = SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    series = {name: SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), name) for name in names}
     if len(series) != 1:
-        found = f"{len(series)} DICOM series" if series else "no .nii, no .nii.gz and no DICOM series"
-        if series:
-            found += f" ({', '.join(_described(folder, number) for number in series[:5])})"
-        raise DataError(f"{folder}: holds {found}; one series was expected: give a folder with that alone")
-    files = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
+        found = brief(", ".join(f"{name}: {len(files)} files" for name, files in series.items()))
+        found = f"{len(series)} DICOM series ({found})" if series else "no .nii, no .nii.gz and no DICOM series"
+        raise DataError(f"{folder}: holds {found}; one series was expected: give a folder with one series only")
+    (files,) = series.values()
     _check_left_over(folder, {Path(file).name for file in files})
-    affine = _dicom_affine(folder, files)
-    reader = SimpleITK.ImageFileReader()
-    reader.SetFileName(files[0])
-    reader.ReadImageInformation()
-    if reader.GetNumberOfComponents() != 1:
+    slices = []
+    for file in files:
+        slices.append(SimpleITK.ImageFileReader())
+        slices[-1].SetFileName(file)
+        with reading(file, "DICOM file", "export the series again"):
+            slices[-1].ReadImageInformation()
+    first = slices[0]
+    if first.GetNumberOfComponents() != 1:
         raise DataError(f"{folder}: is in colour; a scan of grey values was expected")
-    width, height = reader.GetSize()[:2]
-    if reader.GetDimension() > 2 and reader.GetSize()[2] > 1:
-        raise DataError(f"{files[0]}: several slices in one DICOM file; one was expected: convert it to NIfTI")
-    stored = np.dtype(SimpleITK.GetArrayFromImage(SimpleITK.Image(1, 1, reader.GetPixelID())).dtype)
-    check_declared(folder, "image", (len(files), height, width), stored, remedy="crop it")
+    width, height, *depth = first.GetSize()
+    if math.prod(depth) != 1:
+        raise DataError(f"{files[0]}: holds {depth} slices; one per DICOM file was expected: convert it to NIfTI")
+    dtype = SimpleITK.GetArrayFromImage(SimpleITK.Image(1, 1, first.GetPixelID())).dtype
+    check_declared(folder, "image", (len(files), height, width), dtype, remedy="crop it")
+    affine = _dicom_affine(folder, files, slices)
     reader = SimpleITK.ImageSeriesReader()
     reader.SetFileNames(files)
     return SimpleITK.GetArrayFromImage(reader.Execute()), affine, 1.0, 0.0
 
 
 def _check_left_over(folder: Path, files: set[str]) -> None:
-    """Raise DataError for a file that is named as those of the series are and is none: a slice at the end may lack."""
-    endings = {Path(file).suffix for file in files}
-    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name[0] != "." and p.name not in files)
-    for name in names:
-        if Path(name).suffix in endings - {""}:
+    """Raise DataError for a file that has the series' extension but is not part of it: it may be its last slice."""
+    endings = {Path(file).suffix for file in files} - {""}
+    others = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name[0] != "." and p.name not in files)
+    for name in others:
+        if Path(name).suffix in endings:
+            raise DataError(f"{folder / name}: not readable as a slice of the series beside it; export it again")
+    if others:
+        logger.warning("%s: %s not part of the series; check that none is a slice", folder, brief(", ".join(others)))
+
+
+def _dicom_affine(folder: Path, files: tuple[str, ...], slices: list) -> np.ndarray:
+    """Return the affine, to the patient's right, anterior and superior, from the slices' own positions.
+
+    slices: SimpleITK's readers of the files, in order. Raises DataError where the slices do not form a regular grid.
+    """
+    axes = np.array([np.reshape(s.GetDirection(), (3, 3))[:, :2] * s.GetSpacing()[:2] for s in slices])
+    for file, found, single in zip(files, axes, slices, strict=True):
+        if not np.allclose(found, axes[0], rtol=1e-5, atol=1e-3) or single.GetSize() != slices[0].GetSize():
             raise DataError(
-                f"{folder / name}: not readable as a slice of the series beside it; export the series again"
+                f"{file}: differs from the first slice in direction, spacing or size; export the series again"
             )
-    if names:
-        logger.warning("%s: %s not of the series; is none of them a slice?", folder, brief(", ".join(names)))
-
-
-def _described(folder: Path, series: str) -> str:
-    """Return what a DICOM series calls itself and how many files it has."""
-    import SimpleITK
-
-    files = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series)
-    reader = SimpleITK.ImageFileReader()
-    reader.SetFileName(files[0])
-    reader.ReadImageInformation()
-    name = reader.GetMetaData("0008|103e").strip() if reader.HasMetaDataKey("0008|103e") else series
-    return f"{name}: {len(files)} files"
-
-
-def _dicom_affine(folder: Path, files: tuple[str, ...]) -> np.ndarray:
-    """Return the affine, to the patient's right, anterior and superior, that the slices' own positions give."""
-    import SimpleITK
-
-    positions, first = [], None
-    reader = SimpleITK.ImageFileReader()
-    for file in files:
-        reader.SetFileName(file)
-        try:
-            reader.ReadImageInformation()
-        except RuntimeError as error:
-            raise DataError(f"{file}: not a readable DICOM file; export the series again") from error
-        here = np.array(reader.GetDirection()).reshape(3, 3)[:, :2], reader.GetSpacing()[:2], reader.GetSize()[:2]
-        first = first or here
-        if not (np.allclose(here[0], first[0], atol=1e-3) and np.allclose(here[1], first[1]) and here[2] == first[2]):
-            raise DataError(
-                f"{file}: differs from the first slice in direction, spacing or size; export the series anew"
-            )
-        positions.append(reader.GetOrigin())
-    positions = np.array(positions)
+    positions = np.array([s.GetOrigin() for s in slices])
+    step = np.cross(*axes[0].T / np.linalg.norm(axes[0], axis=0)[:, None]) * slices[0].GetSpacing()[2]
     if len(files) > 1:
         steps = np.diff(positions, axis=0)
         step = steps.mean(0)
@@ -247,12 +177,8 @@ def _dicom_affine(folder: Path, files: tuple[str, ...]) -> np.ndarray:
         if np.linalg.norm(steps[worst] - step) > SPACING_TOLERANCE * np.linalg.norm(step):
             raise DataError(
                 f"{folder}: {Path(files[worst + 1]).name} lies {np.linalg.norm(steps[worst]):.2f} mm from the slice "
-                f"before, {np.linalg.norm(step):.2f} mm on average; a slice is missing or doubled: export it anew"
+                f"before, {np.linalg.norm(step):.2f} mm on average; a slice is missing or doubled: export it again"
             )
-    else:
-        step = np.cross(*first[0].T) * reader.GetSpacing()[2]
     affine = np.eye(4)
-    affine[:3, :2] = first[0] * first[1]
-    affine[:3, 2] = step
-    affine[:3, 3] = positions[0]
+    affine[:3, :2], affine[:3, 2], affine[:3, 3] = axes[0], step, positions[0]
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # DICOM's axes run to the left and to the back

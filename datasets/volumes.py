@@ -21,34 +21,25 @@ from datasets.errors import DataError
 from datasets.files import atomic_write
 from datasets.lists import data_name, list_path, natural_key, patient_of, select_files
 from datasets.preprocessing import nifti_image
-from datasets.storage import (
-    LabelOrder,
-    checked_class_names,
-    checked_geometry,
-    checked_image,
-    checked_label,
-    checked_origin,
-    memory_bounded,
-    read_fields,
-)
+from datasets.storage import PREPARE, LabelOrder, checked_facts, checked_image, checked_label, read_fields, reading
 from datasets.training_set import TrainingSet
 from datasets.transforms import augment, resize_cubic, resize_nearest
 
 COMPRESSION = 1
-"""zlib's level for prepared files: the fastest."""
+"""zlib level of prepared files: the fastest."""
 
 _SLICE = re.compile(r"(?P<volume>.+)_slice(?P<phase>[A-Za-z]*)_?[0-9]+")
 
 
 @dataclass
 class Volume:
-    """One scan with its label, axes (z, y, x).
+    """One scan with its label; axes are (z, y, x).
 
-    image: float32 (D, H, W), or a ScanImage that gives it slice by slice; label: uint8 (D, H, W) or None; spacing:
-    (z, y, x) in mm or None; affine: float64 (4, 4), voxel index (x, y, z) to mm in NIfTI's right-anterior-superior
-    space, or None; class_names: without background. orientation and stored_type say how the file that the volume came
-    from had it: which way x, y and z ran (``RAS``; None: as here) and the number type of its label, or of its image
-    where it has none (None: not known).
+    image: float32 (D, H, W), or a ScanImage that computes it slice by slice; label: uint8 (D, H, W) or None; spacing:
+    (z, y, x) in mm or None; affine: float64 (4, 4) from voxel index (x, y, z) to mm in NIfTI's right-anterior-superior
+    space, or None; class_names: without background. orientation and stored_type describe the original file: the
+    direction of its x, y and z (``RAS``; None: as here), and the number type of its label, or of its image where it
+    has no label (None: unknown).
     """
 
     name: str
@@ -63,77 +54,80 @@ class Volume:
     planar: ClassVar[bool] = False
 
     def network_input(self, img_size: int, part: slice = slice(None)) -> np.ndarray:
-        """Return slices (all, or a part) at the network's size, cubic splines: float32 (n, 1, S, S)."""
+        """Return all slices, or a part of them, resized by cubic splines for the network: float32 (n, 1, S, S)."""
         return resize_cubic(self.image[part], (img_size, img_size))[:, None]
 
     def restore(self, prediction: np.ndarray) -> np.ndarray:
-        """Return a prediction (D, S, S) at the volume's own size, nearest neighbour: (D, H, W), same type."""
+        """Return a prediction (D, S, S) at the volume's size, nearest neighbour: (D, H, W), same type."""
         return resize_nearest(prediction, self.image.shape[1:])
 
     def to_nifti(self, array: np.ndarray):
-        """Return a nibabel image of an array (D, H, W) of this volume, its axes as the volume's file had them.
+        """Return a nibabel image of an array (D, H, W) of this volume, with axes as in the original file.
 
-        Class indices (uint8) get the number type of the file where that is one of integers.
+        Class indices (uint8) get the number type of the original file if that is an integer type.
         """
         if array.dtype == np.uint8 and self.stored_type and np.dtype(self.stored_type).kind in "iu":
             array = array.astype(self.stored_type)
         return nifti_image(array, self.affine, self.spacing, self.orientation)
 
 
-@memory_bounded
 def read_volume(path: str | Path, num_classes: int | None = None, label_order: LabelOrder | None = None) -> Volume:
     """Read and check one volume, HDF5 or npz.
 
-    num_classes (with background) bounds the label ids where given; label_order turns a file's ids into ours. Raises
-    DataError naming the file.
+    num_classes, with background, bounds the label ids; label_order translates a file's ids to ours. Raises DataError,
+    which names the file.
     """
-    fields = read_fields(path)
-    image, label, names = _checked_pair(path, fields, 3, num_classes, label_order)
-    spacing, affine = checked_geometry(path, fields.get("spacing"), fields.get("affine"))
-    orientation, stored_type = checked_origin(path, fields.get("orientation"), fields.get("stored_type"))
-    return Volume(data_name(path), image, label, spacing, affine, names, orientation, stored_type)
+    return _read(path, 3, num_classes, label_order)
+
+
+def read_slice(
+    path: str | Path, num_classes: int | None = None, label_order: LabelOrder | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read and check one slice, npz or HDF5: returns (image float32 (H, W), label uint8 (H, W)).
+
+    num_classes, label_order and errors: as for ``read_volume``.
+    """
+    single = _read(path, 2, num_classes, label_order)
+    return single.image, single.label
+
+
+def _read(path: str | Path, ndim: int, num_classes: int | None, order: LabelOrder | None) -> Volume:
+    with reading(path, "npz or HDF5 file"):
+        fields = read_fields(path)
+        image = checked_image(path, fields["image"], ndim)
+        facts = checked_facts(path, fields)
+        if order is None:
+            label = checked_label(path, fields["label"], image.shape, num_classes)
+        else:
+            label = order.apply(path, fields["label"], image.shape, facts.get("class_names", ()))
+            facts["class_names"] = order.class_names
+        return Volume(data_name(path), image, label, **facts)
 
 
 def write_volume(path: str | Path, volume: Volume) -> None:
-    """Write a Volume with its label to HDF5, compressed, whole or not at all."""
+    """Write a Volume with its label to compressed HDF5; the file appears whole or not at all."""
     # Through memory: on a full disk HDF5's own writing prints tracebacks and may crash the interpreter.
     content, chunks = io.BytesIO(), (1, *volume.image.shape[1:])
-    with h5py.File(content, "w") as file:
-        for key, array in (("image", volume.image), ("label", volume.label)):
-            file.create_dataset(
-                key, data=array, compression="gzip", compression_opts=COMPRESSION, shuffle=True, chunks=chunks
-            )
-        if volume.class_names:
-            file.attrs["class_names"] = list(volume.class_names)
-        if volume.spacing is not None:
-            file.attrs["spacing"] = np.asarray(volume.spacing, dtype=np.float64)
-        if volume.affine is not None:
-            file.attrs["affine"] = np.asarray(volume.affine, dtype=np.float64)
-        for key, text in (("orientation", volume.orientation), ("stored_type", volume.stored_type)):
-            if text is not None:
-                file.attrs[key] = text
+    packing = dict(compression="gzip", compression_opts=COMPRESSION, shuffle=True, chunks=chunks)
+    with h5py.File(content, "w", libver=("v110", "v110")) as file:  # this format has checksums for all but the arrays
+        for key in ("image", "label"):
+            file.create_dataset(key, data=getattr(volume, key), **packing)
+        for key in ("class_names", "spacing", "affine", "orientation", "stored_type"):
+            value = getattr(volume, key)
+            if value is not None and len(value):
+                # Texts of fixed length: others lie in HDF5's heap, in which damage may make it loop for ever.
+                is_text = key in ("class_names", "orientation", "stored_type")
+                file.attrs[key] = np.char.encode(value, "utf-8") if is_text else value
     with atomic_write(path) as temporary:
         temporary.write_bytes(content.getbuffer())
 
 
-@memory_bounded
-def read_slice(
-    path: str | Path, num_classes: int | None = None, label_order: LabelOrder | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Read and check one slice: returns (image float32 (H, W), label uint8 (H, W)), or raises DataError.
-
-    num_classes and label_order: as for ``read_volume``.
-    """
-    return _checked_pair(path, read_fields(path), 2, num_classes, label_order)[:2]
-
-
 def write_slice(path: str | Path, volume: Volume, index: int) -> None:
-    """Write slice ``index`` of a Volume with its label to npz, whole or not at all."""
-    facts = {} if volume.spacing is None else {"spacing": np.asarray(volume.spacing, dtype=np.float64)}
-    if volume.class_names:
-        facts["class_names"] = np.array(volume.class_names, dtype=np.str_)
-    arrays = {"image": volume.image[index], "label": volume.label[index], **facts}
-    # numpy's own compressed form, but at zlib's level 6, takes four times as long and saves a tenth of the room.
+    """Write slice ``index`` of a Volume with its label to npz; the file appears whole or not at all."""
+    arrays = {"image": volume.image[index], "label": volume.label[index]}
+    arrays |= {} if volume.spacing is None else {"spacing": np.asarray(volume.spacing, np.float64)}
+    arrays |= {"class_names": np.array(volume.class_names, np.str_)} if volume.class_names else {}
+    # np.savez_compressed packs at zlib's level 6, which takes four times as long and saves a tenth of the bytes.
     with (
         atomic_write(path) as temporary,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=COMPRESSION) as archive,
@@ -143,41 +137,14 @@ def write_slice(path: str | Path, volume: Volume, index: int) -> None:
                 np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
 
 
-def stack_slices(
-    name: str, paths: Sequence[Path], num_classes: int | None = None, label_order: LabelOrder | None = None
-) -> Volume:
-    """Read the slices of one volume in the order given and stack them to a Volume; raises DataError."""
-    pairs = [read_slice(path, num_classes, label_order) for path in paths]
-    first = pairs[0][0].shape
-    for path, (image, _) in zip(paths, pairs, strict=True):
-        if image.shape != first:
-            raise DataError(
-                f"{path}: shape {image.shape}, but {paths[0].name} of the same volume has {first}; "
-                "prepare the data again or replace the file"
-            )
-    images, labels = zip(*pairs, strict=True)
-    return Volume(name, np.stack(images), np.stack(labels))
-
-
-def _checked_pair(
-    path: str | Path, fields: dict, ndim: int, num_classes: int | None, order: LabelOrder | None
-) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Return (image, label, class names) of a file."""
-    image = checked_image(path, fields["image"], ndim)
-    names = checked_class_names(path, fields.get("class_names", ()))
-    if order is not None:
-        return image, order.apply(path, fields["label"], image.shape, names), order.class_names
-    return image, checked_label(path, fields["label"], image.shape, num_classes), names
-
-
 class VolumeDataset(Sequence[Volume]):
-    """The volumes that a list names, each read and checked when it is asked for.
+    """The volumes that a list names; each is read and checked when it is indexed.
 
-    volume_path: folder of ``.npy.h5``, ``.h5`` or ``.npz`` volumes, or of slices, which are stacked to their volume
-    (MT-UNet's validation part has slices only); a folder of the split's name in it is used in its place. num_classes
-    counts the background; label_order turns the ids of other people's files into ours; only: patients of the list, or
-    None for all. ``[i]`` gives a Volume; ``names`` are the volumes' names, ``source`` the list. Raises DataError
-    for a bad list at once, for a bad file when it is read.
+    volume_path: folder of ``.npy.h5``, ``.h5`` or ``.npz`` volumes, or of slices, which are stacked to volumes
+    (MT-UNet's validation data are slices); a folder inside it with the split's name takes precedence. num_classes
+    counts the background; label_order translates a file's ids to ours; only: patients of the list to keep, or None for
+    all. ``[i]`` returns a Volume; ``names`` are the volumes' names, ``source`` is the list. Raises DataError: for a bad
+    list in the constructor, for a bad file on indexing.
     """
 
     def __init__(
@@ -197,7 +164,7 @@ class VolumeDataset(Sequence[Volume]):
 
     @property
     def patients(self) -> set[str]:
-        """Whose volumes they are."""
+        """The patients in this split."""
         return {patient_of(name) for name in self.names}
 
     def __len__(self) -> int:
@@ -206,9 +173,16 @@ class VolumeDataset(Sequence[Volume]):
     def __getitem__(self, index: int) -> Volume:
         name = self.names[index]
         files = self.files[name]
-        if _SLICE.fullmatch(data_name(files[0])):
-            return stack_slices(name, files, self.num_classes, self.label_order)
-        return read_volume(files[0], self.num_classes, self.label_order)
+        if not _SLICE.fullmatch(data_name(files[0])):
+            return read_volume(files[0], self.num_classes, self.label_order)
+        images, labels = zip(*(read_slice(file, self.num_classes, self.label_order) for file in files), strict=True)
+        for file, image in zip(files, images, strict=True):
+            if image.shape != images[0].shape:
+                raise DataError(
+                    f"{file}: shape {image.shape}, but {files[0].name} of the same volume has {images[0].shape}; "
+                    + PREPARE
+                )
+        return Volume(name, np.stack(images), np.stack(labels))
 
 
 def _group_by_volume(paths: Sequence[Path]) -> dict[str, list[Path]]:
@@ -226,12 +200,12 @@ def _group_by_volume(paths: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 class SliceDataset(TrainingSet):
-    """The slices (npz) that a list names, augmented at their own size and resized to the network's.
+    """The slices (npz) that a list names, augmented at their own size and then resized for the network.
 
-    root_path: their folder; a folder of the split's name in it is used in its place. num_classes counts the
-    background; label_order turns the ids of other people's files into ours; without: patients of the list to leave out.
-    ``[i]`` gives ``image`` float32 (1, S, S), cubic, ``label`` int64 (S, S), nearest, and ``name``. Raises DataError
-    for a bad list at once, for a bad file when it is read.
+    root_path: folder of the slices; a folder inside it with the split's name takes precedence. num_classes counts the
+    background; label_order translates a file's ids to ours; without: patients of the list to leave out. ``[i]`` returns
+    ``image``, float32 (1, S, S), resized by cubic splines, ``label``, int64 (S, S), nearest neighbour, and ``name``.
+    Raises DataError: for a bad list in the constructor, for a bad file on indexing.
     """
 
     def __init__(
@@ -256,14 +230,14 @@ class SliceDataset(TrainingSet):
 
     @property
     def patients(self) -> set[str]:
-        """Whose slices they are."""
+        """The patients in this split."""
         return {patient_of(file.name) for file in self.files}
 
     def __len__(self) -> int:
         return len(self.files)
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the image, float32 (H, W), and the label, uint8 (H, W), of a slice as its file has them."""
+        """Return a slice as stored: image, float32 (H, W), and label, uint8 (H, W)."""
         return read_slice(self.files[index], self.num_classes, self.label_order)
 
     def __getitem__(self, index: int) -> dict[str, Any]:

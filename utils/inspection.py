@@ -240,7 +240,7 @@ def inspect(
             grids = windows[0].numpy().reshape(-1, 2, 2)[(slice(None), *steps)]
             pictures["windows"] = lambda path: save_windows(path, image, grids)
         if gate is not None:
-            shares = gate[0, 0].numpy()[steps]
+            shares = np.ascontiguousarray(gate[0, 0].numpy()[steps])  # torch takes no reversed axes
             pictures["gate"] = lambda path: save_gate(path, image, shares, history)
 
     if not pictures:

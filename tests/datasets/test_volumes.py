@@ -1,9 +1,158 @@
-"""Volumes of a split, ours and MT-UNet's."""
+"""Volumes and slices: their files and their data sets; chance depends on seed, epoch and index alone."""
 
+import resource
+
+import h5py
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
-from datasets import SliceDataset, VolumeDataset
+from datasets import SliceDataset, VolumeDataset, read_slice, read_volume, write_slice, write_volume
+
+
+def test_volume_round_trip(tmp_path, make_volume):
+    volume = make_volume()
+    write_volume(tmp_path / "patient001_frame01.npy.h5", volume)
+    back = read_volume(tmp_path / "patient001_frame01.npy.h5", 4)
+    assert (back.name, back.spacing, back.class_names) == (volume.name, volume.spacing, volume.class_names)
+    np.testing.assert_array_equal(back.image, volume.image)
+    np.testing.assert_array_equal(back.label, volume.label)
+    np.testing.assert_array_equal(back.affine, volume.affine)
+    assert (back.image.dtype, back.label.dtype) == (np.float32, np.uint8)
+
+
+def test_slice_round_trip(tmp_path, make_volume):
+    volume = make_volume()
+    write_slice(tmp_path / "s.npz", volume, 2)
+    image, label = read_slice(tmp_path / "s.npz", 4)
+    np.testing.assert_array_equal(image, volume.image[2])
+    np.testing.assert_array_equal(label, volume.label[2])
+    with np.load(tmp_path / "s.npz") as file:
+        assert tuple(file["class_names"]) == volume.class_names
+        assert tuple(file["spacing"]) == volume.spacing
+
+
+def test_network_input_and_restore(make_volume):
+    volume = make_volume(shape=(3, 20, 14))
+    assert volume.network_input(32).shape == (3, 1, 32, 32)
+    assert volume.network_input(32).dtype == np.float32
+    prediction = np.zeros((3, 32, 32), np.uint8)
+    prediction[1, 16:, :] = 2
+    restored = volume.restore(prediction)
+    assert restored.shape == (3, 20, 14)
+    assert restored.dtype == np.uint8
+    assert (restored[1, 10:] == 2).all()
+    assert not restored[1, :10].any()
+    assert not restored[[0, 2]].any()
+
+
+@pytest.mark.parametrize("shape", [(1, 20, 14), (3, 7, 31), (1, 1, 1)])
+def test_odd_but_sound_volumes_are_read(tmp_path, make_volume, shape):
+    volume = make_volume(shape=shape)
+    volume.label[:] = 0
+    volume.image[:] = 0.5
+    write_volume(tmp_path / "v.h5", volume)
+    back = read_volume(tmp_path / "v.h5", 4)
+    assert back.image.shape == shape
+    assert back.network_input(16).shape == (shape[0], 1, 16, 16)
+    assert back.restore(np.zeros((shape[0], 16, 16), np.uint8)).shape == shape
+
+
+def test_files_without_names_and_geometry_are_read(tmp_path):
+    np.savez(tmp_path / "v.npz", img=np.zeros((2, 5, 4)), label=np.ones((2, 5, 4)))
+    volume = read_volume(tmp_path / "v.npz", 2)
+    assert (volume.spacing, volume.affine, volume.class_names) == (None, None, ())
+    assert (volume.image.dtype, volume.label.dtype) == (np.float32, np.uint8)
+
+
+def _write(path, **arrays):
+    if path.suffix == ".npz":
+        np.savez(path, **arrays)
+        return
+    with h5py.File(path, "w") as file:
+        for key, array in arrays.items():
+            file[key] = array
+
+
+GOOD = {"image": np.zeros((2, 5, 4), np.float32), "label": np.zeros((2, 5, 4), np.uint8)}
+NAN = np.full((2, 5, 4), np.nan, np.float32)
+BAD = {
+    "no image": ({"label": GOOD["label"]}, "has no 'image'"),
+    "no label": ({"image": GOOD["image"]}, "has no 'label'"),
+    "unequal shapes": (GOOD | {"label": np.zeros((2, 4, 5), np.uint8)}, "(2, 4, 5)"),
+    "too few axes": ({key: array[0] for key, array in GOOD.items()}, "(5, 4)"),
+    "too many axes": ({key: array[None] for key, array in GOOD.items()}, "(1, 2, 5, 4)"),
+    "empty": ({key: array[:0] for key, array in GOOD.items()}, "(0, 5, 4)"),
+    "NaN": (GOOD | {"image": NAN}, "40 values"),
+    "infinite": (GOOD | {"image": NAN * 0 + np.inf}, "40 values"),
+    "beyond float32": (GOOD | {"image": np.full((2, 5, 4), 1e300)}, "infinite"),
+    "fraction": (GOOD | {"label": np.full((2, 5, 4), 0.5)}, "whole numbers"),
+    "NaN label": (GOOD | {"label": NAN}, "whole numbers"),
+    "id too high": (GOOD | {"label": np.full((2, 5, 4), 4, np.uint8)}, "--num_classes"),
+    "id far too high": (GOOD | {"label": np.full((2, 5, 4), 300)}, "300"),
+    "negative id": (GOOD | {"label": np.full((2, 5, 4), -1)}, "-1"),
+    "complex": (GOOD | {"image": np.zeros((2, 5, 4), complex)}, "complex"),
+    "text": (GOOD | {"label": np.full((2, 5, 4), b"a")}, "numbers"),
+}
+
+
+@pytest.mark.parametrize("ending", [".npy.h5", ".npz"])
+@pytest.mark.parametrize("case", BAD)
+def test_unfit_contents_are_refused(tmp_path, refused, case, ending):
+    arrays, words = BAD[case]
+    path = tmp_path / f"patient001_frame01{ending}"
+    _write(path, **arrays)
+    refused(lambda: read_volume(path, 4), path, words)
+
+
+@pytest.mark.parametrize("ending", [".npy.h5", ".npz"])
+def test_unreadable_files_are_refused(tmp_path, refused, make_volume, ending):
+    path = tmp_path / f"v{ending}"
+    refused(lambda: read_volume(path), path, "no such file", "prepare_data.py")
+    path.write_bytes(b"something else\n" * 100)
+    refused(lambda: read_volume(path), path, "prepare_data.py")
+    path.write_bytes(b"")
+    refused(lambda: read_volume(path), path)
+    volume = make_volume(shape=(3, 64, 64))
+    write_volume(path, volume) if ending == ".npy.h5" else _write(path, image=volume.image, label=volume.label)
+    whole = path.read_bytes()
+    for share in (0.2, 0.6, 0.95):
+        path.write_bytes(whole[: int(share * len(whole))])
+        refused(lambda: read_volume(path), path)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [("spacing", (1.0, 2.0)), ("spacing", (1.0, 0.0, 1.0)), ("affine", np.eye(3)), ("class_names", (1, 2, 3))],
+)
+def test_unfit_attributes_are_refused(tmp_path, refused, make_volume, attribute, value):
+    path = tmp_path / "v.h5"
+    write_volume(path, make_volume())
+    with h5py.File(path, "a") as file:
+        file.attrs[attribute] = value
+    refused(lambda: read_volume(path), path, attribute)
+
+
+def test_a_full_disk_leaves_nothing_and_the_old_file_as_it_was(tmp_path, make_volume):
+    volume = make_volume(shape=(3, 100, 100))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for write, name in ((write_volume, "v.npy.h5"), (lambda path, volume: write_slice(path, volume, 0), "s.npz")):
+        old = tmp_path / f"old_{name}"
+        old.write_bytes(b"old")
+        for path in (tmp_path / name, old):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+            try:
+                with pytest.raises(OSError) as caught:
+                    write(path, volume)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            assert caught.value.filename == str(path)
+        assert old.read_bytes() == b"old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old_s.npz", "old_v.npy.h5"]
+
+
+# Volumes of a split, ours and MT-UNet's
 
 
 def test_volumes_come_by_the_list_and_are_read_when_asked_for(prepared):
@@ -64,3 +213,82 @@ def test_mtunets_files_are_read_as_they_are(mtunet, make_volume):
 def test_slices_of_unequal_shape_are_refused(mtunet, refused):
     np.savez(mtunet / "valid" / "case_019_sliceED_7.npz", img=np.zeros((5, 5)), label=np.zeros((5, 5)))
     refused(lambda: VolumeDataset(mtunet, mtunet, "val", 4)[0], "case_019_sliceED_7.npz", "(5, 5)")
+
+
+# Training samples
+
+
+def _open(prepared, **changes):
+    arguments = {"split": "train", "num_classes": 4, "img_size": 32, "augment": True, "seed": 5} | changes
+    return SliceDataset(prepared / "train_npz", prepared / "lists", **arguments)
+
+
+def _images(loader):
+    return torch.cat([batch["image"] for batch in loader])
+
+
+def test_a_sample(prepared):
+    dataset = _open(prepared)
+    assert len(dataset) == 2 * 2 * 3
+    sample = dataset[0]
+    assert (sample["image"].shape, sample["image"].dtype) == ((1, 32, 32), torch.float32)
+    assert (sample["label"].shape, sample["label"].dtype) == ((32, 32), torch.int64)
+    assert [dataset[i]["name"] for i in (0, 3)] == ["patient001_frame01_slice000", "patient001_frame09_slice000"]
+
+
+def test_without_augmentation_a_sample_is_the_slice_resized(prepared):
+    dataset = _open(prepared, augment=False, img_size=20)
+    image, label = read_slice(dataset.files[4])
+    sample = dataset[4]
+    # The rows are as many as before; of the columns, the first and the last stay where they are.
+    np.testing.assert_allclose(sample["image"][0][:, [0, -1]], image[:, [0, -1]], atol=1e-5)
+    np.testing.assert_array_equal(sample["label"][:, [0, -1]], label[:, [0, -1]])
+
+
+def test_samples_do_not_depend_on_workers_but_on_the_epoch(prepared):
+    dataset = _open(prepared)
+    alone = DataLoader(dataset, batch_size=4)
+    shared = DataLoader(dataset, batch_size=4, num_workers=2, persistent_workers=True)
+    by_epoch = []
+    for epoch in (0, 1):
+        dataset.set_epoch(epoch)
+        by_epoch.append(_images(alone))
+        torch.testing.assert_close(_images(shared), by_epoch[epoch], rtol=0, atol=0)
+    assert not torch.equal(*by_epoch)
+    dataset.set_epoch(0)
+    torch.testing.assert_close(_images(alone), by_epoch[0], rtol=0, atol=0)
+
+
+def test_samples_depend_on_the_seed_not_on_the_order(prepared):
+    first, second, other = _open(prepared), _open(prepared), _open(prepared, seed=6)
+    forwards = [first[i]["image"] for i in range(12)]
+    backwards = [second[i]["image"] for i in reversed(range(12))][::-1]
+    assert all(map(torch.equal, forwards, backwards))
+    assert not all(map(torch.equal, forwards, (other[i]["image"] for i in range(12))))
+    assert torch.equal(first[-1]["image"], first[11]["image"])
+
+
+@pytest.mark.parametrize(("num_classes", "word"), [(3, "label id 3"), (2, "--num_classes")])
+def test_too_few_classes_are_refused(prepared, refused, num_classes, word):
+    dataset = _open(prepared, num_classes=num_classes)
+    refused(lambda: [dataset[i] for i in range(12)], "patient001_frame01_slice000.npz", word)
+
+
+def test_what_is_kept_in_memory_changes_no_sample(prepared):
+    read, kept = _open(prepared), _open(prepared)
+    assert kept.keep(2**30) == len(kept)
+    for epoch in (0, 1):
+        for dataset in (read, kept):
+            dataset.set_epoch(epoch)
+        assert all(torch.equal(read[i]["image"], kept[i]["image"]) for i in range(-1, 12))
+        assert all(torch.equal(read[i]["label"], kept[i]["label"]) for i in range(-1, 12))
+
+
+def test_memory_for_what_is_kept_is_bounded_and_the_rest_is_read(prepared, monkeypatch):
+    dataset = _open(prepared)
+    image, label = dataset.read(0)
+    assert dataset.keep(5 * (image.nbytes + label.nbytes)) == 5
+    monkeypatch.setattr(dataset, "read", lambda index: pytest.fail(f"sample {index} was read again"))
+    assert dataset[4]["name"] == "patient001_frame09_slice001"
+    with pytest.raises(pytest.fail.Exception, match="sample 5"):
+        _ = dataset[5]

@@ -151,6 +151,7 @@ def test_the_command_writes_every_picture_and_the_same_for_tensorboard(model, tm
     checkpoint = save(tmp_path / "run" / "best.pth", model, HISTORY)
     rng = np.random.default_rng(0)
     volume = Volume("case", rng.random((3, 80, 70), np.float32), np.zeros((3, 80, 70), np.uint8))
+    volume.affine = np.diag([1.0, 1.0, 4.0, 1.0])  # to the right and to the front, so that it is drawn turned
     write_volume(tmp_path / "case.npy.h5", volume)
     folder = tmp_path / "run" / "inspection"
     (folder / "events").mkdir(parents=True)
