@@ -1,4 +1,4 @@
-"""The data: what it is, how it is prepared, checked and read. Knows nothing of networks or training."""
+"""The data sets: their facts, preparation, reading and augmentation. Imports neither networks nor utils."""
 
 from datasets import acdc, isic, phantom, segpc, synapse
 from datasets.errors import DataError
@@ -9,8 +9,8 @@ from datasets.preprocessing import Preprocessing
 from datasets.scan import read_scan
 from datasets.volumes import SliceDataset, Volume, VolumeDataset, read_slice, read_volume, write_slice, write_volume
 
+# The facts of every data set, by its name in commands and checkpoints.
 DATASETS = {info.name: info for info in (synapse.INFO, acdc.INFO, segpc.INFO, isic.INFO, phantom.INFO)}
-"""What every data set is, by its name in commands and checkpoints."""
 
 __all__ = [
     "DATASETS",

@@ -1,34 +1,28 @@
-"""ACDC: cardiac MR of 100 patients, two frames each (end of diastole and of systole).
+"""ACDC: cardiac MR of 100 patients, two frames each (end of diastole and end of systole).
 
 Bernard et al., "Deep learning techniques for automatic MRI cardiac multi-structures segmentation and diagnosis: is the
-problem solved?", IEEE TMI 2018. Axes are (z, y, x) throughout, as SimpleITK gives them and as the h5 volumes in
-circulation have them: nibabel's array with its axes reversed and none of them flipped.
+problem solved?", IEEE TMI 2018. Arrays are (z, y, x), as SimpleITK reads them and as the public h5 volumes store them:
+nibabel's axes in reverse order, none of them flipped.
 """
 
 import logging
 import random
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from datasets.errors import DataError
 from datasets.info import DatasetInfo
-from datasets.lists import data_name
-from datasets.preparation import prepare_all, scale_to_unit
-from datasets.preprocessing import Preprocessing
-from datasets.scan import read_scan, read_scan_label
+from datasets.preparation import Case, files_by_name, paired, prepare_volumes, read_case
+from datasets.preprocessing import Preprocessing, to_unit
 from datasets.volumes import Volume, read_volume
 
 logger = logging.getLogger(__name__)
 
-CLASS_NAMES = ("right ventricle", "myocardium", "left ventricle")
-"""Label ids 1, 2 and 3; 0 is background."""
-
 INFO = DatasetInfo(
     name="acdc",
-    class_names=CLASS_NAMES,
+    class_names=("right ventricle", "myocardium", "left ventricle"),
     folder="data/ACDC",
     list_dir="lists/lists_ACDC",
     splits=("train", "val", "test"),
@@ -39,31 +33,22 @@ INFO = DatasetInfo(
     ),
     train_script="train_acdc.py",
 )
+CLASS_NAMES = INFO.class_names
 
 NUM_PATIENTS = 100
-TEST_PATIENTS = (8, 10, 13, 14, 16, 17, 19, 25, 26, 27, 47, 48, 53, 68, 69, 72, 76, 80, 87, 94)
-"""The release's test split."""
+TEST_PATIENTS = (8, 10, 13, 14, 16, 17, 19, 25, 26, 27, 47, 48, 53, 68, 69, 72, 76, 80, 87, 94)  # of the release
 MTUNET_TEST_PATIENTS = (2, 3, 8, 9, 12, 14, 17, 24, 42, 48, 49, 53, 55, 64, 67, 79, 81, 88, 92, 95)
 MTUNET_VAL_PATIENTS = (19, 21, 29, 33, 41, 50, 61, 71, 76, 80)
+# First and last patient of each diagnosis: ACDC numbers its patients by diagnosis.
 PATHOLOGY_GROUPS = {"DCM": (1, 20), "HCM": (21, 40), "MINF": (41, 60), "NOR": (61, 80), "RV": (81, 100)}
-"""First and last patient of each diagnosis: ACDC numbers its patients by diagnosis."""
 
-_VOLUME_NAME = re.compile(r"patient[0-9]{3}_frame[0-9]{2}")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One frame of one patient: a NIfTI image with its label, or an HDF5 volume (label_path None) with both."""
-
-    name: str
-    image_path: Path
-    label_path: Path | None = None
+_FRAME = "(patient[0-9]{3}_frame[0-9]{2})"
 
 
 def split_patients(per_group: int = 2, seed: int = 2222) -> tuple[list[int], list[int]]:
-    """Divide the patients outside the test split into training and validation, drawing from every diagnosis alike.
+    """Divide the patients outside the test split into training and validation, the same number from each diagnosis.
 
-    Returns (train, val), sorted patient numbers. ``lists/lists_ACDC`` was written by this with the defaults.
+    Returns (train, val), sorted patient numbers. ``lists/lists_ACDC`` holds the result of the defaults.
     """
     rng = random.Random(seed)
     val: list[int] = []
@@ -74,86 +59,55 @@ def split_patients(per_group: int = 2, seed: int = 2222) -> tuple[list[int], lis
 
 
 def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = False) -> list[str]:
-    """Write ``out/train_npz`` and ``out/test_vol_h5`` for every patient found; the lists say who trains and who tests.
+    """Write ``out/train_npz`` and ``out/test_vol_h5`` for every patient and return the names of the volumes.
 
-    raw: the challenge's folders (``patientXXX/patientXXX_frameYY.nii.gz``, ``..._gt.nii.gz``, ``Info.cfg``, possibly
-    under ``training`` and ``testing``), or a folder of ``patientXXX_frameYY.h5``. Intensities are scaled to [0, 1] by
-    each volume's minimum and maximum. jobs: processes. Finished volumes are skipped by a later run unless
-    ``overwrite``. Returns the names of all volumes. Raises DataError for raw data that is missing or unfit.
+    raw: the challenge's folders (``patientXXX/patientXXX_frameYY.nii.gz``, ``..._gt.nii.gz``, ``Info.cfg``, also
+    inside ``training`` and ``testing``), or a folder of ``patientXXX_frameYY.h5``. Each volume is scaled to [0, 1] by
+    its own minimum and maximum. jobs, overwrite: as in ``prepare_volumes``. Raises DataError for raw data that are
+    missing or unfit.
     """
-    cases = find_cases(raw)
-    prepare_all(read_case, cases, out, jobs, overwrite)
-    return [case.name for case in cases]
-
-
-def find_cases(raw: str | Path) -> list[Case]:
-    """Return the cases of a raw folder of either layout, sorted by name; raises DataError where there is neither."""
     raw = Path(raw)
     INFO.require(raw)
-    cases = _nifti_cases(raw) or _hdf5_cases(raw)
+    # Unpacking may add a folder above training/patientXXX.
+    scans = [path for above in ("", "*/", "*/*/", "*/*/*/") for path in raw.glob(f"{above}patient*_frame*.nii*")]
+    images = files_by_name(scans, rf"{_FRAME}\.nii(?:\.gz)?")
+    labels = files_by_name(scans, rf"{_FRAME}_gt\.nii(?:\.gz)?")
+    cases, read = paired(images, labels, "*.nii.gz", "*_gt.nii.gz"), partial(read_case, INFO)
+    _check_frames(images.values())
+    if not cases:
+        files = files_by_name(raw.glob("*.h5"), rf"{_FRAME}(?:\.npy)?\.h5")
+        cases, read = [Case(name, path) for name, path in files.items()], _read_hdf5
     if not cases:
         raise DataError(
             f"{raw}: holds neither patientXXX/patientXXX_frameYY.nii.gz (the challenge's folders) nor "
             f"patientXXX_frameYY.h5; {INFO.how_to_get}"
         )
-    return sorted(cases, key=lambda case: case.name)
+    cases.sort(key=lambda case: case.name)
+    prepare_volumes(read, cases, out, jobs, overwrite)
+    return [case.name for case in cases]
 
 
-def read_case(case: Case) -> Volume:
-    """Read one case as a Volume, its intensities scaled to [0, 1]; raises DataError."""
-    if case.label_path:
-        volume = read_scan(case.image_path, INFO.preprocessing)
-        volume.label = read_scan_label(case.label_path, volume, INFO.num_classes)
-        volume.name, volume.image = case.name, np.asarray(volume.image)
-    else:
-        volume = read_volume(case.image_path, INFO.num_classes)
-        volume.image = scale_to_unit(volume.image)
+def _read_hdf5(case: Case) -> Volume:
+    volume = read_volume(case.image_path, INFO.num_classes)
+    volume.image = to_unit(volume.image)
     volume.class_names = CLASS_NAMES
     return volume
 
 
-def _hdf5_cases(raw: Path) -> list[Case]:
-    files: dict[str, Path] = {}
-    for path in sorted(raw.glob("*.h5")):
-        if _VOLUME_NAME.fullmatch(data_name(path)):
-            _add_once(files, data_name(path), path)
-    return [Case(name, path) for name, path in files.items()]
-
-
-def _nifti_cases(raw: Path) -> list[Case]:
-    images: dict[str, Path] = {}
-    labels: dict[str, Path] = {}
-    # At most training/patientXXX/ below a folder that unpacking may have added.
-    for pattern in ("", "*/", "*/*/", "*/*/*/"):
-        for path in sorted(raw.glob(f"{pattern}patient*_frame*.nii*")):
-            name = re.sub(r"\.nii(\.gz)?$", "", path.name)
-            if path.is_file() and _VOLUME_NAME.fullmatch(name.removesuffix("_gt")):
-                _add_once(labels if name.endswith("_gt") else images, name.removesuffix("_gt"), path)
-    for name in sorted(images.keys() ^ labels.keys()):
-        found, wanted = (images[name], f"{name}_gt") if name in images else (labels[name], name)
-        raise DataError(f"{found}: {wanted}.nii.gz is missing beside it; unpack the ACDC archive again")
-    for folder in sorted({path.parent for path in images.values()}):
-        _check_frames(folder, {name for name, path in images.items() if path.parent == folder})
-    return [Case(name, images[name], labels[name]) for name in images]
-
-
-def _add_once(files: dict[str, Path], name: str, path: Path) -> None:
-    if name in files:
-        raise DataError(f"{path}: {files[name]} holds the same frame; remove one of the two")
-    files[name] = path
-
-
-def _check_frames(folder: Path, names: set[str]) -> None:
-    """Compare the frames found in a patient's folder with those that its Info.cfg states."""
-    info = folder / "Info.cfg"
-    if not info.is_file():
-        logger.warning("%s: no Info.cfg, its frames are taken as they are", folder)
-        return
-    text = info.read_text(encoding="utf-8", errors="replace")
-    stated = {int(frame) for frame in re.findall(r"(?m)^\s*E[DS]\s*:\s*([0-9]{1,4})\b", text)}
-    found = {int(name[-2:]) for name in names}
-    if stated != found:
-        raise DataError(
-            f"{info}: states ED and ES as frames {sorted(stated) or 'unknown'}, but the folder has {sorted(found)}; "
-            "unpack the ACDC archive again"
-        )
+def _check_frames(images: Iterable[Path]) -> None:
+    """Raise DataError where a patient's folder has other frames than its Info.cfg states."""
+    frames: dict[Path, set[int]] = {}
+    for path in images:
+        frames.setdefault(path.parent, set()).add(int(re.search("_frame([0-9]{2})", path.name)[1]))
+    for folder, found in sorted(frames.items()):
+        info = folder / "Info.cfg"
+        if not info.is_file():
+            logger.warning("%s: has no Info.cfg, so its frames cannot be checked", folder)
+            continue
+        text = info.read_text(encoding="utf-8", errors="replace")
+        stated = {int(frame) for frame in re.findall(r"(?m)^\s*E[DS]\s*:\s*([0-9]{1,4})\b", text)}
+        if stated != found:
+            raise DataError(
+                f"{info}: states frames {sorted(stated) or 'unknown'} for ED and ES, but the folder has "
+                f"{sorted(found)}; unpack the ACDC archive again"
+            )

@@ -1,12 +1,11 @@
-"""The images of a split, for training and for testing.
+"""The colour images of a split, for training and for testing.
 
-A crop of an image is called ``<id>_cell<k>``; an entry of a list is an ``<id>`` and stands for the image or for all its
-crops.
+A crop of an image is called ``<id>_cell<k>``. An entry of a list is an ``<id>`` and names the image or all its crops.
 """
 
 import re
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,23 +35,13 @@ if TYPE_CHECKING:
 
 
 def image_of(name: str) -> str:
-    """Return the image that a file, its crop or an entry belongs to: 106 for 106.png, 106_cell3 and 106_cell3.png."""
-    return re.sub(r"_cell[0-9]+$", "", _stem(name))
-
-
-def _stem(name: str) -> str:
+    """Return the image of a file, a crop or an entry: 106 for 106.png, 106_cell3 and 106_cell3.png."""
     path = Path(name)
-    return path.stem if path.suffix.lower() in ENDINGS else path.name
-
-
-def kind_of(names: Iterable[str]) -> str:
-    """Return what pictures of these names show: whole images, or single cells, or both."""
-    kinds = {"single cells" if name != image_of(name) else "whole images" for name in names}
-    return " and ".join(sorted(kinds))
+    return re.sub(r"_cell[0-9]+$", "", path.stem if path.suffix.lower() in ENDINGS else path.name)
 
 
 def image_files(folder: str | Path) -> dict[str, Path]:
-    """Return the images of a folder by name, in natural order; raises DataError for a name that two files have."""
+    """Return the images of a folder by name, in natural order; raises DataError where two files have one name."""
     files: dict[str, Path] = {}
     for path in sorted(Path(folder).iterdir(), key=lambda path: natural_key(path.name)):
         if path.suffix.lower() not in ENDINGS or path.name.startswith("."):
@@ -63,10 +52,10 @@ def image_files(folder: str | Path) -> dict[str, Path]:
 
 
 def select_images(folder: str | Path, list_dir: str | Path, split: str) -> dict[str, tuple[Path, Path]]:
-    """Return the images that a split's list names, entry by entry, as name: (image file, mask file).
+    """Return the images that a split's list names, in its order, as name: (image file, mask file).
 
-    folder: the one that holds ``images`` and ``masks``. Raises DataError for a bad list, a folder that is missing,
-    entries without an image, images without a mask, and an image that two entries name.
+    folder: holds ``images`` and ``masks``. Raises DataError for a bad list, a missing folder, entries without an
+    image, images without a mask, and an image that two entries name.
     """
     entries, source = read_list(list_dir, split), list_path(list_dir, split)
     images, masks = Path(folder) / IMAGE_FOLDER, Path(folder) / MASK_FOLDER
@@ -82,42 +71,47 @@ def select_images(folder: str | Path, list_dir: str | Path, split: str) -> dict[
     for entry in entries:
         for path in files_of[entry]:
             if path.stem in chosen:
-                raise DataError(f"{source}: entry {entry!r} names {path.name}, as another does; keep one of them")
+                raise DataError(f"{source}: entry {entry!r} names {path.name} a second time; keep one of the entries")
             chosen[path.stem] = path, masks / f"{path.stem}.png"
-    there = {path.stem for path in masks.glob("*.png")}
-    refuse_missing(masks, f"images of {source} have no mask", chosen, there)
+    refuse_missing(masks, f"images of {source} have no mask", chosen, {path.stem for path in masks.glob("*.png")})
     return chosen
 
 
-def training_images(info: "DatasetInfo", args: Namespace) -> tuple["ImageDataset", "ImageFolder"]:
-    """Return the images to train and to validate on that the arguments of a training script name.
+class _Images:
+    """The images that a split's list names.
 
-    Raises DataError for a folder or list that is missing or unfit.
+    ``source`` is the list, ``files`` the image and mask files by name, ``names`` their names, ``kind`` what they show:
+    whole images, single cells, or both.
     """
-    info.require(args.root_path)
-    train_set = ImageDataset(
-        args.root_path, args.list_dir, args.train_split, args.num_classes, args.img_size, augment=True,
-        photometric=args.photometric, seed=args.seed, preprocessing=info.preprocessing,
-    )  # fmt: skip
-    return train_set, images_of(info, args.root_path, args.list_dir, args.val_split, args.num_classes)
+
+    def __init__(
+        self, folder: str | Path, list_dir: str | Path, split: str, num_classes: int,
+        preprocessing: ColourPreprocessing | None,
+    ):  # fmt: skip
+        self.num_classes = num_classes
+        self.preprocessing = preprocessing or ColourPreprocessing()
+        self.source = list_path(list_dir, split)
+        self.files = select_images(folder, list_dir, split)
+        self.names = list(self.files)
+        kinds = {"single cells" if name != image_of(name) else "whole images" for name in self.names}
+        self.kind = " and ".join(sorted(kinds))
+
+    @property
+    def patients(self) -> set[str]:
+        """The images (not crops) of this split. Their patients are not known."""
+        return {image_of(name) for name in self.names}
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
-def images_of(
-    info: "DatasetInfo", root_path: str | Path, list_dir: str | Path, split: str, num_classes: int
-) -> "ImageFolder":
-    """Return the images of a data set that a split's list names, whole; raises DataError."""
-    info.require(root_path)
-    return ImageFolder(root_path, list_dir, split, num_classes, info.names_for(num_classes), info.preprocessing)
+class ImageDataset(_Images, TrainingSet):
+    """The images of a split for training, augmented and resized to the network's square.
 
-
-class ImageDataset(TrainingSet):
-    """The images that a list names, augmented and resized to the network's square, for training.
-
-    folder: the one that holds ``images`` and ``masks``; num_classes counts the background; augment: the geometric
-    augmentation of the specification; photometric: that of this field beside it. ``[i]`` gives ``image`` float32
-    (3, S, S), normalised, ``label`` int64 (S, S) and ``name``. An image is shrunk before it is augmented, so that a
-    photograph costs little more than a small image. Raises DataError for a bad list at once, for a bad file when it is
-    read.
+    folder: holds ``images`` and ``masks``; num_classes counts the background; augment: the specification's geometric
+    augmentation; photometric: also change colour, focus and form. ``[i]`` returns ``image`` float32 (3, S, S),
+    normalised, ``label`` int64 (S, S) and ``name``. An image is shrunk before it is augmented, so a photograph costs
+    little more than a small image. Raises DataError for a bad list at once, for a bad file when it is read.
     """
 
     def __init__(
@@ -132,32 +126,15 @@ class ImageDataset(TrainingSet):
         seed: int = 2222,
         preprocessing: ColourPreprocessing | None = None,
     ):
-        super().__init__(seed)
-        self.source = list_path(list_dir, split)
-        files = select_images(folder, list_dir, split)
-        self.pairs, self.kind = list(files.values()), kind_of(files)
-        self.num_classes = num_classes
+        _Images.__init__(self, folder, list_dir, split, num_classes, preprocessing)
+        TrainingSet.__init__(self, seed)
         self.img_size = img_size
         self.augment = augment
         self.photometric = photometric
-        self.preprocessing = preprocessing or ColourPreprocessing()
-
-    @property
-    def files(self) -> list[Path]:
-        """The image files, in the order of the samples."""
-        return [image for image, _ in self.pairs]
-
-    @property
-    def patients(self) -> set[str]:
-        """The images that they are, or are crops of: nothing is known of whose they are."""
-        return {image_of(file.name) for file in self.files}
-
-    def __len__(self) -> int:
-        return len(self.pairs)
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the image, uint8 (H, W, 3), and the label, uint8 (H, W), of a sample, shrunk."""
-        file, mask_file = self.pairs[index]
+        """Return the shrunk image, uint8 (h, w, 3), and label, uint8 (h, w), of a sample."""
+        file, mask_file = self.files[self.names[index]]
         image, own_size = read_shrunk(file, self.img_size)
         return image, resize_mask(read_mask(mask_file, own_size, self.num_classes), image.shape[:2])
 
@@ -172,16 +149,15 @@ class ImageDataset(TrainingSet):
         return {
             "image": torch.from_numpy(self.preprocessing.normalise(resize_image(image, size))),
             "label": torch.from_numpy(resize_mask(label, size).astype(np.int64)),
-            "name": self.pairs[index][0].stem,
+            "name": self.names[index],
         }
 
 
-class ImageFolder(Sequence[Picture]):
-    """The images that a list names, each read and checked when it is asked for, for validation and testing.
+class ImageFolder(_Images, Sequence[Picture]):
+    """The images of a split for validation and testing: ``[i]`` reads and checks one and returns a Picture.
 
-    folder: the one that holds ``images`` and ``masks``; num_classes counts the background. ``[i]`` gives a Picture;
-    ``names`` are the images' names, ``files`` their image and mask by name, ``source`` the list. Raises DataError for
-    a bad list at once, for a bad file when it is read.
+    folder: holds ``images`` and ``masks``; num_classes counts the background, class_names does not. Raises DataError
+    for a bad list at once, for a bad file when it is read.
     """
 
     def __init__(
@@ -193,21 +169,30 @@ class ImageFolder(Sequence[Picture]):
         class_names: tuple[str, ...] = (),
         preprocessing: ColourPreprocessing | None = None,
     ):
-        self.num_classes = num_classes
+        super().__init__(folder, list_dir, split, num_classes, preprocessing)
         self.class_names = class_names
-        self.preprocessing = preprocessing
-        self.source = list_path(list_dir, split)
-        self.files = select_images(folder, list_dir, split)
-        self.names, self.kind = list(self.files), kind_of(self.files)
-
-    @property
-    def patients(self) -> set[str]:
-        """The images that they are, or are crops of."""
-        return {image_of(name) for name in self.names}
-
-    def __len__(self) -> int:
-        return len(self.names)
 
     def __getitem__(self, index: int) -> Picture:
         image, mask = self.files[self.names[index]]
         return read_picture(image, mask, self.num_classes, self.class_names, self.preprocessing)
+
+
+def training_images(info: "DatasetInfo", args: Namespace) -> tuple[ImageDataset, ImageFolder]:
+    """Return the images to train on and to validate on, as a training script's arguments name them.
+
+    Raises DataError for a folder or list that is missing or unfit.
+    """
+    info.require(args.root_path)
+    train_set = ImageDataset(
+        args.root_path, args.list_dir, args.train_split, args.num_classes, args.img_size, augment=True,
+        photometric=args.photometric, seed=args.seed, preprocessing=info.preprocessing,
+    )  # fmt: skip
+    return train_set, images_of(info, args.root_path, args.list_dir, args.val_split, args.num_classes)
+
+
+def images_of(
+    info: "DatasetInfo", root_path: str | Path, list_dir: str | Path, split: str, num_classes: int
+) -> ImageFolder:
+    """Return the images of a split for validation or testing; raises DataError as ``training_images`` does."""
+    info.require(root_path)
+    return ImageFolder(root_path, list_dir, split, num_classes, info.names_for(num_classes), info.preprocessing)

@@ -1,4 +1,4 @@
-"""What scripts, checks and preparation need to know about a data set, in one form for all."""
+"""What scripts, checks and preparation need to know about a data set, in the same form for all."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,82 +12,87 @@ from datasets.images import ColourPreprocessing
 from datasets.preprocessing import Preprocessing
 from datasets.storage import LabelOrder
 
+SLICE_FOLDER, VOLUME_FOLDER = "train_npz", "test_vol_h5"
+
+
+def preprocessing_from_dict(values: dict[str, Any]) -> Preprocessing | ColourPreprocessing:
+    """Return the preprocessing that a checkpoint stores, of scans or of colour images; raises DataError."""
+    return (ColourPreprocessing if isinstance(values, dict) and "mean" in values else Preprocessing).from_dict(values)
+
 
 def _no_doubts(_: np.ndarray) -> list[str]:
     return []
 
 
-def preprocessing_from_dict(values: dict[str, Any]) -> Preprocessing | ColourPreprocessing:
-    """Take up what a checkpoint says of either kind; raises DataError for anything else."""
-    return (ColourPreprocessing if isinstance(values, dict) and "mean" in values else Preprocessing).from_dict(values)
-
-
 @dataclass(frozen=True)
 class DatasetInfo:
-    """One data set.
+    """The facts of one data set."""
 
-    name: in commands and checkpoints; class_names: without background, in label order; folder: where it is prepared
-    to; list_dir: its splits; splits: the list to train on, then the others; preprocessing: of every scan or image;
-    how_to_get: what to do where it is missing; train_script: its own; planar: whether it has images and masks, not
-    slices and volumes; label_orders: those in which its files circulate, by name. doubtful_sizes takes the voxels of
-    each class, (num_classes,), and doubtful_places a label (D, H, W): each returns what cannot be right, one line each.
-    """
-
-    name: str
-    class_names: tuple[str, ...]
-    folder: str
-    list_dir: str
-    splits: tuple[str, ...]
-    preprocessing: Preprocessing | ColourPreprocessing
-    how_to_get: str
+    name: str  # in commands and checkpoints
+    class_names: tuple[str, ...]  # of label ids 1, 2, ...; 0 is background
+    folder: str  # where it is prepared
+    list_dir: str  # folder of its lists
+    splits: tuple[str, ...]  # names of its lists, the one to train on first
+    preprocessing: Preprocessing | ColourPreprocessing  # of every scan or image; every checkpoint stores it
+    how_to_get: str  # ends the message about missing data
     train_script: str
-    planar: bool = False
-    label_orders: Mapping[str, LabelOrder] = field(default_factory=dict)
-    doubtful_sizes: Callable[[np.ndarray], list[str]] = _no_doubts
-    doubtful_places: Callable[[np.ndarray], list[str]] = _no_doubts
+    planar: bool = False  # colour images with masks, not slices and volumes
+    label_orders: Mapping[str, LabelOrder] = field(default_factory=dict)  # of public files, by name, ours first
+    # Both return one line for each thing that looks wrong.
+    doubtful_sizes: Callable[[np.ndarray], list[str]] = _no_doubts  # takes the voxels of each class, (num_classes,)
+    doubtful_places: Callable[[np.ndarray], list[str]] = _no_doubts  # takes a label, (D, H, W)
 
     @property
     def num_classes(self) -> int:
-        """Classes with background."""
+        """Number of classes, background included."""
         return len(self.class_names) + 1
 
     @property
     def root_path(self) -> str:
-        """Folder of the slices, or the one that holds images and masks."""
-        return self.folder if self.planar else f"{self.folder}/train_npz"
+        """Folder of the slices, or of images and masks."""
+        return self.folder if self.planar else f"{self.folder}/{SLICE_FOLDER}"
 
     @property
     def volume_path(self) -> str:
-        """Folder of the volumes, or the one that holds images and masks."""
-        return self.folder if self.planar else f"{self.folder}/test_vol_h5"
+        """Folder of the volumes, or of images and masks."""
+        return self.folder if self.planar else f"{self.folder}/{VOLUME_FOLDER}"
 
     def require(self, *folders: str | Path) -> None:
-        """Raise DataError for the first folder that is not there, with what to do about it."""
+        """Raise DataError for the first folder that does not exist, with the way to get the data."""
         for folder in folders:
             if not Path(folder).is_dir():
                 raise DataError(f"{folder}: no such folder; {self.how_to_get}")
 
     def doubts(self, label: np.ndarray, num_classes: int) -> list[str]:
-        """Return what cannot be right about a whole label (D, H, W), one line each; of other classes nothing."""
+        """Return what looks wrong in a label (D, H, W), one line each; nothing for another number of classes."""
         if num_classes != self.num_classes:
             return []
         return self.doubtful_sizes(np.bincount(label.ravel(), minlength=num_classes)) + self.doubtful_places(label)
 
     def names_for(self, num_classes: int) -> tuple[str, ...]:
-        """Return the class names, or numbered ones where the user has another number of classes."""
+        """Return the class names, or numbered names for another number of classes."""
         if num_classes == self.num_classes:
             return self.class_names
         return tuple(f"class {index}" for index in range(1, num_classes))
 
     def label_order(self, name: str | None, num_classes: int) -> LabelOrder | None:
-        """Return a label order by its name, the first one for None; None where labels are to be taken as they are.
+        """Return the label order of this name, the first one for None, or None where labels are used unchanged.
 
-        Raises DataError for an order that this data set does not have, or one given with another number of classes.
+        Raises DataError for an order that this data set does not have, and for another number of classes.
         """
         if name is None and (num_classes != self.num_classes or not self.label_orders):
             return None
         if name is not None and name not in self.label_orders:
-            raise DataError(f"--label_order {name}: {self.name} has {', '.join(self.label_orders) or 'one order only'}")
+            known = ", ".join(self.label_orders)
+            raise DataError(
+                f"--label_order {name}: {self.name} has {known or 'only one order'}; "
+                f"{'choose one of these' if known else 'leave it out'}"
+            )
         if num_classes != self.num_classes:
-            raise DataError(f"--label_order {name} leads to {self.num_classes} classes; leave out --num_classes")
+            raise DataError(f"--label_order {name} gives {self.num_classes} classes; leave out --num_classes")
         return self.label_orders[name or next(iter(self.label_orders))]
+
+    def flags(self, root_path: object, volume_path: object, list_dir: object) -> str:
+        """Return the flags that lead the scripts of this data set to the given folders."""
+        volumes = "" if self.planar else f" --volume_path {volume_path}"
+        return f"--root_path {root_path}{volumes} --list_dir {list_dir}"

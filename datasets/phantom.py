@@ -1,9 +1,9 @@
-"""A phantom: random volumes that resemble ACDC in form, to try everything out without real data.
+"""A phantom: random volumes that resemble ACDC, for trying everything without real data.
 
-A left ventricle inside a shell of myocardium and a right ventricle that clings to it, in random pose and size, among
-other ellipsoids of the same brightness. Blood is equally bright in both ventricles and in the bystanders, so brightness
-alone tells none of them; texture, a bias field, blur and noise lie over everything. Files, class names and lists are as
-for ACDC. Each patient has one or two frames, the second with contracted ventricles.
+Each volume shows a left ventricle inside a shell of myocardium and a right ventricle beside it, in random pose and
+size, among other ellipsoids of the same brightness. Blood is equally bright in both ventricles and in the other
+ellipsoids, so brightness alone identifies no organ. Texture, a bias field, blur and noise are added. Files, class
+names and lists are as for ACDC. Each patient has one or two frames; in the second the ventricles are contracted.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,13 @@ from datasets.acdc import CLASS_NAMES
 from datasets.errors import DataError
 from datasets.info import DatasetInfo
 from datasets.lists import write_lists
-from datasets.preparation import prepare_all, scale_to_unit
-from datasets.preprocessing import Preprocessing
+from datasets.preparation import prepare_volumes
+from datasets.preprocessing import Preprocessing, to_unit
 from datasets.volumes import Volume
 
-NUM_PATIENTS = (16, 4, 6)
-"""Patients for training, validation and test."""
+NUM_PATIENTS = (16, 4, 6)  # for training, validation and test
+SPACING = (8.0, 1.5, 1.5)  # of the voxels (z, y, x), in mm
+_BLOOD, _MUSCLE, _TISSUE = 0.75, 0.28, 0.5  # brightness
 
 INFO = DatasetInfo(
     name="phantom",
@@ -35,15 +36,10 @@ INFO = DatasetInfo(
     train_script="train_acdc.py",
 )
 
-SPACING = (8.0, 1.5, 1.5)
-"""Of the voxels (z, y, x), in mm."""
-
-_BLOOD, _MUSCLE, _TISSUE = 0.75, 0.28, 0.5
-
 
 @dataclass(frozen=True)
 class Case:
-    """One frame of one made-up patient."""
+    """One frame of one simulated patient."""
 
     patient: int
     contracted: bool
@@ -57,17 +53,24 @@ class Case:
 def write_phantom(
     out: str | Path, num_patients: Sequence[int] = NUM_PATIENTS, seed: int = 2222, jobs: int = 1
 ) -> list[str]:
-    """Write a phantom data set: ``out/train_npz``, ``out/test_vol_h5`` and ``out/lists/{train,val,trainval,test}.txt``.
+    """Write ``out/train_npz``, ``out/test_vol_h5`` and ``out/lists/{train,val,trainval,test}.txt``.
 
-    num_patients: patients for training, validation and test. A patient depends on the seed and its number only. What
-    is there already is made anew, so that no two seeds mix.
-    Returns the names of all volumes. Raises DataError for a part without a patient.
+    num_patients: patients for training, validation and test; jobs: processes. A patient depends only on the seed and
+    its number. Existing files are replaced, so that two seeds never mix. Returns the names of the volumes. Raises
+    DataError for a part without a patient and for a negative seed.
     """
-    if len(num_patients) != 3 or min(num_patients) < 1:
-        raise DataError(f"num_patients is {tuple(num_patients)}; three numbers of at least 1 were expected")
+    if len(num_patients) != 3 or min(num_patients) < 1 or seed < 0:
+        raise DataError(
+            f"--num_patients {' '.join(map(str, num_patients))} --seed {seed}; expected three numbers of at least 1, "
+            "and a seed of at least 0"
+        )
     patients = range(1, sum(num_patients) + 1)
-    cases = [case for patient in patients for case in _cases(patient, seed)]
-    prepare_all(make_volume, cases, out, jobs, overwrite=True)
+    cases = [
+        Case(patient, contracted, seed)
+        for patient in patients
+        for contracted in (False, True)[: 1 + int(np.random.default_rng((seed, patient)).integers(2))]
+    ]
+    prepare_volumes(make_volume, cases, out, jobs, overwrite=True)
     names = [f"patient{patient:03d}" for patient in patients]
     train, val = num_patients[0], sum(num_patients[:2])
     parts = {"train": names[:train], "val": names[train:val], "test": names[val:], "trainval": names[:val]}
@@ -75,18 +78,12 @@ def write_phantom(
     return [case.name for case in cases]
 
 
-def _cases(patient: int, seed: int) -> list[Case]:
-    frames = 1 + int(np.random.default_rng((seed, patient)).integers(2))
-    return [Case(patient, contracted, seed) for contracted in (False, True)[:frames]]
-
-
 def make_volume(case: Case) -> Volume:
     """Make the Volume of one case: 7 to 9 slices of about 96 x 104, intensities in [0, 1]."""
     anatomy = np.random.default_rng((case.seed, case.patient, 1))
     shape = tuple(int(anatomy.integers(low, high)) for low, high in ((7, 10), (88, 105), (96, 113)))
     label, brightness = _draw_heart(shape, anatomy, case.contracted)
-    scan = np.random.default_rng((case.seed, case.patient, 2, case.contracted))
-    image = scale_to_unit(_scan(brightness, scan))
+    image = to_unit(_scan(brightness, np.random.default_rng((case.seed, case.patient, 2, case.contracted))))
     return Volume(case.name, image, label, SPACING, np.diag([*SPACING[::-1], 1.0]), CLASS_NAMES)
 
 
@@ -97,7 +94,7 @@ def _draw_heart(shape: tuple[int, ...], rng: np.random.Generator, contracted: bo
     brightness = np.full(shape, _TISSUE)
     left = middle + rng.uniform(-1, 1, 3) * (0.6, 10, 10)
     for _ in range(rng.integers(5, 9)):
-        # Never so near that a bystander could be taken for the right ventricle.
+        # Far enough away not to be mistaken for the right ventricle.
         angle, distance = rng.uniform(0, 2 * np.pi), rng.uniform(36, 62)
         centre = [rng.uniform(0, shape[0]), left[1] + distance * np.sin(angle), left[2] + distance * np.cos(angle)]
         radii = np.array([rng.uniform(2, 6), *rng.uniform(4, 13, 2)])
@@ -105,7 +102,7 @@ def _draw_heart(shape: tuple[int, ...], rng: np.random.Generator, contracted: bo
 
     radius, depth = rng.uniform(10, 15), shape[0] * rng.uniform(0.42, 0.52)
     wall, stretch, turn = rng.uniform(4.5, 6.5), rng.uniform(0.88, 1.12), rng.uniform(0, np.pi)
-    side = rng.uniform(-0.6, 0.6)  # where the right ventricle lies, radians from the -x axis
+    side = rng.uniform(-0.6, 0.6)  # direction of the right ventricle, radians from the -x axis
     right_radii = np.array([depth * rng.uniform(0.75, 0.95), rng.uniform(15, 21), rng.uniform(9, 13)])
     if contracted:
         squeeze = rng.uniform(0.65, 0.8)
@@ -115,7 +112,7 @@ def _draw_heart(shape: tuple[int, ...], rng: np.random.Generator, contracted: bo
     outer = inner + np.array([0.6, wall, wall])
     reach = radius + wall + 0.45 * right_radii[2]
     right = left + np.array([0, np.sin(side), -np.cos(side)]) * reach
-    # In this order: muscle lies over the right ventricle, which so becomes a crescent.
+    # In this order muscle covers a part of the right ventricle, which becomes a crescent.
     label = np.zeros(shape, np.uint8)
     label[_ellipsoid(grid, right, right_radii, -side)] = 1
     label[_ellipsoid(grid, left, outer, turn)] = 2
@@ -128,14 +125,14 @@ def _draw_heart(shape: tuple[int, ...], rng: np.random.Generator, contracted: bo
 
 
 def _ellipsoid(grid: np.ndarray, centre: np.ndarray, radii: np.ndarray, angle: float) -> np.ndarray:
-    """Return the mask of an ellipsoid turned by ``angle`` (radians) in the slice plane; lengths in voxels."""
+    """Return the mask of an ellipsoid turned by ``angle`` (radians) in the slice plane; lengths are in voxels."""
     z, y, x = grid - np.reshape(centre, (3, 1, 1, 1))
     along_y, along_x = np.cos(angle) * y - np.sin(angle) * x, np.sin(angle) * y + np.cos(angle) * x
     return (z / radii[0]) ** 2 + (along_y / radii[1]) ** 2 + (along_x / radii[2]) ** 2 <= 1
 
 
 def _scan(brightness: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return what a scanner might make of it: partial volume, texture, bias field, noise."""
+    """Return a simulated scan: partial volume, texture, bias field and noise added, float64 (D, H, W)."""
     blurred = ndimage.gaussian_filter(brightness, (0.3, 0.9, 0.9))
     texture = _smooth_noise(brightness.shape, (0.5, 1.5, 1.5), rng) * rng.uniform(0.03, 0.06)
     shade = 1 + _smooth_noise(brightness.shape, (4, 25, 25), rng) * rng.uniform(0.08, 0.16)
@@ -144,6 +141,6 @@ def _scan(brightness: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _smooth_noise(shape: tuple[int, ...], sigma: tuple[float, ...], rng: np.random.Generator) -> np.ndarray:
-    """Return noise blurred to a scale and brought back to unit variance and zero mean."""
+    """Return noise blurred by ``sigma`` (voxels), with zero mean and unit variance."""
     noise = ndimage.gaussian_filter(rng.normal(size=shape), sigma)
     return (noise - noise.mean()) / noise.std()

@@ -18,58 +18,61 @@ LENGTHS = 1e-6, 1e6
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What is done to every scan of a data set; stored in a checkpoint.
+    """How every scan of a data set is preprocessed; stored in a checkpoint."""
 
-    orientation: the way that x, y and z are made to run, as ``LAS``, or None to leave them as they are stored.
-    window: intensities (Hounsfield units for CT) that become 0 and 1, with what lies outside clipped, or None for the
-    scan's own minimum and maximum.
-    """
-
-    orientation: str | None = None
+    orientation: str | None = None  # direction of x, y and z after reorientation, as ``LAS``; None: as stored
+    # Intensities (Hounsfield units for CT) that become 0 and 1; values outside are clipped. None: the scan's own
+    # minimum and maximum.
     window: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for a checkpoint."""
+        """Return the values that a checkpoint stores."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
-        """Take up what ``to_dict`` gave; raises DataError for anything else."""
+        """Return the preprocessing that ``to_dict`` described; raises DataError for anything else."""
         try:
             orientation, window = values["orientation"], values["window"]
             window = None if window is None else (float(window[0]), float(window[1]))
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
-            raise DataError(f"the checkpoint's preprocessing {brief(values)} is not one of ours; train anew") from error
+            raise DataError(f"the checkpoint's preprocessing {brief(values)} is unknown; train again") from error
         if orientation is not None and not is_orientation(orientation):
             raise DataError(
-                f"the checkpoint's orientation is {brief(orientation)}; three letters like RAS were expected"
+                f"the checkpoint's orientation is {brief(orientation)}; expected three letters like RAS; train again"
             )
         if window is not None and not -np.inf < window[0] < window[1] < np.inf:
-            raise DataError(f"the checkpoint's window is {window}; two rising intensities were expected")
+            raise DataError(f"the checkpoint's window is {window}; expected two rising intensities; train again")
         return cls(orientation, window)
 
     def described(self, img_size: int) -> str:
-        """Return in words what leads from a scan to the network's input, for a program that is not this one."""
-        axes = "as stored" if self.orientation is None else f"turned to run as {self.orientation} (x, y, z)"
+        """Return in words how a scan becomes the network's input, for other programs."""
+        axes = "as stored" if self.orientation is None else f"reoriented to {self.orientation} (x, y, z)"
         ends = "the scan's minimum and maximum" if self.window is None else "{:g} and {:g}".format(*self.window)
         return (
-            f"voxel axes {axes}; slices across z, rows along y, columns along x; {ends} become 0 and 1, what is beyond "
-            f"is clipped; each slice resized to {img_size} x {img_size} by cubic splines, corner pixels on corner "
+            f"voxel axes {axes}; slices across z, rows along y, columns along x; {ends} become 0 and 1, values beyond "
+            f"are clipped; each slice resized to {img_size} x {img_size} by cubic splines, corner pixels on corner "
             "pixels, mirrored at the border"
         )
 
-    def scale(self, image: np.ndarray, low: float, high: float) -> np.ndarray:
-        """Return an image as float32 in [0, 1], ``low`` becoming 0 and ``high`` 1; where they are one, all is 0."""
-        if high <= low:
-            return np.zeros(image.shape, np.float32)
-        return ((np.clip(image, low, high).astype(np.float64) - low) / (high - low)).astype(np.float32)
+
+def to_unit(image: np.ndarray, low: float | None = None, high: float | None = None) -> np.ndarray:
+    """Return an image as float32 in [0, 1]: ``low`` becomes 0, ``high`` becomes 1, values beyond are clipped.
+
+    low, high: by default the image's own minimum and maximum. Where high is not above low, everything is 0.
+    """
+    low = float(image.min()) if low is None else low
+    high = float(image.max()) if high is None else high
+    if high <= low:
+        return np.zeros(image.shape, np.float32)
+    return ((np.clip(image, low, high).astype(np.float64) - low) / (high - low)).astype(np.float32)
 
 
 class ScanImage:
-    """The image of a scan, brought to [0, 1] slice by slice when it is asked for, so that it need not lie in memory.
+    """The image of a scan, scaled to [0, 1] slice by slice on access, so that only the stored voxels are in memory.
 
-    voxels: (z, y, x), as stored; their intensities are ``slope * voxels + intercept``. ``image[part]`` gives float32,
-    for a number (H, W), for anything else that indexes the first axis (n, H, W).
+    voxels: (z, y, x), as stored; intensities are ``slope * voxels + intercept``. ``image[part]`` returns float32:
+    (H, W) for a number, (n, H, W) for any other index of the first axis.
     """
 
     dtype = np.dtype(np.float32)
@@ -83,7 +86,7 @@ class ScanImage:
         self.low, self.high = preprocessing.window or self.extent()
 
     def extent(self) -> tuple[float, float]:
-        """Return the least and the greatest intensity."""
+        """Return the lowest and the highest intensity."""
         if self._extent is None:
             ends = np.array([self.voxels.min(), self.voxels.max()])
             with np.errstate(over="ignore"):
@@ -98,11 +101,11 @@ class ScanImage:
         return self.shape[0]
 
     def __getitem__(self, part) -> np.ndarray:
-        return self.preprocessing.scale(self._intensities(self.voxels[part]), self.low, self.high)
+        return to_unit(self._intensities(self.voxels[part]), self.low, self.high)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         image = np.empty(self.shape, dtype or self.dtype)
-        for z in range(len(self)):  # so that no more than one slice is ever in double precision
+        for z in range(len(self)):  # only one slice at a time is in double precision
             image[z] = self[z]
         return image
 

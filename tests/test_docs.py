@@ -98,7 +98,7 @@ def added(monkeypatch, tmp_path):
     """Add the data set and the network of the two pages ``docs/adding_*.md``; write the scripts into ``tmp_path``."""
     exec(blocks((ROOT / "docs/adding_a_network.md").read_text(encoding="utf-8"), "python")[0], {})
     page = (ROOT / "docs/adding_a_data_set.md").read_text(encoding="utf-8")
-    code, parser, branch = blocks(page, "python")
+    code, entry = blocks(page, "python")
     module = types.ModuleType("datasets.spleen")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(compile(code, "spleen.py", "exec"), vars(module))
@@ -109,9 +109,7 @@ def added(monkeypatch, tmp_path):
     prepare = (ROOT / "prepare_data.py").read_text(encoding="utf-8")
     for old, new in (
         ("phantom, segpc,", "phantom, segpc, spleen,"),
-        ("    made = kinds", f"{parser}\n    made = kinds"),
-        ("mr, cells", "mr, organ, cells"),
-        ("    else:\n        names =", f"{branch}    else:\n        names ="),
+        ("SETS = {\n", f"SETS = {{\n{entry}"),
     ):
         assert old in prepare
         prepare = prepare.replace(old, new)

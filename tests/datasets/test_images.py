@@ -282,7 +282,7 @@ def test_an_entry_names_its_image_or_its_crops_and_no_other(tmp_path):
         assert folder[0].class_names == ("a", "b")
         assert folder.patients == {image_of(entry) for entry in entries}
         dataset = ImageDataset(data, data / "lists", "val", 3, 32)
-        assert [file.stem for file in dataset.files] == found
+        assert dataset.names == found
         assert (dataset.patients, dataset.source) == (folder.patients, folder.source)
 
 
@@ -356,5 +356,5 @@ def test_image_and_label_move_together(tmp_path):
             sample = dataset[i]
             red = dataset.preprocessing.denormalise(sample["image"].numpy())[..., 0] * 255
             np.testing.assert_allclose(red, 100 * sample["label"].numpy(), atol=0.01)
-            changed += not np.array_equal(sample["label"], read_mask(dataset.pairs[i][1]))
+            changed += not np.array_equal(sample["label"], read_mask(dataset.files[dataset.names[i]][1]))
     assert changed > 12
