@@ -1,28 +1,22 @@
-"""A contact sheet of what training sees: augmented samples with their labels' outlines, in the classes' colours.
+"""Draw what training sees: augmented samples with the outlines of their labels, in the colours of the classes.
 
     python -m utils.preview acdc --output preview.png
     python -m utils.preview isic --photometric --count 25
     python -m utils.preview segpc --root_path data/SegPC_crops --list_dir data/SegPC_crops/lists --split val
 
-The samples are spread evenly over the split; where more are asked for than it has, they go on in the next epoch.
+The samples are spread evenly over the split. If it has fewer samples than --count, they repeat with new augmentation.
 """
 
 import math
 import warnings
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch.utils.data import Dataset
 
-from datasets import DATASETS
-from datasets.errors import DataError
+from datasets import DATASETS, DataError, ImageDataset, SliceDataset
 from datasets.files import atomic_write
-from datasets.image_sets import ImageDataset
-from datasets.info import DatasetInfo
-from datasets.volumes import SliceDataset
 from utils.cli import ArgumentParser, run_script
 from utils.figures import class_colour
 
@@ -30,26 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def _slices(info: DatasetInfo, args: Namespace) -> SliceDataset:
-    if args.photometric:
-        raise DataError(f"--photometric: {info.name} is grey, colours are what it varies; leave it out")
-    root, lists = args.root_path or info.root_path, args.list_dir or info.list_dir
-    order = info.label_order(args.label_order, info.num_classes)
-    return SliceDataset(
-        root, lists, args.split, info.num_classes, args.img_size, augment=True, seed=args.seed, label_order=order
-    )
-
-
-def _images(info: DatasetInfo, args: Namespace) -> ImageDataset:
-    root, lists = args.root_path or info.root_path, args.list_dir or info.list_dir
-    return ImageDataset(
-        root, lists, args.split, info.num_classes, args.img_size,
-        augment=True, photometric=args.photometric, seed=args.seed, preprocessing=info.preprocessing,
-    )  # fmt: skip
-
-
-def draw(dataset: Dataset, class_names: Sequence[str], count: int) -> "Figure":
-    """Draw ``count`` samples of a data set of images or slices as a square sheet, with a legend of the classes."""
+def draw(dataset: SliceDataset | ImageDataset, class_names: Sequence[str], count: int) -> "Figure":
+    """Draw ``count`` samples as a square sheet with a legend of the classes."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -58,26 +34,21 @@ def draw(dataset: Dataset, class_names: Sequence[str], count: int) -> "Figure":
     figure = Figure(figsize=(2.2 * columns, 2.4 * rows + 0.5), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     step = max(1, len(dataset) // count)
-    for number, axes in enumerate(panels):
+    for axes in panels:
         axes.axis("off")
-        if number >= count:
-            continue
+    for number, axes in enumerate(panels[:count]):
         epoch, index = divmod(number * step, len(dataset))
         dataset.set_epoch(epoch)
         sample = dataset[index]
         image, label = sample["image"].numpy(), sample["label"].numpy()
-        if len(image) == 3:
-            axes.imshow(dataset.preprocessing.denormalise(image))
-        else:
-            axes.imshow(image[0], "gray")
+        axes.imshow(dataset.preprocessing.denormalise(image) if len(image) == 3 else image[0], "gray")
         for c in np.unique(label[label > 0]):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of a class that fills the panel and has no outline
+                warnings.simplefilter("ignore")  # matplotlib warns of a class that fills the panel: it has no outline
                 axes.contour(label == c, [0.5], colors=class_colour(c), linewidths=1)
         axes.set_title(sample["name"], fontsize=7, parse_math=False)
     handles = [Line2D([], [], color=class_colour(c), label=name) for c, name in enumerate(class_names, 1)]
-    legend = figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
-    for text in legend.get_texts():
+    for text in figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False).get_texts():
         text.set_parse_math(False)
     return figure
 
@@ -85,13 +56,16 @@ def draw(dataset: Dataset, class_names: Sequence[str], count: int) -> "Figure":
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the sheet that the command line asks for."""
     parser = ArgumentParser(prog="python -m utils.preview", description=__doc__)
+    orders = [order for info in DATASETS.values() for order in info.label_orders]
     parser.add_argument("dataset", choices=DATASETS)
-    parser.add_argument("--root_path", help="folder of the slices, or the one that holds images and masks")
+    parser.add_argument("--root_path", help="folder of the slices, or of images and masks")
     parser.add_argument("--list_dir", help="folder of the lists")
-    parser.add_argument("--label_order", help="what the label ids of Synapse's files mean; default: paper")
+    parser.add_argument(
+        "--label_order", choices=orders, help="order of the label ids in Synapse's files; default: paper"
+    )
     parser.add_argument("--split", default="train", help="list to draw from")
-    parser.add_argument("--count", type=int, default=16, help="samples on the sheet")
-    parser.add_argument("--photometric", action="store_true", help="with the changes of colour, focus and form")
+    parser.add_argument("--count", type=int, default=16, help="number of samples")
+    parser.add_argument("--photometric", action="store_true", help="also change colour, focus and form (colour images)")
     parser.add_argument("--seed", type=int, default=2222, help="seed of the augmentation")
     parser.add_argument("--img_size", type=int, default=256, help="side of a sample, in pixels")
     parser.add_argument("--output", type=Path, default=Path("preview.png"), help="PNG to write")
@@ -101,7 +75,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--count {args.count} --img_size {args.img_size} --seed {args.seed}; expected at least 1, 1 and 0"
         )
     info = DATASETS[args.dataset]
-    samples = (_images if info.planar else _slices)(info, args)
+    where = args.root_path or info.root_path, args.list_dir or info.list_dir, args.split, info.num_classes
+    options = {"img_size": args.img_size, "augment": True, "seed": args.seed}
+    order = info.label_order(args.label_order, info.num_classes)
+    if info.planar:
+        samples = ImageDataset(*where, **options, photometric=args.photometric, preprocessing=info.preprocessing)
+    elif args.photometric:
+        raise DataError(f"--photometric: {info.name} is grey, and this changes colours; leave it out")
+    else:
+        samples = SliceDataset(*where, **options, label_order=order)
     figure = draw(samples, info.class_names, args.count)
     with atomic_write(args.output) as temporary:
         figure.savefig(temporary, dpi=110, format="png")

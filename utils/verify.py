@@ -1,34 +1,31 @@
 """Check a prepared data set before a network is trained on it.
 
     python -m utils.verify acdc
-    python -m utils.verify acdc --splits train val              # where the test volumes are not at hand
-    python -m utils.verify synapse --label_order transunet      # files that others made
+    python -m utils.verify acdc --splits train val              # without the test volumes
+    python -m utils.verify synapse --label_order transunet      # files that others prepared
     python -m utils.verify segpc                                # images and masks
     python -m utils.verify phantom --root_path data/phantom/train_npz --volume_path data/phantom/test_vol_h5 \\
         --list_dir data/phantom/lists
 
-The first split is read as the slices to train on, the others as volumes; a set of images is read as images. Exits with
-status 1 where anything is wrong; a warning is something that can hardly be right.
+Every file of every split is read: of the first split the slices, of the others the volumes; or images and masks. The
+exit status is 1 if an error was found. A warning tells of something that is probably wrong.
 """
 
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from datasets import DATASETS
-from datasets.errors import DataError
-from datasets.image_sets import ImageDataset, ImageFolder, image_of
+from datasets import DATASETS, DataError, DatasetInfo, ImageDataset, ImageFolder, SliceDataset, Volume, VolumeDataset
+from datasets.image_sets import image_of
 from datasets.images import Picture
-from datasets.info import DatasetInfo
-from datasets.lists import list_path, patient_of, read_list, select_files
+from datasets.lists import patient_of, read_list
 from datasets.storage import LabelOrder
-from datasets.volumes import SliceDataset, Volume, VolumeDataset, read_slice
 from utils.cli import ArgumentParser, run_script
 
 logger = logging.getLogger(__name__)
@@ -36,37 +33,34 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Part:
-    """What a split holds: its files or volumes, whose they are, the voxels of each class, and what is doubtful."""
+    """What was found in one split."""
 
     split: str
-    kind: str
-    count: int = 0
-    patients: set[str] = field(default_factory=set)
-    voxels: np.ndarray | int = 0
-    class_names: tuple[str, ...] = ()
-    doubts: Counter = field(default_factory=Counter)
+    kind: str  # slices, volumes or images
+    count: int  # of slices, volumes or images
+    patients: set[str]  # of a planar set: its images, which may have several crops
+    voxels: np.ndarray  # of each class, (num_classes,)
+    class_names: tuple[str, ...]  # those that the files name, or else those of the data set
+    doubts: Counter[str] = field(default_factory=Counter)  # what is probably wrong, and in how many volumes
 
 
 def quick_check(
-    train_set: SliceDataset | ImageDataset,
-    val_set: VolumeDataset | ImageFolder,
-    info: DatasetInfo,
-    test_list: Path,
+    train_set: SliceDataset | ImageDataset, val_set: VolumeDataset | ImageFolder, info: DatasetInfo, test_list: Path
 ) -> None:
-    """Do what training does first, in seconds: no patient in two parts, the first and the last case of each readable.
+    """Check in seconds what training relies on: no patient in two splits, first and last case of each readable.
 
-    info: the data set, whose doubts about the first volume are logged as warnings; test_list: list of the test
-    patients, who must be in neither part unless it is the one to validate on; one that is not there is passed over. Of
-    a planar set the images stand for patients. Raises DataError for the first thing that is wrong.
+    test_list: the list of the test split, which need not exist. Its patients must be in neither set, unless ``val_set``
+    is this split. Logs what looks wrong in the first volume. Raises DataError for the first error.
     """
-    parts = [(train_set.source, train_set.patients), (val_set.source, val_set.patients)]
+    splits = [(train_set.source, train_set.patients), (val_set.source, val_set.patients)]
     if test_list != val_set.source and test_list.is_file():
-        parts.append((test_list, _owners(info, read_list(test_list.parent, test_list.stem))))
-    for problem in _shared_patients(parts):
-        raise DataError(problem)
+        owner = image_of if info.planar else patient_of
+        splits.append((test_list, {owner(name) for name in read_list(test_list.parent, test_list.stem)}))
+    for error in _shared_patients(splits):
+        raise DataError(error)
     for index in (0, -1):
         _ = train_set[index]
-        volume = _check_class_names(val_set, index)
+        volume = _read_volume(val_set, index)
         if index == 0:
             for doubt in info.doubts(volume.label, val_set.num_classes):
                 logger.warning("%s: %s", val_set.files[volume.name][0], doubt)
@@ -81,137 +75,104 @@ def full_check(
     info: DatasetInfo,
     label_order: LabelOrder | None = None,
 ) -> tuple[list[Part], list[str]]:
-    """Read every file of every split, the first as slices and the others as volumes.
-
-    Returns (what each split holds, what is wrong, one line each).
-    """
-    problems, parts, patients = [], [], []
+    """Read every file of every split. Returns (what was found in each readable split, errors, one line each)."""
+    parts, errors, patients = [], [], []
     for index, split in enumerate(splits):
-        part = Part(split, "volumes" if index else "slices", voxels=np.zeros(num_classes, np.int64))
         try:
             if info.planar:
-                part.kind = "images"
-                images = ImageFolder(root_path, list_dir, split, num_classes, info.names_for(num_classes))
-                labels, names = _volume_labels(images, part, problems, info), images.names
+                kind, data = "images", ImageFolder(root_path, list_dir, split, num_classes, info.names_for(num_classes))
             elif index:
-                volumes = VolumeDataset(volume_path, list_dir, split, num_classes, label_order)
-                labels, names = _volume_labels(volumes, part, problems, info), volumes.names
+                kind, data = "volumes", VolumeDataset(volume_path, list_dir, split, num_classes, label_order)
             else:
-                files = select_files(list_dir, split, root_path, endings=(".npz",))
-                labels, names = _slice_labels(files, num_classes, label_order, problems), [file.name for file in files]
+                kind, data = "slices", SliceDataset(root_path, list_dir, split, num_classes, 1, label_order=label_order)
         except DataError as error:
-            problems.append(str(error))
+            errors.append(str(error))
             continue
-        for label in tqdm(labels, total=len(names), desc=f"{split}, {part.kind}", disable=None, leave=False):
-            part.voxels += np.bincount(label.ravel(), minlength=num_classes)
-        part.count = len(names)
-        part.patients = _owners(info, names)
+        voxels = np.zeros(num_classes, np.int64)
+        part = Part(split, kind, len(data), data.patients, voxels, info.names_for(num_classes))
+        for i in tqdm(range(len(data)), desc=f"{split}, {kind}", disable=None, leave=False):
+            try:
+                if kind == "slices":
+                    label = data.read(i)[1]
+                else:
+                    volume = _read_volume(data, i)
+                    label, part.class_names = volume.label, volume.class_names or part.class_names
+                    if num_classes == info.num_classes:
+                        part.doubts.update(info.doubtful_places(label))
+            except DataError as error:
+                errors.append(str(error))
+            else:
+                voxels += np.bincount(label.ravel(), minlength=num_classes)
         if num_classes == info.num_classes:
-            part.doubts.update(info.doubtful_sizes(part.voxels))
+            part.doubts.update(info.doubtful_sizes(voxels))
         parts.append(part)
-    for split in splits:
-        try:
-            patients.append((list_path(list_dir, split), _owners(info, read_list(list_dir, split))))
-        except DataError:
-            continue  # said above
-    return parts, problems + _shared_patients(patients)
+        patients.append((data.source, data.patients))
+    return parts, errors + _shared_patients(patients)
 
 
-def _owners(info: DatasetInfo, names: Iterable[str]) -> set[str]:
-    """Return the patients that files or entries are of; of a planar set the images that they are, or are cut from."""
-    return {image_of(name) if info.planar else patient_of(name) for name in names}
-
-
-def _slice_labels(
-    files: Sequence[Path], num_classes: int, label_order: LabelOrder | None, problems: list[str]
-) -> Iterator[np.ndarray]:
-    for file in files:
-        try:
-            yield read_slice(file, num_classes, label_order)[1]
-        except DataError as error:
-            problems.append(str(error))
-
-
-def _volume_labels(volumes: VolumeDataset, part: Part, problems: list[str], info: DatasetInfo) -> Iterator[np.ndarray]:
-    for index in range(len(volumes)):
-        try:
-            volume = _check_class_names(volumes, index)
-        except DataError as error:
-            problems.append(str(error))
-            continue
-        part.class_names = part.class_names or volume.class_names
-        if volumes.num_classes == info.num_classes:
-            part.doubts.update(info.doubtful_places(volume.label))
-        yield volume.label
-
-
-def _check_class_names(volumes: VolumeDataset | ImageFolder, index: int) -> Volume | Picture:
-    """Return a volume whose class names, if it has any, are as many as its classes, or raise DataError."""
+def _read_volume(volumes: VolumeDataset | ImageFolder, index: int) -> Volume | Picture:
+    """Read a volume; raise DataError where it names another number of classes than the data set has."""
     volume = volumes[index]
     if volume.class_names and len(volume.class_names) != volumes.num_classes - 1:
         raise DataError(
             f"{volumes.files[volume.name][0]}: names {len(volume.class_names)} classes "
-            f"({', '.join(volume.class_names)}), but num_classes is {volumes.num_classes} with background; "
+            f"({', '.join(volume.class_names)}), but --num_classes is {volumes.num_classes} with background; "
             f"set --num_classes {len(volume.class_names) + 1}"
         )
     return volume
 
 
-def _shared_patients(parts: Iterable[tuple[Path, set[str]]]) -> list[str]:
-    """Return one line for every patient who is in two parts; a part is its list and its patients."""
-    problems, home = [], {}
-    for source, patients in parts:
+def _shared_patients(splits: Iterable[tuple[Path, set[str]]]) -> list[str]:
+    """Return one line for every patient in two splits, each given as (list, patients)."""
+    errors, first = [], {}
+    for source, patients in splits:
         for patient in sorted(patients):
-            other = home.setdefault(patient, source)
+            other = first.setdefault(patient, source)
             if other is not source:
-                problems.append(f"{source}: {patient} is also in {other.name}; take it out of one of them")
-    return problems
+                errors.append(f"{source}: {patient} is also in {other.name}; remove it from one of them")
+    return errors
 
 
-def format_part(part: Part, class_names: Sequence[str]) -> str:
-    """Return what a split holds as text: counts, the voxel share of each class by name, and what is doubtful."""
-    of_whom, of_what = ("images", "pixels") if part.kind == "images" else ("patients", "voxels")
-    lines = [f"{part.split}: {part.count} {part.kind} of {len(part.patients)} {of_whom}"]
+def _print_part(part: Part) -> None:
+    owners, unit = ("images", "pixels") if part.kind == "images" else ("patients", "voxels")
+    print(f"{part.split}: {part.count} {part.kind} of {len(part.patients)} {owners}")
     shares = part.voxels / max(part.voxels.sum(), 1)
-    for name, share in zip(("background", *class_names), shares, strict=True):
-        warning = "" if share else f"   warning: no {of_what} of this class"
-        lines.append(f"  {name:<20} {100 * share:7.3f} % of {of_what}{warning}")
+    for name, share in zip(("background", *part.class_names), shares, strict=True):
+        print(f"  {name:<20} {share:8.3%} of {unit}" + ("" if share else f"   warning: no {unit} of this class"))
     for doubt, count in part.doubts.items():
-        lines.append(f"  warning: {doubt}" + (f" ({count} {part.kind})" if count > 1 else ""))
-    return "\n".join(lines)
+        print(f"  warning: {doubt}" + (f" ({count} {part.kind})" if count > 1 else ""))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the full check from the command line; returns the exit status."""
     parser = ArgumentParser(prog="python -m utils.verify", description=__doc__)
+    orders = [order for info in DATASETS.values() for order in info.label_orders]
     parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("--root_path", help="folder of the slices, or of images and masks")
     parser.add_argument("--volume_path", help="folder of the volumes")
     parser.add_argument("--list_dir", help="folder of the lists")
-    parser.add_argument("--num_classes", type=int, help="classes with background")
-    parser.add_argument("--splits", nargs="+", help="lists; the first is trained on")
-    parser.add_argument("--label_order", help="what the label ids of Synapse's files mean; default: paper")
+    parser.add_argument("--num_classes", type=int, help="number of classes, background included")
+    parser.add_argument("--splits", nargs="+", help="names of the lists; the first is the one to train on")
+    parser.add_argument(
+        "--label_order", choices=orders, help="order of the label ids in Synapse's files; default: paper"
+    )
     args = parser.parse_args(argv)
     info = DATASETS[args.dataset]
     num_classes = info.num_classes if args.num_classes is None else args.num_classes
     if num_classes < 2:
-        raise DataError(f"--num_classes is {num_classes}; it counts background, so at least 2")
+        raise DataError(f"--num_classes is {num_classes}; expected at least 2, since the background counts")
     folders = args.root_path or info.root_path, args.volume_path or info.volume_path, args.list_dir or info.list_dir
     order = info.label_order(args.label_order, num_classes)
-    parts, problems = full_check(*folders, args.splits or info.splits, num_classes, info, order)
+    parts, errors = full_check(*folders, args.splits or info.splits, num_classes, info, order)
     for part in parts:
-        named = len(part.class_names) == num_classes - 1
-        print(format_part(part, part.class_names if named else info.names_for(num_classes)))
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    if problems:
-        print(f"{len(problems)} problem{'s' if len(problems) > 1 else ''} found", file=sys.stderr)
+        _print_part(part)
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    if errors:
+        print(f"{len(errors)} error{'s' if len(errors) > 1 else ''} found", file=sys.stderr)
         return 1
-    where = " ".join(f"--{n} {v}" for n, v in zip(("root_path", "volume_path", "list_dir"), folders, strict=True))
-    if info.planar:
-        where = f"--root_path {folders[0]} --list_dir {folders[2]}"
-    where += f" --label_order {args.label_order}" if args.label_order else f" --num_classes {num_classes}"
-    print(f"all is well; next: python {info.train_script} {where}")
+    labels = f"--label_order {args.label_order}" if args.label_order else f"--num_classes {num_classes}"
+    print(f"no errors found; next: python {info.train_script} {info.flags(*folders)} {labels}")
     return 0
 
 

@@ -1,7 +1,8 @@
-"""The contact sheet is drawn for every data set."""
+"""The preview is drawn for every data set."""
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from datasets import DATASETS
@@ -39,26 +40,21 @@ def run(made, dataset, output, *more):
 
 
 @pytest.mark.parametrize("dataset", [name for name in DATASETS if name != "phantom"])
-def test_a_sheet_is_written_for_every_set(made, tmp_path, dataset):
-    sheet = run(made, dataset, tmp_path / "sheets" / f"{dataset}.png", "--count", "7")
-    from matplotlib.colors import to_rgb
-
-    sheet = sheet[:-70]  # without the legend
-    names = DATASETS[dataset].class_names
-    for c in range(1, len(names) + 1):
+def test_a_sheet_shows_every_class_of_every_set(made, tmp_path, dataset):
+    sheet = run(made, dataset, tmp_path / "sheets" / f"{dataset}.png", "--count", "5")[:-70]  # without the legend
+    for c, name in enumerate(DATASETS[dataset].class_names, 1):
         colour = np.array([255 * part for part in to_rgb(preview.class_colour(c))])
-        assert (np.abs(sheet - colour).max(-1) < 8).sum() > 5, names[c - 1]
-    again, other = (
-        run(made, dataset, tmp_path / "again.png", "--count", "7", "--seed", seed)[:-70] for seed in ("2222", "3")
-    )
-    np.testing.assert_array_equal(sheet, again)
-    assert not np.array_equal(sheet, other)
+        assert (np.abs(sheet - colour).max(-1) < 8).sum() > 5, name
 
 
-def test_photometric_is_seen_in_colour_and_refused_in_grey(made, tmp_path, refused):
+def test_the_seed_decides_the_sheet_and_wrong_flags_are_refused(made, tmp_path, refused):
     pytest.importorskip("imgaug")
-    plain = run(made, "isic", tmp_path / "plain.png", "--count", "4")
-    assert not np.array_equal(plain, run(made, "isic", tmp_path / "p.png", "--count", "4", "--photometric"))
-    refused(lambda: run(made, "acdc", tmp_path / "p.png", "--photometric"), "--photometric", "grey")
-    refused(lambda: run(made, "acdc", tmp_path / "p.png", "--count", "0"), "--count 0")
-    refused(lambda: run(made, "isic", tmp_path / "p.png", "--split", "val"), "val.txt")
+    output = tmp_path / "sheet.png"
+    plain, again, other, photometric = (
+        run(made, "isic", output, "--count", "1", *more) for more in ((), (), ("--seed", "3"), ("--photometric",))
+    )
+    np.testing.assert_array_equal(plain, again)
+    assert not np.array_equal(plain, other) and not np.array_equal(plain, photometric)
+    refused(lambda: run(made, "acdc", output, "--photometric"), "--photometric", "grey")
+    refused(lambda: run(made, "acdc", output, "--count", "0"), "--count 0")
+    refused(lambda: run(made, "isic", output, "--split", "val"), "val.txt")
