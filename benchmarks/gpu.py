@@ -1,16 +1,16 @@
-"""Training and evaluation throughput on the GPU that there is: ``python -m benchmarks.gpu``.
+"""Measure training and evaluation on the GPU of this machine: ``python -m benchmarks.gpu``.
 
-A training step (forward, subset loss, backward, AdamW, memory update) and an evaluation forward pass at the paper's
-settings, in several forms:
+It times a training step (forward, subset loss, backward, AdamW, memory update) and a forward pass in evaluation, at the
+paper's settings, in several forms:
 
-- ``plain``: what the release computes, in float32 as PyTorch has it, evaluated slice by slice
-- ``float32``, ``tf32``, ``bf16``: ours, channels-last, fused AdamW, evaluated in batches
-- ``compiled``, ``graphs``: bf16 under ``torch.compile``, also with CUDA graphs
+- ``plain``: what the release computes, float32, evaluation of one slice at a time
+- ``float32``, ``tf32``, ``bf16``: ours, channels-last, fused AdamW, evaluation in batches
+- ``compiled``, ``graphs``: bf16 with ``torch.compile``; ``graphs`` also with CUDA graphs
 
-Operations are those of ours on a CPU, counted by ``torch.utils.flop_counter``; what a GPU computes for nothing, such as
-scores of foreign clusters, is no work. The ceiling is a bf16 product of 8192 x 8192 matrices measured here. Writes
-``gpu.md`` (the table) and, of the last form, ``trace.json.gz`` (chrome://tracing) and ``profile.txt``. A form that
-fails is told in the table and does not stop the others. On a CPU:
+``torch.utils.flop_counter`` counts the operations of our network on a CPU, without what a GPU computes in vain, such as
+scores of other clusters. The ceiling is the measured rate of a bf16 product of 8192 x 8192 matrices. The command writes
+``gpu.md`` (the table) and, for the last form, ``trace.json.gz`` (for chrome://tracing) and ``profile.txt``. The table
+shows the error of a form that fails; the other forms run all the same. A run on a CPU:
 
     python -m benchmarks.gpu --device cpu --forms plain float32 bf16 --model_scale pico --img_size 64 \\
         --img_size_dmwla 64 --batch_size 2 --repeats 1
@@ -25,16 +25,18 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import plain
-from benchmarks.measure import add_network, machine, markdown, past_warm_up, product_rate, synchronize, time_sides
+from benchmarks.measure import add_network, machine, past_warm_up, synchronize, time_sides
 from networks import SimMPNet
 from networks.complexity import flop_counter
 from utils.cli import ArgumentParser, pick_device, run_script, set_precision
 from utils.losses import subset_loss
+from utils.results import markdown
 
 FORMS = ("plain", "float32", "tf32", "bf16", "compiled", "graphs")
 
@@ -48,23 +50,19 @@ class Form:
     device: torch.device
 
     @property
-    def is_plain(self) -> bool:
-        return self.name == "plain"
-
-    @property
     def compile_mode(self) -> str | None:
-        """Return torch.compile's mode, None where nothing is compiled."""
+        """Return the mode of torch.compile, or None if the form does not compile."""
         return {"compiled": "default", "graphs": "reduce-overhead"}.get(self.name)
 
     def network(self) -> SimMPNet:
-        """Return the network in training mode, its memory in use."""
+        """Return the network in training mode, after its warm-up."""
         torch.manual_seed(0)
         set_precision(self.name)
         a = self.args
         model = SimMPNet(a.num_classes, img_size=a.img_size, img_size_dmwla=a.img_size_dmwla, model_scale=a.model_scale)
         past_warm_up(model)
         model = model.to(self.device, memory_format=torch.channels_last)
-        return (plain.plain_copy(model) if self.is_plain else model).train()
+        return (plain.plain_copy(model) if self.name == "plain" else model).train()
 
     def autocast(self):
         """Return the context of the forward pass."""
@@ -73,11 +71,11 @@ class Form:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def training_step(self, batch_size: int) -> Callable[[], None]:
-        """Return what does one step on a batch that lies on the device."""
+        """Return a function that does one training step on a random batch."""
         model = self.network()
         images, label = self.batch(batch_size)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=not self.is_plain)
-        loss_of = plain.subset_loss if self.is_plain else subset_loss
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=self.name != "plain")
+        loss_of = plain.subset_loss if self.name == "plain" else subset_loss
 
         def losses(images: Tensor, label: Tensor) -> Tensor:
             with self.autocast():
@@ -96,7 +94,7 @@ class Form:
         return step
 
     def evaluation(self, batch_size: int) -> Callable[[], None]:
-        """Return what predicts a batch."""
+        """Return a function that predicts a random batch."""
         model: nn.Module = self.network().eval()
         images, _ = self.batch(batch_size)
         if self.compile_mode:
@@ -105,30 +103,37 @@ class Form:
         @torch.inference_mode()
         def predict() -> None:
             with self.autocast():
-                for part in images.split(1 if self.is_plain else batch_size):
+                for part in images.split(1 if self.name == "plain" else batch_size):
                     torch.stack(model(part)).float().sum(0).argmax(1)
 
         return predict
 
     def batch(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Return random images (B, 1, S, S) and a label (B, S, S)."""
+        """Return random images (B, 1, S, S) and a random label (B, S, S) on the device."""
         size = self.args.img_size
         images = torch.rand(batch_size, 1, size, size, device=self.device)
         return images, torch.randint(self.args.num_classes, (batch_size, size, size), device=self.device)
 
 
 def median_seconds(call: Callable[[], object], form: Form) -> tuple[float, float]:
-    """Return the seconds of the first call, compilation included, and the median of later ones."""
+    """Return the seconds of the first call, which compiles, and the median seconds of later calls."""
     start = time.perf_counter()
     call()
     synchronize(form.device)
     first = time.perf_counter() - start
-    return first, time_sides({"": call}, form.args.repeats, warmup=3 if form.device.type == "cuda" else 0,
-                             device=form.device)[""]  # fmt: skip
+    warmup = 3 if form.device.type == "cuda" else 0
+    return first, time_sides({"": call}, form.args.repeats, warmup, form.device)[""]
+
+
+def product_rate(n: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Return the operations per second of a product of two n x n matrices."""
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    seconds = time_sides({"": lambda: [a @ b for _ in range(10)]}, repeats=5, warmup=2, device=device)[""] / 10
+    return 2 * n**3 / seconds
 
 
 def largest_batch(form: Form, start: int, limit: int = 1024) -> int:
-    """Return the largest batch, to about a tenth, whose training step fits into the GPU's memory."""
+    """Return the largest batch, within a tenth, whose training step fits into the memory of the GPU."""
     fits, fails = 0, limit
     size = start
     while fails - fits > max(fits // 10, 1) and size < limit:
@@ -147,8 +152,8 @@ def largest_batch(form: Form, start: int, limit: int = 1024) -> int:
 
 
 def free_memory() -> None:
-    """Give back what no one holds."""
-    if "torch._dynamo" in sys.modules:  # which takes seconds to import
+    """Free GPU memory that is no longer used."""
+    if "torch._dynamo" in sys.modules:  # importing it takes seconds
         torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():
@@ -156,7 +161,7 @@ def free_memory() -> None:
 
 
 def operations(args: Namespace) -> tuple[float, float]:
-    """Return the operations of our training step and evaluation, per image."""
+    """Return the operations per image of our training step and of our evaluation."""
     form = Form("float32", args, torch.device("cpu"))
     counts = []
     for call in (form.training_step(1), form.evaluation(1)):
@@ -167,22 +172,22 @@ def operations(args: Namespace) -> tuple[float, float]:
 
 
 def write_profile(form: Form, folder: Path) -> None:
-    """Write a trace of a training step, and the table of what took the time."""
-    step = form.training_step(form.args.batch_size)
-    for _ in range(4):
+    """Write a trace of a training step and a table of the operations that took longest."""
+    step, on_gpu = form.training_step(form.args.batch_size), form.device.type == "cuda"
+    for _ in range(4 if on_gpu else 1):
         step()
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (form.device.type == "cuda")
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with profile(activities=kinds) as profiler:
         step()
         synchronize(form.device)
     profiler.export_chrome_trace(str(folder / "trace.json.gz"))
-    order = "self_cuda_time_total" if form.device.type == "cuda" else "self_cpu_time_total"
+    order = f"self_{'cuda' if on_gpu else 'cpu'}_time_total"
     table = profiler.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90)
     (folder / "profile.txt").write_text(f"{form.name}, a training step\n{table}\n", encoding="utf-8")
 
 
 def measure(form: Form, flops: tuple[float, float], peak_rate: float) -> list[object]:
-    """Return the form's row of the table."""
+    """Return the row of the table for a form."""
     args, batch_size = form.args, form.args.batch_size
     cells: list[object] = [form.name]
     for make, work in ((form.training_step, flops[0]), (form.evaluation, flops[1])):
@@ -203,44 +208,42 @@ def measure(form: Form, flops: tuple[float, float], peak_rate: float) -> list[ob
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--forms", nargs="+", default=FORMS, choices=FORMS, help="what is measured; the last, profiled")
+    parser.add_argument("--forms", nargs="+", default=FORMS, choices=FORMS, help="forms; the last one is profiled")
     add_network(parser)
-    parser.add_argument("--batch_size", type=int, default=20, help="slices at a time")
-    parser.add_argument("--repeats", type=int, default=20, help="of which the median is taken")
-    parser.add_argument(
-        "--largest_batch", type=int, default=1, choices=[0, 1], help="1: find it, by running out of memory"
-    )
+    parser.add_argument("--batch_size", type=int, default=20, help="slices in a batch")
+    parser.add_argument("--repeats", type=int, default=20, help="timed calls; the table shows their median")
+    parser.add_argument("--largest_batch", type=int, default=1, choices=[0, 1], help="1: find the largest batch")
     parser.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu or cuda")
-    parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="folder to write to")
+    parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="folder for the results")
     args = parser.parse_args()
     device = pick_device(args.device)
     torch.backends.cudnn.benchmark = True
     args.output.mkdir(parents=True, exist_ok=True)
 
     flops = operations(args)
-    peak_rate = product_rate(8192 if device.type == "cuda" else 1024, torch.bfloat16, device)
+    peak_rate = product_rate(8192 if device.type == "cuda" else 256, torch.bfloat16, device)
     rows = []
     for name in args.forms:
         form = Form(name, args, device)
         try:
             rows.append(measure(form, flops, peak_rate))
-        except Exception as error:  # the others are measured all the same
+        except Exception as error:  # the other forms are still measured
             rows.append([name, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}", *["-"] * 12])
         print(*rows[-1], flush=True)
-    part = "[ms]", "slices a second", "TFLOP/s", "% of the ceiling", "memory [GiB]", "first call [s]"
+    part = "[ms]", "slices per second", "TFLOP/s", "% of the ceiling", "memory [GiB]", "first call [s]"
     header = ["", *(f"{kind} {p}" for kind in ("training", "evaluation") for p in part), "largest batch"]
     lines = [
         machine(device),
-        f"{args.model_scale}, {args.img_size} / {args.img_size_dmwla}, batch {args.batch_size}; of ours "
-        f"{flops[0] / 2e9:.1f} G multiply-adds a training step and {flops[1] / 2e9:.1f} G an evaluation, per image; "
+        f"{args.model_scale}, {args.img_size} / {args.img_size_dmwla}, batch {args.batch_size}; ours per image: "
+        f"{flops[0] / 2e9:.1f} G multiply-adds in a training step, {flops[1] / 2e9:.1f} G in evaluation; "
         f"ceiling {peak_rate / 1e12:.1f} TFLOP/s (bf16)",
-        markdown(header, rows),
+        markdown(pd.DataFrame(rows, columns=header)),
     ]
     (args.output / "gpu.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     print("\n\n".join(lines))
     free_memory()
     write_profile(Form(args.forms[-1], args, device), args.output)
-    print(f"table, trace and profile in {args.output}")
+    print(f"wrote the table, trace and profile to {args.output}")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,30 @@
-"""The other side of the ratios: what the specification says, transcribed without a thought for speed.
+"""Plain code, the other side of the ratios: it follows the specification step by step and does nothing for speed.
 
-Full attention matrices, a loop over clusters, three convolutions per attention, a loop over the loss's 15 subsets with
-one pass per class, one slice per forward pass, resizing by ``scipy.ndimage.zoom`` and metrics by medpy on full volumes:
-what the authors' release does. ``tests/benchmarks`` holds it against ``tests/oracle.py`` and against the network.
+It stores full attention matrices, loops over clusters and over the subsets of the loss, predicts one slice at a time,
+resizes with ``scipy.ndimage.zoom``, and computes metrics with medpy on full volumes, as the authors' release does.
+``tests/benchmarks`` checks it against ``tests/oracle.py`` and against the network.
 """
 
 import copy
 from itertools import combinations
+from pathlib import Path
+from typing import Any
 
+import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor, nn
 
+from datasets import SliceDataset
+from datasets.transforms import augment
 from networks import DMWLA
 from utils.losses import SMOOTH
 
 
 class PlainDMWLA(DMWLA):
-    """DMW-LA in its steady state and warm-up, (B, c, H, W) to the same, cluster by cluster."""
+    """DMW-LA, (B, C, H, W) to (B, C, H, W), cluster by cluster."""
 
     def forward(self, x: Tensor) -> Tensor:
         theta, phi, g = (_conv1x1(x, layer.weight).flatten(2) for layer in (self.theta, self.phi, self.g))  # (B, d, N)
@@ -35,7 +40,7 @@ class PlainDMWLA(DMWLA):
         return x + _conv1x1(update, self.o.weight)
 
     def read_own_cluster(self, theta: Tensor) -> Tensor:
-        """Return softmax(theta . columns) columns over each token's own cluster, (B, N, d), of theta (B, N, d)."""
+        """Return what each token reads from its own cluster, softmax(theta . columns) columns; theta is (B, N, d)."""
         cosine = F.normalize(theta, dim=-1) @ F.normalize(self.bank.prototypes, dim=-1).T
         cluster = cosine.argmax(-1)
         read = torch.zeros_like(theta)
@@ -46,7 +51,7 @@ class PlainDMWLA(DMWLA):
 
     @torch.no_grad()
     def rewrite(self, keys: Tensor) -> None:
-        """Update the memory from keys (T, d), one cluster after the other."""
+        """Update the memory with keys (T, d), one cluster after the other."""
         bank = self.bank
         num_clusters, size, _ = bank.pool.shape
         cluster = (keys @ bank.prototypes.T).argmax(1)
@@ -66,7 +71,7 @@ class PlainDMWLA(DMWLA):
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a network, or of a DMW-LA, that computes plainly; its weights and memory are the same."""
+    """Return a copy of a network or of a DMW-LA that computes plainly with the same weights and memory."""
     model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     for module in model.modules():
         if type(module) is DMWLA:
@@ -75,7 +80,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
 
 def subset_loss(logits: list[Tensor], label: Tensor, ce_weight: float = 0.3, dice_weight: float = 0.7) -> Tensor:
-    """Return the subset loss of maps (B, num_classes, S, S) and label (B, S, S), subset by subset, class by class."""
+    """Return the subset loss of logits (B, num_classes, S, S) and a label (B, S, S), class by class."""
     loss = 0.0
     num_classes = logits[0].shape[1]
     for size in range(1, len(logits) + 1):
@@ -92,22 +97,35 @@ def subset_loss(logits: list[Tensor], label: Tensor, ce_weight: float = 0.3, dic
     return loss
 
 
-def zoom_in(image: np.ndarray, img_size: int) -> np.ndarray:
-    """Resize slices (D, H, W) to (D, S, S) by cubic splines, slice by slice."""
-    factors = img_size / image.shape[1], img_size / image.shape[2]
-    return np.stack([ndimage.zoom(plane, factors, order=3) for plane in image])
+class PlainSlices(SliceDataset):
+    """Read, augment and resize a slice anew each time."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        with np.load(self.files[index]) as file:
+            image, label = augment(file["image"], file["label"], self.generator(index))
+        image, label = zoom(image[None], (self.img_size,) * 2, 3), zoom(label[None], (self.img_size,) * 2, 0)[0]
+        return {"image": torch.from_numpy(image), "label": torch.from_numpy(label.astype(np.int64))}
 
 
-def zoom_back(prediction: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Resize classes (D, S, S) to (D, H, W) by nearest neighbour, slice by slice."""
-    factors = shape[0] / prediction.shape[1], shape[1] / prediction.shape[2]
-    return np.stack([ndimage.zoom(plane, factors, order=0) for plane in prediction])
+def zoom(slices: np.ndarray, size: tuple[int, int], order: int) -> np.ndarray:
+    """Resize (D, H, W) to (D, *size) by splines of an order (0 is nearest neighbour), slice by slice."""
+    factors = size[0] / slices.shape[1], size[1] / slices.shape[2]
+    return np.stack([ndimage.zoom(plane, factors, order=order) for plane in slices])
+
+
+def evaluate(model: nn.Module, path: Path, num_classes: int, img_size: int) -> list[tuple[float, ...]]:
+    """Read, predict and score a volume slice by slice; return Dice, HD95, Jaccard and ASSD of each class."""
+    with h5py.File(path) as file:
+        image, label = file["image"][()], file["label"][()]
+    slices = torch.from_numpy(zoom(image, (img_size, img_size), 3))
+    prediction = np.stack([sum(model(s[None, None])).argmax(1)[0].numpy() for s in slices])
+    return metrics(zoom(prediction.astype(np.uint8), label.shape[1:], 0), label, num_classes)
 
 
 def metrics(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> list[tuple[float, float, float, float]]:
-    """Return Dice, HD95, Jaccard and ASSD of each class as medpy computes them on the full volumes, in voxels.
+    """Return Dice, HD95, Jaccard and ASSD of each class as medpy computes them, distances in voxels.
 
-    NaN for a class that one of the two lacks.
+    They are NaN for a class that the prediction or the label lacks.
     """
     from medpy.metric import binary
 

@@ -1,55 +1,63 @@
-"""Every benchmark's command runs, at a small size, and prints its table."""
-
-import shlex
-import subprocess
-import sys
+"""Every benchmark runs at a small size and prints its table."""
 
 import pytest
-
-from tests.conftest import ROOT
+import torch
 
 NETWORK = "--model_scale pico --num_classes 3 --img_size 64 --img_size_dmwla 64"
-SMALL = {
-    "dmwla": "--channels 8 --feature_dim 16 --side 6 --batch_size 1 --repeats 1 --threads 1",
-    "network": f"{NETWORK} --repeats 1 --threads 1 --profile 1",
-    "loss": "--batch_size 1 --num_classes 3 --img_size 32 --repeats 1 --threads 1",
-    "evaluation": "--count 2 --slices 6 --threads 1",
-    "input_pipeline": "--count 120 --workers 1",
-    "complexity": NETWORK,
+SPEED = {
+    "network": (f"{NETWORK} --batch_size 1 --repeats 1", "training step [MiB]"),
+    "dmwla": ("--channels 4 --feature_dim 8 --side 6 --batch_size 1 --repeats 1", "training step [MiB]"),
+    "scaling": ("--channels 4 --feature_dim 8 --side 16 --repeats 1", "GFLOP/s"),
+    "loss": ("--batch_size 1 --num_classes 3 --img_size 32 --repeats 1", "ours / softmaxes"),
+    "evaluation": ("--slices 4", "plain / ours"),
+    "input_pipeline": ("--slices 2 --workers 0 --batch_size 2 --repeats 1", "from memory"),
 }
 
 
-def run(name: str, flags: str, before: str = "pass") -> str:
-    """Run a benchmark in a process of its own, since it sets threads and precision; returns what it prints."""
-    argv = [name, *shlex.split(flags)]
-    code = f"import sys, benchmarks.{name} as b; sys.argv = {argv!r}; {before}; b.main()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture(autouse=True)
+def restore_settings():
+    """Run with one thread; afterwards restore the threads and precision that benchmarks set."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    tuning = torch.backends.cudnn.benchmark
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.benchmark = tuning
 
 
-def test_the_complexity_of_a_baseline_is_counted_part_by_part():
-    pytest.importorskip("segmentation_models_pytorch", reason="smp is not installed (requirements-baselines.txt)")
-    table = run("complexity", "--network unet --num_classes 4 --img_size 64")
-    assert "| encoder | 21.28 M |" in table and "| all |" in table and "the paper" not in table
+@pytest.mark.parametrize("name", SPEED)
+def test_speed_prints_a_table(run_script, name):
+    flags, cell = SPEED[name]
+    done = run_script("benchmarks/speed.py", name, *flags.split(), "--threads", 1)
+    assert done.status == 0, done.error
+    assert cell in done.output and "1 threads; PyTorch" in done.output
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_a_benchmark_prints_its_table(name):
-    assert "| --- |" in run(name, SMALL[name])
+def test_speed_names_its_benchmarks(run_script):
+    done = run_script("benchmarks/speed.py", "nothing")
+    assert done.status == 1 and "'network', 'dmwla'" in done.error
 
 
-def test_the_gpu_benchmark_is_ready_to_run(tmp_path):
-    small = f"--device cpu --forms plain bf16 {NETWORK} --batch_size 2 --repeats 1"
-    assert "| plain |" in run("gpu", f"{small} --output {tmp_path}")
+@pytest.mark.parametrize("network", ["sim_mpnet", "unet"])
+def test_complexity_counts_part_by_part(run_script, network):
+    if network == "unet":
+        pytest.importorskip("segmentation_models_pytorch", reason="requirements-baselines.txt is not installed")
+    flags = NETWORK.split() if network == "sim_mpnet" else ["--num_classes", 4, "--img_size", 64]
+    done = run_script("benchmarks/complexity.py", "--network", network, *flags)
+    assert done.status == 0, done.error
+    cells = [[cell.strip() for cell in line.split("|")] for line in done.output.splitlines()]
+    parts = {row[1]: row[2] for row in cells if len(row) > 2}
+    assert "all" in parts and ("the paper" in done.output) == (network == "sim_mpnet")
+    if network == "unet":
+        assert parts["encoder"] == "21.28 M"
+
+
+def test_gpu_runs_on_a_cpu_and_writes_table_trace_and_profile(run_script, tmp_path):
+    small = f"--device cpu --forms bf16 {NETWORK} --batch_size 1 --repeats 1"
+    done = run_script("benchmarks/gpu.py", *small.split(), "--output", tmp_path)
+    assert done.status == 0, done.error
     table = (tmp_path / "gpu.md").read_text(encoding="utf-8")
-    assert "| bf16 |" in table and "failed" not in table
-    assert (tmp_path / "trace.json.gz").stat().st_size and "bf16" in (tmp_path / "profile.txt").read_text(
-        encoding="utf-8"
-    )
-
-
-def test_the_plot_of_scaling_is_drawn(tmp_path):
-    few = "b.SIDES, b.CLUSTERS, b.COLUMNS = (4, 6), (2, 3), (4, 5)"
-    assert "| --- |" in run("scaling", f"--channels 4 --repeats 1 --threads 1 --output {tmp_path}/scaling.png", few)
-    assert (tmp_path / "scaling.png").stat().st_size
+    assert "| bf16" in table and "failed" not in table
+    assert (tmp_path / "trace.json.gz").stat().st_size
+    assert "bf16" in (tmp_path / "profile.txt").read_text(encoding="utf-8")

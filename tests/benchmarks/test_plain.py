@@ -1,4 +1,4 @@
-"""The plain side of the benchmarks computes what the oracle and the network compute."""
+"""The plain side computes what the oracle and the network compute, and measurements count what they should."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests import oracle
 
 @pytest.fixture(autouse=True)
 def double_precision():
-    """Decisions (which cluster, which column) must not hang on rounding: compare in float64."""
+    """Compare in float64, because rounding can change which cluster or column is chosen."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

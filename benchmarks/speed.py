@@ -1,0 +1,245 @@
+"""Compare the speed of this code with that of plain code for the same work: ``python -m benchmarks.speed NAME``.
+
+Each benchmark runs both sides in turn in one process, and prints the machine and a table of medians. The plain side is
+``benchmarks/plain.py``. All figures depend on the processor and on what else runs; a ratio moves less than a time.
+"""
+
+import inspect
+import tempfile
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from benchmarks import plain
+from benchmarks.measure import Sides, machine, past_warm_up, peak_memory, time_sides
+from datasets import SliceDataset, Volume, read_volume
+from datasets.volumes import write_slice, write_volume
+from networks import DMWLA, SimMPNet
+from utils.cli import ArgumentParser, run_script
+from utils.evaluation import evaluate
+from utils.losses import subset_loss
+from utils.results import markdown
+
+HELP = {
+    "repeats": "timed calls of each side; the table shows their median",
+    "batch_size": "images in a batch",
+    "num_classes": "classes with background",
+    "img_size": "side of the images in pixels",
+    "img_size_dmwla": "side of the input of the DMW-LA encoder in pixels",
+    "model_scale": "pico to base",
+    "channels": "width C of the feature map",
+    "feature_dim": "width d of the memory",
+    "side": "height and width of the feature map, the largest one where it grows",
+    "slices": "slices of the CT volume",
+    "workers": "processes of the data loader",
+}
+
+
+def network(model_scale="small", num_classes=9, img_size=256, img_size_dmwla=224, batch_size=2, repeats=5):
+    """Run the whole network: a forward pass in evaluation, and a training step with loss, AdamW and memory update.
+
+    In evaluation the plain side takes one image at a time. Its AdamW is PyTorch's default, ours the fused one.
+    """
+    ours = SimMPNet(num_classes, model_scale=model_scale, img_size=img_size, img_size_dmwla=img_size_dmwla)
+    ours = ours.to(memory_format=torch.channels_last)
+    past_warm_up(ours)
+    plainly = plain.plain_copy(ours)
+    images = torch.rand(batch_size, 1, img_size, img_size)
+    label = torch.randint(num_classes, (batch_size, img_size, img_size))
+
+    @torch.inference_mode()
+    def predict(model: nn.Module, size: int) -> None:
+        model.eval()
+        for part in images.split(size):
+            model(part)
+
+    def step(model: nn.Module, loss_of: Callable, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss_of(model.train()(images), label).backward()
+        optimizer.step()
+
+    adamw, fused = (torch.optim.AdamW(m.parameters(), lr=1e-5, fused=m is ours) for m in (plainly, ours))
+    evaluation = {"plain": lambda: predict(plainly, 1), "ours": lambda: predict(ours, batch_size)}
+    training = {
+        "plain": lambda: step(plainly, plain.subset_loss, adamw),
+        "ours": lambda: step(ours, subset_loss, fused),
+    }
+    return compare({"evaluation": evaluation, "training step": training}, repeats)
+
+
+def dmwla(channels=96, feature_dim=256, side=56, batch_size=4, repeats=9):
+    """Run one DMW-LA block: forward, and forward with backward and memory update."""
+    ours = DMWLA(channels, feature_dim, num_clusters=9)
+    past_warm_up(ours)
+    plainly = plain.plain_copy(ours)
+    x = torch.randn(batch_size, channels, side, side).contiguous(memory_format=torch.channels_last)
+    work = {
+        "forward": {"plain": lambda: block_forward(plainly, x), "ours": lambda: block_forward(ours, x)},
+        "training step": {"plain": lambda: block_step(plainly, x), "ours": lambda: block_step(ours, x)},
+    }
+    return compare(work, repeats)
+
+
+def scaling(channels=96, feature_dim=256, side=112, repeats=5):
+    """Run one DMW-LA block with growing maps, clusters and columns, beside the multiply-adds of the specification.
+
+    For N tokens, n columns and e = min(C, d): projections N C (4 e + d), global interaction 2 N^2 e, intra-cluster
+    interaction 2 N n e, update N d clusters + n d. While GFLOP/s do not fall, no term grows faster than these.
+    """
+    c, d, e, rows = channels, feature_dim, min(channels, feature_dim), []
+    settings = [(s, 9, 100) for s in (side // 8, side // 4, side // 2, side)]
+    settings += [(side // 4, *memory) for memory in ((2, 100), (16, 100), (64, 100), (9, 25), (9, 400))]
+    for size, clusters, columns in settings:
+        tokens, pool = size * size, clusters * columns
+        work = tokens * c * (4 * e + d) + 2 * tokens * (tokens + pool) * e + tokens * d * clusters + pool * d
+        block = DMWLA(c, d, clusters, columns, replaced_columns=columns // 2)
+        past_warm_up(block)
+        x = torch.randn(1, c, size, size).contiguous(memory_format=torch.channels_last)
+        calls = {"forward": lambda b=block, x=x: block_forward(b, x), "step": lambda b=block, x=x: block_step(b, x)}
+        seconds = time_sides(calls, repeats)
+        row = {"map": f"{size} x {size}", "clusters": clusters, "columns": columns, "G multiply-adds": work / 1e9}
+        row |= {f"{name} [s]": value for name, value in seconds.items()}
+        rows.append(row | {"GFLOP/s of the forward": 2 * work / seconds["forward"] / 1e9})
+    return pd.DataFrame(rows)
+
+
+def loss(batch_size=4, num_classes=9, img_size=256, repeats=7):
+    """Run the subset loss forward and backward, beside the softmaxes of its 15 subsets, which no form can avoid."""
+    data = torch.randn(4, batch_size, num_classes, img_size, img_size)
+    label = torch.randint(num_classes, (batch_size, img_size, img_size))
+
+    def maps() -> list[Tensor]:
+        return [m.requires_grad_() for m in data.detach().unbind()]
+
+    def softmaxes() -> None:
+        leaves = maps()
+        for subset in (subset for size in range(1, 5) for subset in combinations(leaves, size)):
+            share = sum(subset).softmax(1)
+            share.backward(share.detach())
+
+    sides = {
+        "15 softmaxes": softmaxes,
+        "plain": lambda: plain.subset_loss(maps(), label).backward(),
+        "ours": lambda: subset_loss(maps(), label).backward(),
+    }
+    table = compare({"forward and backward": sides}, repeats)
+    return table.assign(**{"ours / softmaxes": table["ours"] / table["15 softmaxes"]})
+
+
+def evaluation(slices=150, repeats=1):
+    """Evaluate a CT volume from its file to its scores, without a network: read, resize, resize back, metrics.
+
+    The image is the label, moved by some voxels, under noise; rounding it gives the prediction.
+    """
+    num_classes, scores, volume = 9, {}, ct_volume(slices)
+    noise = np.random.default_rng(0).uniform(-0.3, 0.3, volume.label.shape)
+    volume.image = ((np.roll(volume.label, (3, 2), (1, 2)) + noise) / num_classes).astype(np.float32)
+
+    class Rounding(nn.Module):
+        def forward(self, x: Tensor) -> list[Tensor]:
+            found = (x * num_classes).round().clamp(0, num_classes - 1)
+            return [(found == torch.arange(num_classes)[:, None, None]).half()]
+
+    class Files(list):
+        def __getitem__(self, index: int) -> Volume:
+            return read_volume(super().__getitem__(index))
+
+    def run_ours() -> None:
+        (case,) = evaluate(Rounding(), Files([path]), num_classes, img_size=256, batch_size=20)
+        scores["ours"] = [c.transunet for c in case.classes]
+
+    def run_plain() -> None:
+        scores["plain"] = plain.evaluate(Rounding(), path, num_classes, img_size=256)
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "case0001.npy.h5")
+        write_volume(path, volume)
+        seconds = time_sides({"plain": run_plain, "ours": run_ours}, repeats, warmup=0)
+    difference = np.nanmax(np.abs(np.subtract(scores["plain"], scores["ours"])))
+    row = {"": f"{slices} slices of 512 x 512 [s]", **seconds, "plain / ours": seconds["plain"] / seconds["ours"]}
+    return pd.DataFrame([row | {"largest difference of a score": difference}])
+
+
+def input_pipeline(slices=200, batch_size=20, workers=2, repeats=3):
+    """Load an epoch of augmented CT slices at 256 x 256: read anew, from files, and from memory (``--cache_gib``)."""
+    with tempfile.TemporaryDirectory() as folder:
+        volume, names = ct_volume(slices), [f"case0001_slice{z:03d}" for z in range(slices)]
+        for z, name in enumerate(names):
+            write_slice(Path(folder, f"{name}.npz"), volume, z)
+        Path(folder, "train.txt").write_text("\n".join(names) + "\n")
+        arguments = folder, folder, "train", 9, 256, True
+        sets = {"plain": plain.PlainSlices(*arguments), "from files": SliceDataset(*arguments)}
+        sets["from memory"] = SliceDataset(*arguments)
+        sets["from memory"].keep(4 * 2**30)
+        kept = {"num_workers": workers, "persistent_workers": workers > 0}
+        loaders = {name: DataLoader(dataset, batch_size, shuffle=True, **kept) for name, dataset in sets.items()}
+        seconds = time_sides({n: lambda loader=loader: list(loader) for n, loader in loaders.items()}, repeats)
+        del loaders  # ends the workers before the files go
+    row = {name: slices / value for name, value in seconds.items()}
+    return pd.DataFrame([{"": "slices per second", **row, "memory / plain": row["from memory"] / row["plain"]}])
+
+
+def compare(work: dict[str, Sides], repeats: int) -> pd.DataFrame:
+    """Return the time and the peak memory of the sides of each piece of work, a row each."""
+    rows = []
+    for name, sides in work.items():
+        seconds = time_sides(sides, repeats)
+        mebibytes = {side: peak_memory(call) / 2**20 for side, call in sides.items()}
+        for unit, values in (("s", seconds), ("MiB", mebibytes)):
+            rows.append({"": f"{name} [{unit}]", **values, "plain / ours": values["plain"] / values["ours"]})
+    return pd.DataFrame(rows)
+
+
+@torch.inference_mode()
+def block_forward(block: DMWLA, x: Tensor) -> None:
+    """Run a block as evaluation does."""
+    block.eval()(x)
+
+
+def block_step(block: DMWLA, x: Tensor) -> None:
+    """Run a block as a training step does: forward, memory update, and backward to the input and the weights."""
+    block.zero_grad()
+    block.train()(x.detach().requires_grad_()).sum().backward()
+
+
+def ct_volume(slices: int) -> Volume:
+    """Return a noisy body (slices, 512, 512), surrounded by air, with eight ellipsoids as large as abdominal organs."""
+    rng, shape = np.random.default_rng(0), np.array((slices, 512, 512))
+    z, y, x = np.ogrid[:slices, :512, :512]
+    label = np.zeros(shape, np.uint8)
+    for organ in range(1, 9):
+        centre, radii = rng.uniform(0.3, 0.7, 3) * shape, rng.uniform(0.04, 0.17, 3) * shape
+        label[sum(((axis - c) / r) ** 2 for axis, c, r in zip((z, y, x), centre, radii, strict=True)) < 1] = organ
+    image = 0.3 + label / 20 + 0.06 * rng.standard_normal(shape, np.float32)
+    body = ((x - 256) / 240) ** 2 + ((y - 256) / 180) ** 2 < 1
+    return Volume("case0001", np.where(body, image, 0).clip(0, 1).astype(np.float32), label)
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    names = parser.add_subparsers(dest="benchmark", required=True, metavar="NAME")
+    for benchmark in (network, dmwla, scaling, loss, evaluation, input_pipeline):
+        text = inspect.getdoc(benchmark)
+        flags = names.add_parser(benchmark.__name__, help=text.split("\n")[0], description=text)
+        flags.set_defaults(benchmark=benchmark)
+        for name, parameter in inspect.signature(benchmark).parameters.items():
+            default = parameter.default
+            flags.add_argument(f"--{name}", type=type(default), default=default, help=HELP[name])
+        flags.add_argument("--threads", type=int, default=2, help="threads of the CPU")
+    args = vars(parser.parse_args())
+    benchmark, threads = args.pop("benchmark"), args.pop("threads")
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    table = benchmark(**args)
+    print(f"{machine()}\n{benchmark.__name__}: {', '.join(f'{name} {value}' for name, value in args.items())}\n")
+    print(markdown(table, ".4g"))
+
+
+if __name__ == "__main__":
+    run_script(main)
