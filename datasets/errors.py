@@ -2,15 +2,15 @@
 
 
 class DataError(ValueError):
-    """Data that cannot be used: one line saying what was found, in which file, and what to do."""
+    """Data that cannot be used: one line that says what was found, in which file, and what to do."""
 
 
 def brief(value: object, limit: int = 300) -> str:
-    """Return what an error may quote of a file: one line of what can be printed, at most ``limit`` characters of it."""
+    """Return a value as one printable line of at most ``limit`` characters, for an error that quotes a file."""
     text = " ".join(printable(str(value)[: 2 * limit]).split())
     return text if len(text) <= limit else f"{text[: limit - 4]} ..."
 
 
 def printable(text: str) -> str:
-    """Return a text on one line, a space for every letter that does something other than being seen."""
+    """Return a text on one line, with a space for every character that cannot be printed."""
     return "".join(letter if letter.isprintable() else " " for letter in text)

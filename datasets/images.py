@@ -1,7 +1,7 @@
-"""Colour images and their masks: how they are read, resized and normalised.
+"""Read, resize and normalise colour images and their masks.
 
-On disk: ``images/<id>`` with one of ``ENDINGS``, RGB, and ``masks/<id>.png``, one grey value per pixel, which is its
-class index, both at their own size.
+On disk: ``images/<id>`` with one of ``ENDINGS``, RGB, and ``masks/<id>.png`` of the same size, whose grey values are
+class indices.
 """
 
 import warnings
@@ -18,72 +18,16 @@ from datasets.errors import DataError, brief
 from datasets.storage import PREPARE, reading
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-"""Endings of the files that are images, in lower case."""
+"""Extensions of image files, in lower case."""
 
 MAX_PIXELS = 80_000_000
-"""Largest image that is decoded: over three times 6000 x 4000, and below the size at which Pillow begins to warn. Of 4
-bytes a pixel at most it takes a third of a gigabyte, and as much again in another form."""
+"""Size of the largest image that is decoded, over three times 6000 x 4000. At 4 bytes a pixel it takes a third of a
+gigabyte, and as much again while it is converted."""
 
 IMAGE_FOLDER, MASK_FOLDER = "images", "masks"
 
-_FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # no others: some of Pillow's start programs
+_FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # no others: Pillow starts programs for some of them
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
-
-
-def read_image(path: str | Path) -> np.ndarray:
-    """Read an image as it is to be looked at, its EXIF orientation applied: uint8 (H, W, 3).
-
-    Grey becomes RGB, 16 bits are scaled to 8, palettes are looked up, alpha is dropped. Raises DataError for a file
-    that is absent, damaged, no image, larger than ``MAX_PIXELS`` or of floating-point numbers.
-    """
-    with _opened(path) as file:
-        return _upright_rgb(file)
-
-
-def read_mask(path: str | Path, shape: tuple[int, int] | None = None, num_classes: int | None = None) -> np.ndarray:
-    """Read a mask of class indices: uint8 (H, W).
-
-    shape: of its image, (H, W); num_classes: with background, bounds the indices. A palette's colours are not looked
-    at. Raises DataError as ``read_image`` does, for colours where indices were expected, and for what does not fit.
-    """
-    with _opened(path) as file:
-        file.load()
-        mask = np.asarray(file)
-        if mask.ndim == 3:
-            mask = mask[..., [band not in "Aa" for band in file.getbands()]]  # without alpha
-            if (mask != mask[..., :1]).any():
-                raise DataError(f"{path}: holds colours, one class index per pixel was expected; {PREPARE}")
-            mask = mask[..., 0]
-    if shape is not None:
-        check_size(path, mask.shape, shape)
-    low, high = int(mask.min()), int(mask.max())
-    bound = 256 if num_classes is None else num_classes
-    if low < 0 or high >= bound:
-        raise DataError(
-            f"{path}: class index {low if low < 0 else high}, 0 to {bound - 1} were expected: set --num_classes to the "
-            f"number of classes with background, or {PREPARE}"
-        )
-    return mask.astype(np.uint8)
-
-
-def read_grey(path: str | Path) -> np.ndarray:
-    """Read a picture of a mask, in any of the forms that ``read_image`` reads, as brightness: uint8 (H, W).
-
-    Nothing is turned. 16 bits are scaled to 8 where the values need them. Raises DataError as ``read_image`` does.
-    """
-    with _opened(path) as file:
-        file.load()
-        if file.mode.startswith("I"):
-            values = np.asarray(file).clip(0, 65535)
-            return (values if values.max() < 256 else values // 257).astype(np.uint8)
-        return np.asarray(file.convert("L"))
-
-
-def check_size(path: str | Path, found: tuple[int, int], expected: tuple[int, int]) -> None:
-    """Raise DataError unless a mask has its image's size, both (H, W)."""
-    if tuple(found) != tuple(expected):
-        mask, image = (f"{height} x {width}" for height, width in (found, expected))
-        raise DataError(f"{path}: the mask is {mask}, its image {image}; one size was expected: replace one of them")
 
 
 @contextmanager
@@ -105,33 +49,86 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
             yield file
 
 
+def read_image(path: str | Path) -> np.ndarray:
+    """Read an image and apply its EXIF orientation: uint8 (H, W, 3).
+
+    Grey becomes RGB, 16 bits are scaled to 8, palettes are applied, alpha is dropped. Raises DataError for a file that
+    is missing, damaged, no image, larger than ``MAX_PIXELS`` or of floating-point numbers.
+    """
+    with _opened(path) as file:
+        return _upright_rgb(file)
+
+
 def _upright_rgb(file: Image.Image) -> np.ndarray:
-    file.load()
     upright = ImageOps.exif_transpose(file)
-    if upright.mode.startswith("I"):  # Pillow's own conversion cuts off what is above 255
+    if upright.mode.startswith("I"):  # Pillow's own conversion clips values above 255
         return np.repeat((np.asarray(upright).clip(0, 65535) // 257).astype(np.uint8)[..., None], 3, axis=2)
     return np.asarray(upright.convert("RGB"))
 
 
 def read_shrunk(path: Path, side: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Read an image shrunk as ``shrink`` does it: returns (uint8 (h, w, 3), its own (H, W)).
+    """Read an image, shrunk to ``shrunk_size``: returns (uint8 (h, w, 3), its own (H, W)).
 
-    A JPEG that is larger than twice that is decoded at 1/2, 1/4 or 1/8, several times faster; the result differs from
-    shrinking all of it by about a grey level.
+    A JPEG larger than twice that is decoded at 1/2, 1/4 or 1/8, several times faster; the result differs from shrinking
+    the whole image by about a grey level.
     """
     with _opened(path) as file:
         size = file.height, file.width
-        if file.draft(None, (2 * side, 2 * side)):  # a JPEG, whatever the scale
-            sideways = file.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
-            image, size = _upright_rgb(file), size[::-1] if sideways else size
-        else:
-            image = _upright_rgb(file)
-            size = image.shape[:2]
+        drafted = file.draft(None, (2 * side, 2 * side))  # only a JPEG is
+        sideways = drafted and file.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
+        image = _upright_rgb(file)
+    size = (size[::-1] if sideways else size) if drafted else image.shape[:2]
     return resize_image(image, shrunk_size(size, side)), size
 
 
+def read_mask(path: str | Path, shape: tuple[int, int] | None = None, num_classes: int | None = None) -> np.ndarray:
+    """Read a mask of class indices: uint8 (H, W).
+
+    shape: of its image, (H, W); num_classes: with background, bounds the indices. The colours of a palette are ignored.
+    Raises DataError as ``read_image`` does, for colours in place of indices, and for a wrong size or index.
+    """
+    with _opened(path) as file:
+        mask = np.asarray(file)
+        if mask.ndim == 3:
+            mask = mask[..., [band not in "Aa" for band in file.getbands()]]  # without alpha
+            if (mask != mask[..., :1]).any():
+                raise DataError(f"{path}: holds colours, one class index per pixel was expected; {PREPARE}")
+            mask = mask[..., 0]
+    if shape is not None:
+        check_size(path, mask.shape, shape)
+    low, high = int(mask.min()), int(mask.max())
+    bound = 256 if num_classes is None else num_classes
+    if low < 0 or high >= bound:
+        raise DataError(
+            f"{path}: class index {low if low < 0 else high}, 0 to {bound - 1} were expected: set --num_classes to the "
+            f"number of classes with background, or {PREPARE}"
+        )
+    return mask.astype(np.uint8)
+
+
+def read_grey(path: str | Path) -> np.ndarray:
+    """Read a picture of a mask, in any form that ``read_image`` reads, as brightness: uint8 (H, W).
+
+    The EXIF orientation is ignored. 16 bits are scaled to 8 if a value exceeds 255. Errors: as for ``read_image``.
+    """
+    with _opened(path) as file:
+        if file.mode.startswith("I"):
+            values = np.asarray(file).clip(0, 65535)
+            return (values if values.max() < 256 else values // 257).astype(np.uint8)
+        return np.asarray(file.convert("L"))
+
+
+def check_size(path: str | Path, found: tuple[int, int], expected: tuple[int, int]) -> None:
+    """Raise DataError unless a mask has its image's size, both (H, W)."""
+    if tuple(found) != tuple(expected):
+        mask, image = (f"{height} x {width}" for height, width in (found, expected))
+        raise DataError(
+            f"{path}: the mask is {mask}, its image {image}; the same size was expected: replace one of them"
+        )
+
+
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize an image, cubic, averaging over what becomes one pixel: photographs are shrunk 4 to 20 times.
+    """Resize an image by cubic interpolation, averaging the pixels that become one: photographs shrink 4 to 20 times.
 
     image: uint8 (H, W, 3); size: (h, w). Returns uint8 (h, w, 3).
     """
@@ -142,33 +139,28 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize a mask to the nearest neighbour: uint8 (H, W) to (h, w).
+    """Resize a mask by nearest neighbour: uint8 (H, W) to (h, w).
 
-    The outer edges of the pixels at the border stay where they are, as in ``resize_image``; ``resize_nearest`` of the
-    volumes holds their centres, which would shift a mask against its image by up to half a pixel of the smaller map.
+    It aligns the outer edges of the border pixels, as ``resize_image`` does. ``transforms.resize_nearest`` aligns their
+    centres, which would shift a mask against its image by up to half a pixel of the smaller map.
     """
     if mask.shape == tuple(size):
         return mask
     return np.asarray(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
 
 
-def shrink(image: np.ndarray, side: int) -> np.ndarray:
-    """Shrink an image to a shorter side of ``side``, in proportion; a smaller one stays: uint8 (H, W, 3) to (h, w, 3).
-
-    The first half of the way to the network's square, before the augmentation; the second resizes to (side, side).
-    """
-    return resize_image(image, shrunk_size(image.shape[:2], side))
-
-
 def shrunk_size(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """Return the (h, w) to which ``shrink`` takes an image of (H, W)."""
+    """Return the (h, w) of an image of (H, W) that is shrunk in proportion to a shorter side of ``side``, never grown.
+
+    Images are shrunk before the augmentation, and resized to the network's square after it.
+    """
     factor = min(1.0, side / min(size))
     return round(size[0] * factor), round(size[1] * factor)
 
 
 @dataclass(frozen=True)
 class ColourPreprocessing:
-    """How RGB in [0, 1] is normalised, channel by channel, to (value - mean) / std; stored in a checkpoint.
+    """The normalisation of RGB in [0, 1] to (value - mean) / std, channel by channel; stored in a checkpoint.
 
     The default is the one with which timm's maxxvit_rmlp weights were trained.
     """
@@ -182,7 +174,7 @@ class ColourPreprocessing:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ColourPreprocessing":
-        """Take up what ``to_dict`` gave; raises DataError for anything else."""
+        """Return the preprocessing that ``to_dict`` described; raises DataError for anything else."""
         try:
             mean, std = (tuple(float(number) for number in values[key]) for key in ("mean", "std"))
             if len(mean) != 3 or len(std) != 3 or not np.isfinite([*mean, *std]).all() or min(std) <= 0:
@@ -192,30 +184,28 @@ class ColourPreprocessing:
             raise DataError(f"the checkpoint's preprocessing {brief(values)} is not one of ours; train anew") from error
 
     def described(self, img_size: int) -> str:
-        """Return in words what leads from an image to the network's input, for a program that is not this one."""
+        """Return the steps from an image to the network's input in words, for users of an exported network."""
         return (
             f"RGB; shrunk in proportion to a shorter side of {img_size} where that is longer, then resized to "
             f"{img_size} x {img_size}, both bicubic with averaging; v becomes (v / 255 - mean) / std in each channel"
         )
 
     def normalise(self, image: np.ndarray) -> np.ndarray:
-        """Return images as the network sees them: uint8 (..., H, W, 3) to float32 (..., 3, H, W)."""
-        scaled = np.moveaxis(image, -1, -3).astype(np.float32)
-        mean, std = (np.array(values, np.float32)[:, None, None] for values in (self.mean, self.std))
-        return (scaled / 255 - mean) / std
+        """Return images as the network's input: uint8 (..., H, W, 3) to float32 (..., 3, H, W)."""
+        scaled = (image.astype(np.float32) / 255 - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))
 
     def denormalise(self, image: np.ndarray) -> np.ndarray:
-        """Return what ``normalise`` made as RGB in [0, 1] again: float32 (..., 3, H, W) to (..., H, W, 3)."""
-        mean, std = (np.array(values, np.float32)[:, None, None] for values in (self.mean, self.std))
-        return np.moveaxis(np.clip(image * std + mean, 0, 1), -3, -1)
+        """Return the RGB in [0, 1] of normalised images: float32 (..., 3, H, W) to (..., H, W, 3)."""
+        return np.clip(np.moveaxis(image, -3, -1) * np.float32(self.std) + np.float32(self.mean), 0, 1)
 
 
 @dataclass
 class Picture:
     """One image with its label for validation, testing and prediction, in the form of a volume of one slice.
 
-    image: uint8 (1, H, W, 3), RGB; label: uint8 (1, H, W) or None; class_names: without background. An image has
-    neither voxel spacing nor a place in space; ``planar`` says that it is measured in two dimensions.
+    image: uint8 (1, H, W, 3), RGB; label: uint8 (1, H, W) or None; class_names: without background. An image has no
+    voxel spacing and no position in space; ``planar`` means that it is measured in two dimensions.
     """
 
     name: str
@@ -229,9 +219,10 @@ class Picture:
     affine: ClassVar[None] = None
 
     def network_input(self, img_size: int, part: slice = slice(None)) -> np.ndarray:
-        """Return the image at the network's size, normalised: float32 (n, 3, S, S), n being 1, or 0 by ``part``."""
-        small = [resize_image(shrink(image, img_size), (img_size, img_size)) for image in self.image[part]]
-        return self.preprocessing.normalise(np.reshape(small, (-1, img_size, img_size, 3)))
+        """Return the image at the network's size, normalised: float32 (n, 3, S, S) with n = 1, or 0 by ``part``."""
+        shrunk = [resize_image(image, shrunk_size(image.shape[:2], img_size)) for image in self.image[part]]
+        square = [resize_image(image, (img_size, img_size)) for image in shrunk]
+        return self.preprocessing.normalise(np.reshape(square, (-1, img_size, img_size, 3)))
 
     def restore(self, prediction: np.ndarray) -> np.ndarray:
         """Return a prediction (1, S, S) at the image's own size, nearest neighbour: uint8 (1, H, W)."""
@@ -245,7 +236,7 @@ def read_picture(
     class_names: tuple[str, ...] = (),
     preprocessing: ColourPreprocessing | None = None,
 ) -> Picture:
-    """Read an image, with its mask where one is given, as a Picture of the file's name; raises DataError."""
+    """Read an image, and its mask if one is given, as a Picture with the name of the file; raises DataError."""
     image = read_image(path)
     label = None if mask_path is None else read_mask(mask_path, image.shape[:2], num_classes)[None]
     return Picture(Path(path).stem, image[None], label, class_names, preprocessing or ColourPreprocessing())

@@ -1,41 +1,40 @@
-"""Lists of a split and the files that they name.
+"""The lists of a split, and the files that they name.
 
-``<list_dir>/<split>.txt`` has one entry a line. An entry is a file name with its ending, or a name without one: a
-patient, a volume or a slice, which stands for every file of that name or with ``_`` after it (``patient001`` for
-``patient001_frame01...``, never for ``patient0010...``). ``val.txt`` may also be called ``valid.txt`` (MT-UNet).
+``<list_dir>/<split>.txt`` has one entry a line: a file name with its extension, or a patient, volume or slice, which
+stands for every file of that name or with ``_`` after it (``patient001`` for ``patient001_frame01...``, never for
+``patient0010...``). ``val.txt`` may also be called ``valid.txt`` (MT-UNet).
 """
 
 import re
 from collections import Counter
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from pathlib import Path
 
 from datasets.errors import DataError, brief
 from datasets.files import atomic_write
 
 MAX_LIST_BYTES = 2**24
-"""Longest list that is read: some hundred thousand names."""
+"""Size of the longest list that is read: some hundred thousand names."""
 
 ENDINGS = (".npy.h5", ".h5", ".npz")
-"""Endings of the files that are data, longest first."""
+"""Extensions of volumes and slices, longest first."""
 
-_LONGEST_NAME = 255  # bytes, of a file in the usual file systems
 _OTHER_NAMES = {"val": "valid", "valid": "val"}
 
 
 def data_name(path: str | Path) -> str:
-    """Return a data file's name without its ending."""
+    """Return the name of a volume or slice file without its extension."""
     name = Path(path).name
     return next((name.removesuffix(ending) for ending in ENDINGS if name.endswith(ending)), name)
 
 
 def natural_key(name: str) -> list:
-    """Return a sort key by which slice 2 comes before slice 10."""
+    """Return a sort key that puts slice 2 before slice 10."""
     return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
 def patient_of(name: str) -> str:
-    """Return the patient of a file or entry, its first word with a number: patient001, case_002, case0005."""
+    """Return the patient of a file or entry: its first word with a number (patient001, case_002, case0005)."""
     found = re.match(r"[A-Za-z]+_?[0-9]+", name)
     return found.group() if found else data_name(name)
 
@@ -48,10 +47,10 @@ def list_path(list_dir: str | Path, split: str) -> Path:
 
 
 def read_list(list_dir: str | Path, split: str) -> list[str]:
-    """Return the entries of a split's list, in its order, without blank lines.
+    """Return the entries of a split's list in its order, without blank lines.
 
-    Raises DataError for a list that is missing, empty or not text, an entry with a path in it, and an entry that
-    stands there twice.
+    Raises DataError for a list that is missing, empty or not text, an entry that contains a path, and an entry that
+    occurs twice.
     """
     path = list_path(list_dir, split)
     if not path.is_file():
@@ -68,40 +67,12 @@ def read_list(list_dir: str | Path, split: str) -> list[str]:
     for entry in entries:
         if re.search(r"[/\\\0]|\.\.|^\.", entry):
             raise DataError(
-                f"{path}: entry {brief(repr(entry))} has a path in it; write the name alone, without folders"
+                f"{path}: entry {brief(repr(entry))} contains a path; write the name alone, without folders"
             )
-        if len(entry.encode()) > _LONGEST_NAME:
-            raise DataError(f"{path}: entry {brief(repr(entry))} is too long for a file's name; write one name a line")
-    twice = next((entry for entry, count in Counter(entries).items() if count > 1), None)
-    if twice is not None:
-        raise DataError(f"{path}: entry {twice!r} stands there twice; remove one of them")
+    twice = [entry for entry, count in Counter(entries).items() if count > 1]
+    if twice:
+        raise DataError(f"{path}: {brief(', '.join(twice[:3]))} occurs twice; remove one of the lines")
     return entries
-
-
-def select_entries(
-    list_dir: str | Path, split: str, only: Sequence[str] | None = None, without: Sequence[str] = ()
-) -> list[str]:
-    """Return the entries of a split's list, of some patients only, or without some.
-
-    only, without: patients (``case0005``); an entry is of the patient that its name begins with. Raises DataError as
-    ``read_list`` does, for a patient whom the list does not name, and where no entry is left.
-    """
-    entries, source = read_list(list_dir, split), list_path(list_dir, split)
-    patients = {patient_of(entry) for entry in entries}
-    unknown = [name for name in (*(only or ()), *without) if name not in patients]
-    if unknown:
-        raise DataError(
-            f"{source}: does not name {', '.join(unknown)}; it has {brief(', '.join(sorted(patients)))}: choose among "
-            "these (--val_cases to validate in training, --cases to test), or train with --select test"
-        )
-    chosen = [
-        entry for entry in entries if (only is None or patient_of(entry) in only) and patient_of(entry) not in without
-    ]
-    if not chosen:
-        raise DataError(
-            f"{source}: no entry is left without {', '.join(without)}; hold out fewer (--val_cases, --select)"
-        )
-    return chosen
 
 
 def select_files(
@@ -112,29 +83,56 @@ def select_files(
     only: Sequence[str] | None = None,
     without: Sequence[str] = (),
 ) -> list[Path]:
-    """Return the files that a split's list names, entry by entry, those of one entry in natural order.
+    """Return the files that a split's list names, entry by entry; those of one entry in natural order.
 
-    root: their folder; a folder of the split's name in it is used in its place (MT-UNet's layout). only, without:
-    patients, as for ``select_entries``. Raises DataError as that does, for a folder that is missing, entries without
-    a file, and a file that two entries name.
+    root: folder of the files; a folder inside it with the split's name takes precedence (MT-UNet's layout). only,
+    without: patients (``case0005``) to keep or to leave out; an entry belongs to the patient that its name begins with.
+    Raises DataError as ``read_list`` does, for a patient that the list does not name, for a missing folder, for entries
+    without a file, and for a file that two entries name.
     """
-    entries, source = select_entries(list_dir, split, only, without), list_path(list_dir, split)
-    folder = _data_folder(Path(root), split)
-    files_of = _files_by_entry(
-        path for path in folder.iterdir() if path.name.endswith(tuple(endings)) and not path.name.startswith(".")
-    )
+    source = list_path(list_dir, split)
+    entries = _of_patients(source, read_list(list_dir, split), only, without)
+    folder = Path(root)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; prepare the data first (prepare_data.py, data/README.md)")
+    inner = (folder / name for name in (split, _OTHER_NAMES.get(split, split)))
+    folder = next((path for path in inner if path.is_dir()), folder)
+    files_of: dict[str, list[Path]] = {}  # by every entry that could name a file
+    for path in sorted(folder.iterdir(), key=lambda path: natural_key(path.name)):
+        if path.name.endswith(tuple(endings)) and not path.name.startswith("."):
+            words = data_name(path).split("_")
+            for entry in {path.name, *("_".join(words[:count]) for count in range(1, len(words) + 1))}:
+                files_of.setdefault(entry, []).append(path)
     refuse_missing(source, f"entries have no file ({' or '.join(endings)}) in {folder}", entries, files_of)
     owner: dict[Path, str] = {}
     for entry in entries:
-        for path in sorted(files_of[entry], key=lambda path: natural_key(path.name)):
+        for path in files_of[entry]:
             if path in owner:
                 raise DataError(f"{source}: entries {owner[path]!r} and {entry!r} both name {path}; keep one of them")
             owner[path] = entry
     return list(owner)
 
 
+def _of_patients(source: Path, entries: list[str], only: Sequence[str] | None, without: Sequence[str]) -> list[str]:
+    """Return the entries of the patients in ``only``, or of all, except those in ``without``; raises DataError."""
+    patients = {patient_of(entry) for entry in entries}
+    unknown = [name for name in (*(only or ()), *without) if name not in patients]
+    if unknown:
+        raise DataError(
+            f"{source}: does not name {', '.join(unknown)}; it has {brief(', '.join(sorted(patients)))}: choose among "
+            "these (--val_cases to validate in training, --cases to test), or train with --select test"
+        )
+    kept = (patients if only is None else set(only)) - set(without)
+    chosen = [entry for entry in entries if patient_of(entry) in kept]
+    if not chosen:
+        raise DataError(
+            f"{source}: no entry is left without {', '.join(without)}; hold out fewer (--val_cases, --select)"
+        )
+    return chosen
+
+
 def refuse_missing(where: Path, what: str, wanted: Collection[str], there: Container[str]) -> None:
-    """Raise DataError, naming the first few, where something that a list wants is not there."""
+    """Raise DataError, naming the first few, if something that a list names is missing."""
     missing = [name for name in wanted if name not in there]
     if missing:
         raise DataError(
@@ -145,7 +143,7 @@ def refuse_missing(where: Path, what: str, wanted: Collection[str], there: Conta
 
 
 def write_lists(folder: str | Path, parts: Mapping[str, Sequence[str]]) -> None:
-    """Write ``<part>.txt`` with one name a line for every part that has a name; a list of an empty part goes."""
+    """Write ``<part>.txt`` with one name a line for every part; remove the list of an empty part."""
     for part, names in parts.items():
         path = Path(folder) / f"{part}.txt"
         if not names:
@@ -153,20 +151,3 @@ def write_lists(folder: str | Path, parts: Mapping[str, Sequence[str]]) -> None:
             continue
         with atomic_write(path) as temporary:
             temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-
-
-def _data_folder(root: Path, split: str) -> Path:
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; prepare the data first (prepare_data.py, data/README.md)")
-    inner = (root / name for name in (split, _OTHER_NAMES.get(split, split)))
-    return next((folder for folder in inner if folder.is_dir()), root)
-
-
-def _files_by_entry(paths: Iterable[Path]) -> dict[str, list[Path]]:
-    """Return every entry that could name one of the files, with the files it names."""
-    files_of: dict[str, list[Path]] = {}
-    for path in paths:
-        words = data_name(path).split("_")
-        for entry in {path.name, *("_".join(words[:count]) for count in range(1, len(words) + 1))}:
-            files_of.setdefault(entry, []).append(path)
-    return files_of

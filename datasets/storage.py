@@ -154,30 +154,11 @@ def checked_label(
     return np.ascontiguousarray(label, np.uint8)
 
 
-def checked_facts(path: str | Path, fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the facts that a file states, as arguments of ``Volume``; raises DataError for a value that cannot be."""
-    facts = {}
-    for key in FACTS.keys() & fields.keys():
-        convert, expected = FACTS[key]
-        try:
-            facts[key] = convert(fields[key])
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{path}: {key} is {brief(fields[key])}, not {expected}; {PREPARE}") from error
-    return facts
-
-
 def _names(value: object) -> tuple[str, ...]:
     names = tuple(name.decode() if isinstance(name, bytes) else name for name in np.atleast_1d(value).tolist())
-    if not is_names(names):
+    if len(names) > 255 or not all(isinstance(n, str) and n.isprintable() and 0 < len(n) <= 100 for n in names):
         raise ValueError(names)
     return names
-
-
-def is_names(values: object) -> bool:
-    """Return whether these can be class names: at most 255 printable texts, each of 1 to 100 characters."""
-    values = list(values)
-    fit = (isinstance(v, str) and v.isprintable() and 0 < len(v.strip()) <= len(v) <= 100 for v in values)
-    return len(values) <= 255 and all(fit)
 
 
 def _spacing(value: object) -> tuple[float, ...]:
@@ -216,6 +197,18 @@ FACTS = {
     "stored_type": (_stored_type, "a number type like int16"),
 }
 """What a file may state beside its arrays: how each is converted and checked, and what was expected."""
+
+
+def checked_facts(path: str | Path, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts that a file states, as arguments of ``Volume``; raises DataError for an unfit value."""
+    facts = {}
+    for key in FACTS.keys() & fields.keys():
+        convert, expected = FACTS[key]
+        try:
+            facts[key] = convert(fields[key])
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{path}: {key} is {brief(fields[key])}, not {expected}; {PREPARE}") from error
+    return facts
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the training sets share: chance by sample, and what was read kept in memory."""
+"""What the training sets share: random numbers for each sample, and a cache in memory."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,15 +8,15 @@ from torch.utils.data import Dataset
 
 
 class TrainingSet(Dataset):
-    """Samples in two parts: what is read, the same in every epoch, and what chance makes of it.
+    """Samples that are read, the same in every epoch, and then augmented at random. A subclass defines ``read``.
 
-    Sample i of an epoch draws from a generator seeded by (seed, epoch, i), so it is the same with any number of
-    workers and in any order; call ``set_epoch`` before the epoch's loader is iterated. A subclass has ``read``.
+    Sample i of an epoch draws from a generator seeded by (seed, epoch, i), so it does not depend on the number of
+    workers or on the order. Call ``set_epoch`` before iterating over the epoch's loader.
     """
 
     def __init__(self, seed: int):
         self.seed = seed
-        self._kept: list[tuple[np.ndarray, np.ndarray]] = []  # what was read of the first samples
+        self._kept: list[tuple[np.ndarray, np.ndarray]] = []  # the first samples, as read
         # In shared memory, so that workers which live through several epochs see the new one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -25,22 +25,22 @@ class TrainingSet(Dataset):
         self._epoch.fill_(epoch)
 
     def generator(self, index: int) -> np.random.Generator:
-        """Return the generator of a sample; -1 is the last sample, also for the generator."""
+        """Return the generator of a sample; index -1 is the last sample."""
         return np.random.default_rng((self.seed, int(self._epoch), index % len(self)))
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return image and label of a sample as they are in every epoch, checked."""
+        """Return image and label of a sample before augmentation, checked."""
         raise NotImplementedError
 
     def stored(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return what ``read`` gives, from memory where it is kept; not to be written to."""
+        """Return what ``read`` returns, from memory if it is kept there; do not write to it."""
         index %= len(self)
         return self._kept[index] if index < len(self._kept) else self.read(index)
 
     def keep(self, max_bytes: int, threads: int = 4, chunk: int = 32) -> int:
-        """Read samples from the first on and keep them, up to ``max_bytes`` of arrays; returns how many.
+        """Read the first samples and keep them, up to ``max_bytes`` of arrays; return how many are kept.
 
-        A loader's workers share the memory with this process where they are forked from it (on Linux).
+        Workers of a loader share this memory where they are forked from this process (on Linux).
         """
         self._kept, held = [], 0
         with ThreadPoolExecutor(threads) as pool:

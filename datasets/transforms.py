@@ -1,8 +1,8 @@
-"""What is done to a slice or an image before the network sees it: augmentation in training, then resizing.
+"""Augment and resize slices and images.
 
 Resizing equals scipy.ndimage.zoom and is several times faster. Spline interpolation is linear and separable: zooming a
 map (H, W) to (h, w) is ``A_y @ map @ A_x.T`` with one matrix per axis, and nearest neighbour is one index vector per
-axis. scipy computes both, once per pair of sizes.
+axis. scipy computes both once per pair of sizes.
 
 One departure from scipy's default, and so from the release: for about one pair of sizes in twenty (512 to 224, 256 to
 216) rounding puts the last position slightly outside the map, and mode "constant" makes that whole row or column zero.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def augment(image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Turn and flip, or rotate, an image and its label alike.
+    """Turn and flip, or rotate, an image and its label in the same way.
 
     With probability 1/2 a random multiple of 90 degrees and a flip of a random axis; else with probability 1/2 a
     rotation by a whole angle in [-20, 20) degrees, nearest neighbour, filled with 0; else nothing.
@@ -35,21 +35,21 @@ def augment(image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> t
 
 
 def resize_cubic(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize the last two axes with cubic splines, as scipy.ndimage.zoom(order=3) does to about 1e-6 of the range.
+    """Resize the last two axes by cubic splines; equals scipy.ndimage.zoom(order=3) to about 1e-6 of the range.
 
     image: (..., H, W), any real type; size: (h, w). Returns float32 (..., h, w).
     """
-    # In torch, which has one thread in a data-loader worker; numpy's threads would disturb the network's.
+    # torch uses one thread in a data-loader worker; numpy's threads would compete with the network's.
     image = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
     if image.shape[-2:] == tuple(size):
         return image.clone().numpy()
     rows, columns = (_cubic_matrix(*n) for n in zip(image.shape[-2:], size, strict=True))
-    with torch.autocast("cpu", enabled=False):  # prediction calls this within the network's autocast
+    with torch.autocast("cpu", enabled=False):  # prediction calls this inside the network's autocast
         return (rows @ image @ columns.T).numpy()
 
 
 def resize_nearest(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize the last two axes to the nearest neighbour, as scipy.ndimage.zoom(order=0) does.
+    """Resize the last two axes by nearest neighbour; equals scipy.ndimage.zoom(order=0).
 
     label: (..., H, W); size: (h, w). Returns (..., h, w) of the same type.
     """
@@ -62,20 +62,12 @@ def resize_nearest(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def _cubic_matrix(size_in: int, size_out: int) -> Tensor:
     """Return the float32 (size_out, size_in) matrix of scipy's cubic zoom along one axis; read only."""
     matrix = ndimage.zoom(np.eye(size_in), (size_out / size_in, 1), order=3, mode="mirror")
-    # The weights of a spline decay without end; subnormal ones would slow the product down many times.
+    # The weights of a spline never decay to 0; subnormal ones would slow the product down many times.
     matrix[np.abs(matrix) < 1e-9] = 0
-    return torch.from_numpy(_checked(matrix.astype(np.float32), size_in, size_out))
+    return torch.from_numpy(matrix.astype(np.float32))
 
 
 @lru_cache(maxsize=1024)
 def _nearest_index(size_in: int, size_out: int) -> np.ndarray:
     """Return the int64 (size_out,) positions that scipy's zoom of order 0 takes along one axis; read only."""
-    positions = ndimage.zoom(np.arange(size_in), size_out / size_in, order=0, mode="nearest")
-    return _checked(positions.astype(np.int64), size_in, size_out)
-
-
-def _checked(array: np.ndarray, size_in: int, size_out: int) -> np.ndarray:
-    # scipy rounds size_in * (size_out / size_in); a result of another length must not pass unseen.
-    if len(array) != size_out:
-        raise ArithmeticError(f"zoom from {size_in} to {size_out} gave {len(array)} positions")
-    return array
+    return ndimage.zoom(np.arange(size_in), size_out / size_in, order=0, mode="nearest")
