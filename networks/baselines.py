@@ -1,8 +1,8 @@
-"""Networks to compare with, as segmentation-models-pytorch (smp) and MONAI maintain them; neither need be installed.
+"""Networks to compare with, from segmentation-models-pytorch (smp) and MONAI.
 
-Each gives one logit map, for which the subset loss is the loss of that map. The encoders of smp start from ImageNet
-weights unless told otherwise, as Sim-MPNet's does, and take a grey image by the sum of their first convolution's
-weights over the colours. MONAI's two networks start from random weights: nobody published others.
+Both libraries are optional. Each network returns one logit map, so its subset loss is the plain loss of that map. The
+encoders of smp start from ImageNet weights, as Sim-MPNet's does; for grey images the weights of the first convolution
+are summed over the three colours. MONAI's two networks start from random weights: no others were published.
 """
 
 from importlib import import_module
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from networks.errors import NetworkError
 from networks.layers import check_choice
-from networks.maxvit import SCALES, weights_file, where_from
+from networks.maxvit import SCALES, read_weights, weights_file, where_from
 from networks.registry import register
 
 Weights = str | Path | None
@@ -23,7 +23,7 @@ Weights = str | Path | None
 
 @register("unet", default_weights=lambda options: "hub")
 def unet(num_classes: int, in_channels: int = 1, img_size: int = 256, pretrained: Weights = None) -> nn.Module:
-    """U-Net, a ResNet-34 as its encoder.
+    """Build a U-Net with a ResNet-34 as its encoder.
 
     Ronneberger et al., MICCAI 2015.
     """
@@ -32,7 +32,7 @@ def unet(num_classes: int, in_channels: int = 1, img_size: int = 256, pretrained
 
 @register("unetplusplus", default_weights=lambda options: "hub")
 def unetplusplus(num_classes: int, in_channels: int = 1, img_size: int = 256, pretrained: Weights = None) -> nn.Module:
-    """U-Net++, a ResNet-34 as its encoder.
+    """Build a U-Net++ with a ResNet-34 as its encoder.
 
     Zhou et al., DLMIA 2018.
     """
@@ -41,7 +41,7 @@ def unetplusplus(num_classes: int, in_channels: int = 1, img_size: int = 256, pr
 
 @register("attention_unet", size_step=16)
 def attention_unet(num_classes: int, in_channels: int = 1, img_size: int = 256) -> nn.Module:
-    """Attention U-Net: gates on the skips of a U-Net of the original's widths.
+    """Build an Attention U-Net: a U-Net of the original widths with gates on its skips.
 
     Oktay et al., MIDL 2018.
     """
@@ -51,7 +51,7 @@ def attention_unet(num_classes: int, in_channels: int = 1, img_size: int = 256) 
 
 @register("segformer", default_weights=lambda options: "hub")
 def segformer(num_classes: int, in_channels: int = 1, img_size: int = 256, pretrained: Weights = None) -> nn.Module:
-    """SegFormer-B2.
+    """Build a SegFormer-B2.
 
     Xie et al., NeurIPS 2021.
     """
@@ -60,13 +60,13 @@ def segformer(num_classes: int, in_channels: int = 1, img_size: int = 256, pretr
 
 @register("swin_unetr")
 def swin_unetr(num_classes: int, in_channels: int = 1, img_size: int = 256) -> nn.Module:
-    """Swin UNETR in two dimensions, feature size 48 as published.
+    """Build a Swin UNETR in two dimensions, feature size 48 as published.
 
     Hatamizadeh et al., BrainLes 2021.
     """
     if img_size < 64:  # one pixel cannot be normalised
         raise NetworkError(
-            f"img_size is {img_size}, which leaves swin_unetr a deepest map of one pixel: take 64 or more"
+            f"img_size is {img_size}, so the deepest map of swin_unetr would be one pixel: use 64 or more"
         )
     nets = _library("monai.networks.nets", "monai")
     with _NumbersOnTheCPU():
@@ -75,7 +75,7 @@ def swin_unetr(num_classes: int, in_channels: int = 1, img_size: int = 256) -> n
 
 @register("swin_upernet", default_weights=lambda options: "hub")
 def swin_upernet(num_classes: int, in_channels: int = 1, img_size: int = 256, pretrained: Weights = None) -> nn.Module:
-    """UPerNet with a Swin-T, the segmentation network of the Swin paper.
+    """Build a UPerNet with a Swin-T, the segmentation network of the Swin paper.
 
     Liu et al., ICCV 2021; Xiao et al., ECCV 2018.
     """
@@ -91,29 +91,34 @@ def maxvit_unet(
     model_scale: str = "small",
     pretrained: Weights = None,
 ) -> nn.Module:
-    """U-Net whose encoder is Sim-MPNet's MaxViT, of the same scales and from the same weight files.
+    """Build a U-Net whose encoder is Sim-MPNet's MaxViT, of the same scales and from the same weight files.
 
     Tu et al., ECCV 2022; Ronneberger et al., MICCAI 2015.
     """
     check_choice("model_scale", model_scale, SCALES)
-    options, remedy = {"img_size": img_size}, where_from(model_scale)
+    weights, hub = None, pretrained
     if pretrained not in (None, "hub"):
-        if not Path(pretrained).is_file():
-            raise NetworkError(f"no pretrained weights at {pretrained}; {remedy}")
-        options["pretrained_cfg_overlay"] = {"file": str(pretrained)}
-    return _smp("Unet", f"tu-{SCALES[model_scale]}", num_classes, in_channels, pretrained, remedy, **options)
+        weights, hub = read_weights(pretrained, model_scale), None
+    encoder, remedy = f"tu-{SCALES[model_scale]}", where_from(model_scale)
+    network = _smp("Unet", encoder, num_classes, in_channels, hub, remedy, img_size=img_size)
+    if weights is not None:
+        if in_channels == 1:
+            weights["stem.conv1.weight"] = weights["stem.conv1.weight"].sum(1, keepdim=True)
+        # A timm model that returns its features calls stages.0 stages_0.
+        network.encoder.model.load_state_dict({n.replace("stages.", "stages_"): w for n, w in weights.items()})
+    return network
 
 
 def _from_hub(
     architecture: str, encoder: str, num_classes: int, in_channels: int, pretrained: Weights, **encoder_options
 ) -> nn.Module:
-    """Return a network of smp whose encoder starts from random weights or from those that smp downloads."""
+    """Return a network of smp whose encoder starts from random weights, or from those that smp downloads."""
     if pretrained not in (None, "hub"):
         raise NetworkError(
-            f"pretrained is {pretrained}; this network takes hub (ImageNet weights that its library downloads) or none"
+            f"pretrained is {pretrained}; this network accepts hub (its library downloads ImageNet weights) or none"
         )
     remedy = (
-        "connect to the Hugging Face hub, copy its cache (HF_HOME) from a machine that has them, "
+        "connect to the Hugging Face hub, copy its cache (HF_HOME) from a machine that has the weights, "
         "or start from random weights (pretrained=None, --pretrained none)"
     )
     return _smp(architecture, encoder, num_classes, in_channels, pretrained, remedy, **encoder_options)
@@ -129,7 +134,7 @@ def _smp(
     **encoder_options,
 ) -> nn.Module:
     smp = _library("segmentation_models_pytorch", "segmentation-models-pytorch")
-    weights = True if encoder.startswith("tu-") else "imagenet"  # timm's encoders know only yes and no
+    weights = True if encoder.startswith("tu-") else "imagenet"  # timm's encoders accept only True
     try:
         with _NumbersOnTheCPU():
             return getattr(smp, architecture)(
@@ -139,17 +144,16 @@ def _smp(
                 classes=num_classes,
                 **encoder_options,
             )
-    except Exception as error:  # no network, no such weights, a broken cache or file: the libraries raise many kinds
+    except Exception as error:  # no connection, no such weights, a broken cache: the libraries raise many kinds
         if pretrained is None:
             raise
         raise NetworkError(
-            f"the weights ({pretrained}) of {encoder.removeprefix('tu-')} could not be had or do not fit "
-            f"({type(error).__name__}); {remedy}"
+            f"cannot load weights ({pretrained}) for {encoder.removeprefix('tu-')} ({type(error).__name__}); {remedy}"
         ) from error
 
 
 class _NumbersOnTheCPU(TorchFunctionMode):
-    """Lets a network be built on the meta device, to learn its shapes, though it reads the rates of its drop path."""
+    """Create `linspace` on the CPU, so that a network that reads its drop-path rates builds on the meta device."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})

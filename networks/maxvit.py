@@ -1,6 +1,7 @@
 """The MaxViT encoder, the paper's encoder 2 ("larger image"): timm's backbone with the image injected.
 
-MaxViT: Tu et al., ECCV 2022; the ``rmlp`` models and their ImageNet weights are timm's.
+MaxViT: Tu et al., ECCV 2022. The ``rmlp`` models and their ImageNet weights are timm's. A weight file is loaded
+strictly here, because timm loads a file of another model with only a warning.
 """
 
 from pathlib import Path
@@ -25,7 +26,7 @@ PRETRAINED_DIR = Path("pretrained_pth/maxvit")
 
 
 class MaxViTEncoder(nn.Module):
-    """Four stages of a MaxViT at strides 4, 8, 16 and 32, the image injected after each.
+    """Encode an image in four stages of a MaxViT at strides 4, 8, 16 and 32; inject the image after each stage.
 
     Args:
         scale: a key of ``SCALES``.
@@ -64,19 +65,19 @@ def weights_file(scale: str) -> Path:
     """Return where the ImageNet weights of ``scale`` are expected.
 
     Raises:
-        NetworkError: there is no such scale, or nobody published a file for it.
+        NetworkError: the scale is unknown, or no weight file was published for it.
     """
     path = pretrained_file(scale)
     if path is None:
         raise NetworkError(
-            f"nobody published a weight file of scale {scale}: try --pretrained hub, or --pretrained none to train "
+            f"no weight file was published for scale {scale}: use --pretrained hub, or --pretrained none to start "
             "from random weights"
         )
     return path
 
 
 def pretrained_file(scale: str) -> Path | None:
-    """Return where the ImageNet weights of ``scale`` are expected, or None where nobody published any."""
+    """Return where the ImageNet weights of ``scale`` are expected, or None if none were published."""
     url = timm.get_pretrained_cfg(_model_name(scale)).url
     return PRETRAINED_DIR / Path(urlparse(url).path).name if url else None
 
@@ -96,24 +97,33 @@ def _backbone(scale: str, img_size: int, pretrained: str | Path | None) -> nn.Mo
             raise NetworkError(
                 f"timm could not fetch the weights of {name} ({type(error).__name__}); {where_from(scale)}"
             ) from error
+    weights = None if pretrained is None else read_weights(pretrained, scale)
     backbone = timm.create_model(name, pretrained=False, img_size=img_size, num_classes=0)
-    if pretrained is not None:
-        _load_file(backbone, Path(pretrained), scale)
+    if weights is not None:
+        backbone.load_state_dict(weights, strict=False)  # read_weights has checked them; the norm is not used
     return backbone
 
 
-def _load_file(backbone: nn.Module, path: Path, scale: str) -> None:
+def read_weights(path: str | Path, scale: str) -> dict[str, Tensor]:
+    """Read a weight file of ``scale`` and return the tensors of its stem and stages, by timm's names.
+
+    Raises:
+        NetworkError: the file is missing or unreadable, or its tensors are not exactly those of the scale.
+    """
+    path = Path(path)
     if not path.is_file():
         raise NetworkError(f"no pretrained weights at {path}; {where_from(scale)}")
     try:
         weights = load_state_dict(str(path), weights_only=True)
         weights = {name: value for name, value in weights.items() if name.startswith(("stem.", "stages."))}
         shapes = {name: value.shape for name, value in weights.items()}
-    except Exception as error:  # torch and safetensors raise many kinds for a file that is not theirs
+    except Exception as error:  # torch and safetensors raise many kinds of error for a file that is not theirs
         raise NetworkError(
             f"{path} is not a readable weight file ({type(error).__name__}); {where_from(scale)}"
         ) from error
-    expected = {n: v.shape for n, v in backbone.state_dict().items() if n.startswith(("stem.", "stages."))}
+    with torch.device("meta"):  # shapes only
+        own = timm.create_model(_model_name(scale), num_classes=0).state_dict()
+    expected = {name: value.shape for name, value in own.items() if name.startswith(("stem.", "stages."))}
     unfit = sorted(set(shapes) ^ set(expected))
     unfit += [name for name in set(shapes) & set(expected) if shapes[name] != expected[name]]
     if unfit:
@@ -121,15 +131,15 @@ def _load_file(backbone: nn.Module, path: Path, scale: str) -> None:
             f"{path} does not fit {SCALES[scale]} ({len(unfit)} tensors differ, such as {unfit[0]}); "
             f"{where_from(scale)}"
         )
-    backbone.load_state_dict(weights, strict=False)
+    return weights
 
 
 def where_from(scale: str) -> str:
-    """Return where weights of ``scale`` can be had and where they are to lie, for messages."""
+    """Return what a message says about getting weights of ``scale``: from where, and to which path."""
     path, config = pretrained_file(scale), timm.get_pretrained_cfg(SCALES[scale])
     otherwise = "or start from random weights (pretrained=None, --pretrained none)"
     if path is not None:
         return f"download {config.url} to {path}, {otherwise}"
     if timm.list_pretrained(f"{SCALES[scale]}*"):
         return f"download model.safetensors of {config.hf_hub_id} to {PRETRAINED_DIR}, {otherwise}"
-    return f"nobody published weights of scale {scale}: take another scale, {otherwise}"
+    return f"no weights were published for scale {scale}: use another scale, {otherwise}"
