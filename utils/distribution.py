@@ -87,10 +87,20 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """Add up ``x`` over the ranks, in place."""
-    if world_size() > 1:
-        dist.all_reduce(x)
-    return x
+    """Return the sum of the ranks' ``x``; its gradient is the sum of the ranks' gradients."""
+    return _SumOverRanks.apply(x) if world_size() > 1 else x
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _SumOverRanks.apply(gradient)
 
 
 def largest_over_ranks(number: int) -> int:

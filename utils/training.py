@@ -38,9 +38,8 @@ from utils.errors import RunError, Stopped
 from utils.evaluation import Volume, case_dice, mean_dice
 from utils.events import EventFile
 from utils.figures import save_progress
-from utils.losses import subset_losses
+from utils.losses import WeightLossDynamic, subset_losses
 from utils.watch import NumberWatch, Step, StopSignals, out_of_memory
-from utils.wld import WeightLossDynamic
 
 logger = logging.getLogger(__name__)
 

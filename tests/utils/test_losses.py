@@ -1,3 +1,5 @@
+"""The subset loss and W-LD equal what the release computed, and the loss's gradient a plain transcription's."""
+
 import json
 
 import pytest
@@ -5,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import plain
-from tests.parity import load, synthetic
-from utils.losses import subset_loss, subset_losses
+from tests.parity import FIXTURES, load, synthetic
+from utils.losses import WeightLossDynamic, subset_loss, subset_losses
 
 
 @pytest.fixture(scope="module")
@@ -16,24 +18,21 @@ def release():
     return f, logits, torch.from_numpy(f["label"])
 
 
-def test_every_subset_equals_the_release(release):
+def test_every_subset_and_the_total_equal_the_release(release):
     f, logits, label = release
     expected = {tuple(map(int, key.split("+"))): value for key, value in json.loads(str(f["subsets"])).items()}
     assert len(expected) == 15
     for subset, terms in expected.items():
         _, cross_entropy, dice = subset_losses([sum(logits[i] for i in subset)], label)
         assert [cross_entropy.item(), dice.item()] == pytest.approx(terms, rel=1e-6)
-
-
-def test_total_equals_the_release(release):
-    f, logits, label = release
     assert subset_loss(logits, label).item() == pytest.approx(float(f["total"]), rel=1e-6)
 
 
-def test_weights_choose_the_terms(release):
+def test_one_map_has_the_weighted_loss_of_that_map(release):
     _, logits, label = release
-    only_ce = subset_loss(logits[:1], label, ce_weight=1, dice_weight=0)
-    assert only_ce.item() == pytest.approx(F.cross_entropy(logits[0], label).item(), rel=1e-6)
+    loss, cross_entropy, dice = subset_losses(logits[:1], label, ce_weight=0.2, dice_weight=0.5)
+    assert cross_entropy.item() == pytest.approx(F.cross_entropy(logits[0], label).item(), rel=1e-6)
+    assert loss.item() == pytest.approx((0.2 * cross_entropy + 0.5 * dice).item(), rel=1e-6)
 
 
 def test_a_perfect_prediction_costs_nothing_and_an_absent_class_is_defined():
@@ -48,10 +47,11 @@ def test_half_precision_logits_are_summed_in_float32(release):
     assert torch.equal(subset_loss(half, label), subset_loss([m.float() for m in half], label))
 
 
+@pytest.mark.processors
 @pytest.mark.parametrize(("scale", "num_maps"), [(1, 4), (60, 4), (1, 2), (1, 1)])
 def test_value_and_gradient_are_those_of_the_plain_transcription(scale, num_maps):
     generator = torch.Generator().manual_seed(0)
-    logits = [scale * torch.randn(2, 3, 8, 8, generator=generator) for _ in range(num_maps)]
+    logits = [scale * torch.randn(2, 3, 8, 8, generator=generator).double() for _ in range(num_maps)]
     label = torch.randint(2, (2, 8, 8), generator=generator)  # class 2 is absent
     sides = []
     for loss_of in (subset_loss, plain.subset_loss):
@@ -60,4 +60,20 @@ def test_value_and_gradient_are_those_of_the_plain_transcription(scale, num_maps
         (3 * loss).backward()
         sides.append((loss.detach(), *(m.grad for m in maps)))
     for a, b in zip(*sides, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_k_after_each_iteration_equals_the_release():
+    f = json.loads((FIXTURES / "wld.json").read_text())
+    wld = WeightLossDynamic(start_epoch=0)
+    ks = [wld.step(torch.tensor(loss, dtype=torch.float64), epoch=100) for loss in f["losses"]]
+    assert ks[0] is None
+    assert [int(k) for k in ks[1:]] == f["k"]
+
+
+@pytest.mark.parametrize(("current", "k"), [(1.0, 50), (1.5, 75), (0.5, 25), (1.6, 50), (0.4, 50), (float("nan"), 50)])
+def test_k_follows_the_fall_of_the_loss_within_its_range_and_after_a_resume(current, k):
+    before, wld = WeightLossDynamic(), WeightLossDynamic()
+    assert all(before.step(torch.tensor(loss), epoch=99) is None for loss in (3.0, 1.0))  # epoch 100 is the first
+    wld.load_state_dict(before.state_dict())
+    assert wld.step(torch.tensor(current), epoch=100) == k
