@@ -36,9 +36,9 @@ def start(command: list[object]) -> subprocess.Popen:
 def one_and_two(tmp_path_factory) -> tuple[dict, dict]:
     """Return what one process with batches of 4 and two processes with batches of 2 recorded, in float64."""
     recorded = []
-    for command in ([sys.executable, "tests/two_ranks.py", "FOLDER", 4], [*TORCHRUN, "tests/two_ranks.py", "FOLDER", 2]):
+    for start_with, batch_size in (([sys.executable], 4), (TORCHRUN, 2)):
         folder = tmp_path_factory.mktemp("ranks")
-        done = run([folder if word == "FOLDER" else word for word in command])
+        done = run([*start_with, "tests/two_ranks.py", folder, batch_size])
         assert done.returncode == 0, done.stderr
         recorded.append(torch.load(folder / "steps.pth", weights_only=True))
         recorded[-1]["checkpoint"] = load_checkpoint(folder / "run/last.pth")

@@ -23,7 +23,9 @@ from utils.distribution import gather_over_ranks, process_group, rank_device, sh
 BANK = ("pool", "prototypes", "warmup_counter", "replaced_columns", "key_counts", "phi_k")
 
 
-def synchronised_batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=0):
+def synchronised_batch_norm(
+    x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):
     """Do what ``F.batch_norm`` does, in training over the batches (B, C, H, W) of all ranks."""
     if not training:
         return batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
