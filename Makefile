@@ -1,4 +1,4 @@
-# make demo: train and test on phantoms; make test: linter and tests. Each sets itself up in .venv.
+# make demo trains and tests on synthetic data; make test runs the linter and the tests. Both install into .venv.
 
 PYTHON ?= python3
 VENV := .venv
