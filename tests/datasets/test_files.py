@@ -17,28 +17,16 @@ def test_the_file_appears_when_the_block_ends(tmp_path):
     assert list(target.parent.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failure_leaves_neither_file_nor_temporary(tmp_path, error):
-    with pytest.raises(error), atomic_write(tmp_path / "table.csv") as temporary:
-        temporary.write_text("half")
-        raise error
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failure_leaves_the_former_file_as_it_was(tmp_path):
+@pytest.mark.parametrize("error", [RuntimeError(), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
+def test_a_failure_leaves_the_former_file_as_it_was(tmp_path, error):
     target = tmp_path / "table.csv"
     target.write_text("former")
-    with pytest.raises(RuntimeError), atomic_write(target) as temporary:
+    with pytest.raises(type(error)) as caught, atomic_write(target) as temporary:
         temporary.write_text("half")
-        raise RuntimeError
+        raise error
     assert target.read_text() == "former"
     assert list(tmp_path.iterdir()) == [target]
-
-
-def test_an_error_of_the_disk_names_the_file(tmp_path):
-    with pytest.raises(OSError, match=r"last\.pth") as caught, atomic_write(tmp_path / "last.pth"):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert caught.value.filename == str(tmp_path / "last.pth")
+    assert not isinstance(error, OSError) or caught.value.filename == str(target)
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "..", ".", "", "a\\b", "a\0b", "~/x", "c:x", "-\n"])
@@ -47,9 +35,6 @@ def test_a_stem_is_one_harmless_part_of_a_path(tmp_path, name):
     path.touch()
     assert path.resolve().parent == tmp_path.resolve()
     assert not path.name.startswith(".")
-
-
-def test_an_ordinary_name_stays_as_it_is():
     assert file_stem("patient001_frame01.v2-é") == "patient001_frame01.v2-é"
 
 

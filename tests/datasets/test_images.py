@@ -1,8 +1,6 @@
 """Images and masks of any form are read as they are meant, and training and testing see the same of them."""
 
-import time
 import tracemalloc
-import warnings
 
 import numpy as np
 import pytest
@@ -134,25 +132,6 @@ def test_unfit_files_are_refused_in_one_line(tmp_path, refused):
     refused(lambda: read_image(tmp_path / "float.tif"), "float.tif", "floating-point")
 
 
-@pytest.mark.parametrize("side", [9_300, 12_000, 60_000])  # Pillow says nothing to the first, warns, refuses
-def test_a_decompression_bomb_is_refused_at_once(tmp_path, refused, side):
-    small = tmp_path / "bomb.png"
-    Image.fromarray(np.zeros((8, 8), np.uint8)).save(small)
-    content = bytearray(small.read_bytes())
-    import struct
-    import zlib
-
-    content[16:24] = struct.pack(">II", side, side)
-    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-    small.write_bytes(content)
-    start = time.perf_counter()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        refused(lambda: read_image(small), small, "pixels")
-        refused(lambda: read_mask(small), small, "pixels")
-    assert time.perf_counter() - start < 1
-
-
 # What the network sees
 
 
@@ -198,13 +177,7 @@ def test_a_picture_is_a_volume_of_one_slice(tmp_path):
     image = scene(90, 130)
     Image.fromarray(image).save(tmp_path / "a.b.png")
     picture = read_picture(tmp_path / "a.b.png")
-    assert (picture.name, picture.label, picture.spacing, picture.affine, picture.planar) == (
-        "a.b",
-        None,
-        None,
-        None,
-        True,
-    )
+    assert (picture.name, picture.label, picture.planar) == ("a.b", None, True)
     np.testing.assert_array_equal(picture.image, image[None])
     out = picture.network_input(32)
     assert (out.shape, out.dtype) == ((1, 3, 32, 32), np.float32)
@@ -236,32 +209,20 @@ def shrunk(mask, side):
     return resize_mask(mask, shrunk_size(mask.shape, side))
 
 
-@pytest.mark.parametrize("ending", [".jpg", ".png"])
-def test_a_large_photograph_costs_little(tmp_path, ending):
-    data = write_set(tmp_path, ["large"], (60, 80), ".png", 2)
-    (data / "images" / "large.png").unlink()
-    photograph = Image.fromarray(scene(400, 600)).resize((6000, 4000))
-    photograph.save(data / "images" / f"large{ending}", **({"compress_level": 1} if ending == ".png" else {}))
+def test_a_large_photograph_costs_little_memory(tmp_path):
+    data = write_set(tmp_path, ["large"], (60, 80), ".jpg", 2)
+    Image.fromarray(scene(400, 600)).resize((6000, 4000)).save(data / "images" / "large.jpg")
     Image.fromarray(np.ones((4000, 6000), np.uint8)).save(data / "masks" / "large.png", compress_level=1)
     dataset = ImageDataset(data, data / "lists", "train", 2, 256, augment=True)
     tracemalloc.start()
-    start = time.perf_counter()
     sample = dataset[0]
-    seconds, peak = time.perf_counter() - start, tracemalloc.get_traced_memory()[1]
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert sample["image"].shape == (3, 256, 256)
-    assert seconds < 5
     assert peak < 2.5 * 6000 * 4000 * 3  # bytes: decoded once and turned into an array, never into float
 
 
 # Lists and samples
-
-
-def test_names_of_images_and_of_their_crops():
-    for name in ("106", "106.jpg", "106_cell3", "106_cell12.png"):
-        assert image_of(name) == "106"
-    assert image_of("ISIC_0000000.jpg") == "ISIC_0000000"
-    assert image_of("PH2_IMD002") == "PH2_IMD002"
 
 
 def test_an_entry_names_its_image_or_its_crops_and_no_other(tmp_path):
@@ -309,14 +270,6 @@ def test_unusable_folders_are_refused(tmp_path, refused):
     refused(lambda: ImageDataset(data, lists, "train", 2, 32)[0], "2.png", "class index 2", "--num_classes")
 
 
-def test_a_sample(tmp_path):
-    data = write_set(tmp_path, ["106", "9"])
-    sample = ImageDataset(data, data / "lists", "train", 3, 32)[1]
-    assert (sample["image"].shape, sample["image"].dtype) == ((3, 32, 32), torch.float32)
-    assert (sample["label"].shape, sample["label"].dtype) == ((32, 32), torch.int64)
-    assert sample["name"] == "9"
-
-
 def test_samples_do_not_depend_on_workers_but_on_epoch_and_seed(tmp_path):
     pytest.importorskip("imgaug")
     data = write_set(tmp_path, [str(number) for number in range(9)])
@@ -336,6 +289,7 @@ def test_samples_do_not_depend_on_workers_but_on_epoch_and_seed(tmp_path):
         dataset.set_epoch(epoch)
         by_epoch.append(samples(alone))
         assert all(map(torch.equal, samples(shared), by_epoch[epoch]))
+    assert (by_epoch[0][0].dtype, by_epoch[0][1].dtype) == (torch.float32, torch.int64)
     assert not torch.equal(by_epoch[0][0], by_epoch[1][0])
     again = open_set()
     backwards = torch.stack([again[i]["image"] for i in reversed(range(9))][::-1])

@@ -91,23 +91,18 @@ def test_every_orientation_gives_the_network_the_same_image(tmp_path, degrees):
         volume = read_scan(image, CT)
         seen.append((np.asarray(volume.image), read_scan_label(label, volume), volume.spacing, volume.affine))
         assert volume.orientation == orientation_of(nibabel.load(image).affine)
+        assert orientation_of(volume.affine) == "LAS"
+    image, label, spacing, _ = seen[0]
+    assert image.shape == (7, 11, 13)
+    np.testing.assert_allclose(spacing, SPACING[::-1], rtol=1e-6)
+    np.testing.assert_array_equal(
+        np.argwhere(label == 3)[0], (5, 6, 13 - 1 - 7)
+    )  # up and forward as in RAS, to the left
     for image, label, spacing, affine in seen[1:]:
         np.testing.assert_array_equal(image, seen[0][0])
         np.testing.assert_array_equal(label, seen[0][1])
         np.testing.assert_allclose(spacing, seen[0][2])
         np.testing.assert_allclose(affine, seen[0][3], atol=1e-4)
-
-
-def test_axes_run_as_asked_and_slices_are_axial(tmp_path):
-    image, label = write_phantom(tmp_path, "PSR")
-    volume = read_scan(image, CT)
-    assert volume.image.shape == (7, 11, 13)
-    np.testing.assert_allclose(volume.spacing, SPACING[::-1], rtol=1e-6)
-    assert orientation_of(volume.affine) == "LAS"
-    mask = read_scan_label(label, volume)
-    z, y, x = np.argwhere(mask == 3)[0]
-    assert (z, y) == (5, 6)  # up and forward as in RAS
-    assert x == 13 - 1 - 7  # to the left
 
 
 def test_the_window_becomes_0_and_1(tmp_path):
@@ -185,13 +180,17 @@ def test_unfit_files_are_refused(tmp_path, refused):
     refused(lambda: read_scan_label(bad, volume), bad, "shape")
 
 
-def test_values_that_cannot_be_hounsfield_units_are_told(tmp_path, caplog):
-    nibabel.save(nibabel.Nifti1Image(np.arange(64, dtype=np.int16).reshape(4, 4, 4), np.eye(4)), tmp_path / "a.nii")
-    read_scan(tmp_path / "a.nii", CT)
-    assert "Hounsfield" in caplog.text
-    caplog.clear()
-    read_scan(tmp_path / "a.nii", Preprocessing())
+def test_a_doubtful_header_is_reported(tmp_path, caplog):
+    """Values that cannot be Hounsfield units, and a header that does not say how the scan lies."""
+    path = tmp_path / "a.nii"
+    nibabel.save(nibabel.Nifti1Image(np.arange(64, dtype=np.int16).reshape(4, 4, 4), np.eye(4)), path)
+    read_scan(path, Preprocessing())
     assert not caplog.text
+    read_scan(path, CT)
+    assert "Hounsfield" in caplog.text
+    nibabel.save(nibabel.Nifti1Image(np.full((4, 4, 4), -900, np.int16), None), path)
+    read_scan(path, CT)
+    assert "left and right are a guess" in caplog.text
 
 
 def write_dicom(folder, positions=(0, 1, 2, 3, 4, 5, 6), degrees=0.0, series="1.2.3.4"):
@@ -237,13 +236,6 @@ def test_a_dicom_series_is_the_scan_that_its_nifti_is(tmp_path, degrees):
     np.testing.assert_allclose(saved.GetOrigin(), image.GetOrigin(), atol=1e-3)
     np.testing.assert_allclose(saved.GetDirection(), image.GetDirection(), atol=1e-5)
     np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(saved), SimpleITK.GetArrayFromImage(image) > 75)
-
-
-def test_a_scan_that_does_not_say_how_it_lies_is_told(tmp_path, caplog):
-    file = nibabel.Nifti1Image(np.full((4, 4, 4), -900, np.int16), None)
-    nibabel.save(file, tmp_path / "scan.nii")
-    read_scan(tmp_path / "scan.nii", CT)
-    assert "left and right are a guess" in caplog.text
 
 
 def test_a_folder_without_one_whole_series_is_refused(tmp_path, refused):

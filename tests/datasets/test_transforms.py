@@ -31,20 +31,6 @@ def test_nearest_equals_scipy(height, width, new_height, new_width, seed):
     np.testing.assert_array_equal(result, expected)
 
 
-@settings(max_examples=50, deadline=None)
-@given(SIZES, SIZES, SIZES, SIZES)
-def test_only_the_border_that_scipys_default_blanks_differs(height, width, new_height, new_width):
-    image = np.random.default_rng(0).random((height, width)) + 1
-    factors = (new_height / height, new_width / width)
-    for order, result in ((3, resize_cubic(image, (new_height, new_width))),
-                          (0, resize_nearest(image, (new_height, new_width)))):  # fmt: skip
-        default = ndimage.zoom(image, factors, order=order)
-        inner = np.s_[: max(new_height - 1, 1), : max(new_width - 1, 1)]
-        blank = default[inner] == 0
-        np.testing.assert_allclose(result[inner][~blank], default[inner][~blank], atol=1e-5)
-        assert result.min() > 0
-
-
 def test_the_border_is_kept_where_scipys_default_blanks_it():
     ones = np.ones((512, 512))
     assert ndimage.zoom(ones, 224 / 512, order=3).min() == 0
@@ -60,21 +46,15 @@ def test_stacks_are_resized_map_by_map():
         np.testing.assert_allclose(whole[1, 2], resize(stack[1, 2], (24, 19)), atol=1e-6)
 
 
-def test_a_result_can_be_changed_without_changing_the_next():
+def test_a_result_can_be_changed_and_autocast_changes_nothing():
     image = np.random.default_rng(0).random((9, 9)).astype(np.float32)
     for size in ((9, 9), (12, 12)):
         first = resize_cubic(image, size)
         again = first.copy()
         first[:] = 0
-        np.testing.assert_array_equal(resize_cubic(image, size), again)
+        with torch.autocast("cpu", torch.bfloat16):
+            np.testing.assert_array_equal(resize_cubic(image, size), again)
     assert image.any()
-
-
-def test_autocast_around_it_changes_nothing():
-    image = np.random.default_rng(0).random((17, 31))
-    with torch.autocast("cpu", torch.bfloat16):
-        result = resize_cubic(image, (24, 19))
-    np.testing.assert_array_equal(result, resize_cubic(image, (24, 19)))
 
 
 def _samples(count):

@@ -345,8 +345,8 @@ def test_no_name_leads_out_of_the_output_folder(trained, tmp_path, run_script):
     volumes.mkdir()
     state = torch.load(io.BytesIO(trained), weights_only=True)
     save_checkpoint(tmp_path / "in" / "best.pth", state | {"data": PLAIN | {"class_names": names}})
-    for name in ("..", "\\..\\b", "\x1b[2J\n$(x)"):
-        (scans / f"a{name}.nii.gz").write_bytes(gzip.compress(nifti(np.zeros((2, 8, 9), np.int16)), 1))
+    for name in ("..", "\\..\\b$(x)"):
+        (scans / f"a{name}.nii.gz").write_bytes(gzip.compress(nifti(np.zeros((1, 8, 9), np.int16)), 1))
     volume = make_volume()
     volume.class_names = tuple(names)
     write_volume(volumes / "patient001_frame01.npy.h5", volume)
