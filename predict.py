@@ -1,4 +1,4 @@
-"""Segment scans or photographs of one's own with a trained checkpoint.
+"""Segment scans or photographs of your own with a trained checkpoint.
 
 One NIfTI file, the folder of a DICOM series, or a folder of NIfTI files:
     python predict.py --checkpoint runs/synapse/best.pth --input scan.nii.gz --output seg.nii.gz
@@ -6,17 +6,18 @@ One NIfTI file, the folder of a DICOM series, or a folder of NIfTI files:
     python predict.py --checkpoint runs/synapse/best.pth --input scans --output segmentations --overlays 3
 An image (JPG, PNG, BMP, TIFF) or a folder of them, with a checkpoint of a colour data set:
     python predict.py --checkpoint runs/isic/best.pth --input photo.jpg --output mask.png --overlays 1
-With an export of either format (export.py) in the checkpoint's place:
+With an ONNX file of export.py in place of the checkpoint:
     python predict.py --checkpoint model.onnx --input scan.nii.gz --output seg.nii.gz
 In a notebook:
     from utils.predictor import Predictor
     predictor = Predictor("runs/synapse/best.pth")
-    segmentation = predictor("scan.nii.gz")    # a nibabel image on the scan's grid; of a photograph, an array (H, W)
+    segmentation = predictor("scan.nii.gz")    # a nibabel image on the scan's grid; of a photograph an array (H, W)
 
-A segmentation has the scan's affine, spacing, orientation and, where that is one of integers, number type. Beside it
-lie the colours and names of its labels (for 3D Slicer, for ITK-SNAP) and the volume of each organ in millilitres. Of an
-image it is a PNG of its size whose grey values are class indices, and beside it lies the area of each class.
-Memory: the scan as it is stored (a DICOM series twice while it is read), its class indices twice, and one batch of
+The segmentation of a scan has its affine, spacing, orientation and, if that is an integer type, its number type. Beside
+it are written the colours and names of its labels (for 3D Slicer and ITK-SNAP) and the volume of each organ in
+millilitres. The segmentation of an image is a PNG of its size whose grey values are class indices; beside it is written
+the area of each class.
+Memory: the scan as it is stored (a DICOM series twice while it is read), twice its class indices, and one batch of
 slices.
 """
 
@@ -35,96 +36,92 @@ from utils.cli import AMP_DTYPES, ArgumentParser, run_script, seed_everything
 from utils.errors import RunError
 from utils.evaluation import save_mask
 from utils.figures import save_overlays, save_picture_overlay
-from utils.predictor import Predictor, organ_volumes, picture_areas, write_colour_tables, write_report
+from utils.predictor import Predictor, class_sizes, write_colour_tables, write_sizes
 
 logger = logging.getLogger("predict")
 
-OTHER_ENDINGS = (*NIFTI_ENDINGS, *IMAGE_ENDINGS, ".gz", ".mha", ".mhd", ".nrrd", ".dcm", ".gif", ".webp")
-"""Endings that nobody gives to a folder."""
+FILE_ENDINGS = (*NIFTI_ENDINGS, *IMAGE_ENDINGS, ".gz", ".mha", ".mhd", ".nrrd", ".dcm", ".gif", ".webp")
+"""A name with one of these endings is not a folder's."""
 
 
 def parse_args() -> Namespace:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="best.pth, one of the release, or an export")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="best.pth, one of the release, or an ONNX file")
     parser.add_argument("--input", type=Path, required=True, help="scan or image, or a folder of them")
-    parser.add_argument(
-        "--output", type=Path, required=True, help="file (.nii.gz, .png) for one of them, folder for a folder"
-    )
-    parser.add_argument(
-        "--overlays", type=int, default=0, help="PNGs per scan, spread over what was found; of an image at most one"
-    )
+    parser.add_argument("--output", type=Path, required=True, help="file (.nii.gz, .png), or a folder")
+    parser.add_argument("--overlays", type=int, default=0, help="PNGs per scan, of slices with classes; of an image 1")
     parser.add_argument("--dataset", choices=DATASETS, help="what a checkpoint of the release was trained on")
     parser.add_argument("--batch_size", type=int, default=20, help="slices predicted at a time")
     parser.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda or cuda:1")
     parser.add_argument("--amp", default="none", choices=AMP_DTYPES, help="autocast precision")
     args = parser.parse_args()
     if args.batch_size < 1 or args.overlays < 0:
-        raise RunError(f"--batch_size {args.batch_size} --overlays {args.overlays}; expected at least 1 and 0")
+        raise RunError(f"--batch_size {args.batch_size} --overlays {args.overlays}: expected at least 1 and 0")
     return args
 
 
-def find_inputs(source: Path, target: Path, planar: bool) -> tuple[dict[Path, Path], str]:
-    """Return the scans or images with the file that each is segmented to, and the start of what lies beside them."""
-    endings, written = (IMAGE_ENDINGS, (".png",)) if planar else (NIFTI_ENDINGS, NIFTI_ENDINGS)
-    stem = (lambda path: path.stem) if planar else scan_name
-    inside = []
-    if source.is_dir():
-        inside = sorted(p for p in source.iterdir() if p.name.lower().endswith(endings) and p.name[0] != ".")
-        if planar and not inside:
-            raise RunError(f"--input {source} holds no image ({', '.join(endings)})")
-    if source.name.lower().endswith(NIFTI_ENDINGS if planar else IMAGE_ENDINGS):
-        kinds = ("photographs", "a scan") if planar else ("scans", "a photograph")
+def find_inputs(source: Path, planar: bool) -> list[Path]:
+    """Return the scans or images that --input names: those in a folder, or the one file or DICOM series."""
+    endings, other = (IMAGE_ENDINGS, NIFTI_ENDINGS) if planar else (NIFTI_ENDINGS, IMAGE_ENDINGS)
+    if source.name.lower().endswith(other):
+        found, expected = ("scan", "photographs") if planar else ("photograph", "scans")
         raise RunError(
-            f"--input {source} is {kinds[1]}, the checkpoint is for {kinds[0]}: give the other kind of either"
+            f"--input {source} is a {found}, but the checkpoint is for {expected}: give another --checkpoint"
         )
-    is_file = target.name.lower().endswith(written)
-    if is_file and inside:
-        raise RunError(f"--output {target} is one file, --input {source} holds {len(inside)}: give a folder")
-    if not is_file and target.suffix.lower() in OTHER_ENDINGS and not target.is_dir():
-        raise RunError(f"--output {target}: {' or '.join(written)} is what is written; end it so, or name a folder")
-    if is_file:
-        outputs, beside = {source: target}, f"{target.parent / stem(target)}_"
+    if not source.is_dir():
+        return [source]
+    inside = sorted(p for p in source.iterdir() if p.name.lower().endswith(endings) and not p.name.startswith("."))
+    if planar and not inside:
+        raise RunError(f"--input {source} contains no image ({', '.join(endings)})")
+    return inside or [source]
+
+
+def name_outputs(inputs: list[Path], target: Path, planar: bool) -> tuple[dict[Path, Path], str]:
+    """Return which file each input is segmented to, and what the names of all other files begin with."""
+    written, stem = ((".png",), lambda path: path.stem) if planar else (NIFTI_ENDINGS, scan_name)
+    if target.name.lower().endswith(written):
+        if len(inputs) > 1:
+            raise RunError(f"--output {target} is one file, but there are {len(inputs)} inputs: give a folder")
+        outputs, beside = {inputs[0]: target}, f"{target.parent / stem(target)}_"
+    elif target.suffix.lower() in FILE_ENDINGS and not target.is_dir():
+        raise RunError(f"--output {target}: expected a name that ends in {' or '.join(written)}, or a folder")
     else:
-        outputs = {p: target / f"{file_stem(stem(p))}{written[0]}" for p in inside or [source]}
-        beside = f"{target}/"
-    inputs = {path.resolve() for path in outputs}
-    taken: dict[Path, Path] = {}
+        outputs, beside = {path: target / f"{file_stem(stem(path))}{written[0]}" for path in inputs}, f"{target}/"
+    originals: dict[Path, Path] = {}
     for path, output in outputs.items():
-        if output.resolve() in inputs:
-            raise RunError(f"--output {target}: {output} is an input, which would be lost; give another name or folder")
-        if taken.setdefault(output, path) != path:
-            raise RunError(f"{taken[output]} and {path.name} would both be segmented to {output}: rename one of them")
+        if output.resolve() in {p.resolve() for p in inputs}:
+            raise RunError(f"--output {target}: {output} is an input and would be lost: give another name or folder")
+        if output in originals:
+            raise RunError(f"{originals[output]} and {path.name} would both be written to {output}: rename one of them")
+        originals[output] = path
     return outputs, beside
 
 
-def save_scan(target: Path, volume: Volume, prediction: np.ndarray, overlays: int, beside: str) -> list:
-    """Write a scan's segmentation and overlays; returns its rows of the report."""
+def save(target: Path, volume: Volume | Picture, prediction: np.ndarray, overlays: int, beside: str) -> None:
+    """Write a segmentation (D, H, W) and, if asked for, overlays."""
+    if volume.planar:
+        save_mask(target, prediction[0])
+        if overlays:
+            save_picture_overlay(f"{beside}overlays/{target.stem}.png", volume.image[0], prediction[0])
+        return
     import nibabel
 
     with atomic_write(target) as temporary:
         nibabel.save(volume.to_nifti(prediction), temporary)
     if overlays:
         save_overlays(f"{beside}overlays", volume, prediction, overlays)
-    return organ_volumes(volume.name, prediction, volume.class_names, volume.affine)
-
-
-def save_picture(target: Path, picture: Picture, prediction: np.ndarray, overlays: int, beside: str) -> list:
-    """Write an image's mask and, if asked for, the image with it; returns its rows of the report."""
-    save_mask(target, prediction[0])
-    if overlays:
-        save_picture_overlay(f"{beside}overlays/{target.stem}.png", picture.image[0], prediction[0])
-    return picture_areas(picture.name, prediction[0], picture.class_names)
 
 
 def main() -> None:
     args = parse_args()
     seed_everything(0)
     predictor = Predictor(args.checkpoint, args.device, args.amp, args.batch_size, args.dataset)
-    inputs, beside = find_inputs(args.input, args.output, predictor.planar)
-    for folder in {target.parent for target in inputs.values()}:
+    inputs = find_inputs(args.input, predictor.planar)
+    outputs, beside = name_outputs(inputs, args.output, predictor.planar)
+    for folder in {target.parent for target in outputs.values()}:
         check_writable(folder)
-    names, rows, failed = predictor.class_names, [], 0
-    for number, (source, target) in enumerate(inputs.items(), 1):
+    sizes, failed = [], 0
+    for number, (source, target) in enumerate(outputs.items(), 1):
         try:
             volume = predictor.read(source)
         except DataError as error:
@@ -134,19 +131,18 @@ def main() -> None:
             failed += 1
             continue
         prediction = predictor.segment(volume)
-        save = save_picture if predictor.planar else save_scan
-        new = save(target, volume, prediction, args.overlays, beside)
-        rows += new
-        found = sum(count > 0 for _, _, count, _ in new)
-        logger.info("%d/%d %s: %d of %d classes found", number, len(inputs), target, found, len(names))
-    if predictor.planar:
-        write_report(f"{beside}areas.csv", ("image", "class", "pixels", "share"), rows)
-    else:
-        write_colour_tables(beside, names)
-        write_report(f"{beside}volumes.csv", ("scan", "class", "voxels", "millilitres"), rows)
-    logger.info("what goes with the segmentations is in %s*", beside)
+        save(target, volume, prediction, args.overlays, beside)
+        rows = class_sizes(volume, prediction)
+        sizes += rows
+        found = len(np.unique(prediction[prediction > 0]))
+        logger.info("%d/%d %s: %d of %d classes found", number, len(inputs), target, found, len(rows))
+    if sizes:
+        write_sizes(f"{beside}areas.csv" if predictor.planar else f"{beside}volumes.csv", sizes)
+    if not predictor.planar:
+        write_colour_tables(beside, predictor.class_names)
+    logger.info("the files beside the segmentations are %s*", beside)
     if failed:
-        raise RunError(f"{failed} of {len(inputs)} could not be read (above); the others are segmented")
+        raise RunError(f"{failed} of {len(inputs)} inputs could not be read (above); the others are segmented")
 
 
 if __name__ == "__main__":

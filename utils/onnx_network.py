@@ -1,0 +1,113 @@
+"""A network in an ONNX file that ``export.py`` wrote, run by onnxruntime in the place of a PyTorch network."""
+
+import json
+import logging
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from utils.cli import pick_device
+from utils.errors import RunError
+
+logger = logging.getLogger(__name__)
+
+KEY = "sim_mpnet"
+"""Name of the file's metadata, a JSON object."""
+
+INPUT, OUTPUT = "image", "logits"
+FACTS = ("num_classes", "in_channels", "img_size", "dataset", "class_names", "preprocessing", "checkpoint")
+"""Metadata that prediction needs."""
+
+
+class OnnxNetwork(nn.Module):
+    """An ONNX file as a network: images (B, C, S, S), float32, to a list of one logit map (B, num_classes, S, S).
+
+    Args:
+        path: a file that ``export.py`` wrote.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``. ``auto`` is a GPU that onnxruntime can use, or the CPU.
+
+    Attributes:
+        metadata: facts about the network and its data, ``docs/export.md`` lists them.
+        config: ``num_classes``, ``in_channels`` and ``img_size``.
+
+    Raises:
+        RunError: onnxruntime is not installed, the file is missing or another one, or the device is not available.
+    """
+
+    def __init__(self, path: str | Path, device: str = "auto"):
+        super().__init__()
+        runtime = require("onnxruntime")
+        if not Path(path).is_file():
+            raise RunError(f"no file at {path}: write one with export.py, or correct --checkpoint")
+        providers = _providers(runtime, device)
+        options = runtime.SessionOptions()
+        options.log_severity_level = 3  # errors
+        options.intra_op_num_threads = torch.get_num_threads()
+        try:
+            self.session = runtime.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:  # the exceptions of onnxruntime have no common class
+            raise RunError(
+                f"{path} is not an ONNX file that onnxruntime {runtime.__version__} can open ({type(error).__name__}): "
+                "write it again with export.py"
+            ) from error
+        self.metadata = _read_metadata(path, self.session)
+        self.config = {name: self.metadata[name] for name in ("num_classes", "in_channels", "img_size")}
+        if len(providers) > 1 and self.session.get_providers()[0] != "CUDAExecutionProvider":
+            problem = f"onnxruntime {runtime.__version__} could not load its CUDA provider"
+            if device != "auto":
+                raise RunError(f"--device {device}: {problem}: install the CUDA it was built for, or use --device cpu")
+            logger.warning("%s and runs on the CPU", problem)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        # onnxruntime itself copies the images to its device.
+        return [torch.from_numpy(self.session.run([OUTPUT], {INPUT: image.contiguous().numpy()})[0])]
+
+
+def is_onnx(path: str | Path) -> bool:
+    """Return whether a path ends in .onnx."""
+    return Path(path).suffix.lower() == ".onnx"
+
+
+def require(*names: str) -> ModuleType:
+    """Import optional packages and return the first; raise RunError if one is not installed."""
+    try:
+        modules = [import_module(name) for name in names]
+    except ImportError as error:
+        raise RunError(
+            f"ONNX needs {error.name or names[0]}, which is not installed: "
+            "pip install -r requirements-export.txt -c constraints.txt"
+        ) from error
+    return modules[0]
+
+
+def _providers(runtime: ModuleType, device: str) -> list[Any]:
+    """Return what onnxruntime may compute with, first choice first; the CPU is always the last."""
+    has_cuda = "CUDAExecutionProvider" in runtime.get_available_providers()
+    if device.startswith("cuda") and not has_cuda:
+        raise RunError(
+            f"--device {device}: onnxruntime {runtime.__version__} has no CUDA provider: use --device cpu, or replace "
+            "the package onnxruntime by onnxruntime-gpu"
+        )
+    place = pick_device("cpu" if device == "auto" and not has_cuda else device)
+    if place.type == "cpu":
+        return ["CPUExecutionProvider"]
+    if hasattr(runtime, "preload_dlls"):
+        runtime.preload_dlls()  # loads the CUDA libraries that PyTorch came with
+    # Full float32, and no search for the fastest convolution at each new batch size.
+    options = {"device_id": place.index or 0, "use_tf32": 0, "cudnn_conv_algo_search": "HEURISTIC"}
+    return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
+
+
+def _read_metadata(path: str | Path, session: Any) -> dict[str, Any]:
+    try:
+        metadata = json.loads(session.get_modelmeta().custom_metadata_map[KEY])
+        missing = [name for name in FACTS if name not in metadata]
+    except (KeyError, ValueError, TypeError):
+        raise RunError(f"{path} has no metadata of this project: write it with export.py from a checkpoint") from None
+    if missing:
+        raise RunError(f"{path} lacks {', '.join(missing)} in its metadata: write it again with export.py")
+    return metadata
