@@ -1,56 +1,60 @@
 """Pictures of a run and of its predictions, as PNG files."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from datasets import Picture, Volume
 from datasets.files import atomic_write, file_stem
-from utils.evaluation import Volume
 from utils.metrics import dice_only
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, the ones that stand out on grey first.
 COLOURS = ("#E69F00", "#56B4E9", "#D55E00", "#009E73", "#F0E442", "#CC79A7", "#0072B2", "#FFFFFF")
+"""Okabe and Ito's colours, which colour-blind people can distinguish; those that stand out on grey come first."""
+
+History = Sequence[Mapping[str, Any]]
+"""Rows of metrics.csv, numbers or text."""
 
 
 def class_colour(c: int) -> str:
-    """Give the colour of class index `c`, from 1, as `#RRGGBB`."""
+    """Return the colour of class index ``c``, from 1, as ``#RRGGBB``."""
     return COLOURS[(c - 1) % len(COLOURS)]
 
 
 def class_rgb(c: int) -> tuple[int, int, int]:
-    """Give the colour of class index `c`, from 1, as red, green and blue from 0 to 255."""
-    colour = class_colour(c)
-    return tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    """Return the colour of class index ``c``, from 1, as red, green and blue from 0 to 255."""
+    return tuple(bytes.fromhex(class_colour(c)[1:]))
 
 
-def save_overlays(folder: str | Path, volume: Volume, prediction: np.ndarray, count: int = 3) -> list[Path]:
-    """Draw image, label and prediction side by side for some slices, as radiologists look at them where it is known.
+def save_overlays(folder: str | Path, volume: Volume | Picture, prediction: np.ndarray, count: int = 3) -> list[Path]:
+    """Draw image, label and prediction side by side for up to ``count`` slices; return the paths.
 
-    prediction: class indices (D, H, W). Writes up to `count` files `<case>_slice<z>.png` into `folder` and gives
-    their paths. With a label these are the slices with most wrong voxels, worst first, of equally wrong ones the one
-    with the larger label; the legend gives each class's strict Dice in the slice. Without a label they are spread
-    evenly over the slices in which something was found, and the legend gives the classes.
+    The files are ``<case>_slice<z>.png``. With a label they show the slices with most wrong voxels, worst first (of
+    equal ones those with the larger label), and the legend has each class's strict Dice in the slice. Without a label
+    they are spread evenly over the slices with classes. If the affine is known, the front is at the top and the
+    patient's right at the left.
+
+    prediction: class indices (D, H, W).
     """
     paths = []
     for z in _slices_to_draw(volume, prediction, count):
         stem, title = f"{file_stem(volume.name)}_slice{z:03d}", f"{volume.name}, slice {z}"
         if volume.planar:
             stem, title = file_stem(volume.name), volume.name
-        paths.append(Path(folder) / f"{stem}.png")
         if volume.label is not None:
             title += f", {(prediction[z] != volume.label[z]).sum()} wrong {'pixels' if volume.planar else 'voxels'}"
+        paths.append(Path(folder) / f"{stem}.png")
         save_figure(_overlay(volume, prediction[z], z, title), paths[-1])
     return paths
 
 
-def _slices_to_draw(volume: Volume, prediction: np.ndarray, count: int) -> np.ndarray:
+def _slices_to_draw(volume: Volume | Picture, prediction: np.ndarray, count: int) -> np.ndarray:
     if volume.label is None:
         found = np.flatnonzero(prediction.any((1, 2)))
         found = found if len(found) else np.arange(len(prediction))
@@ -60,35 +64,127 @@ def _slices_to_draw(volume: Volume, prediction: np.ndarray, count: int) -> np.nd
     return np.lexsort((-size, -wrong))[:count]
 
 
-def save_picture_overlay(path: str | Path, image: np.ndarray, mask: np.ndarray) -> None:
-    """Write an image with its classes painted over it, at its own size, as PNG or by the path's ending.
+def _overlay(volume: Volume | Picture, prediction: np.ndarray, z: int, title: str) -> "Figure":
+    from matplotlib.figure import Figure
 
-    image: uint8 (H, W, 3); mask: class indices (H, W).
+    masks = {"image": None, "prediction": prediction}
+    last = int(prediction.max())
+    if volume.label is not None:
+        masks = {"image": None, "label": volume.label[z], "prediction": prediction}
+        last = max(last, int(volume.label.max()))
+    names = [*volume.class_names, *(f"class {c}" for c in range(len(volume.class_names) + 1, last + 1))]
+    if volume.label is not None:
+        dice = dice_only(prediction, volume.label[z], len(names) + 1)
+        names = [f"{n}: absent" if np.isnan(d) else f"{n}: Dice {100 * d:.1f} %" for n, d in zip(names, dice)]  # noqa: B905
+    aspect, steps, limits = pixel_aspect(volume), upright_steps(volume), grey_limits(volume)
+    height, width = volume.image[z].shape[:2]
+    size = 3.67 * len(masks), min(3.6 * aspect * height / width, 7.2) + 1.1
+    figure = Figure(figsize=size, layout="constrained")
+    for axes, (name, mask) in zip(figure.subplots(1, len(masks)), masks.items(), strict=True):
+        show_slice(axes, volume.image[z][steps], None if mask is None else mask[steps], limits, aspect)
+        axes.set_title(name, fontsize=11)
+    figure.suptitle(title, fontsize=12).set_parse_math(False)
+    class_legend(figure, names)
+    return figure
+
+
+def show_slice(
+    axes: "Axes", image: np.ndarray, mask: np.ndarray | None, limits: tuple[float, float], aspect: float
+) -> None:
+    """Draw an image, (H, W) or (H, W, 3), with its classes (H, W) over it.
+
+    limits: the values drawn black and white; aspect: a pixel's height divided by its width.
     """
+    axes.imshow(image, "gray", vmin=limits[0], vmax=limits[1], aspect=aspect)
+    if mask is not None:
+        axes.imshow(coloured(mask), aspect=aspect, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+
+
+def class_legend(figure: "Figure", texts: Sequence[str]) -> None:
+    """Write the colours of the classes below a figure, with ``texts`` beside them."""
+    from matplotlib.patches import Patch
+
+    style = dict(edgecolor="black", linewidth=0.5)
+    handles = [Patch(facecolor=class_colour(c), label=text, **style) for c, text in enumerate(texts, 1)]
+    for text in figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False).get_texts():
+        text.set_parse_math(False)  # a `$` in a name does not begin a formula
+
+
+def grey_limits(volume: Volume | Picture) -> tuple[float, float]:
+    """Return the values that are drawn black and white; of an image 0 and 255."""
+    if volume.planar:
+        return 0, 255
+    low, high = np.percentile(volume.image[:: max(1, len(volume.image) // 16)], (0.5, 99.5))
+    return low, max(high, low + 1e-6)
+
+
+def pixel_aspect(volume: Volume | Picture) -> float:
+    """Return a pixel's height divided by its width."""
+    return 1.0 if volume.spacing is None else volume.spacing[1] / volume.spacing[2]
+
+
+def upright_steps(volume: Volume | Picture) -> tuple[slice, slice]:
+    """Return slices of rows and columns that bring the front to the top and the patient's right to the left."""
+    if volume.affine is None:
+        return slice(None), slice(None)
+    from nibabel import aff2axcodes
+
+    x, y, _ = aff2axcodes(volume.affine)
+    return slice(None, None, -1 if y == "A" else 1), slice(None, None, -1 if x == "R" else 1)
+
+
+def coloured(mask: np.ndarray) -> np.ndarray:
+    """Return class indices (H, W) as RGBA (H, W, 4): transparent inside, opaque at the border of a class."""
+    painted = np.zeros((*mask.shape, 4))
+    border = _border(mask)
+    for c in np.unique(mask[mask > 0]):
+        painted[mask == c] = (*np.divide(class_rgb(c), 255), 0.35)
+    painted[border & (mask > 0), 3] = 1
+    return painted
+
+
+def save_picture_overlay(path: str | Path, image: np.ndarray, mask: np.ndarray) -> None:
+    """Write an image, uint8 (H, W, 3), with its class indices (H, W) painted over it, at its own size."""
     from PIL import Image
 
     painted = image.copy()
-    rim = _rim(mask)
+    border = _border(mask)
     for c in np.unique(mask[mask > 0]):
         colour, inside = np.array(class_rgb(c)), mask == c
         painted[inside] = (0.65 * image[inside] + 0.35 * colour).astype(np.uint8)
-        painted[inside & rim] = colour
+        painted[inside & border] = colour
     with atomic_write(path) as temporary:
         Image.fromarray(painted).save(temporary)
 
 
-def save_progress(path: str | Path, history: Sequence[Mapping[str, object]]) -> None:
+def _border(mask: np.ndarray) -> np.ndarray:
+    """Return the pixels (H, W) that have a direct neighbour of another class."""
+    padded = np.pad(mask, 1, mode="edge")
+    neighbours = padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]
+    return np.any([n != mask for n in neighbours], axis=0)
+
+
+def save_progress(path: str | Path, history: History) -> None:
     """Draw the course of a training: losses with the learning rate, validation Dice, K and cluster use.
 
-    `history` is the rows of `metrics.csv`, numbers or their text: `epoch`, every `*_loss`, `val_dice` in [0, 1],
-    `k`, `lr`, `cluster_use` (share of clusters in use, in [0, 1]). What is missing, empty or NaN is left out.
+    The columns are ``epoch``, all ``*_loss``, ``val_dice`` in [0, 1], ``k``, ``lr`` and ``cluster_use`` in [0, 1]. A
+    value that is missing, empty or NaN is not drawn.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     loss, dice, k, use = figure.subplots(2, 2, sharex=True).flat
     _draw_losses(loss, history)
-    _draw_dice(dice, history)
+    on_test = any(row.get("selected_on") == "test" for row in history)
+    title = f"{'Dice on the test volumes' if on_test else 'validation Dice'} [%]"
+    points = draw_series(dice, title, history, "val_dice", COLOURS[2], scale=100)
+    if len(points):
+        epoch, best = points.loc[points["val_dice"].idxmax()]
+        dice.plot(epoch, best, "*", color="black", markersize=12)
+        dice.set_title(f"best {best:.2f} % in epoch {epoch:.0f}", fontsize=10)
     draw_series(k, "K (columns replaced)", history, "k", COLOURS[3])
     draw_series(use, "clusters in use [%]", history, "cluster_use", COLOURS[5], scale=100)
     use.set_ylim(-4, 104)
@@ -98,99 +194,7 @@ def save_progress(path: str | Path, history: Sequence[Mapping[str, object]]) -> 
     save_figure(figure, path)
 
 
-def _overlay(volume: Volume, prediction: np.ndarray, z: int, title: str) -> "Figure":
-    from matplotlib.figure import Figure
-
-    names = _class_names(volume, prediction)
-    image, steps = volume.image[z], upright_steps(volume)
-    height, width = image.shape[:2]
-    aspect = pixel_aspect(volume)
-    masks = {"image": None, "label": None if volume.label is None else volume.label[z], "prediction": prediction}
-    if volume.label is None:
-        del masks["label"]
-    panel_height = min(3.6 * aspect * height / width, 7.2)
-    figure = Figure(figsize=(3.67 * len(masks), panel_height + 1.1), layout="constrained")
-    low, high = grey_limits(volume)
-    for axes, (name, mask) in zip(figure.subplots(1, len(masks)), masks.items(), strict=True):
-        axes.imshow(image[steps], "gray", vmin=low, vmax=high, aspect=aspect)
-        if mask is not None:
-            axes.imshow(coloured(mask)[steps], aspect=aspect, interpolation="nearest")
-        axes.set_title(name, fontsize=11)
-        axes.axis("off")
-    texts = names
-    if volume.label is not None:
-        dice = dice_only(prediction, volume.label[z], len(names) + 1)
-        texts = [_legend_text(name, dice[c]) for c, name in enumerate(names)]
-    figure.suptitle(title, fontsize=12).set_parse_math(False)
-    class_legend(figure, texts)
-    return figure
-
-
-def class_legend(figure: "Figure", texts: Sequence[str]) -> None:
-    """Put the colours of the classes below a figure, `texts` beside them."""
-    from matplotlib.patches import Patch
-
-    handles = [
-        Patch(facecolor=class_colour(c), edgecolor="black", linewidth=0.5, label=text)
-        for c, text in enumerate(texts, 1)
-    ]
-    for text in figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False).get_texts():
-        text.set_parse_math(False)  # a `$` in a name is no formula
-
-
-def grey_limits(volume: Volume) -> tuple[float, float]:
-    """Give the values that are drawn black and white, of an image 0 and 255."""
-    if volume.planar:
-        return 0, 255
-    low, high = np.percentile(volume.image[:: max(1, len(volume.image) // 16)], (0.5, 99.5))
-    return low, max(high, low + 1e-6)
-
-
-def pixel_aspect(volume: Volume) -> float:
-    """Give a pixel's height in widths."""
-    return 1.0 if volume.spacing is None else volume.spacing[1] / volume.spacing[2]
-
-
-def _class_names(volume: Volume, prediction: np.ndarray) -> list[str]:
-    """Give the volume's class names, and numbers for the classes beyond them."""
-    last = int(max(prediction.max(), 0 if volume.label is None else volume.label.max()))
-    return [*volume.class_names, *(f"class {c}" for c in range(len(volume.class_names) + 1, last + 1))]
-
-
-def _legend_text(name: str, dice: float) -> str:
-    return f"{name}: absent" if math.isnan(dice) else f"{name}: Dice {100 * dice:.1f} %"
-
-
-def coloured(mask: np.ndarray) -> np.ndarray:
-    """Paint class indices (H, W) as RGBA (H, W, 4): faint inside, so that the image shows, firm at the rim."""
-    from matplotlib.colors import to_rgba
-
-    painted = np.zeros((*mask.shape, 4))
-    rim = _rim(mask)
-    for c in np.unique(mask[mask > 0]):
-        painted[mask == c] = to_rgba(class_colour(c), 0.35)
-        painted[(mask == c) & rim] = to_rgba(class_colour(c), 1.0)
-    return painted
-
-
-def _rim(mask: np.ndarray) -> np.ndarray:
-    """Give the pixels (H, W) that have a direct neighbour of another class."""
-    padded = np.pad(mask, 1, mode="edge")
-    neighbours = padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]
-    return np.any([n != mask for n in neighbours], axis=0)
-
-
-def upright_steps(volume: Volume) -> tuple[slice, slice]:
-    """Give the steps along rows and columns by which the front comes to the top and the patient's right to the left."""
-    if volume.affine is None:
-        return slice(None), slice(None)
-    from nibabel import aff2axcodes
-
-    x, y, _ = aff2axcodes(volume.affine)
-    return slice(None, None, -1 if y == "A" else 1), slice(None, None, -1 if x == "R" else 1)
-
-
-def _draw_losses(axes: "Axes", history: Sequence[Mapping[str, object]]) -> None:
+def _draw_losses(axes: "Axes", history: History) -> None:
     names = dict.fromkeys(name for row in history for name in row if name.endswith("_loss"))
     for name, colour in zip(names, (COLOURS[6], *COLOURS), strict=False):
         draw_series(axes, "loss", history, name, colour, label=name.removesuffix("_loss"))
@@ -205,19 +209,24 @@ def _draw_losses(axes: "Axes", history: Sequence[Mapping[str, object]]) -> None:
         axes.legend(frameon=False)
 
 
-def _draw_dice(axes: "Axes", history: Sequence[Mapping[str, object]]) -> None:
-    on_test = any(row.get("selected_on") == "test" for row in history)
-    title = f"{'Dice on the test volumes' if on_test else 'validation Dice'} [%]"
-    epochs, dice = draw_series(axes, title, history, "val_dice", COLOURS[2], scale=100)
-    if not epochs:
-        return
-    best = int(np.argmax(dice))
-    axes.plot(epochs[best], dice[best], "*", color="black", markersize=12)
-    axes.set_title(f"best {dice[best]:.2f} % in epoch {epochs[best]:.0f}", fontsize=10)
+def draw_series(
+    axes: "Axes", title: str, history: History, key: str, colour: str, scale: float = 1, **style: Any
+) -> "pd.DataFrame":
+    """Draw one column over the epochs; return the points with a finite number, columns ``epoch`` and ``key``."""
+    import pandas as pd
+
+    rows = [{name: row.get(name) for name in ("epoch", key)} for row in history]
+    points = pd.DataFrame(rows, columns=["epoch", key]).apply(pd.to_numeric, errors="coerce").astype(float)
+    points = points[np.isfinite(points).all(axis=1)]
+    points[key] *= scale
+    axes.plot(points["epoch"], points[key], color=colour, marker="." if len(points) < 40 else None, **style)
+    axes.set_ylabel(title)
+    axes.grid(alpha=0.3)
+    return points
 
 
 def count_epochs(axes: "Axes") -> None:
-    """Let the axis across count whole epochs, be it one."""
+    """Label the x axis with whole epochs, also if there is only one."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("epoch")
@@ -226,27 +235,7 @@ def count_epochs(axes: "Axes") -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def draw_series(
-    axes: "Axes", title: str, history: Sequence[Mapping[str, object]], key: str, colour: str, scale: float = 1, **style
-) -> tuple[list[float], list[float]]:
-    """Plot one column against the epochs where both have a number, and give these points."""
-    points = [(_number(row.get("epoch")), scale * _number(row.get(key))) for row in history]
-    points = [point for point in points if all(map(math.isfinite, point))]
-    epochs, values = [p[0] for p in points], [p[1] for p in points]
-    axes.plot(epochs, values, color=colour, marker="." if len(points) < 40 else None, **style)
-    axes.set_ylabel(title)
-    axes.grid(alpha=0.3)
-    return epochs, values
-
-
-def _number(value: object) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
-
-
 def save_figure(figure: "Figure", path: str | Path) -> None:
-    """Write a figure whole or not at all."""
+    """Write a figure completely or not at all."""
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110)

@@ -3,18 +3,16 @@
 import copy
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("matplotlib")
 from PIL import Image
 
 from benchmarks.measure import past_warm_up
 from datasets import DATASETS, Volume, write_volume
 from networks import DMWLA, SimMPNet, build
 from networks.dsgim import select_windows
-from tests.networks.test_registry import example  # noqa: F401, a fixture
 from utils.checkpoint import save_checkpoint
 from utils.errors import RunError
 from utils.inspection import (
@@ -115,48 +113,44 @@ def test_windows_that_are_not_selected_are_dimmed(tmp_path):
     np.testing.assert_array_equal(bright, selected.ravel())
 
 
-def test_similarity_of_prototypes_is_their_cosine(tmp_path):
+def test_similarity_of_prototypes_is_their_cosine():
     vectors = np.array([[1.0, 0], [2, 2], [0, 0]])
     expected = np.array([[1, np.sqrt(0.5), 0], [np.sqrt(0.5), 1, 0], [0, 0, 0]])
     np.testing.assert_allclose(cosine_similarity(vectors), expected, atol=1e-12)
-    save_prototype_similarity(tmp_path / "p.png", {"a": vectors, "b": vectors[:1]})
-    save_prototype_similarity(tmp_path / "q.png", {"a": -vectors * [[1], [-1], [1]], "b": vectors[:1]})
-    assert not np.array_equal(pixels(tmp_path / "p.png"), pixels(tmp_path / "q.png"))
 
 
-def test_use_of_the_memory_shows_epochs_and_clusters(tmp_path):
-    counts = {"a": np.array([3, 1]), "b": np.array([0, 0, 0])}
-    save_memory_use(tmp_path / "all.png", HISTORY, counts)
-    save_memory_use(tmp_path / "no_history.png", [], counts)
-    save_memory_use(tmp_path / "one_cluster.png", HISTORY, counts | {"a": np.array([4, 0])})
-    pictures = [pixels(tmp_path / f"{name}.png") for name in ("all", "no_history", "one_cluster")]
-    assert not np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0], pictures[2])
+COUNTS = {"a": np.array([3, 1]), "b": np.array([0, 0, 0])}
+VECTORS = np.array([[1.0, 0], [2, 2], [0, 0]])
+IMAGE, GATE = np.zeros((32, 32)), np.eye(32)
 
 
-def test_the_gate_s_picture_shows_image_gate_and_course(tmp_path):
-    image, gate = np.zeros((32, 32)), np.array([[0.0, 1.0], [1.0, 1.0]])
-    cases = {
-        "base": (image, gate, HISTORY),
-        "shut": (image, np.zeros_like(gate), HISTORY),
-        "other_image": (image + np.eye(32), gate, HISTORY),
-        "no_history": (image, gate, []),
-    }
-    for name, arguments in cases.items():
-        save_gate(tmp_path / f"{name}.png", *arguments)
-    base, *others = (pixels(tmp_path / f"{name}.png") for name in cases)
-    assert all(not np.array_equal(base, other) for other in others)
+@pytest.mark.parametrize(
+    ("draw", "base", "others"),
+    [
+        (save_memory_use, (HISTORY, COUNTS), [([], COUNTS), (HISTORY, COUNTS | {"a": np.array([4, 0])})]),
+        (save_prototype_similarity, ({"a": VECTORS},), [({"a": -VECTORS * [[1], [-1], [1]]},)]),
+        (save_gate, (IMAGE, GATE, HISTORY), [(IMAGE, 0 * GATE, HISTORY), (GATE, GATE, HISTORY), (IMAGE, GATE, [])]),
+    ],
+)
+def test_every_input_of_a_picture_shows(draw, base, others, tmp_path):
+    draw(tmp_path / "base.png", *base)
+    for arguments in others:
+        draw(tmp_path / "other.png", *arguments)
+        assert not np.array_equal(pixels(tmp_path / "base.png"), pixels(tmp_path / "other.png"))
 
 
-def test_the_command_writes_every_picture_and_the_same_for_tensorboard(model, tmp_path, run_script):
+@pytest.mark.parametrize("ending", [".npy.h5", ".nii.gz"])
+def test_the_command_writes_every_picture_and_the_same_for_tensorboard(model, tmp_path, run_script, ending):
+    """Of a volume whose rows and columns are reversed to draw it upright."""
     checkpoint = save(tmp_path / "run" / "best.pth", model, HISTORY)
-    rng = np.random.default_rng(0)
-    volume = Volume("case", rng.random((3, 80, 70), np.float32), np.zeros((3, 80, 70), np.uint8))
-    volume.affine = np.diag([1.0, 1.0, 4.0, 1.0])  # to the right and to the front, so that it is drawn turned
+    image = np.random.default_rng(0).random((3, 80, 70), np.float32)
+    volume = Volume("case", image, np.zeros((3, 80, 70), np.uint8), affine=np.diag([1.5, 1.5, 8.0, 1.0]))
     write_volume(tmp_path / "case.npy.h5", volume)
+    nibabel.save(volume.to_nifti(image), tmp_path / "case.nii.gz")
     folder = tmp_path / "run" / "inspection"
     (folder / "events").mkdir(parents=True)
     (folder / "events" / "events.out.tfevents.1.host").write_text("of an earlier look")
-    flags = "--checkpoint", checkpoint, "--input", tmp_path / "case.npy.h5", "--slice", 1
+    flags = "--checkpoint", checkpoint, "--input", tmp_path / f"case{ending}", "--slice", 1
     done = run_script("utils/inspection.py", *flags)
     assert done.status == 0, done.error
     names = {"memory_use", "k", "prototypes", "clusters", "windows", "gate"}
@@ -180,6 +174,11 @@ def test_without_an_image_or_in_warm_up_there_is_less_to_see(model, tmp_path, ru
     assert {path.stem for path in (tmp_path / "out").glob("*.png")} == {"k"}
 
 
+def volume_of(image: np.ndarray, affine: np.ndarray | None = None) -> Volume:
+    """Return a volume of one slice (S, S)."""
+    return Volume("case", image[None], affine=affine)
+
+
 @pytest.mark.parametrize(
     ("ablation", "blocks", "pictures"),
     [
@@ -193,43 +192,45 @@ def test_an_ablation_shows_what_is_left(model, tmp_path, ablation, blocks, pictu
     past_warm_up(ablated)
     history = [row if blocks else {"epoch": row["epoch"]} for row in HISTORY]
     assert len(list(ablated.memory_blocks())) == blocks
-    image = np.random.default_rng(0).random((SIZE, SIZE), np.float32)
-    paths = inspect(ablated, history, tmp_path, image, image[None, None])
+    paths = inspect(ablated, history, tmp_path, volume_of(np.random.default_rng(0).random((SIZE, SIZE), np.float32)))
     assert {path.stem for path in paths} == pictures == {path.stem for path in tmp_path.glob("*.png")}
 
 
 def test_without_memory_and_windows_there_is_nothing_to_see(model, tmp_path):
-    image = np.zeros((SIZE, SIZE), np.float32)
-    for dsgim in ("none", "euclidean"):
-        ablated = SimMPNet(**model.config | {"attention": "plain", "dsgim": dsgim, "gate": "none"})
-        with pytest.raises(RunError, match="neither windows nor a gate"):
-            inspect(ablated, HISTORY, tmp_path, image, image[None, None])
+    ablated = SimMPNet(**model.config | {"attention": "plain", "dsgim": "none", "gate": "none"})
+    with pytest.raises(RunError, match="neither windows nor a gate"):
+        inspect(ablated, HISTORY, tmp_path, volume_of(np.zeros((SIZE, SIZE), np.float32)))
 
 
-def test_what_is_seen_is_drawn_upright(model, tmp_path, monkeypatch):
+def test_pictures_are_drawn_upright(model, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("utils.inspection.save_cluster_maps", lambda path, *what: drawn.append(what))
-    monkeypatch.setattr("utils.inspection.save_windows", lambda path, *what: drawn.append(what))
-    monkeypatch.setattr("utils.inspection.PICTURES", ("clusters", "windows"))
+    for name in ("save_cluster_maps", "save_windows", "save_gate"):
+        monkeypatch.setattr(f"utils.inspection.{name}", lambda path, *what: drawn.append(what))
     monkeypatch.setattr("utils.inspection._write_events", lambda *_: None)
     image = np.random.default_rng(0).random((SIZE, SIZE), np.float32)
-    for steps in ((slice(None), slice(None)), (slice(None, None, -1), slice(None))):
-        inspect(model, [], tmp_path, image, image[None, None], steps)
-    (whole, maps, _), (_, windows), (turned, turned_maps, _), (_, turned_windows) = drawn
+    for y in (-1.0, 1.0):  # rows run to the back, or to the front
+        inspect(model, [], tmp_path, volume_of(image, np.diag([-1.0, y, 1.0, 1.0])))
+    (whole, maps, _), (_, windows), (_, gate, _), (turned, turned_maps, _), (_, turned_windows), (_, turned_gate, _) = (
+        drawn
+    )
     np.testing.assert_array_equal(turned, whole[::-1])
     assert all(np.array_equal(turned_maps[name], maps[name][::-1]) for name in maps)
     np.testing.assert_array_equal(turned_windows, windows[:, ::-1])
+    np.testing.assert_array_equal(turned_gate, gate[::-1])
 
 
-def test_what_cannot_be_looked_into_is_said_in_one_line(model, example, tmp_path, run_script):  # noqa: F811
+def test_what_cannot_be_inspected_is_said_in_one_line(model, tmp_path, run_script):
     checkpoint = save(tmp_path / "best.pth", model, [])
-    baseline = save(tmp_path / "baseline.pth", build(example, num_classes=4, img_size=SIZE), HISTORY)
+    baseline = save(
+        tmp_path / "baseline.pth", build("maxvit_unet", num_classes=4, img_size=SIZE, model_scale="pico"), []
+    )
     plain = save(tmp_path / "plain.pth", SimMPNet(**model.config | {"attention": "plain"}), HISTORY)
-    volume = Volume("case", np.ones((3, 8, 8), np.float32), np.zeros((3, 8, 8), np.uint8))
-    write_volume(tmp_path / "case.npy.h5", volume)
+    write_volume(
+        tmp_path / "case.npy.h5", Volume("case", np.ones((3, 8, 8), np.float32), np.zeros((3, 8, 8), np.uint8))
+    )
     for flags, words in (
         (("--checkpoint", "model.onnx"), ("model.onnx", "best.pth")),
-        (("--checkpoint", baseline), ("baseline.pth", example, "no memory")),
+        (("--checkpoint", baseline), ("baseline.pth", "maxvit_unet", "no memory")),
         (("--checkpoint", plain), ("no memory is in use", "--input")),
         (("--checkpoint", checkpoint, "--input", tmp_path / "case.npy.h5", "--slice", 3), ("--slice 3", "has 3")),
         (("--checkpoint", checkpoint, "--input", tmp_path / "no.nii.gz"), ("no.nii.gz",)),
