@@ -20,9 +20,6 @@ from utils.errors import RunError
 
 Spacing = tuple[float, ...] | None
 
-ISIC_THRESHOLD = 0.65
-"""Jaccard below which the ISIC challenge counts a segmentation as failed."""
-
 FOUND, MISSED, SPURIOUS, ABSENT = "found", "missed", "spurious", "absent"
 
 
@@ -33,16 +30,6 @@ class Metrics(NamedTuple):
     hd95: float
     jaccard: float
     assd: float
-
-
-class PooledMetrics(NamedTuple):
-    """The scores of one class over the pixels of all images together, in [0, 1]."""
-
-    dice: float
-    jaccard: float
-    sensitivity: float
-    specificity: float
-    accuracy: float
 
 
 class ClassResult(NamedTuple):
@@ -113,9 +100,8 @@ def dice_only(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> np
     absent one. Raises RunError for different shapes.
     """
     counts = confusion(prediction, label, num_classes)
-    voxels = (counts.sum(0) + counts.sum(1))[1:]
-    dice = np.full(num_classes - 1, np.nan)
-    return np.divide(2 * counts.diagonal()[1:], voxels, out=dice, where=voxels > 0)
+    with np.errstate(invalid="ignore"):
+        return (2 * counts.diagonal() / (counts.sum(0) + counts.sum(1)))[1:]
 
 
 def confusion(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> np.ndarray:
@@ -130,38 +116,23 @@ def confusion(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> np
     return counts.reshape(num_classes, num_classes)
 
 
-def pooled_metrics(counts: np.ndarray) -> tuple[PooledMetrics, ...]:
-    """Return the scores of each class but the background over all pixels together, class c at c - 1.
+def pooled_metrics(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Return Dice, Jaccard, sensitivity, specificity and accuracy over all pixels together, in [0, 1].
 
-    counts: the sum of the ``confusion`` of all images, (num_classes, num_classes). A share of nothing is NaN.
+    counts: the sum of the ``confusion`` of all images, (num_classes, num_classes). Each score is float64
+    (num_classes - 1,), class c at c - 1; a share of nothing is NaN.
     """
-    total = int(counts.sum())
-    results = []
-    for c in range(1, len(counts)):
-        both, labelled, predicted = (int(n) for n in (counts[c, c], counts[c].sum(), counts[:, c].sum()))
-        outside, wrong = total - labelled, labelled + predicted - 2 * both
-        results.append(
-            PooledMetrics(
-                dice=_share(2 * both, labelled + predicted),
-                jaccard=_share(both, labelled + predicted - both),
-                sensitivity=_share(both, labelled),
-                specificity=_share(outside - (predicted - both), outside),
-                accuracy=_share(total - wrong, total),
-            )
-        )
-    return tuple(results)
-
-
-def thresholded_jaccard(jaccard: float) -> float:
-    """Return a Jaccard as the ISIC challenge scores it: 0 below 0.65; NaN stays NaN.
-
-    Source: Codella et al., "Skin lesion analysis toward melanoma detection 2018", arXiv 1902.03368.
-    """
-    return 0.0 if jaccard < ISIC_THRESHOLD else jaccard
-
-
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else float("nan")
+    both = counts.diagonal()[1:]
+    missed, spurious = counts.sum(1)[1:] - both, counts.sum(0)[1:] - both
+    neither = counts.sum() - both - missed - spurious
+    with np.errstate(invalid="ignore"):
+        return {
+            "dice": 2 * both / (2 * both + missed + spurious),
+            "jaccard": both / (both + missed + spurious),
+            "sensitivity": both / (both + missed),
+            "specificity": neither / (neither + spurious),
+            "accuracy": (both + neither) / counts.sum(),
+        }
 
 
 def _empty_case(predicted: bool, labelled: bool, shape: tuple[int, ...], spacing: Spacing) -> ClassResult:

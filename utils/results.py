@@ -13,7 +13,7 @@ import numpy as np
 
 from datasets.files import atomic_write
 from utils.errors import RunError
-from utils.metrics import ABSENT, ISIC_THRESHOLD, MISSED, SPURIOUS, Metrics, pooled_metrics, thresholded_jaccard
+from utils.metrics import ABSENT, MISSED, SPURIOUS, Metrics, pooled_metrics
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,6 +35,12 @@ OPTIMISTIC = (
     "those of checkpoints chosen in the same way."
 )
 """The first line of every table of such a checkpoint."""
+
+ISIC_THRESHOLD = 0.65
+"""Jaccard below which the ISIC challenge counts a segmentation as failed, with Jaccard 0.
+
+Source: Codella et al., "Skin lesion analysis toward melanoma detection 2018", arXiv 1902.03368.
+"""
 
 _NUMBER = re.compile(r"[-+]?\.?\d.*|-?|nan")
 
@@ -102,6 +108,8 @@ def summarise(table: "pd.DataFrame", confusion: np.ndarray | None = None) -> dic
         confusion: of images, the sum of all cases' confusions, (num_classes, num_classes). The summary then also has
             the scores over all pixels together and the ISIC challenge's mean thresholded Jaccard (strict).
     """
+    import pandas as pd
+
     classes = table.groupby("class", sort=False)
     units = sorted(table["strict_unit"].unique())
     unit = {"transunet": "pixels" if units == ["pixels"] else "voxels", "strict": " or ".join(units)}
@@ -115,10 +123,11 @@ def summarise(table: "pd.DataFrame", confusion: np.ndarray | None = None) -> dic
         counts = classes["state"].agg(lambda column, state=state: (column == state).sum())
         summary[state] = [{"class": name, "cases": int(count)} for name, count in counts.items()]
     if confusion is not None:
-        thresholded = table["strict_jaccard"].map(thresholded_jaccard).groupby(table["class"], sort=False).mean()
+        jaccard = table["strict_jaccard"].mask(table["strict_jaccard"] < ISIC_THRESHOLD, 0)
+        thresholded = jaccard.groupby(table["class"], sort=False).mean()
         summary["thresholded_jaccard"] = [{"class": n, **_plain({"mean": mean})} for n, mean in thresholded.items()]
-        pooled = zip(thresholded.index, pooled_metrics(confusion), strict=True)
-        summary["pooled"] = [{"class": name, **_plain(scores._asdict())} for name, scores in pooled]
+        pooled = pd.DataFrame(pooled_metrics(confusion), index=thresholded.index)
+        summary["pooled"] = [{"class": name, **_plain(scores)} for name, scores in pooled.iterrows()]
     return summary
 
 
