@@ -89,6 +89,7 @@ def _load(path: Path) -> tuple[np.ndarray, np.ndarray, float, float]:
 def _load_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, float, float]:
     from nibabel import Nifti1Image, Nifti2Image
 
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # it prints what the errors below say
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
     with (gzip.open if packed else open)(path, "rb") as stream:
