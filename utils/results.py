@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from datasets.errors import brief
 from datasets.files import atomic_write
 from utils.errors import RunError
 from utils.metrics import ABSENT, MISSED, SPURIOUS, Metrics, pooled_metrics
@@ -89,7 +90,9 @@ def read_cases(path: str | Path) -> "pd.DataFrame":
     try:
         table = pd.read_csv(path, dtype=types, keep_default_na=False, na_values={column: [""] for column in NUMBERS})
     except ValueError as error:  # pandas' own errors are of this kind too
-        raise RunError(f"{path}: {error}; expected a table of a test script: test the checkpoint again") from error
+        raise RunError(
+            f"{path}: {brief(error)}; expected a table of a test script: test the checkpoint again"
+        ) from error
     if missing := [column for column in COLUMNS if column not in table]:
         raise RunError(f"{path}: no column {missing[0]}; expected a table of a test script: test the checkpoint again")
     classes = table.groupby("case", sort=False)["class"].agg(tuple)
