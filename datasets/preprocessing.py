@@ -13,7 +13,7 @@ import numpy as np
 from datasets.errors import DataError, brief
 
 LENGTHS = 1e-6, 1e6
-"""Least and greatest length of a voxel in mm, a nanometre and a kilometre; what lies beyond is a damaged number."""
+"""Smallest and largest side of a voxel in mm (a nanometre, a kilometre); other values are damaged numbers."""
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,13 @@ class ScanImage:
 
 
 def is_orientation(text: object) -> bool:
-    """Return whether this is one of the 48 ways that three axes can run, as ``RAS``."""
+    """Return whether this is one of the 48 directions that three axes can have, as ``RAS``."""
     return isinstance(text, str) and bool(re.fullmatch("(?=.*[LR])(?=.*[AP])(?=.*[SI])[LRAPSI]{3}", text))
 
 
 def is_affine(matrix: np.ndarray) -> bool:
-    """Return whether a float64 (4, 4) takes indices to mm: it has an inverse, and a voxel sides within ``LENGTHS``."""
-    if not (np.abs(matrix) < 1e30).all() or not np.array_equal(matrix[3], (0, 0, 0, 1)):  # NaN is not below anything
+    """Return whether a float64 (4, 4) maps indices to mm: it is invertible and voxels' sides are in ``LENGTHS``."""
+    if not (np.abs(matrix) < 1e30).all() or not np.array_equal(matrix[3], (0, 0, 0, 1)):  # false for NaN, too
         return False
     lengths = np.linalg.norm(matrix[:3, :3], axis=0)
     return bool(
@@ -126,17 +126,17 @@ def is_affine(matrix: np.ndarray) -> bool:
 
 
 def orientation_of(affine: np.ndarray) -> str:
-    """Return the three letters of an affine, the direction that each of x, y and z runs in (``LPS``), nearest axis."""
+    """Return the directions of x, y and z under an affine as three letters (``LPS``), each the nearest of the six."""
     from nibabel import aff2axcodes
 
     return "".join(letter or "?" for letter in aff2axcodes(affine))
 
 
 def reorient(array: np.ndarray, affine: np.ndarray, orientation: str) -> tuple[np.ndarray, np.ndarray]:
-    """Swap and reverse the axes of an array until they run the given way.
+    """Swap and reverse the axes of an array so that they have the given directions.
 
     array: (z, y, x); affine: float64 (4, 4) of its indices; orientation: three letters, as ``LAS``. Returns a view of
-    the array and the affine that keeps every voxel where it lies.
+    the array, whose strides may be negative, and its affine, by which every voxel stays in its place in mm.
     """
     from nibabel import orientations
 
@@ -151,10 +151,10 @@ def reorient(array: np.ndarray, affine: np.ndarray, orientation: str) -> tuple[n
 def nifti_image(
     array: np.ndarray, affine: np.ndarray | None, spacing: tuple[float, float, float] | None, orientation: str | None
 ):
-    """Return a nibabel image of an array (z, y, x), its axes running as in the file that the array came from.
+    """Return a nibabel image of an array (z, y, x), with axes as in the file from which the array was read.
 
-    affine: of the array, or None: then its spacing (z, y, x) is the diagonal, and without that a voxel is 1 mm;
-    orientation: of the file, or None for the array's own.
+    affine: of the array; if None, it is diagonal with the spacing (z, y, x), or with 1 mm without a spacing;
+    orientation: of the file; if None, the array's own.
     """
     import nibabel
 
@@ -172,6 +172,6 @@ def nifti_image(
 
 
 def _is_rigid(affine: np.ndarray) -> bool:
-    """Return whether the axes stand at right angles, all that a qform can say."""
+    """Return whether the axes are at right angles; a qform cannot express other axes."""
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     return np.allclose(axes.T @ axes, np.eye(3), atol=1e-4)
