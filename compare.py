@@ -23,7 +23,7 @@ from benchmarks.measure import machine, peak_memory, time_sides
 from datasets import DATASETS, DataError, VolumeDataset
 from datasets.files import atomic_write, check_writable, file_stem
 from datasets.image_sets import images_of
-from networks import NETWORKS, NetworkError, build, load_release_state_dict
+from networks import NetworkError
 from networks.complexity import count_multiply_adds, count_parameters
 from utils.arguments import flags_of_others, training_parser
 from utils.checkpoint import build_network, load_checkpoint
@@ -120,14 +120,14 @@ def tested(runs: list[tuple[str | None, Run]], splits: Sequence[str] | None) -> 
 
 def training_defaults() -> dict[str, dict]:
     """Return the arguments of training that a run has where its user said nothing, by data set."""
-    return {name: vars(training_parser("", NETWORKS, info).parse_args([])) for name, info in DATASETS.items()}
+    return {name: vars(training_parser("", info).parse_args([])) for name, info in DATASETS.items()}
 
 
 def load(method: Method) -> torch.nn.Module:
     """Rebuild the network of a method's first seed."""
     path = method.runs[0].checkpoint
     channels = 3 if DATASETS[method.dataset].planar else 1
-    return build_network(load_checkpoint(path), path, build, load_release_state_dict, channels).eval()
+    return build_network(load_checkpoint(path), path, channels).eval()
 
 
 def measured(models: Mapping[Key, torch.nn.Module], costs: Mapping[Key, Cost], args: Namespace) -> dict[Key, Cost]:
@@ -292,7 +292,7 @@ def write_pages(folder: Path, sections: Sequence[Section]) -> None:
 def main() -> None:
     args = parse_args()
     runs = tested(find_runs(args.runs, args.output_dir), args.split)
-    methods = group_runs(runs, training_defaults(), flags_of_others(NETWORKS))
+    methods = group_runs(runs, training_defaults(), flags_of_others())
     comparisons = compare(methods, DATASETS, args.split)
     if (args.volume_path or args.list_dir) and len({c.dataset for c in comparisons}) > 1:
         raise RunError("--volume_path and --list_dir are of one data set, the runs of several: compare one at a time")

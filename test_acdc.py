@@ -2,12 +2,12 @@
 
     python test_acdc.py --checkpoint runs/acdc/best.pth
     python test_acdc.py --checkpoint runs/acdc/best.pth --is_savenii --overlays 3 --test_save_dir results
-A checkpoint of the authors' release is taken as it is:
+A checkpoint of the authors' release:
     python test_acdc.py --checkpoint pretrained_pth/release_acdc.pth
 """
 
 from datasets import DataError, VolumeDataset, acdc
-from networks import NetworkError, build, load_release_state_dict
+from networks import NetworkError
 from utils.arguments import testing_parser
 from utils.cli import run_script
 from utils.launch import test
@@ -21,7 +21,7 @@ def main() -> None:
         info.require(args.volume_path)
         return VolumeDataset(args.volume_path, args.list_dir, args.split, num_classes, only=args.cases)
 
-    test(args, info, open_volumes, build, load_release_state_dict)
+    test(args, info, open_volumes)
 
 
 if __name__ == "__main__":

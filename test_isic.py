@@ -6,7 +6,7 @@ python test_isic.py --checkpoint runs/isic/best.pth --split val --save_masks --o
 
 from datasets import DataError, ImageFolder, isic
 from datasets.image_sets import images_of
-from networks import NetworkError, build, load_release_state_dict
+from networks import NetworkError
 from utils.arguments import testing_parser
 from utils.cli import run_script
 from utils.launch import test
@@ -19,7 +19,7 @@ def main() -> None:
     def open_images(num_classes: int) -> ImageFolder:
         return images_of(info, args.root_path, args.list_dir, args.split, num_classes)
 
-    test(args, info, open_images, build, load_release_state_dict)
+    test(args, info, open_images)
 
 
 if __name__ == "__main__":

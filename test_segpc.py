@@ -7,7 +7,7 @@ python test_segpc.py --checkpoint runs/segpc_crops/best.pth --root_path data/Seg
 
 from datasets import DataError, ImageFolder, segpc
 from datasets.image_sets import images_of
-from networks import NetworkError, build, load_release_state_dict
+from networks import NetworkError
 from utils.arguments import testing_parser
 from utils.cli import run_script
 from utils.launch import test
@@ -20,7 +20,7 @@ def main() -> None:
     def open_images(num_classes: int) -> ImageFolder:
         return images_of(info, args.root_path, args.list_dir, args.split, num_classes)
 
-    test(args, info, open_images, build, load_release_state_dict)
+    test(args, info, open_images)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
     python test_synapse.py --checkpoint runs/synapse/best.pth
     python test_synapse.py --checkpoint runs/synapse/best.pth --is_savenii --overlays 3 --test_save_dir results
-The two cases that chose the best epoch:
+The two cases on which the best epoch was chosen:
     python test_synapse.py --checkpoint runs/synapse/best.pth --split train --cases case0023 case0026
 TransUNet's ready-made volumes, and a checkpoint of the authors' release:
     python test_synapse.py --checkpoint pretrained_pth/release_synapse.pth --label_order transunet
 """
 
 from datasets import DataError, VolumeDataset, synapse
-from networks import NetworkError, build, load_release_state_dict
+from networks import NetworkError
 from utils.arguments import testing_parser
 from utils.cli import run_script
 from utils.launch import test
@@ -24,7 +24,7 @@ def main() -> None:
         order = info.label_order(args.label_order, num_classes)
         return VolumeDataset(args.volume_path, args.list_dir, args.split, num_classes, order, args.cases)
 
-    test(args, info, open_volumes, build, load_release_state_dict)
+    test(args, info, open_volumes)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def fitting(flags: list[str], row: str) -> list[str]:
     """Return those of the flags, each with its values, that the network of a row takes."""
     words = [*flags, *shlex.split(row)]
     network = words[words.index("--network") + 1] if "--network" in words else next(iter(NETWORKS))
-    foreign, kept, takes = flags_of_others(NETWORKS).get(network, ()), [], True
+    foreign, kept, takes = flags_of_others().get(network, ()), [], True
     for word in flags:
         if word.startswith("--"):
             takes = word[2:].split("=")[0] not in foreign

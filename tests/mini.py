@@ -10,10 +10,10 @@ from torch import nn
 
 from datasets import DatasetInfo, Preprocessing
 from datasets.training_set import TrainingSet
-from networks import DMWLA, NETWORKS
+from networks import DMWLA
 from utils.arguments import network_arguments, parse_training, training_parser
 from utils.cli import seed_everything
-from utils.training import DataFacts, Trainer
+from utils.training import Trainer
 
 NAMES = ("ring", "disc")
 DRAWINGS = DatasetInfo("drawings", NAMES, "", "", ("train", "val"), Preprocessing(), "", "")
@@ -86,8 +86,8 @@ def parse(folder: Path, *flags: str):
         "--model_scale pico --pretrained none --img_size 64 --img_size_dmwla 64 --feature_dim 16 --num_workers 0 "
         "--decoder_feature_dim 16 --columns_per_cluster 20 --warmup_iterations 3 --batch_size 2 --max_epochs 2"
     )
-    parser = training_parser("test", NETWORKS, DRAWINGS, output_dir=folder)
-    return parse_training(parser, NETWORKS, SPLITS, [*small.split(), *flags])
+    parser = training_parser("test", DRAWINGS, output_dir=folder)
+    return parse_training(parser, SPLITS, [*small.split(), *flags])
 
 
 def trainer(
@@ -100,9 +100,9 @@ def trainer(
 ) -> Trainer:
     args, checkpoint = parse(folder, *flags)
     seed_everything(args.seed, deterministic=True)
-    model = network(**network_arguments(args, NETWORKS))
+    model = network(**network_arguments(args))
     val_set = [DrawnVolume(str(i)) for i in range(volumes)]
-    made = Trainer(model, Drawings(slices), val_set, DataFacts("drawings", NAMES), args, torch.device(device))
+    made = Trainer(model, DRAWINGS, Drawings(slices), val_set, args, torch.device(device))
     if checkpoint:
         made.load_state_dict(checkpoint)
     return made

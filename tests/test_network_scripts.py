@@ -23,8 +23,8 @@ COMMON = (
 
 
 def parse(tmp_path, *argv):
-    parser = training_parser("test", NETWORKS, acdc.INFO, output_dir=tmp_path / "run", feature_dim=128)
-    return parse_training(parser, NETWORKS, {"val": ("train", "val"), "test": ("trainval", "test")}, list(argv))[0]
+    parser = training_parser("test", acdc.INFO, output_dir=tmp_path / "run", feature_dim=128)
+    return parse_training(parser, {"val": ("train", "val"), "test": ("trainval", "test")}, list(argv))[0]
 
 
 def test_a_baseline_trains_resumes_tests_and_predicts_like_sim_mpnet(phantom, run_script, tmp_path):
@@ -81,9 +81,9 @@ def test_ablations_train_and_their_checkpoints_know_them(phantom, run_script, tm
 def test_a_network_gets_its_own_arguments_with_the_defaults_of_the_data_set(tmp_path):
     args = parse(tmp_path, "--network", "maxvit_unet", "--model_scale", "pico", "--img_size", "96")
     options = {"num_classes": 4, "in_channels": 1, "img_size": 96, "model_scale": "pico"}
-    assert network_arguments(args, NETWORKS) == options
+    assert network_arguments(args) == options
     args = parse(tmp_path)
-    assert args.network == "sim_mpnet" and network_arguments(args, NETWORKS)["feature_dim"] == 128
+    assert args.network == "sim_mpnet" and network_arguments(args)["feature_dim"] == 128
 
 
 @pytest.mark.parametrize(

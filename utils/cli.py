@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ AMP_DTYPES = {"none": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help that keeps the lines of the description and shows every default that says something."""
+    """Help that keeps the line breaks of the description and shows every default except None and False."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False:
@@ -43,7 +43,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser with one-line errors, exit status 1, defaults in its help, no abbreviated flags."""
+    """An argparse parser with one-line errors, exit status 1, defaults in its help, and no abbreviated flags."""
 
     def __init__(self, *args, **kwargs) -> None:
         kwargs.setdefault("formatter_class", HelpFormatter)
@@ -54,18 +54,46 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(1, f"{self.prog}: error: {_one_line(message)} (see {self.prog} --help)\n")
 
 
-def run_script(main: Callable[[], object], *errors: type[Exception]) -> None:
-    """Log to stderr, run `main` and turn an error that the user can put right into one logged line and exit status 1.
+def positive(kind: type) -> Callable[[str], Any]:
+    """Return the type of a flag whose number, an int or a float, must be above 0."""
+    return _number(kind, lambda value: value > 0, "a number above 0")
 
-    Such errors are RunError, OSError and the classes in `errors`; a run that a signal stopped exits with 128 and its
-    number, 143 for SIGTERM and 130 for Ctrl-C. Anything else is a bug and keeps its traceback.
+
+def not_negative(kind: type) -> Callable[[str], Any]:
+    """Return the type of a flag whose number, an int or a float, must be 0 or more."""
+    return _number(kind, lambda value: value >= 0, "0 or more")
+
+
+def share(text: str) -> float:
+    """Read a flag's number from 0 to 1."""
+    return _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")(text)
+
+
+def _number(kind: type, fits: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not fits(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, found {text}")
+        return value
+
+    return read
+
+
+def run_script(main: Callable[[], object], *errors: type[Exception]) -> None:
+    """Log to stderr, run ``main``, and turn an error that the user can correct into one line and exit status 1.
+
+    Such errors are RunError, OSError and the classes in ``errors``. A run that a signal stopped exits with 128 and its
+    number: 143 for SIGTERM, 130 for Ctrl-C. Any other exception is a bug and keeps its traceback.
     """
     setup_logging()
     try:
         main()
     except (RunError, OSError, *errors) as error:
         logging.error(_message(error))
-        traceback.clear_frames(error.__traceback__)  # lets a data loader's workers end now, not after a wait at exit
+        traceback.clear_frames(error.__traceback__)  # lets the data loader's processes end now, without a wait at exit
         sys.exit(1)
     except Stopped as stop:
         logging.warning("%s", stop)
@@ -76,10 +104,10 @@ def run_script(main: Callable[[], object], *errors: type[Exception]) -> None:
 
 
 def setup_logging(file: str | Path | None = None) -> None:
-    """Log to stderr and, if given, to the end of `file`; a second call replaces what the first set up.
+    """Log to stderr and, if given, to the end of ``file``, whose folder is created; a second call replaces the first.
 
-    The folder of `file` is made. A warning or error on stderr is a bare `error: ...`, all else has the time. Of the
-    processes that torchrun starts, all but the first tell only their errors.
+    On stderr a warning or error is a bare ``error: ...``, and every other line has the time. Of the processes that
+    torchrun starts, only the first logs more than errors.
     """
     root = logging.getLogger()
     rank = int(os.environ.get("RANK", 0))
@@ -102,9 +130,10 @@ def setup_logging(file: str | Path | None = None) -> None:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """Give the device called `auto` (the GPU if there is one), `cpu`, `cuda` or `cuda:<number>`.
+    """Return the device called ``auto`` (the GPU if there is one), ``cpu``, ``cuda`` or ``cuda:<number>``.
 
-    Raises RunError for another name and for a GPU that is not there.
+    Raises:
+        RunError: the name is another one, or there is no such GPU.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -112,7 +141,7 @@ def pick_device(name: str = "auto") -> torch.device:
     if name != "cpu" and (kind != "cuda" or (number and not number.isdecimal()) or name == "cuda:"):
         raise RunError(f"device {name!r}: expected auto, cpu, cuda or cuda:<number>")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise RunError(f"device {name!r}: PyTorch {torch.__version__} finds no GPU here, use --device cpu")
+        raise RunError(f"device {name!r}: PyTorch {torch.__version__} finds no GPU: use --device cpu")
     if number and int(number) >= torch.cuda.device_count():
         raise RunError(f"device {name!r}: there are {torch.cuda.device_count()} GPUs, numbered from cuda:0")
     return torch.device(name)
@@ -121,8 +150,11 @@ def pick_device(name: str = "auto") -> torch.device:
 def seed_everything(seed: int, deterministic: bool = False) -> None:
     """Seed Python, NumPy and PyTorch, on every device.
 
-    With `deterministic`, cuDNN and PyTorch use only algorithms that repeat exactly and warn where they have
-    none; without, cuDNN picks the fastest. Raises RunError for a seed outside [0, 2^32).
+    If ``deterministic``, cuDNN and PyTorch use only algorithms that repeat exactly, and warn if there is none;
+    otherwise cuDNN chooses the fastest.
+
+    Raises:
+        RunError: the seed is not in [0, 2^32).
     """
     if not 0 <= seed < 2**32:
         raise RunError(f"seed {seed}: expected a number from 0 to {2**32 - 1}")
@@ -136,6 +168,21 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     if deterministic:
         # cuBLAS reads this when it starts, so it has to be set before the first product on the GPU.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the states of PyTorch's generators of the CPU and of ``device``."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Set the generators to what ``random_state`` returned, of a GPU only if it was one then."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def set_precision(amp: str) -> None:
@@ -164,7 +211,7 @@ class _LogFile(logging.FileHandler):
             return super().handleError(record)
         # logging would print a traceback for every line that a full disk refuses.
         logging.getLogger().removeHandler(self)
-        logging.warning("%s: %s, the log goes on without this file", self.baseFilename, error.strerror)
+        logging.warning("%s: %s; the log continues without this file", self.baseFilename, error.strerror)
 
 
 def _message(error: BaseException) -> str:
@@ -174,7 +221,7 @@ def _message(error: BaseException) -> str:
         return _one_line(f"{where}{error.strerror}" + (f", {remedy}" if remedy else ""))
     text = str(error) or type(error).__name__
     if text.startswith("Caught ") and "Original Traceback" in text:
-        # A data loader's worker sends its traceback as the message; the last line is the error.
+        # A data loader's process sends its traceback as the message; the last line is the error.
         text = text.rsplit(f"{type(error).__name__}: ", 1)[-1]
     return _one_line(text)
 

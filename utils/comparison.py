@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from utils.arguments import VARIANT_DEFAULTS, Dataset
+from datasets import DatasetInfo
+from utils.arguments import VARIANT_DEFAULTS
 from utils.errors import RunError
 from utils.evaluation import CONVENTIONS, CaseResult, read_case_csv
 from utils.metrics import Metrics
@@ -177,7 +178,7 @@ def read_run(folder: str | Path) -> Run:
     return Run(folder, args, dataset, _read_history(folder / "metrics.csv"), results)
 
 
-def command_to_test(run: Run, dataset: Dataset, split: str | None = None) -> str:
+def command_to_test(run: Run, dataset: DatasetInfo, split: str | None = None) -> str:
     """Give the command that tests a run, on a split or on the test script's own."""
     words = ["python", f"test_{run.dataset}.py", "--checkpoint", str(run.checkpoint)]
     if split is not None:
@@ -190,7 +191,7 @@ def command_to_test(run: Run, dataset: Dataset, split: str | None = None) -> str
     return shlex.join(words)
 
 
-def leave_out(run: Run, dataset: Dataset, split: str | None) -> str:
+def leave_out(run: Run, dataset: DatasetInfo, split: str | None) -> str:
     """Warn that a run was not tested, on a split or at all, with the command that tests it; returns the command."""
     command, where = command_to_test(run, dataset, split), f" on {split}" if split else ""
     logger.warning("%s was not tested%s and is left out; test it with: %s", run.folder, where, command)
@@ -250,7 +251,7 @@ def differing_settings(methods: Sequence[Method]) -> list[str]:
 
 
 def compare(
-    methods: Sequence[Method], datasets: Mapping[str, Dataset], splits: Sequence[str] | None = None
+    methods: Sequence[Method], datasets: Mapping[str, DatasetInfo], splits: Sequence[str] | None = None
 ) -> list[Comparison]:
     """Put the methods side by side, one comparison per data set, split and choice of classes.
 

@@ -1,4 +1,4 @@
-"""A run of several processes under torchrun, one per GPU: which rank this is, and what the ranks agree on."""
+"""A run of several processes under torchrun: joining them, sharing out the batches, and agreeing on numbers."""
 
 import inspect
 import os
@@ -11,28 +11,29 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Sampler
 
-from networks.ranks import world_size
+from networks.ranks import rank, world_size
 from utils.cli import pick_device
 from utils.errors import RunError
 
 
 def launched() -> bool:
-    """Whether torchrun started this process."""
+    """Return whether torchrun started this process, as one of several."""
     return "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def rank_device(name: str) -> torch.device:
-    """Return the device called ``name`` (``pick_device``), under torchrun the GPU of this process's own.
+    """Return the device called ``name`` (``pick_device``); under torchrun, this process's own GPU.
 
     Raises:
-        RunError: there is no such device, more processes than GPUs, or one GPU was named for all.
+        RunError: there is no such device, there are more processes than GPUs, or one GPU was named for all processes.
     """
     device = pick_device(name)
     if not launched() or device.type == "cpu":
         return device
     if device.index is not None:
-        raise RunError(f"--device {name} under torchrun, where each process has a GPU of its own: leave it out")
+        raise RunError(f"--device {name} under torchrun, where each process takes its own GPU: leave --device out")
     local = int(os.environ["LOCAL_RANK"])
     if local >= torch.cuda.device_count():
         raise RunError(
@@ -44,10 +45,10 @@ def rank_device(name: str) -> torch.device:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the ranks that torchrun started, NCCL between GPUs and gloo between CPUs; alone, do nothing.
+    """Join the processes that torchrun started, by NCCL between GPUs and gloo between CPUs; alone, do nothing.
 
     Raises:
-        RunError: another rank is gone.
+        RunError: another process has ended.
     """
     if not launched():
         yield
@@ -55,7 +56,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store, own_rank, size = next(rendezvous("env://"))
-    # What the ranks told each other before torchrun started them again must not be read as news.
+    # After a restart by torchrun, the store still holds the messages of the processes before.
     store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
@@ -64,26 +65,65 @@ def process_group(device: torch.device) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, dist.DistBackendError) or "gloo" in str(error):
             raise RunError(
-                "another process of this run is gone: its own error, or torchrun's report, says which and why; the "
-                "same command with --resume auto goes on"
+                "another process of this run has ended; its own error, or torchrun's report, says why: run the same "
+                "command with --resume auto to continue"
             ) from error
         raise
-    dist.destroy_process_group()  # not after an error: the other ranks may be in the middle of something
+    dist.destroy_process_group()  # not after an error: other processes may be in the middle of an exchange
 
 
 def distribute(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return the model as it is called in training: over the ranks where there are several.
+    """Return the model to call in training: wrapped in DistributedDataParallel when there are several processes.
 
-    The memory banks are alike on all ranks by their own doing; a broadcast at each step would hide it.
+    Buffers are not broadcast: the memory banks keep themselves equal on all ranks, and a broadcast would hide an error.
     """
     if world_size() == 1:
         return model
     share_buffers(model)
-    # PyTorch 2.15 renamed it, and warns of the old name.
+    # PyTorch 2.15 renamed the argument, and warns about the old name.
     new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     options = {"forward_sync_buffers" if new else "broadcast_buffers": False, "gradient_as_bucket_view": True}
-    options["find_unused_parameters"] = getattr(model, "leaves_parameters_out", False)  # looked for in every step
+    options["find_unused_parameters"] = getattr(model, "leaves_parameters_out", False)  # costs time in every step
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, **options)
+
+
+class EpochBatches(Sampler[list[int]]):
+    """The batches of one epoch in random order, from any sample on; of each batch, the part of this rank.
+
+    A last batch that is not full is left out.
+
+    Args:
+        num_samples: samples in the data set.
+        batch_size: samples in the part of one rank.
+        seed: with the epoch, it determines the order.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, seed: int):
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.epoch = self.done = 0
+
+    @property
+    def step(self) -> int:
+        """Samples in one batch of all ranks together."""
+        return self.batch_size * world_size()
+
+    def start(self, epoch: int, done: int = 0) -> None:
+        """Choose the epoch (from 1) and how many of its samples to skip."""
+        self.epoch, self.done = epoch, done
+
+    def count(self, done: int = 0) -> int:
+        """Return the number of batches that are left after ``done`` samples."""
+        return (self.num_samples - done) // self.step
+
+    def __len__(self) -> int:
+        return self.count(self.done)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        order = torch.randperm(self.num_samples, generator=generator).tolist()
+        for i in range(len(self)):
+            first = self.done + i * self.step + rank() * self.batch_size
+            yield order[first : first + self.batch_size]
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -104,7 +144,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def largest_over_ranks(number: int) -> int:
-    """Return the largest of the ranks' numbers; through the CPU, so that no GPU is waited for."""
+    """Return the largest of the ranks' numbers; exchanged between CPUs, so that nothing waits for a GPU."""
     if world_size() == 1:
         return number
     largest = torch.tensor(number)
@@ -113,7 +153,7 @@ def largest_over_ranks(number: int) -> int:
 
 
 def gather_over_ranks(value: Any) -> list[Any]:
-    """Return what every rank has, in the order of ranks."""
+    """Return the values of all ranks, in the order of ranks."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -122,7 +162,7 @@ def gather_over_ranks(value: Any) -> list[Any]:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Give every rank rank 0's buffers: BatchNorm's running statistics are each rank's own in training."""
+    """Copy rank 0's buffers to every rank: in training, BatchNorm's running statistics differ between ranks."""
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)

@@ -30,10 +30,10 @@ from datasets import DataError, Picture, Volume, read_slice, read_volume
 from networks import NetworkError, SimMPNet
 from utils.cli import ArgumentParser, run_script
 from utils.errors import RunError
-from utils.events import EventFile
 from utils.figures import COLOURS, count_epochs, draw_series, save_figure, upright_steps
 from utils.onnx_network import is_onnx
 from utils.predictor import Predictor
+from utils.run_folder import EventFile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

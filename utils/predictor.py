@@ -21,7 +21,6 @@ from datasets import (
     read_scan,
 )
 from datasets.files import atomic_write
-from networks import build, load_release_state_dict
 from utils.checkpoint import build_network, load_checkpoint
 from utils.cli import AMP_DTYPES, pick_device, set_precision
 from utils.errors import RunError
@@ -90,7 +89,7 @@ class Predictor:
         self.planar = isinstance(self.preprocessing, ColourPreprocessing)
         channels = 3 if self.planar else 1
         if not is_onnx(checkpoint):
-            network = build_network(state, checkpoint, build, load_release_state_dict, channels)
+            network = build_network(state, checkpoint, channels)
             self.model = network.to(self.device)
         self.origin = {name: state[name] for name in ("epoch", "iteration", "git", "versions") if name in state}
         self.history = state.get("history", [])

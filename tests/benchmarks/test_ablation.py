@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ablation
-from networks import NETWORKS
 from tests.conftest import ROOT
 from tests.networks.test_registry import example  # noqa: F401, a fixture
 from tests.test_scripts import folders
@@ -118,7 +117,7 @@ def test_every_row_is_understood_by_the_training_script():
     for rows in ablation.PRESETS.values():
         configurations = []
         for flags in rows.values():
-            parser = training_parser("test", NETWORKS, acdc.INFO, output_dir=Path("nowhere"))
-            args, _ = parse_training(parser, NETWORKS, splits, flags.split())
-            configurations.append((args.network, args.wld, *network_arguments(args, NETWORKS).values()))
+            parser = training_parser("test", acdc.INFO, output_dir=Path("nowhere"))
+            args, _ = parse_training(parser, splits, flags.split())
+            configurations.append((args.network, args.wld, *network_arguments(args).values()))
         assert len(set(configurations)) == len(rows)

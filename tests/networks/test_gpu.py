@@ -121,7 +121,7 @@ def test_memory_of_the_gpu_stays_as_it_is(tmp_path):
 def test_gpu_memory_that_is_out_is_one_line(tmp_path):
     made = trainer(tmp_path, device="cuda")
     made.losses = lambda image, label: torch.empty(2**50, device="cuda")
-    with pytest.raises(ValueError, match=r"the GPU's memory is out at an allocation of .*--accumulate"):
+    with pytest.raises(ValueError, match=r"the GPU's memory is full .allocating .*--accumulate"):
         made.fit()
 
 

@@ -91,7 +91,7 @@ def test_evaluation_repeats_itself_and_gives_maps_of_the_images_size(trained, im
 def test_a_checkpoint_rebuilds_the_network_without_flags(trained, images, tmp_path):
     state = {"model": trained.state_dict(), "network": trained.config, "data": {"class_names": ("a", "b")}}
     save_checkpoint(tmp_path / "a.pth", state)
-    other = build_network(load_checkpoint(tmp_path / "a.pth"), tmp_path / "a.pth", build, None).eval()
+    other = build_network(load_checkpoint(tmp_path / "a.pth"), tmp_path / "a.pth").eval()
     for a, b in zip(trained.eval()(images), other(images), strict=True):
         assert torch.equal(a, b)
     assert other.config == trained.config

@@ -6,7 +6,6 @@ import pickle
 import pytest
 import torch
 
-from networks import SimMPNet, load_release_state_dict
 from tests.networks.test_weights import release_state
 from utils import checkpoint
 from utils.checkpoint import build_network, load_checkpoint, save_checkpoint
@@ -15,13 +14,9 @@ from utils.errors import RunError
 STATE = {"model": {"w": torch.arange(3.0)}, "network": {}, "data": {"dataset": "acdc", "class_names": ("a", "b")}}
 
 
-def test_what_is_saved_is_loaded(tmp_path):
+def test_what_is_saved_is_loaded_and_a_failing_save_leaves_it(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "a.pth", STATE)
     assert torch.equal(load_checkpoint(tmp_path / "a.pth")["model"]["w"], STATE["model"]["w"])
-
-
-def test_a_failing_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path / "a.pth", STATE)
     before = (tmp_path / "a.pth").read_bytes()
 
     def full_disk(state, file):
@@ -35,52 +30,32 @@ def test_a_failing_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert os.listdir(tmp_path) == ["a.pth"]
 
 
-def message_of(path) -> str:
-    with pytest.raises(RunError) as error:
-        load_checkpoint(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-    return str(error.value)
-
-
-def test_a_missing_file(tmp_path):
-    assert "train first" in message_of(tmp_path / "none.pth")
-
-
-@pytest.mark.parametrize("cut", [0, 10, 500])
-def test_a_file_cut_off(tmp_path, cut):
-    save_checkpoint(tmp_path / "a.pth", STATE)
-    (tmp_path / "cut.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:cut])
-    message_of(tmp_path / "cut.pth")
-
-
-def test_a_pickle_that_would_run_code_does_not(tmp_path):
+def test_files_that_are_no_checkpoints_are_refused_in_one_line_and_run_no_code(tmp_path):
     class Bomb:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    torch.save({"model": Bomb(), "network": {}, "data": {}}, tmp_path / "bomb.pth")
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Bomb()))
-    for name in ("bomb.pth", "plain.pth"):
-        message_of(tmp_path / name)
+    save_checkpoint(tmp_path / "whole.pth", STATE)
+    whole = (tmp_path / "whole.pth").read_bytes()
+    for i, content in enumerate((b"", whole[:10], whole[:500], whole[500:], pickle.dumps(Bomb()))):
+        (tmp_path / f"damaged{i}.pth").write_bytes(content)
+    others = ({"epoch": 3}, [1, 2], {}, STATE | {"model": Bomb()}, STATE | {"model": 3}, STATE | {"data": {}})
+    for i, content in enumerate((*others, STATE | {"network": {"pretrained": "hub"}})):
+        torch.save(content, tmp_path / f"other{i}.pth")
+    paths = [path for path in tmp_path.iterdir() if path.name != "whole.pth"]
+    assert len(paths) == 12
+    for path in (*paths, tmp_path / "missing.pth"):
+        with pytest.raises(RunError) as error:
+            load_checkpoint(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("content", [{"epoch": 3}, [1, 2], {}])
-def test_a_file_of_something_else(tmp_path, content):
-    torch.save(content, tmp_path / "other.pth")
-    message_of(tmp_path / "other.pth")
-
-
-def test_a_release_checkpoint_rebuilds_its_network(tmp_path):
-    state = {f"module.{name}": value for name, value in release_state().items()}
-    torch.save(state, tmp_path / "release.pth")
-    loaded = load_checkpoint(tmp_path / "release.pth")
-    model = build_network(loaded, tmp_path / "release.pth", SimMPNet, load_release_state_dict)
+def test_a_release_checkpoint_rebuilds_its_network_and_another_state_dict_does_not(tmp_path):
+    torch.save({f"module.{name}": value for name, value in release_state().items()}, tmp_path / "release.pth")
+    model = build_network(load_checkpoint(tmp_path / "release.pth"), tmp_path / "release.pth")
     assert model.config["variant"] == "release" and model.config["num_classes"] == 9
     assert (model.maxvit.stem.conv1.weight == 0).all()
-
-
-def test_a_bare_state_dict_of_another_network(tmp_path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "linear.pth")
     with pytest.raises(RunError, match=r"linear\.pth"):
-        build_network(load_checkpoint(tmp_path / "linear.pth"), tmp_path / "linear.pth", SimMPNet, None)
+        build_network(load_checkpoint(tmp_path / "linear.pth"), tmp_path / "linear.pth")

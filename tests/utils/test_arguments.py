@@ -1,0 +1,88 @@
+"""Arguments of training: precedence, what a resumed run refuses, and values that cannot be."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.mini import DRAWINGS, SPLITS, parse, trainer
+from tests.narrow import use_narrow_pico
+from utils.arguments import parse_training, training_parser
+from utils.checkpoint import load_checkpoint
+from utils.errors import RunError
+
+
+@pytest.fixture(autouse=True)
+def _narrow(monkeypatch):
+    use_narrow_pico(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    trainer(folder, "--max_epochs", "1").fit()
+    return folder
+
+
+def test_command_line_wins_over_the_checkpoint_and_that_over_the_defaults(run_folder):
+    parser = training_parser("test", DRAWINGS, output_dir="elsewhere")
+    args, _ = parse_training(parser, SPLITS, ["--resume", str(run_folder / "last.pth"), "--base_lr", "3e-4"])
+    assert args.base_lr == 3e-4 and args.batch_size == 2 and args.output_dir == run_folder
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--columns_per_cluster", "30"),
+        ("--pretrained", "hub"),
+        ("--output_dir", "elsewhere"),
+        ("--network", "unet"),
+        ("--attention", "plain"),
+        ("--select", "test"),
+    ],
+)
+def test_what_does_not_fit_the_resumed_run_is_refused(run_folder, flags):
+    with pytest.raises(RunError, match=f"{flags[0]} {flags[1]}"):
+        parse(run_folder, "--resume", str(run_folder / "last.pth"), *flags)
+
+
+def test_runs_are_not_overwritten(run_folder, tmp_path):
+    with pytest.raises(RunError, match="--resume auto"):
+        parse(run_folder)
+    state = load_checkpoint(run_folder / "last.pth")
+    older, newer = tmp_path / "best.pth", tmp_path / "last.pth"
+    torch.save(state, newer)
+    torch.save(state | {"iteration": state["iteration"] - 1}, older)
+    with pytest.raises(RunError, match="older than"):
+        parse(tmp_path, "--resume", str(older))
+
+
+def test_variant_chooses_splits_and_selection_unless_they_are_typed(tmp_path):
+    release, _ = parse(tmp_path, "--variant", "release")
+    assert (release.train_split, release.val_split, release.select_from_epoch) == ("trainval", "test", 100)
+    paper, _ = parse(tmp_path)
+    assert (paper.train_split, paper.val_split, paper.select_from_epoch) == ("train", "val", 1)
+    typed, _ = parse(tmp_path, "--variant", "release", "--val_split", "val", "--select_from_epoch", "3")
+    assert (typed.val_split, typed.select_from_epoch) == ("val", 3)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--batch_size", "0"),
+        ("--base_lr", "-1"),
+        ("--n_gpu", "2"),
+        ("--n_gpu", "0", "--device", "cuda"),
+        ("--pool_momentum", "7"),
+        ("--ce_weight", "-1"),
+        ("--accumulate", "3"),
+        ("--variant", "ours"),
+        ("--model_scale", "huge"),
+        ("--dsgim", "neither"),
+        ("--amp", "int8"),
+    ],
+)
+def test_impossible_values_are_refused_by_name(tmp_path, flags, capsys):
+    with pytest.raises((RunError, SystemExit)) as refusal:
+        parse(tmp_path, *flags)
+    assert flags[0] in f"{refusal.value} {capsys.readouterr().err}"

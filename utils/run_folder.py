@@ -1,0 +1,176 @@
+"""The files of a training run: settings, records, curves and checkpoints."""
+
+import csv
+import fcntl
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datasets.files import atomic_write, remove_temporaries
+from utils.checkpoint import save_checkpoint
+from utils.errors import RunError
+from utils.figures import save_progress
+
+logger = logging.getLogger(__name__)
+
+GATE_SHUT = 0.01
+"""A gate that lets less than this share of an image pass, on average, is reported as shut."""
+
+
+class RunFolder:
+    """The folder that one training run writes to; ``docs/training.md`` lists its files.
+
+    Args:
+        path: the folder; ``open`` creates it.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.last, self.best = self.path / "last.pth", self.path / "best.pth"
+        self._lock = self._events = None
+
+    def open(self, config: dict[str, Any], history: Sequence[dict[str, Any]], resumed: bool) -> None:
+        """Lock the folder, remove what a killed process left, and write the settings and the epochs so far.
+
+        Args:
+            config: goes to ``config.json``, of a resumed run to ``config_resumed.json``.
+            history: the rows of the epochs done, for the event file.
+            resumed: whether the run continues from a checkpoint.
+
+        Raises:
+            RunError: another process trains in this folder.
+            OSError: the folder cannot be written to.
+        """
+        self.lock()
+        remove_temporaries(self.path)
+        name = "config_resumed.json" if resumed else "config.json"
+        with atomic_write(self.path / name) as temporary:
+            temporary.write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+        self._events = EventFile(self.path / "events")
+        for row in history:
+            self._events.add({k: v for k, v in row.items() if k != "epoch"}, row["epoch"])
+        self._events.flush()
+
+    def lock(self) -> None:
+        """Raise RunError if another process trains in this folder; the lock ends with this process."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / "train.log", "a", encoding="utf-8")  # noqa: SIM115
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(
+                f"{self.path}: another process trains in this folder; wait until it ends, stop it, or choose another "
+                "--output_dir"
+            ) from error
+
+    def record(self, history: Sequence[dict[str, Any]], max_epochs: int) -> None:
+        """Write the last epoch to the log and TensorBoard, and all epochs to ``metrics.csv`` and ``progress.png``."""
+        row = history[-1]
+        _log_epoch(history, max_epochs)
+        self._events.add({k: v for k, v in row.items() if k != "epoch"}, row["epoch"])
+        self._events.flush()
+        columns = list(dict.fromkeys(name for r in history for name in r))
+        with (
+            atomic_write(self.path / "metrics.csv") as temporary,
+            open(temporary, "w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(history)
+        if "val_dice" in row:
+            save_progress(self.path / "progress.png", history)
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write ``last.pth``."""
+        save_checkpoint(self.last, state)
+
+    def keep_best(self, source: Path) -> None:
+        """Make ``best.pth`` a second name of the checkpoint ``source``."""
+        if not (self.best.exists() and self.best.samefile(source)):
+            _link(source, self.best)
+
+    def keep_epoch(self, epoch: int, count: int) -> None:
+        """Make ``epoch_<epoch>.pth`` a second name of ``last.pth``, and delete all but the newest ``count`` epochs."""
+        _link(self.last, self.path / f"epoch_{epoch:04d}.pth")
+        for path in sorted(self.path.glob("epoch_*.pth"))[:-count]:
+            path.unlink()
+
+
+def dice_name(selected_on: str | None) -> str:
+    """Return what to call the Dice that chooses the best epoch, where ``selected_on`` is ``val`` or ``test``."""
+    return "Dice on the test volumes" if selected_on == "test" else "validation Dice"
+
+
+def _log_epoch(history: Sequence[dict[str, Any]], max_epochs: int) -> None:
+    """Write the last epoch to the log, and a warning when the gate has just shut."""
+    row = history[-1]
+    dice = f", {dice_name(row.get('selected_on'))} {100 * row['val_dice']:.2f} %" if "val_dice" in row else ""
+    gate = f", gate {100 * row['gate']:.0f} % open" if "gate" in row else ""
+    k = f", K {row['k']}" if "k" in row else ""
+    logger.info(
+        "epoch %d/%d: loss %.4f%s%s%s, lr %.2e, %.0f s",
+        row["epoch"], max_epochs, row["train_loss"], dice, gate, k, row["lr"], row["train_seconds"],
+    )  # fmt: skip
+    gates = [1.0, *(r["gate"] for r in history if "gate" in r)]
+    if "gate" in row and gates[-1] < GATE_SHUT <= gates[-2]:
+        logger.warning(
+            "the gate between the encoders is shut (%.1e): the DMW-LA encoder sees almost nothing of the image; "
+            "the gate may open again, and --gate none trains without it",
+            row["gate"],
+        )
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make ``target`` a hard link to ``source``, or a copy where the file system has no links."""
+    with atomic_write(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
+class EventFile:
+    """One TensorBoard event file in a folder; event files that were there are deleted.
+
+    tensorboardX's SummaryWriter writes in a thread, and waits for ever for that thread after a full disk has ended it.
+    This class writes in the calling thread, so that a full disk raises OSError.
+    """
+
+    def __init__(self, folder: str | Path):
+        from tensorboardX.event_file_writer import EventsWriter
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob("events.out.tfevents.*"):
+            path.unlink()
+        self._writer = EventsWriter(str(folder / "events"))
+
+    def add(self, row: dict[str, Any], step: int) -> None:
+        """Write the numbers of ``row`` as scalars of a step; other values are left out."""
+        from tensorboardX.summary import scalar
+
+        for name, value in row.items():
+            if isinstance(value, int | float):
+                self._write(scalar(name, value), step)
+
+    def add_picture(self, name: str, picture: np.ndarray) -> None:
+        """Write a picture, uint8 (H, W, 3)."""
+        from tensorboardX.summary import image
+
+        self._write(image(name, picture, dataformats="HWC"), 0)
+
+    def flush(self) -> None:
+        """Write everything to the disk."""
+        self._writer.flush()
+
+    def _write(self, summary: Any, step: int) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
