@@ -42,7 +42,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
                     "read: replace the file by a smaller one"
                 )
             if file.mode == "F":
-                raise DataError(f"{path}: holds floating-point numbers, 8 or 16 bits were expected; convert it")
+                raise DataError(f"{path}: holds floating-point numbers; expected 8 or 16 bits: convert it")
             if file.format == "PNG":
                 with Image.open(path, formats=("PNG",)) as twin:
                     twin.verify()  # compares the checksums, which decoding ignores
@@ -92,7 +92,7 @@ def read_mask(path: str | Path, shape: tuple[int, int] | None = None, num_classe
         if mask.ndim == 3:
             mask = mask[..., [band not in "Aa" for band in file.getbands()]]  # without alpha
             if (mask != mask[..., :1]).any():
-                raise DataError(f"{path}: holds colours, one class index per pixel was expected; {PREPARE}")
+                raise DataError(f"{path}: holds colours; expected one class index per pixel; {PREPARE}")
             mask = mask[..., 0]
     if shape is not None:
         check_size(path, mask.shape, shape)
@@ -100,7 +100,7 @@ def read_mask(path: str | Path, shape: tuple[int, int] | None = None, num_classe
     bound = 256 if num_classes is None else num_classes
     if low < 0 or high >= bound:
         raise DataError(
-            f"{path}: class index {low if low < 0 else high}, 0 to {bound - 1} were expected: set --num_classes to the "
+            f"{path}: class index {low if low < 0 else high}; expected 0 to {bound - 1}: set --num_classes to the "
             f"number of classes with background, or {PREPARE}"
         )
     return mask.astype(np.uint8)
@@ -122,9 +122,7 @@ def check_size(path: str | Path, found: tuple[int, int], expected: tuple[int, in
     """Raise DataError unless a mask has its image's size, both (H, W)."""
     if tuple(found) != tuple(expected):
         mask, image = (f"{height} x {width}" for height, width in (found, expected))
-        raise DataError(
-            f"{path}: the mask is {mask}, its image {image}; the same size was expected: replace one of them"
-        )
+        raise DataError(f"{path}: the mask is {mask}, its image {image}; expected the same size: replace one of them")
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -181,7 +179,7 @@ class ColourPreprocessing:
                 raise ValueError(values)
             return cls(mean, std)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise DataError(f"the checkpoint's preprocessing {brief(values)} is not one of ours; train anew") from error
+            raise DataError(f"the checkpoint's preprocessing {brief(values)} is unknown; train again") from error
 
     def described(self, img_size: int) -> str:
         """Return the steps from an image to the network's input in words, for users of an exported network."""

@@ -56,14 +56,14 @@ def read_list(list_dir: str | Path, split: str) -> list[str]:
     if not path.is_file():
         raise DataError(f"{path}: no such list; give the folder that holds {split}.txt with --list_dir (see lists/)")
     if path.stat().st_size > MAX_LIST_BYTES:
-        raise DataError(f"{path}: {path.stat().st_size} bytes, too long for a list; one name a line was expected")
+        raise DataError(f"{path}: {path.stat().st_size} bytes, too long for a list; expected one name per line")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not a text file ({error.reason}); one name a line was expected") from error
+        raise DataError(f"{path}: not a text file ({error.reason}); expected one name per line") from error
     entries = [line.strip() for line in lines if line.strip()]
     if not entries:
-        raise DataError(f"{path}: the list is empty; write one patient, volume or slice name a line")
+        raise DataError(f"{path}: the list is empty; write one patient, volume or slice name per line")
     for entry in entries:
         if re.search(r"[/\\\0]|\.\.|^\.", entry):
             raise DataError(
@@ -143,7 +143,7 @@ def refuse_missing(where: Path, what: str, wanted: Collection[str], there: Conta
 
 
 def write_lists(folder: str | Path, parts: Mapping[str, Sequence[str]]) -> None:
-    """Write ``<part>.txt`` with one name a line for every part; remove the list of an empty part."""
+    """Write ``<part>.txt`` with one name per line for every part; remove the list of an empty part."""
     for part, names in parts.items():
         path = Path(folder) / f"{part}.txt"
         if not names:

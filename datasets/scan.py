@@ -44,8 +44,8 @@ def read_scan(path: str | Path, preprocessing: Preprocessing) -> Volume:
         raise DataError(f"{path}: the image has values that are NaN or infinite; repair the file")
     if preprocessing.window is not None and preprocessing.window[0] < 0 <= low:
         logger.warning(
-            "%s: its values run from %g to %g, and none is below 0 as Hounsfield units of air would be; "
-            "subtract what was added to them, or the window [%g, %g] misses the organs",
+            "%s: its values run from %g to %g, but Hounsfield units of air are negative; if a constant was added, "
+            "subtract it, because the window [%g, %g] would miss the organs",
             path, low, high, *preprocessing.window,
         )  # fmt: skip
     return Volume(scan_name(path), image, None, spacing, affine, (), orientation, stored_type)
@@ -68,7 +68,7 @@ def read_scan_label(path: str | Path, volume: Volume, num_classes: int | None = 
     if not np.allclose(affine, volume.affine, atol=0.1):
         if target is not None and not np.allclose(affine[:3, :3], volume.affine[:3, :3], atol=0.1):
             raise DataError(f"{path}: its axes run in other directions than its image's; repair one of the headers")
-        logger.warning("%s: lies elsewhere in space than its image; voxels are matched by index", path)
+        logger.warning("%s: has another position in space than its image; voxels are matched by index", path)
     return label
 
 
@@ -99,7 +99,7 @@ def _load_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, float, float]:
         shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
         check_declared(path, "image", shape, dtype, remedy="convert or crop it")
         if len(shape) < 3 or shape[3:] not in ((), (1,)) or 0 in shape or not header["magic"].item().startswith(b"n+"):
-            raise DataError(f"{path}: has shape {brief(shape)}; one file with one scan of three axes was expected")
+            raise DataError(f"{path}: has shape {brief(shape)}; expected one scan with three axes")
         end, size = offset + math.prod(shape) * dtype.itemsize, path.stat().st_size
         if end > size * MAX_INFLATION if packed else end != size:
             raise ValueError(f"{size} bytes, its header declares {end}{' unpacked' if packed else ''}")
@@ -107,10 +107,12 @@ def _load_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, float, float]:
         voxels = np.asanyarray(kind.from_stream(stream).dataobj.get_unscaled()).reshape(shape[:3], order="F")
         stream.seek(end)
         if stream.read(1):  # At the end of the stream gzip compares the checksum; nibabel does not read that far.
-            raise ValueError(f"it goes on after the {end} bytes that its header declares")
+            raise ValueError(f"it continues after the {end} bytes that its header declares")
     slope, intercept = header.get_slope_inter()
     if not (header["sform_code"] or header["qform_code"]):
-        logger.warning("%s: its header does not say how it lies in the patient; left and right are a guess", path)
+        logger.warning(
+            "%s: its header does not give the orientation in the patient; left and right may be exchanged", path
+        )
     voxels = voxels.astype(dtype.newbyteorder("="), copy=False)
     return voxels.T, np.array(header.get_best_affine(), float), float(slope or 1), float(intercept or 0)
 
@@ -124,7 +126,7 @@ def _load_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray, float, float]:
     if len(series) != 1:
         found = brief(", ".join(f"{name}: {len(files)} files" for name, files in series.items()))
         found = f"{len(series)} DICOM series ({found})" if series else "no .nii, no .nii.gz and no DICOM series"
-        raise DataError(f"{folder}: holds {found}; one series was expected: give a folder with one series only")
+        raise DataError(f"{folder}: holds {found}; expected one series: give a folder with one series only")
     (files,) = series.values()
     _check_left_over(folder, {Path(file).name for file in files})
     slices = []
@@ -135,10 +137,10 @@ def _load_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray, float, float]:
             slices[-1].ReadImageInformation()
     first = slices[0]
     if first.GetNumberOfComponents() != 1:
-        raise DataError(f"{folder}: is in colour; a scan of grey values was expected")
+        raise DataError(f"{folder}: is in colour; expected a scan of grey values")
     width, height, *depth = first.GetSize()
     if math.prod(depth) != 1:
-        raise DataError(f"{files[0]}: holds {depth} slices; one per DICOM file was expected: convert it to NIfTI")
+        raise DataError(f"{files[0]}: holds {depth} slices; expected one per DICOM file: convert it to NIfTI")
     dtype = SimpleITK.GetArrayFromImage(SimpleITK.Image(1, 1, first.GetPixelID())).dtype
     check_declared(folder, "image", (len(files), height, width), dtype, remedy="crop it")
     affine = _dicom_affine(folder, files, slices)
@@ -153,9 +155,11 @@ def _check_left_over(folder: Path, files: set[str]) -> None:
     others = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name[0] != "." and p.name not in files)
     for name in others:
         if Path(name).suffix in endings:
-            raise DataError(f"{folder / name}: not readable as a slice of the series beside it; export it again")
+            raise DataError(f"{folder / name}: cannot be read as a slice of the series in this folder; export it again")
     if others:
-        logger.warning("%s: %s not part of the series; check that none is a slice", folder, brief(", ".join(others)))
+        logger.warning(
+            "%s: not part of the series: %s; check that none of them is a slice", folder, brief(", ".join(others))
+        )
 
 
 def _dicom_affine(folder: Path, files: tuple[str, ...], slices: list) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Read and check the arrays of HDF5 and npz files, which may be damaged, of another kind or of another project.
+"""Read and check the arrays of HDF5 and npz files, which may be damaged, of another type or from another project.
 
 Nothing is unpickled, and no array is read before its declared size was compared with ``MAX_BYTES``.
 """
@@ -47,7 +47,9 @@ def reading(path: str | Path, what: str, remedy: str = PREPARE) -> Iterator[None
         raise DataError(f"{path}: does not fit into the free memory; close other programs or crop the data") from error
     except Exception as error:  # h5py, zipfile, numpy, gzip, nibabel and Pillow each raise many kinds
         reason = brief(str(error).replace(str(path), Path(path).name))
-        raise DataError(f"{path}: not a readable {what}, truncated or of another kind ({reason}); {remedy}") from error
+        raise DataError(
+            f"{path}: not a readable {what}: truncated, damaged or another file type ({reason}); {remedy}"
+        ) from error
 
 
 def read_fields(path: str | Path) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def _array_keys(path: Path, found: list[str]) -> dict[str, str]:
     if image is None or "label" not in found:
         raise DataError(
             f"{path}: has no '{'label' if image else 'image'}', only {brief(', '.join(sorted(found))) or 'nothing'}; "
-            f"'image' (or 'img') and 'label' were expected; {PREPARE}"
+            f"expected 'image' (or 'img') and 'label'; {PREPARE}"
         )
     return {"image": image, "label": "label"}
 
@@ -97,7 +99,7 @@ def _read_dataset(path: Path, file: h5py.File, key: str) -> np.ndarray:
     linked = not isinstance(file.get(key, getlink=True), h5py.HardLink)
     dataset = None if linked else file[key]
     if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
-        raise DataError(f"{path}: '{key}' is a link, a group or in another file; an array was expected; {PREPARE}")
+        raise DataError(f"{path}: '{key}' is a link, a group or in another file; expected an array; {PREPARE}")
     check_declared(path, key, dataset.shape, dataset.dtype)
     if dataset.size > MAX_INFLATION * path.stat().st_size:
         raise DataError(f"{path}: '{key}' declares shape {dataset.shape}, more than the file can hold; {PREPARE}")
@@ -109,7 +111,7 @@ def check_declared(
 ) -> None:
     """Raise DataError unless an array of this shape and type is numeric and takes at most ``MAX_BYTES``."""
     if shape is None or dtype.kind not in "biuf" or dtype.itemsize > 8:
-        raise DataError(f"{path}: '{key}' holds {brief(dtype)}, numbers were expected; {remedy}")
+        raise DataError(f"{path}: '{key}' holds {brief(dtype)}; expected numbers; {remedy}")
     size = math.prod(shape) * max(dtype.itemsize, 4)
     if size > MAX_BYTES or min(shape, default=0) < 0:
         raise DataError(
@@ -122,7 +124,7 @@ def checked_image(path: str | Path, image: np.ndarray, ndim: int) -> np.ndarray:
     """Return the image as finite, contiguous float32 of ``ndim`` axes, none of them empty; raises DataError."""
     if image.ndim != ndim or 0 in image.shape:
         expected = {2: "(H, W)", 3: "(slices, H, W)"}[ndim]
-        raise DataError(f"{path}: the image has shape {image.shape}, {expected} was expected; {PREPARE}")
+        raise DataError(f"{path}: the image has shape {image.shape}; expected {expected}; {PREPARE}")
     with np.errstate(over="ignore"):
         image = np.ascontiguousarray(image, np.float32)
     finite = np.isfinite(image)
@@ -145,10 +147,10 @@ def checked_label(
         raise DataError(f"{path}: the label holds values that are not whole numbers; {PREPARE}")
     low, high = int(label.min()), int(label.max())
     if low < 0 or high > 255:
-        raise DataError(f"{path}: label ids run from {low} to {high}, 0 to 255 were expected; {PREPARE}")
+        raise DataError(f"{path}: label ids run from {low} to {high}; expected 0 to 255; {PREPARE}")
     if num_classes is not None and high >= num_classes:
         raise DataError(
-            f"{path}: label id {high} with num_classes {num_classes}; ids from 0 to {num_classes - 1} were expected: "
+            f"{path}: label id {high} with num_classes {num_classes}; expected ids from 0 to {num_classes - 1}: "
             "set --num_classes to the number of classes with background, or correct the labels"
         )
     return np.ascontiguousarray(label, np.uint8)
@@ -196,7 +198,7 @@ FACTS = {
     "orientation": (_orientation, "three letters like RAS"),
     "stored_type": (_stored_type, "a number type like int16"),
 }
-"""What a file may state beside its arrays: how each is converted and checked, and what was expected."""
+"""What a file may state beside its arrays: how each is converted and checked, and what is expected."""
 
 
 def checked_facts(path: str | Path, fields: dict[str, Any]) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def test_normalisation_is_that_of_the_weights_and_survives_a_checkpoint(refused)
         assert ColourPreprocessing.from_dict(preprocessing.to_dict()) == preprocessing
     assert ColourPreprocessing().normalise(np.stack([image, image])).shape == (2, 3, 6, 5)
     for bad in ({}, {"mean": (0.5,) * 3}, {"mean": (0.5,) * 3, "std": (0.5, 0.5, 0)}, {"mean": "abc", "std": (1,) * 3}):
-        refused(lambda bad=bad: ColourPreprocessing.from_dict(bad), "preprocessing", "train anew")
+        refused(lambda bad=bad: ColourPreprocessing.from_dict(bad), "preprocessing", "train again")
 
 
 def test_shrinking_averages_and_keeps_the_proportions():

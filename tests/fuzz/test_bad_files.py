@@ -253,7 +253,7 @@ def test_absurd_sizes_are_refused_before_anything_is_read(tmp_path):
     for kind, content, words in (
         ("scan", bytes(header), "GiB"),
         ("scan.gz", gzip.compress(bytes(header)), "GiB"),
-        ("scan.gz", gzip.compress(nifti(LABEL) + bytes(1)), "goes on after"),
+        ("scan.gz", gzip.compress(nifti(LABEL) + bytes(1)), "continues after"),
         ("slice", zip_of({"image.npy": npy, "label.npy": npy}), "memory"),
         ("volume", hdf5(lambda file: [file.create_dataset(key, **sparse) for key in ("image", "label")]), "hold"),
         ("png", bytes(png), "pixels"),
