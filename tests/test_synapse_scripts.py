@@ -1,4 +1,4 @@
-"""Synapse as a user runs it: raw CT to a table, two cases held out, and the release's habit called what it is."""
+"""Synapse as a user runs it: from raw CT to a table, validated on held-out cases or on the test volumes."""
 
 import json
 from pathlib import Path
@@ -6,30 +6,39 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import SMALL, Outcome, run_in_process
 from tests.datasets.test_synapse import write_other, write_raw
-from tests.test_scripts import SMALL, assert_one_line
+from tests.test_scripts import assert_one_line
 
 pytest.importorskip("nibabel")
 
 
+TINY = [*SMALL, *"--img_size 32 --img_size_dmwla 32 --max_iterations 2 --warmup_iterations 1 --batch_size 2".split()]
+
+
 @pytest.fixture(scope="module")
-def raw(tmp_path_factory) -> Path:
-    """Five cases of a CT phantom in BTCV's layout, with lists: 5, 7 and 21 train, 1 and 2 test."""
+def data(tmp_path_factory) -> Path:
+    """Five cases of a CT phantom in BTCV's layout, prepared, with lists: 5, 7 and 21 train, 1 and 2 test."""
     folder = tmp_path_factory.mktemp("synapse")
     write_raw(folder / "raw", cases=(1, 2, 5, 7, 21))
     (folder / "lists").mkdir()
     (folder / "lists" / "train.txt").write_text("case0005\ncase0007\ncase0021\n")
     (folder / "lists" / "test_vol.txt").write_text("case0001\ncase0002\n")
+    done = run_in_process("prepare_data.py", "synapse", "--raw", folder / "raw", "--out", folder / "data", "--jobs", 1)
+    assert done.status == 0, done.error
+    assert "train_synapse.py" in done.error
     return folder
 
 
-@pytest.fixture
-def data(raw, run_script) -> Path:
-    if not (raw / "data").exists():
-        done = run_script("prepare_data.py", "synapse", "--raw", raw / "raw", "--out", raw / "data", "--jobs", 2)
-        assert done.status == 0, done.error
-        assert "train_synapse.py" in done.error
-    return raw
+@pytest.fixture(scope="module")
+def runs(data) -> dict[str, tuple[Path, Outcome]]:
+    """A run for each ``--select``: its folder and what its script printed."""
+    made = {}
+    for select in ("val", "test"):
+        flags = ["--output_dir", data / select, "--select", select, "--val_cases", "case0007"]
+        made[select] = data / select, run_in_process("train_synapse.py", *folders(data), *TINY, *flags)
+        assert made[select][1].status == 0, made[select][1].error
+    return made
 
 
 def folders(data: Path, made: str = "data") -> list[str]:
@@ -42,22 +51,20 @@ def volume_folders(data: Path, made: str = "data") -> list[str]:
 
 
 @pytest.mark.parametrize(("select", "slices"), [("val", 20), ("test", 30)])
-def test_training_and_testing_say_what_the_best_epoch_was_chosen_on(data, run_script, tmp_path, select, slices):
-    flags = ["--output_dir", tmp_path, "--select", select, "--val_cases", "case0007"]
-    done = run_script("train_synapse.py", *folders(data), *SMALL, *flags)
-    assert done.status == 0, done.error
+def test_training_and_testing_say_what_the_best_epoch_was_chosen_on(data, runs, run_script, select, slices):
+    run, done = runs[select]
     assert f"{slices} training samples, {1 if select == 'val' else 2} validation cases" in done.error
     assert ("chosen on the test volumes" in done.error) == (select == "test")
-    assert ("Dice on the test volumes" in (tmp_path / "train.log").read_text()) == (select == "test")
-    assert f",{select}," in (tmp_path / "metrics.csv").read_text()
-    facts = torch.load(tmp_path / "best.pth", weights_only=True)["data"]
+    assert ("Dice on the test volumes" in (run / "train.log").read_text()) == (select == "test")
+    assert f",{select}," in (run / "metrics.csv").read_text()
+    facts = torch.load(run / "best.pth", weights_only=True)["data"]
     assert facts["selected_on"] == select
     assert facts["preprocessing"] == {"orientation": "LAS", "window": (-125.0, 275.0)}
     assert facts["class_names"][4] == "liver"
 
-    done = run_script("test_synapse.py", "--checkpoint", tmp_path / "best.pth", *volume_folders(data), "--is_savenii")
+    done = run_script("test_synapse.py", "--checkpoint", run / "best.pth", *volume_folders(data), "--is_savenii")
     assert done.status == 0, done.error
-    results = tmp_path / "results_test_vol"
+    results = run / "results_test_vol"
     assert ("chosen on the test volumes" in done.output) == (select == "test")
     assert json.loads((results / "summary.json").read_text())["selected_on"] == select
     rows = (results / "cases.csv").read_text().splitlines()
@@ -65,34 +72,41 @@ def test_training_and_testing_say_what_the_best_epoch_was_chosen_on(data, run_sc
     assert "HD95 [mm]" in done.output and "left kidney" in done.output
     assert len(list((results / "nifti").glob("case000[12]_pred.nii.gz"))) == 2
 
-    flags = ["--split", "train", "--cases", "case0007"]
-    done = run_script("test_synapse.py", "--checkpoint", tmp_path / "best.pth", *volume_folders(data), *flags)
+
+def test_chosen_cases_of_a_list_are_tested_on(data, runs, run_script):
+    flags = ["--checkpoint", runs["val"][0] / "best.pth", "--split", "train", "--cases", "case0007"]
+    done = run_script("test_synapse.py", *volume_folders(data), *flags)
     assert done.status == 0 and "1 cases" in done.output
 
 
-def test_other_people_s_files_need_their_order(data, run_script, tmp_path):
+def test_other_files_need_their_label_order(data, runs, run_script, tmp_path):
     write_other(data / "theirs", "transunet")
     (data / "theirs" / "lists" / "train.txt").rename(data / "theirs" / "lists" / "slices.txt")
     where = [*folders(data, "theirs"), "--list_dir", f"{data}/theirs/lists"]
     flags = ["--train_split", "slices", "--val_split", "test_vol", "--output_dir", tmp_path / "run"]
-    done = run_script("train_synapse.py", *where, *SMALL, *flags, "--label_order", "transunet")
+    done = run_script("train_synapse.py", *where, *TINY, *flags, "--label_order", "transunet")
     assert_one_line(done, "case0005 is also in slices.txt")
-    flags = [*SMALL, "--select", "test", "--output_dir", tmp_path / "run"]
-    done = run_script("train_synapse.py", *folders(data), *flags)
-    assert done.status == 0, done.error
-    flags = ["--checkpoint", tmp_path / "run/best.pth", *volume_folders(data, "theirs"), "--list_dir"]
+    run = runs["test"][0]
+    flags = [
+        "--checkpoint",
+        run / "best.pth",
+        "--test_save_dir",
+        tmp_path / "results",
+        *volume_folders(data, "theirs"),
+        "--list_dir",
+    ]
     done = run_script("test_synapse.py", *flags, f"{data}/theirs/lists")
     assert done.status == 0 and "--label_order" in done.error and "warning" in done.error
     done = run_script("test_synapse.py", *flags, f"{data}/theirs/lists", "--label_order", "transunet")
     assert done.status == 0 and "warning" not in done.error
-    done = run_script("train_synapse.py", "--resume", tmp_path / "run/last.pth", "--select", "val")
+    done = run_script("train_synapse.py", "--resume", run / "last.pth", "--select", "val")
     assert_one_line(done, "--select val")
     done = run_script("test_synapse.py", "--checkpoint", "none.pth", "--label_order", "other")
     assert done.status == 1 and "transunet" in done.error
 
 
-def test_what_cannot_be_is_one_line(data, run_script, tmp_path):
-    flags = [*SMALL, "--output_dir", tmp_path / "run"]
+def test_what_is_wrong_is_one_line(data, run_script, tmp_path):
+    flags = [*TINY, "--output_dir", tmp_path / "run"]
     done = run_script("train_synapse.py", *folders(data), *flags, "--val_cases", "case0001")
     assert_one_line(done, "train.txt", "case0001", "case0021", "--val_cases")
     done = run_script("train_synapse.py", *folders(data), *flags, "--val_cases", "case0005", "case0007", "case0021")
@@ -102,9 +116,6 @@ def test_what_cannot_be_is_one_line(data, run_script, tmp_path):
     done = run_script("train_synapse.py", *flags, "--root_path", "nowhere")
     assert_one_line(done, "nowhere", "prepare_data.py synapse")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_checkpoint_of_another_data_set_is_refused(data, run_script, tmp_path):
     torch.save({"model": {}, "network": {}, "data": {"dataset": "acdc", "class_names": ["a"]}}, tmp_path / "acdc.pth")
     done = run_script("test_synapse.py", "--checkpoint", tmp_path / "acdc.pth", *volume_folders(data))
     assert_one_line(done, "acdc.pth", "test_acdc.py")
