@@ -7,8 +7,7 @@ nibabel's axes in reverse order, none of them flipped.
 
 import logging
 import random
-import re
-from collections.abc import Iterable
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -37,8 +36,6 @@ CLASS_NAMES = INFO.class_names
 
 NUM_PATIENTS = 100
 TEST_PATIENTS = (8, 10, 13, 14, 16, 17, 19, 25, 26, 27, 47, 48, 53, 68, 69, 72, 76, 80, 87, 94)  # of the release
-MTUNET_TEST_PATIENTS = (2, 3, 8, 9, 12, 14, 17, 24, 42, 48, 49, 53, 55, 64, 67, 79, 81, 88, 92, 95)
-MTUNET_VAL_PATIENTS = (19, 21, 29, 33, 41, 50, 61, 71, 76, 80)
 # First and last patient of each diagnosis: ACDC numbers its patients by diagnosis.
 PATHOLOGY_GROUPS = {"DCM": (1, 20), "HCM": (21, 40), "MINF": (41, 60), "NOR": (61, 80), "RV": (81, 100)}
 
@@ -61,8 +58,8 @@ def split_patients(per_group: int = 2, seed: int = 2222) -> tuple[list[int], lis
 def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = False) -> list[str]:
     """Write ``out/train_npz`` and ``out/test_vol_h5`` for every patient and return the names of the volumes.
 
-    raw: the challenge's folders (``patientXXX/patientXXX_frameYY.nii.gz``, ``..._gt.nii.gz``, ``Info.cfg``, also
-    inside ``training`` and ``testing``), or a folder of ``patientXXX_frameYY.h5``. Each volume is scaled to [0, 1] by
+    raw: the challenge's folders (``patientXXX/patientXXX_frameYY.nii.gz`` and ``..._gt.nii.gz``, also inside
+    ``training`` and ``testing``), or a folder of ``patientXXX_frameYY.h5``. Each volume is scaled to [0, 1] by
     its own minimum and maximum. jobs, overwrite: as in ``prepare_volumes``. Raises DataError for raw data that are
     missing or unfit.
     """
@@ -73,7 +70,6 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
     images = files_by_name(scans, rf"{_FRAME}\.nii(?:\.gz)?")
     labels = files_by_name(scans, rf"{_FRAME}_gt\.nii(?:\.gz)?")
     cases, read = paired(images, labels, "*.nii.gz", "*_gt.nii.gz"), partial(read_case, INFO)
-    _check_frames(images.values())
     if not cases:
         files = files_by_name(raw.glob("*.h5"), rf"{_FRAME}(?:\.npy)?\.h5")
         cases, read = [Case(name, path) for name, path in files.items()], _read_hdf5
@@ -83,6 +79,9 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
             f"patientXXX_frameYY.h5; {INFO.how_to_get}"
         )
     cases.sort(key=lambda case: case.name)
+    for patient, count in Counter(case.name.split("_")[0] for case in cases).items():
+        if count != 2:
+            logger.warning("%s: %s has %d frames, not 2; is the archive unpacked completely?", raw, patient, count)
     prepare_volumes(read, cases, out, jobs, overwrite)
     return [case.name for case in cases]
 
@@ -92,22 +91,3 @@ def _read_hdf5(case: Case) -> Volume:
     volume.image = to_unit(volume.image)
     volume.class_names = CLASS_NAMES
     return volume
-
-
-def _check_frames(images: Iterable[Path]) -> None:
-    """Raise DataError where a patient's folder has other frames than its Info.cfg states."""
-    frames: dict[Path, set[int]] = {}
-    for path in images:
-        frames.setdefault(path.parent, set()).add(int(re.search("_frame([0-9]{2})", path.name)[1]))
-    for folder, found in sorted(frames.items()):
-        info = folder / "Info.cfg"
-        if not info.is_file():
-            logger.warning("%s: has no Info.cfg, so its frames cannot be checked", folder)
-            continue
-        text = info.read_text(encoding="utf-8", errors="replace")
-        stated = {int(frame) for frame in re.findall(r"(?m)^\s*E[DS]\s*:\s*([0-9]{1,4})\b", text)}
-        if stated != found:
-            raise DataError(
-                f"{info}: states frames {sorted(stated) or 'unknown'} for ED and ES, but the folder has "
-                f"{sorted(found)}; unpack the ACDC archive again"
-            )

@@ -80,15 +80,16 @@ def select_images(folder: str | Path, list_dir: str | Path, split: str) -> dict[
 class _Images:
     """The images that a split's list names.
 
-    ``source`` is the list, ``files`` the image and mask files by name, ``names`` their names, ``kind`` what they show:
-    whole images, single cells, or both.
+    folder: holds ``images`` and ``masks``; num_classes counts the background, class_names does not. ``source`` is the
+    list, ``names`` the images' names, ``files`` their image and mask files by name, ``kind`` what they show: whole
+    images, single cells, or both. Raises DataError for a bad list at once, for a bad file when it is read.
     """
 
     def __init__(
         self, folder: str | Path, list_dir: str | Path, split: str, num_classes: int,
-        preprocessing: ColourPreprocessing | None,
+        class_names: tuple[str, ...] = (), preprocessing: ColourPreprocessing | None = None,
     ):  # fmt: skip
-        self.num_classes = num_classes
+        self.num_classes, self.class_names = num_classes, class_names
         self.preprocessing = preprocessing or ColourPreprocessing()
         self.source = list_path(list_dir, split)
         self.files = select_images(folder, list_dir, split)
@@ -108,29 +109,19 @@ class _Images:
 class ImageDataset(_Images, TrainingSet):
     """The images of a split for training, augmented and resized to the network's square.
 
-    folder: holds ``images`` and ``masks``; num_classes counts the background; augment: the specification's geometric
-    augmentation; photometric: also change colour, focus and form. ``[i]`` returns ``image`` float32 (3, S, S),
-    normalised, ``label`` int64 (S, S) and ``name``. An image is shrunk before it is augmented, so a photograph costs
-    little more than a small image. Raises DataError for a bad list at once, for a bad file when it is read.
+    augment: the specification's geometric augmentation; photometric: also change colour, focus and form. ``[i]``
+    returns ``image`` float32 (3, S, S), normalised, ``label`` int64 (S, S) and ``name``. An image is shrunk before it
+    is augmented, so a photograph costs little more than a small image.
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        list_dir: str | Path,
-        split: str,
-        num_classes: int,
-        img_size: int,
-        augment: bool = False,
-        photometric: bool = False,
-        seed: int = 2222,
+        self, folder: str | Path, list_dir: str | Path, split: str, num_classes: int, img_size: int,
+        augment: bool = False, photometric: bool = False, seed: int = 2222,
         preprocessing: ColourPreprocessing | None = None,
-    ):
-        _Images.__init__(self, folder, list_dir, split, num_classes, preprocessing)
+    ):  # fmt: skip
+        _Images.__init__(self, folder, list_dir, split, num_classes, preprocessing=preprocessing)
         TrainingSet.__init__(self, seed)
-        self.img_size = img_size
-        self.augment = augment
-        self.photometric = photometric
+        self.img_size, self.augment, self.photometric = img_size, augment, photometric
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the shrunk image, uint8 (h, w, 3), and label, uint8 (h, w), of a sample."""
@@ -154,23 +145,7 @@ class ImageDataset(_Images, TrainingSet):
 
 
 class ImageFolder(_Images, Sequence[Picture]):
-    """The images of a split for validation and testing: ``[i]`` reads and checks one and returns a Picture.
-
-    folder: holds ``images`` and ``masks``; num_classes counts the background, class_names does not. Raises DataError
-    for a bad list at once, for a bad file when it is read.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        list_dir: str | Path,
-        split: str,
-        num_classes: int,
-        class_names: tuple[str, ...] = (),
-        preprocessing: ColourPreprocessing | None = None,
-    ):
-        super().__init__(folder, list_dir, split, num_classes, preprocessing)
-        self.class_names = class_names
+    """The images of a split for validation and testing: ``[i]`` reads and checks one and returns a Picture."""
 
     def __getitem__(self, index: int) -> Picture:
         image, mask = self.files[self.names[index]]

@@ -35,14 +35,14 @@ class Preprocessing:
         try:
             orientation, window = values["orientation"], values["window"]
             window = None if window is None else (float(window[0]), float(window[1]))
+            if orientation is not None and not is_orientation(orientation):
+                raise ValueError("the orientation is not three letters like RAS")
+            if window is not None and not -np.inf < window[0] < window[1] < np.inf:
+                raise ValueError("the window is not two rising intensities")
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
-            raise DataError(f"the checkpoint's preprocessing {brief(values)} is unknown; train again") from error
-        if orientation is not None and not is_orientation(orientation):
             raise DataError(
-                f"the checkpoint's orientation is {brief(orientation)}; expected three letters like RAS; train again"
-            )
-        if window is not None and not -np.inf < window[0] < window[1] < np.inf:
-            raise DataError(f"the checkpoint's window is {window}; expected two rising intensities; train again")
+                f"the checkpoint's preprocessing {brief(values)} is not valid ({brief(error)}); train again"
+            ) from error
         return cls(orientation, window)
 
     def described(self, img_size: int) -> str:
@@ -143,7 +143,7 @@ def reorient(array: np.ndarray, affine: np.ndarray, orientation: str) -> tuple[n
     change = orientations.ornt_transform(
         orientations.io_orientation(affine), orientations.axcodes2ornt(tuple(orientation))
     )
-    array = array.T  # (x, y, z), as nibabel counts
+    array = array.T  # (x, y, z), the order of nibabel
     turned = orientations.apply_orientation(array, change)
     return turned.T, affine @ orientations.inv_ornt_aff(change, array.shape)
 
@@ -164,7 +164,7 @@ def nifti_image(
     if orientation is not None:
         array, affine = reorient(array, affine, orientation)
     image = nibabel.Nifti1Image(np.asarray(array).T, affine, dtype=array.dtype)
-    # Both forms, as scanner coordinates: programs differ in which of the two they read.
+    # Both forms, because some programs read only one of them.
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1 if _is_rigid(affine) else 0)
     image.header.set_xyzt_units("mm")

@@ -22,7 +22,7 @@ from datasets.image_sets import image_files
 from datasets.images import IMAGE_FOLDER, MASK_FOLDER, ColourPreprocessing, check_size, read_grey, read_image
 from datasets.info import DatasetInfo
 from datasets.lists import write_lists
-from datasets.preparation import Pair, prepare_images, split_names
+from datasets.preparation import Pair, paired, prepare_images, split_names
 
 logger = logging.getLogger(__name__)
 
@@ -154,14 +154,27 @@ def _bounds(mask: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _find_cases(raw: Path, crops: bool) -> list[Case]:
-    """Return the images of a raw folder that have masks, in natural order; log how many have none."""
+    """Return the images of a raw folder that have masks, in natural order; raises DataError where there are none."""
     INFO.require(raw)
     # Every archive of the challenge holds a folder of its own name.
     inside = [(part, folder) for name, part in _PARTS.items() for folder in (raw / name, raw / name / name)]
     cases: dict[str, Case] = {}
     for part, folder in [(_PARTS.get(raw.resolve().name, "train"), raw), *inside]:
-        find = _challenge_masks if (folder / "x").is_dir() else _ready_masks
-        for name, (image_path, masks) in find(folder, crops).items():
+        if (folder / "x").is_dir():
+            found = _challenge_masks(folder)
+        elif (folder / IMAGE_FOLDER).is_dir() and (folder / MASK_FOLDER).is_dir():
+            if crops:
+                raise DataError(
+                    f"{folder / MASK_FOLDER}: has one mask per image, but --crops needs one per cell, the challenge's "
+                    "y/<id>_<k>.bmp; give the challenge's folders or leave out --crops"
+                )
+            images, masks = image_files(folder / IMAGE_FOLDER), image_files(folder / MASK_FOLDER)
+            masks = {name: path for name, path in masks.items() if name in images}
+            ready = paired(images, masks, f"{IMAGE_FOLDER}/*", f"{MASK_FOLDER}/*.png")
+            found = {case.name: (case.image_path, {0: case.label_path}) for case in ready}
+        else:
+            continue
+        for name, (image_path, masks) in found.items():
             if name in cases:
                 raise DataError(f"{image_path}: {cases[name].image_path} has the same id; remove one of the two")
             cases[name] = Case(name, image_path, masks, part, crops)
@@ -173,7 +186,8 @@ def _find_cases(raw: Path, crops: bool) -> list[Case]:
     return list(cases.values())
 
 
-def _challenge_masks(folder: Path, _: bool) -> dict[str, tuple[Path, dict[int, Path]]]:
+def _challenge_masks(folder: Path) -> dict[str, tuple[Path, dict[int, Path]]]:
+    """Return (image file, mask files by cell number) of every image with masks; log how many have none."""
     images = image_files(folder / "x")
     masks: dict[str, dict[int, Path]] = {}
     for name, path in image_files(folder / "y").items() if (folder / "y").is_dir() else ():
@@ -188,19 +202,3 @@ def _challenge_masks(folder: Path, _: bool) -> dict[str, tuple[Path, dict[int, P
             folder, len(missing), len(images), brief(", ".join(missing), 60),
         )  # fmt: skip
     return {name: (path, masks[name]) for name, path in images.items() if name in masks}
-
-
-def _ready_masks(folder: Path, crops: bool) -> dict[str, tuple[Path, dict[int, Path]]]:
-    images, masks = folder / IMAGE_FOLDER, folder / MASK_FOLDER
-    if not (images.is_dir() and masks.is_dir()):
-        return {}
-    if crops:
-        raise DataError(
-            f"{masks}: has one mask per image, but --crops needs one per cell (the challenge's y/<id>_<k>.bmp); "
-            "give the challenge's folders or leave out --crops"
-        )
-    found = {name: (path, {0: masks / f"{name}.png"}) for name, path in image_files(images).items()}
-    for path, mask in found.values():
-        if not mask[0].is_file():
-            raise DataError(f"{path}: {mask[0]} is missing; add it or remove the image")
-    return found

@@ -35,9 +35,9 @@ logger = logging.getLogger(__name__)
 class Part:
     """What was found in one split."""
 
-    split: str
+    source: Path  # its list
     kind: str  # slices, volumes or images
-    count: int  # of slices, volumes or images
+    count: int  # of these
     patients: set[str]  # of a planar set: its images, which may have several crops
     voxels: np.ndarray  # of each class, (num_classes,)
     class_names: tuple[str, ...]  # those that the files name, or else those of the data set
@@ -76,7 +76,7 @@ def full_check(
     label_order: LabelOrder | None = None,
 ) -> tuple[list[Part], list[str]]:
     """Read every file of every split. Returns (what was found in each readable split, errors, one line each)."""
-    parts, errors, patients = [], [], []
+    parts, errors = [], []
     for index, split in enumerate(splits):
         try:
             if info.planar:
@@ -89,7 +89,8 @@ def full_check(
             errors.append(str(error))
             continue
         voxels = np.zeros(num_classes, np.int64)
-        part = Part(split, kind, len(data), data.patients, voxels, info.names_for(num_classes))
+        part = Part(data.source, kind, len(data), data.patients, voxels, info.names_for(num_classes))
+        parts.append(part)
         for i in tqdm(range(len(data)), desc=f"{split}, {kind}", disable=None, leave=False):
             try:
                 if kind == "slices":
@@ -105,9 +106,7 @@ def full_check(
                 voxels += np.bincount(label.ravel(), minlength=num_classes)
         if num_classes == info.num_classes:
             part.doubts.update(info.doubtful_sizes(voxels))
-        parts.append(part)
-        patients.append((data.source, data.patients))
-    return parts, errors + _shared_patients(patients)
+    return parts, errors + _shared_patients((part.source, part.patients) for part in parts)
 
 
 def _read_volume(volumes: VolumeDataset | ImageFolder, index: int) -> Volume | Picture:
@@ -135,7 +134,7 @@ def _shared_patients(splits: Iterable[tuple[Path, set[str]]]) -> list[str]:
 
 def _print_part(part: Part) -> None:
     owners, unit = ("images", "pixels") if part.kind == "images" else ("patients", "voxels")
-    print(f"{part.split}: {part.count} {part.kind} of {len(part.patients)} {owners}")
+    print(f"{part.source.stem}: {part.count} {part.kind} of {len(part.patients)} {owners}")
     shares = part.voxels / max(part.voxels.sum(), 1)
     for name, share in zip(("background", *part.class_names), shares, strict=True):
         print(f"  {name:<20} {share:8.3%} of {unit}" + ("" if share else f"   warning: no {unit} of this class"))

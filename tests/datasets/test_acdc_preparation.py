@@ -20,7 +20,7 @@ def write_patient(folder, patient, frames=(1, 12), ending=".nii.gz"):
     """Write a patient as the challenge does and return its raw arrays by frame, (x, y, z)."""
     folder = folder / f"patient{patient:03d}"
     folder.mkdir(parents=True)
-    (folder / "Info.cfg").write_text(f"ED: {frames[0]}\nES: {frames[1]}\nGroup: DCM\nHeight: 184.0\nNbFrame: 30\n")
+    (folder / "Info.cfg").write_text("ED: 1\n")  # never read
     (folder / f"patient{patient:03d}_4d{ending}").write_bytes(b"never opened")
     arrays = {}
     for frame in frames:
@@ -152,11 +152,6 @@ def test_unfit_raw_folders_are_refused(raw, tmp_path, refused):
     (tmp_path / "empty").mkdir()
     refused(lambda: acdc.prepare(tmp_path / "empty", out), tmp_path / "empty", "patientXXX_frameYY.h5")
 
-    info = (patient / "Info.cfg").read_text()
-    (patient / "Info.cfg").write_text(info.replace("ES: 12", "ES: 11"))
-    refuse(patient / "Info.cfg", "[1, 11]", "[1, 12]")
-    (patient / "Info.cfg").write_text(info)
-
     shutil.copy(image, raw / image.name)
     refuse(image, raw / image.name, "same case")
     (raw / image.name).rename(tmp_path / "copy.nii.gz")
@@ -173,15 +168,13 @@ def test_unfit_raw_folders_are_refused(raw, tmp_path, refused):
     assert not (out / "test_vol_h5" / f"{NAMES[1]}.npy.h5").exists()
 
 
-def test_a_missing_info_and_a_label_elsewhere_in_space_are_logged(tmp_path, caplog):
-    write_patient(tmp_path / "raw", 1)
-    patient = tmp_path / "raw" / "patient001"
-    (patient / "Info.cfg").unlink()
-    label = patient / "patient001_frame01_gt.nii.gz"
+def test_a_missing_frame_and_a_label_elsewhere_in_space_are_logged(tmp_path, caplog):
+    write_patient(tmp_path / "raw", 1, frames=(1,))
+    label = tmp_path / "raw" / "patient001" / "patient001_frame01_gt.nii.gz"
     nibabel.save(nibabel.Nifti1Image(np.asarray(nibabel.load(label).dataobj), np.eye(4)), label)
     with caplog.at_level(logging.WARNING):
         acdc.prepare(tmp_path / "raw", tmp_path / "out")
-    assert "Info.cfg" in caplog.text
+    assert "patient001 has 1 frames" in caplog.text
     assert str(label) in caplog.text
 
 

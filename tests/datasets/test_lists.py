@@ -35,8 +35,10 @@ def test_the_lists_are_those_of_the_release_and_of_our_seed():
     assert read_list(LISTS / "lists_ACDC", "val") == names(val)
     assert read_list(LISTS / "lists_ACDC", "trainval") == names(train + val)
     assert read_list(LISTS / "lists_ACDC", "test") == names(acdc.TEST_PATIENTS)
-    assert read_list(LISTS / "lists_ACDC_mtunet", "test") == names(acdc.MTUNET_TEST_PATIENTS)
-    assert read_list(LISTS / "lists_ACDC_mtunet", "val") == names(acdc.MTUNET_VAL_PATIENTS)
+    assert read_list(LISTS / "lists_ACDC_mtunet", "test") == names(
+        (2, 3, 8, 9, 12, 14, 17, 24, 42, 48, 49, 53, 55, 64, 67, 79, 81, 88, 92, 95)
+    )
+    assert read_list(LISTS / "lists_ACDC_mtunet", "val") == names((19, 21, 29, 33, 41, 50, 61, 71, 76, 80))
 
 
 def test_validation_has_two_patients_of_every_diagnosis():

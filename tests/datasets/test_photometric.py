@@ -1,10 +1,9 @@
-"""The photometric augmentation repeats under its generator, stays moderate and bends image and label alike."""
+"""The photometric augmentation is reproducible and moderate, and bends image and label alike."""
 
 import builtins
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from datasets import photometric as module
 from datasets.photometric import photometric
@@ -13,7 +12,7 @@ pytest.importorskip("imgaug")
 
 
 def bands(height=120, width=90):
-    """Return a label of wavy bands, one at every border, and an image whose red tells them apart."""
+    """Return an image whose red is 20 + 100 * label, and the label: wavy bands, one at every border."""
     y, x = np.mgrid[:height, :width]
     label = ((y + 6 * np.sin(x / 9)) // 15 % 3).astype(np.uint8)
     image = np.stack([20 + 100 * label, np.full_like(label, 90), np.full_like(label, 60)], -1)
@@ -44,19 +43,19 @@ def test_image_and_label_are_bent_alike_up_to_the_border(monkeypatch):
     monkeypatch.setattr(module, "ELASTIC", 6.0)
     image, label = bands()
     moved = 0
-    for seed in range(20):
+    for seed in range(10):
         bent, bent_label = photometric(image, label, np.random.default_rng(seed))
         assert (bent.shape, bent.dtype, bent_label.shape, bent_label.dtype) == (image.shape, "u1", label.shape, "u1")
         assert set(np.unique(bent_label)) <= {0, 1, 2}
         # Between two bands the image is interpolated and the label is not.
-        told = np.rint((bent[..., 0].astype(float) - 20) / 100)
-        clear = np.abs((bent[..., 0].astype(float) - 20) / 100 - told) < 0.02
+        nearest = np.rint((bent[..., 0].astype(float) - 20) / 100)
+        clear = np.abs((bent[..., 0].astype(float) - 20) / 100 - nearest) < 0.02
         # What lies between bands 0 and 2 passes through 1.
-        wrong = clear & (told != bent_label)
+        wrong = clear & (nearest != bent_label)
         assert wrong.mean() < 0.01
         assert wrong[[0, -1]].mean() < 0.05 and wrong[:, [0, -1]].mean() < 0.05
         moved += (bent_label != label).mean()
-    assert moved / 20 > 0.03
+    assert moved / 10 > 0.03
 
 
 def test_the_shift_is_as_far_as_stated(monkeypatch):
@@ -85,20 +84,6 @@ def test_each_change_of_colour_is_seen_and_moderate_and_leaves_the_label_alone(m
     assert max(distances) < 40
 
 
-def test_hue_turns_and_saturation_stretches(monkeypatch):
-    image, label = bands()
-
-    def hsv(pixels):
-        return np.asarray(Image.fromarray(pixels).convert("HSV")).astype(int)
-
-    only(monkeypatch, "HUE")
-    for seed in range(6):
-        changed = hsv(photometric(image, label, np.random.default_rng(seed))[0])
-        turn = (changed[..., 0] - hsv(image)[..., 0] + 128) % 256 - 128
-        assert np.abs(turn).max() <= module.HUE * 256 / 360 + 3
-        np.testing.assert_allclose(changed[..., 2], hsv(image)[..., 2], atol=4)
-
-
 def test_a_missing_library_is_one_line(monkeypatch, refused):
     real = builtins.__import__
 
@@ -111,9 +96,9 @@ def test_a_missing_library_is_one_line(monkeypatch, refused):
     refused(lambda: photometric(*bands(), np.random.default_rng(0)), "imgaug", "requirements.txt")
 
 
-def test_tiny_images_do_not_stop_it():
-    for shape in ((1, 1), (2, 9), (16, 5)):
-        image = np.full((*shape, 3), 99, np.uint8)
-        for seed in range(6):
-            changed, label = photometric(image, np.ones(shape, np.uint8), np.random.default_rng(seed))
-            assert changed.shape == image.shape and label.shape == shape
+@pytest.mark.parametrize("shape", [(1, 1), (2, 9), (16, 5)])
+def test_tiny_images_are_possible(shape):
+    image = np.full((*shape, 3), 99, np.uint8)
+    for seed in range(6):
+        changed, label = photometric(image, np.ones(shape, np.uint8), np.random.default_rng(seed))
+        assert changed.shape == image.shape and label.shape == shape
