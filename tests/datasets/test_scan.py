@@ -92,6 +92,7 @@ def test_every_orientation_gives_the_network_the_same_image(tmp_path, degrees):
         seen.append((np.asarray(volume.image), read_scan_label(label, volume), volume.spacing, volume.affine))
         assert volume.orientation == orientation_of(nibabel.load(image).affine)
         assert orientation_of(volume.affine) == "LAS"
+        assert min(*volume.image[0].strides, *seen[-1][1].strides) > 0  # torch takes no reversed axes
     image, label, spacing, _ = seen[0]
     assert image.shape == (7, 11, 13)
     np.testing.assert_allclose(spacing, SPACING[::-1], rtol=1e-6)
