@@ -89,8 +89,7 @@ class Predictor:
         self.planar = isinstance(self.preprocessing, ColourPreprocessing)
         channels = 3 if self.planar else 1
         if not is_onnx(checkpoint):
-            network = build_network(state, checkpoint, channels)
-            self.model = network.to(self.device)
+            self.model = build_network(state, checkpoint, channels).to(self.device)
         self.origin = {name: state[name] for name in ("epoch", "iteration", "git", "versions") if name in state}
         self.history = state.get("history", [])
         num_classes, in_channels = self.model.config["num_classes"], self.model.config["in_channels"]

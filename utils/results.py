@@ -123,7 +123,7 @@ def summarise(table: "pd.DataFrame", confusion: np.ndarray | None = None) -> dic
         per_class = [{"class": name, **_plain(row)} for name, row in means.iterrows()]
         summary[convention] = {"unit": unit[convention], "mean": _plain(means.mean()), "classes": per_class}
     for state in STATES:
-        counts = classes["state"].agg(lambda column, state=state: (column == state).sum())
+        counts = (table["state"] == state).groupby(table["class"], sort=False).sum()
         summary[state] = [{"class": name, "cases": int(count)} for name, count in counts.items()]
     if confusion is not None:
         jaccard = table["strict_jaccard"].mask(table["strict_jaccard"] < ISIC_THRESHOLD, 0)
