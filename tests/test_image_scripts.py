@@ -103,7 +103,7 @@ def test_single_cells_are_tested_on_by_the_lists_of_their_images(made, tmp_path,
     assert images == set((tmp_path / "data/lists/test.txt").read_text().split())
     cells = {path.stem for path in (tmp_path / "data/masks").glob("*.png") if path.stem.split("_cell")[0] in images}
     assert cases(tmp_path / "results") == cells and len(cells) > len(images)
-    assert "best.pth was trained on whole images, these are single cells; look at --root_path" in done.error
+    assert "best.pth was trained on whole images, but these are single cells" in done.error
 
 
 def test_what_is_wrong_is_one_line(tmp_path, run_script):
