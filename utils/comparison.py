@@ -1,433 +1,361 @@
-"""Which run folders are seeds of one method, how methods score on the cases they share, and what differs by chance."""
+"""Read run folders, put the seeds of a method together, average their scores and test which differences are chance."""
 
-import csv
 import json
 import logging
 import shlex
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from datasets import DatasetInfo
-from utils.arguments import VARIANT_DEFAULTS
+from datasets import DATASETS
+from utils.arguments import VARIANT_DEFAULTS, flags_of_others, training_parser
 from utils.errors import RunError
-from utils.evaluation import CONVENTIONS, CaseResult, read_case_csv
-from utils.metrics import Metrics
+from utils.results import NUMBERS, read_cases
 
 logger = logging.getLogger(__name__)
 
-NOT_THE_METHOD = (
-    "seed", "output_dir", "resume", "device", "n_gpu", "num_workers", "cache_gib", "eval_batch_size", "deterministic",
-    "volume_path", "selected_on", "checkpoint_minutes", "checkpoint_iterations", "keep",
-)  # fmt: skip
-"""Arguments in which the seeds of one method may differ: where and when it ran, and what follows from others."""
-
-NETWORK = "sim_mpnet"
-"""What a run without `--network` trained."""
-
+NAMES = {"dice": "Dice", "hd95": "HD95", "jaccard": "Jaccard", "assd": "ASSD"}
+"""The metrics: their column, and their name in tables and figures."""
+MEAN = "mean"
+"""Stands in the column `class` for the mean over the classes."""
 TESTED = ("dice", "hd95")
-"""Metrics that paired tests are made of."""
-
 LEAST_CASES = 6
-"""Fewer differences than these give no p below 0.05, whatever they are."""
-
-
-@dataclass(frozen=True)
-class Results:
-    """What `cases.csv` of one run and split says: its cases, what the checkpoint was chosen on, `val` or `test`."""
-
-    cases: Mapping[str, CaseResult]
-    class_names: tuple[str, ...]
-    selected_on: str
+"""Wilcoxon's test of fewer differences than these cannot give p < 0.05."""
+NOT_THE_METHOD = {
+    "seed", "output_dir", "resume", "device", "n_gpu", "num_workers", "cache_gib", "eval_batch_size", "deterministic",
+    "volume_path", "selected_on", "checkpoint_minutes", "checkpoint_iterations", "keep", "augment_on",
+}  # fmt: skip
+"""Arguments in which the seeds of one method may differ: where and when a run took place, and what follows from others.
+`augment_on` is in old runs only."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder: its merged arguments, its data set and classes, `metrics.csv`, and its results by split."""
+    """One run folder: arguments of the training, `metrics.csv`, and the results on each split."""
 
     folder: Path
     args: Mapping[str, Any]
     dataset: str
-    history: Sequence[Mapping[str, str]]
-    results: Mapping[str, Results]
+    history: pd.DataFrame
+    results: Mapping[str, pd.DataFrame]
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments that make the method, with defaults for those that the run's version did not have."""
+        args = _defaults(self.dataset) | VARIANT_DEFAULTS.get(self.args.get("variant"), {}) | self.args
+        left_out = NOT_THE_METHOD | flags_of_others().get(args["network"], set())
+        known = {name: str(value) if isinstance(value, Path) else value for name, value in args.items()}
+        return {name: value for name, value in known.items() if name not in left_out and value is not None}
 
     @property
     def checkpoint(self) -> Path:
-        """The file whose results these are."""
+        """Return the checkpoint that was tested."""
         return self.folder / "best.pth"
 
 
 @dataclass(frozen=True)
 class Method:
-    """Runs that differ in their seed alone, or that the user gave one name. `settings`: the arguments but those."""
+    """Runs that differ in their seed only, or to which the user gave one name."""
 
     name: str
     runs: tuple[Run, ...]
-    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def dataset(self) -> str:
         return self.runs[0].dataset
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What one method scored on the cases that all its seeds were tested on.
-
-    values: by convention, float64 (seeds, cases, classes, 4), the last axis as `Metrics`, in [0, 1] and units, NaN
-    where a convention leaves a class out; states: (seeds, cases, classes) of text; unit: of the strict distances.
-    """
-
-    cases: tuple[str, ...]
-    values: Mapping[str, np.ndarray]
-    states: np.ndarray
-    unit: str
-    selected_on: str
-
-    @property
-    def num_seeds(self) -> int:
-        return len(self.states)
-
-    def per_case(self, convention: str) -> np.ndarray:
-        """Give each case's values, seeds averaged: (cases, classes + 1, 4), the last class the mean of the others."""
-        return _with_mean(_mean(self.values[convention]))
-
-    def spread(self, convention: str) -> "Spread":
-        """Average over cases and seeds, and say how far seeds and cases lie apart."""
-        per_seed = _with_mean(_mean(np.swapaxes(self.values[convention], 0, 1)))  # (seeds, classes + 1, 4)
-        return Spread(_mean(per_seed), _deviation(per_seed), _deviation(self.per_case(convention)))
-
-    def distance_unit(self, convention: str) -> str:
-        """Give the unit of HD95 and ASSD."""
-        return "voxels" if convention == "transunet" and self.unit != "pixels" else self.unit
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Each (classes + 1, 4), the last class the mean over classes: means over seeds of the means over cases, their
-    standard deviation over seeds (NaN for one seed), and that over cases, seeds averaged first (NaN for one case).
-    """
-
-    mean: np.ndarray
-    over_seeds: np.ndarray
-    over_cases: np.ndarray
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparison:
-    """The methods that were tested on one split of one data set with the same classes, and what each scored."""
+    """The methods that were tested on one split of one data set with the same classes.
+
+    cases: the results of every run, with the columns `method` and `run` (0, 1, ... of the method); only those
+    cases on which all runs of a method were tested.
+    """
 
     title: str
     dataset: str
     split: str
     class_names: tuple[str, ...]
     methods: Mapping[str, Method]
-    scores: Mapping[str, Scores]
+    cases: pd.DataFrame
 
-    def distance_unit(self, convention: str) -> str:
-        """Give the unit of HD95 and ASSD; `mm or voxels` where methods were tested on files with and without it."""
-        return " or ".join(
-            sorted({unit for s in self.scores.values() for unit in s.distance_unit(convention).split(" or ")})
-        )
+    def per_case(self) -> pd.DataFrame:
+        """Return `value` by method, convention, class, metric and case, averaged over seeds.
+
+        NaN, where a convention leaves a class out, is not averaged. The class "mean" is the mean over the classes.
+        """
+        return _with_mean(self.cases.groupby([*_KEYS, "case"], sort=False, as_index=False)["value"].mean())
+
+    def scores(self) -> pd.DataFrame:
+        """Return `mean`, `sd_over_seeds` and `sd_over_cases` by method, convention, class and metric, and the `unit`.
+
+        A mean is over cases, then over classes, then over seeds. The standard deviations divide by n - 1: that over
+        seeds is of the means over cases, that over cases is of `per_case`. Each is NaN for n = 1.
+        """
+        per_seed = _with_mean(self.cases.groupby([*_KEYS, "run"], sort=False, as_index=False)["value"].mean())
+        seeds, cases = (frame.groupby(_KEYS, sort=False)["value"] for frame in (per_seed, self.per_case()))
+        frame = {"mean": seeds.mean(), "sd_over_seeds": seeds.std(), "sd_over_cases": cases.std()}
+        return pd.DataFrame(frame).reset_index().merge(self.units(), on=["convention", "metric"])
+
+    def units(self) -> pd.DataFrame:
+        """Return the `unit` by convention and metric; "mm or voxels" if only some files have a voxel spacing."""
+        units = self.cases.groupby(["convention", "metric"], sort=False)["unit"]
+        return units.agg(lambda values: " or ".join(sorted(set(values)))).reset_index()
 
 
-@dataclass(frozen=True)
-class PairedTest:
-    """Wilcoxon's signed-rank test of two methods on the mean over classes of the cases that both were tested on.
+_KEYS = ["method", "convention", "class", "metric"]
 
-    left_out: cases that one of them lacks or scores NaN; median: of the differences first - second, in [0, 1] or the
-    unit of distances; p: two-sided, holm: corrected over all pairs of this metric and convention; both NaN where there
-    was nothing to test, and `note` says why.
+
+def read_runs(given: Sequence[str], output_dir: Path) -> list[tuple[str | None, Run]]:
+    """Read run folders, each given as FOLDER or NAME=FOLDER; return them with their names.
+
+    What is not a run folder, or is damaged, is left out with a warning. `output_dir`, which a pattern such as `runs/*`
+    also matches, is left out without one. Raises RunError if no run is left.
     """
-
-    first: str
-    second: str
-    convention: str
-    metric: str
-    shared: int
-    left_out: int
-    median: float
-    p: float
-    holm: float = float("nan")
-    note: str = ""
+    runs: list[tuple[str | None, Run]] = []
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals or Path(text).exists():
+            name, folder = "", text
+        elif not (name.strip() and folder):
+            raise RunError(f"{text}: expected FOLDER or NAME=FOLDER, with a name and a folder")
+        if Path(folder).resolve() == output_dir.resolve():
+            continue
+        try:
+            runs.append((name.strip() or None, read_run(folder)))
+        except RunError as error:
+            logger.warning("left out: %s", error)
+    if not runs:
+        raise RunError(f"no run folder in {' '.join(given)}: give folders that train_<set>.py wrote")
+    return runs
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read a run folder. Raises RunError for one that no training script wrote, or whose files are damaged."""
+    """Read a run folder. Raises RunError if no training script wrote it, or if a file in it is damaged."""
     folder = Path(folder)
     path = folder / "config.json"
     if not path.is_file():
-        raise RunError(f"{folder} is no run folder, it has no config.json: give folders that train_<set>.py wrote")
+        raise RunError(f"{folder} is not a run folder, it has no config.json: give folders that train_<set>.py wrote")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        args, dataset = dict(config["args"]), str(config["data"]["dataset"])
+        args, dataset = dict(config["args"]), config["data"]["dataset"]
     except (ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{path} is not what a training script writes ({type(error).__name__}: {error}): copy it again"
-        ) from error
-    results = {}
-    for cases in sorted(folder.glob("results_*/cases.csv")):
-        rows, class_names, selected_on = read_case_csv(cases)
-        results[cases.parent.name.removeprefix("results_")] = Results(
-            {result.name: result for result in rows}, tuple(class_names), selected_on
-        )
-    return Run(folder, args, dataset, _read_history(folder / "metrics.csv"), results)
+        raise RunError(f"{path} is damaged ({type(error).__name__}: {error}): copy it again") from error
+    if dataset not in DATASETS:
+        raise RunError(f"{path}: unknown data set {dataset!r}, expected one of {', '.join(DATASETS)}")
+    history, results = pd.DataFrame(), {}
+    if (folder / "metrics.csv").is_file():
+        try:
+            history = pd.read_csv(folder / "metrics.csv", encoding_errors="replace")
+        except ValueError as error:  # what pandas raises for a damaged file
+            raise RunError(f"{folder}/metrics.csv is damaged ({error}): copy it again") from error
+    for path in sorted(folder.glob("results_*/cases.csv")):
+        results[path.parent.name.removeprefix("results_")] = _scores(read_cases(path))
+    return Run(folder, args, dataset, history, results)
 
 
-def command_to_test(run: Run, dataset: DatasetInfo, split: str | None = None) -> str:
-    """Give the command that tests a run, on a split or on the test script's own."""
-    words = ["python", f"test_{run.dataset}.py", "--checkpoint", str(run.checkpoint)]
-    if split is not None:
-        words += ["--split", split]
-    folder = "root_path" if dataset.planar else "volume_path"
-    for name, default in ((folder, getattr(dataset, folder)), ("list_dir", dataset.list_dir), ("label_order", None)):
-        value = run.args.get(name)
-        if value not in (None, default):
-            words += [f"--{name}", str(value)]
-    return shlex.join(words)
+def drop_untested(
+    runs: Sequence[tuple[str | None, Run]], splits: Sequence[str] | None = None
+) -> list[tuple[str | None, Run]]:
+    """Return the runs that have results on at least one split.
 
-
-def leave_out(run: Run, dataset: DatasetInfo, split: str | None) -> str:
-    """Warn that a run was not tested, on a split or at all, with the command that tests it; returns the command."""
-    command, where = command_to_test(run, dataset, split), f" on {split}" if split else ""
-    logger.warning("%s was not tested%s and is left out; test it with: %s", run.folder, where, command)
-    return command
-
-
-def group_runs(
-    runs: Sequence[tuple[str | None, Run]],
-    defaults: Mapping[str, Mapping[str, Any]],
-    of_others: Mapping[str, Collection[str]],
-) -> list[Method]:
-    """Put the seeds of each method together and name the methods.
-
-    runs: each with the name that the user gave it, or None. Runs of one name are one method; one without a name is of
-    the method whose settings it has. A method without a name is called by its network and by those settings that set
-    it apart from others of its network, the defaults left out. defaults: of every data set the training arguments'
-    defaults, for what an older `config.json` does not have. of_others: by network the arguments that are for others
-    only, which are not its settings. A second run of the same seed is left out, with a warning.
+    splits: those to compare on; None for all on which any run of the data set was tested. Where a run has no results, a
+    warning gives the command that tests it. Raises RunError if no run is left.
     """
-    settings = [_settings(run, defaults[run.dataset], of_others) for _, run in runs]
-    kinds = [
-        json.dumps([run.dataset, own], sort_keys=True, default=str)
-        for (_, run), own in zip(runs, settings, strict=True)
-    ]
-    given: dict[str, str] = {}
-    for (name, _), kind in zip(runs, kinds, strict=True):
-        if name is not None:
-            given.setdefault(kind, name)
-    groups: dict[tuple[str, str | None, str | None], list[int]] = {}
-    for i, (name, run) in enumerate(runs):
-        name = name or given.get(kinds[i])
-        groups.setdefault((run.dataset, name, None if name else kinds[i]), []).append(i)
-    methods, names = [], _names({key: settings[members[0]] for key, members in groups.items()}, defaults)
-    for key, members in groups.items():
-        seen: dict[tuple[Any, str], Run] = {}
-        for i in members:
-            run = runs[i][1]
-            first = seen.setdefault((run.args.get("seed"), kinds[i]), run)
-            if first is not run:
-                logger.warning(
-                    "%s is left out: it has the settings and the seed (%s) of %s, and a repeat is no other seed",
-                    run.folder, run.args.get("seed"), first.folder,
-                )  # fmt: skip
-        if differing := _differing([settings[i] for i in members]):
-            logger.warning(
-                "the runs called %s differ in %s; they are taken as seeds of one method",
-                names[key],
-                ", ".join(differing),
-            )
-        methods.append(Method(names[key], tuple(seen.values()), settings[members[0]]))
-    return methods
+    kept, commands = [], []
+    for name, run in runs:
+        tested = dict.fromkeys(split for _, other in runs if other.dataset == run.dataset for split in other.results)
+        wanted = splits or list(tested) or [DATASETS[run.dataset].splits[-1]]
+        if any(split in run.results for split in wanted):
+            kept.append((name, run))
+        for split in [split for split in wanted if split not in run.results]:
+            script = f"test_{run.dataset}.py"
+            commands.append(shlex.join(["python", script, "--checkpoint", str(run.checkpoint), "--split", split]))
+            logger.warning("%s was not tested on %s; test it with: %s", run.folder, split, commands[-1])
+    if not kept:
+        raise RunError(f"none of the {len(runs)} runs was tested on {', '.join(wanted)}; test it with: {commands[0]}")
+    return kept
 
 
-def differing_settings(methods: Sequence[Method]) -> list[str]:
-    """Give the names of the settings that not all methods share, in the order of the configuration."""
-    return _differing([method.settings for method in methods])
+def group_runs(runs: Sequence[tuple[str | None, Run]]) -> list[Method]:
+    """Put the seeds of each method together; methods of one data set follow each other.
 
-
-def compare(
-    methods: Sequence[Method], datasets: Mapping[str, DatasetInfo], splits: Sequence[str] | None = None
-) -> list[Comparison]:
-    """Put the methods side by side, one comparison per data set, split and choice of classes.
-
-    splits: those to compare on, or None for all that any run was tested on. A run that was not tested there is left
-    out, with a warning that gives the command. Raises RunError where nothing is left.
+    Runs of one name are one method. A run without a name belongs to the named method that has its settings, or else to
+    a method named after its network and after those settings, except defaults, in which it differs from others of its
+    network. A second run of the same settings and seed is left out with a warning.
     """
-    comparisons, commands = [], []
+    by_dataset: dict[str, list[tuple[str | None, Run]]] = {}
+    for name, run in runs:
+        by_dataset.setdefault(run.dataset, []).append((name, run))
+    return [method for of_set in by_dataset.values() for method in _methods(of_set)]
+
+
+def differing_settings(runs: Sequence[Run]) -> list[str]:
+    """Return the names of the settings that are not alike in all runs."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    return [name for name in names if any(run.settings.get(name) != runs[0].settings.get(name) for run in runs)]
+
+
+def compare(methods: Sequence[Method], splits: Sequence[str] | None = None) -> list[Comparison]:
+    """Return one comparison per data set, split and choice of classes.
+
+    splits: those to compare on; None for all on which any run was tested. Raises RunError if the runs of one method
+    have different classes, or no case in common.
+    """
+    comparisons = []
     for dataset in dict.fromkeys(method.dataset for method in methods):
         of_set = [method for method in methods if method.dataset == dataset]
-        tested = dict.fromkeys(split for method in of_set for run in method.runs for split in run.results)
-        for split in splits or tested or [None]:
-            tables: dict[tuple[str, ...], dict[str, Method]] = {}
+        for split in splits or dict.fromkeys(s for method in of_set for run in method.runs for s in run.results):
+            by_classes: dict[tuple[str, ...], list[Method]] = {}
             for method in of_set:
-                for run in method.runs:
-                    if split not in run.results:
-                        commands.append(leave_out(run, datasets[dataset], split))
-                runs = tuple(run for run in method.runs if split in run.results)
-                if runs:
-                    classes = runs[0].results[split].class_names
-                    tables.setdefault(classes, {})[method.name] = Method(method.name, runs, method.settings)
-            for classes, of_table in tables.items():
-                scores = {name: _scores(method, split) for name, method in of_table.items()}
-                title = f"{dataset}, {split}" if len(tables) == 1 else f"{dataset}, {split}, {', '.join(classes)}"
-                comparisons.append(Comparison(title, dataset, split, classes, of_table, scores))
-    if not comparisons:
-        raise RunError(f"none of {len(commands)} runs was tested, so nothing can be compared; first: {commands[0]}")
+                if runs := tuple(run for run in method.runs if split in run.results):
+                    classes = tuple(runs[0].results[split]["class"].unique())
+                    by_classes.setdefault(classes, []).append(replace(method, runs=runs))
+            for classes, tested in by_classes.items():
+                title = f"{dataset}, {split}" + (f", {', '.join(classes)}" if len(by_classes) > 1 else "")
+                cases = pd.concat([_cases(method, split, classes) for method in tested], ignore_index=True)
+                comparisons.append(Comparison(title, dataset, split, classes, {m.name: m for m in tested}, cases))
     return comparisons
 
 
-def paired_tests(comparison: Comparison) -> list[PairedTest]:
-    """Test every pair of methods on every tested metric under both conventions, corrected by Holm over the pairs.
+def paired_tests(comparison: Comparison) -> pd.DataFrame:
+    """Test each pair of methods on the cases of both, on Dice and HD95 averaged over classes and seeds.
 
+    Returns a row per convention, metric and pair: the shared cases, those left out because one method lacks them or has
+    no number for them, the median of first - second, the two-sided p of Wilcoxon's signed-rank test, p corrected by
+    Holm over the pairs of this convention and metric, and where p is NaN a note that says why.
     Source: Wilcoxon, Biometrics Bulletin 1945; Holm, Scandinavian Journal of Statistics 1979.
     """
-    tests = []
-    for convention in CONVENTIONS:
-        for metric in TESTED:
-            column = Metrics._fields.index(metric)
-            values = {
-                name: dict(zip(scores.cases, scores.per_case(convention)[:, -1, column].tolist(), strict=True))
-                for name, scores in comparison.scores.items()
-            }
-            family = [_paired_test(*pair, convention, metric, values) for pair in combinations(values, 2)]
-            corrected = holm([test.p for test in family])
-            tests += [replace(test, holm=p) for test, p in zip(family, corrected, strict=True)]
-    return tests
+    means, families = comparison.per_case().query("`class` == @MEAN"), []
+    for convention, metric, unit in comparison.units().itertuples(index=False):
+        values = means[(means["convention"] == convention) & (means["metric"] == metric)]
+        values = values.pivot(index="case", columns="method", values="value")
+        pairs = combinations(comparison.methods, 2) if metric in TESTED else ()
+        if tests := [_paired_test(comparison.cases, values, *pair) for pair in pairs]:
+            family = pd.DataFrame(tests).assign(convention=convention, metric=metric, unit=unit)
+            families.append(family.assign(p_holm=holm(family["p"])))
+    columns = "first second convention metric unit shared_cases left_out_cases median_difference p p_holm note".split()
+    return pd.concat(families)[columns] if families else pd.DataFrame(columns=columns)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p values for being many, in their order; NaN stays NaN and does not count.
-
-    The smallest of m is multiplied by m, the next by m - 1, and so on; none becomes smaller than the one before, or
-    larger than 1.
-    """
-    corrected = [float("nan")] * len(p_values)
-    order = sorted((i for i, p in enumerate(p_values) if p == p), key=lambda i: p_values[i])
-    largest = 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
-        corrected[i] = largest
-    return corrected
+def holm(p: pd.Series) -> pd.Series:
+    """Correct p values by Holm's method: the smallest of m times m, the next times m - 1, and so on, never falling."""
+    ordered = p.dropna().sort_values(kind="stable")
+    return (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1).reindex(p.index)
 
 
 def striking_cases(comparison: Comparison, count: int) -> list[str]:
-    """Give the cases on which the strict Dice of the methods' first seeds lies furthest apart, of equals the worst."""
-    dice: dict[str, list[float]] = {}
-    for scores in comparison.scores.values():
-        first = _with_mean(scores.values["strict"][0])[:, -1, 0]
-        for case, value in zip(scores.cases, first.tolist(), strict=True):
-            dice.setdefault(case, []).append(value)
-    there = {case: values for case, values in dice.items() if len(values) == len(comparison.scores)}
-    known = [case for case, values in there.items() if not np.isnan(values).any()]
-    return sorted(known, key=lambda case: (min(there[case]) - max(there[case]), sum(there[case])))[:count]
+    """Return the cases on which the strict Dice of the methods' first seeds differs most; at a tie, the worst first."""
+    first = comparison.cases.query("run == 0 and convention == 'strict' and metric == 'dice'")
+    dice = first.groupby(["case", "method"], sort=False)["value"].mean().unstack().dropna()
+    ranks = pd.DataFrame({"spread": dice.min(axis=1) - dice.max(axis=1), "total": dice.sum(axis=1)}).round(6)
+    return list(ranks.sort_values(["spread", "total"], kind="stable").index[:count])
 
 
-def _read_history(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        return list(csv.DictReader(file))
+@cache
+def _defaults(dataset: str) -> dict[str, Any]:
+    """Return the default of every training argument."""
+    return vars(training_parser("", DATASETS[dataset]).parse_args([]))
 
 
-def _settings(run: Run, defaults: Mapping[str, Any], of_others: Mapping[str, Collection[str]]) -> dict[str, Any]:
-    """Give the arguments that make the method, with the defaults of those that the run's version did not have."""
-    chosen_by_variant = VARIANT_DEFAULTS.get(run.args.get("variant"), {})
-    known = {name: chosen_by_variant.get(name, value) for name, value in defaults.items()}
-    settings = {name: str(v) if isinstance(v, Path) else v for name, v in {**known, **run.args}.items()}
-    left_out = {*NOT_THE_METHOD, *of_others.get(settings.get("network", NETWORK), ())}
-    return {name: value for name, value in settings.items() if name not in left_out and value is not None}
+def _methods(runs: Sequence[tuple[str | None, Run]]) -> list[Method]:
+    """Group the runs of one data set."""
+    kinds = [json.dumps(run.settings, sort_keys=True, default=str) for _, run in runs]
+    names: dict[str, str] = {}
+    for (name, _), kind in zip(runs, kinds, strict=True):
+        if name:
+            names.setdefault(kind, name)
+    for (_, run), kind in zip(runs, kinds, strict=True):
+        if kind not in names:
+            names[kind] = _name(run, [other for _, other in runs], {*names.values(), *(name for name, _ in runs)})
+    groups: dict[str, list[tuple[Run, str]]] = {}
+    for (name, run), kind in zip(runs, kinds, strict=True):
+        groups.setdefault(name or names[kind], []).append((run, kind))
+    methods = []
+    for name, members in groups.items():
+        seeds: dict[tuple[Any, str], Run] = {}
+        for run, kind in members:
+            first = seeds.setdefault((run.args.get("seed"), kind), run)
+            if first is not run:
+                logger.warning("left out: %s repeats the settings and the seed of %s", run.folder, first.folder)
+        if differing := differing_settings([run for run, _ in members]):
+            logger.warning("the runs named %s count as seeds of one method but differ in %s", name, differing)
+        methods.append(Method(name, tuple(seeds.values())))
+    return methods
 
 
-def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    names = dict.fromkeys(name for some in settings for name in some)
-    return [name for name in names if any(some.get(name) != settings[0].get(name) for some in settings)]
+def _name(run: Run, others: Sequence[Run], taken: set[str | None]) -> str:
+    """Return a name that is not taken: the network, and the settings in which it differs from defaults and others."""
+    own, defaults = run.settings, _defaults(run.dataset)
+    differing = differing_settings([other for other in others if other.settings["network"] == own["network"]])
+    # Paths are too long for a name; the table of settings has them.
+    apart = [n for n in differing if own.get(n) != defaults.get(n) and not n.endswith(("_path", "_dir"))]
+    name = ", ".join([own["network"], *(n if own.get(n) is True else f"{n} {own.get(n)}" for n in apart)])
+    while name in taken:
+        name += " (2)"
+    return name
 
 
-def _names(settings: Mapping[tuple, Mapping[str, Any]], defaults: Mapping[str, Mapping[str, Any]]) -> dict[tuple, str]:
-    """Name every group of runs, whose key is its data set, the user's name or None, and what tells it apart."""
-    names = {key: key[1] for key in settings if key[1] is not None}
-    for key, own in settings.items():
-        if key in names:
-            continue
-        network = own.get("network", NETWORK)
-        rivals = [s for k, s in settings.items() if k[0] == key[0] and s.get("network", NETWORK) == network]
-        apart = [name for name in _differing(rivals) if own.get(name) != defaults[key[0]].get(name)]
-        apart = [name for name in apart if not name.endswith(("_path", "_dir"))]  # too long; the table has them
-        name = ", ".join([network, *(_setting(name, own.get(name)) for name in apart)])
-        while any(k[0] == key[0] and taken == name for k, taken in names.items()):
-            name += " (2)"
-        names[key] = name
-    return names
+def _scores(table: pd.DataFrame) -> pd.DataFrame:
+    """Turn a table of `cases.csv` into one row per case, class, convention and metric.
+
+    Columns: case, class, state, selected_on, convention, metric, unit ("%", "mm", "voxels" or "pixels") and value (NaN
+    where a convention leaves a class out).
+    """
+    rows = table.melt(["case", "class", "state", "selected_on", "strict_unit"], NUMBERS)
+    rows[["convention", "metric"]] = rows.pop("variable").str.split("_", expand=True)
+    percent, unit = rows["metric"].isin(["dice", "jaccard"]), rows.pop("strict_unit")
+    rows["value"] = rows["value"].where(~percent, 100 * rows["value"])
+    unit = unit.mask((rows["convention"] == "transunet") & (unit == "mm"), "voxels")
+    return rows.assign(unit=unit.mask(percent, "%"))
 
 
-def _setting(name: str, value: Any) -> str:
-    return name if value is True else f"{name} {value}"
-
-
-def _scores(method: Method, split: str) -> Scores:
-    results = [run.results[split] for run in method.runs]
-    for run, result in zip(method.runs, results, strict=True):
-        if result.class_names != results[0].class_names:
+def _cases(method: Method, split: str, classes: tuple[str, ...]) -> pd.DataFrame:
+    """Return the rows of a method's runs, of the cases that all its runs have."""
+    for run in method.runs:
+        if (found := tuple(run.results[split]["class"].unique())) != classes:
             raise RunError(
-                f"{run.folder} has the classes {', '.join(result.class_names)}, {method.runs[0].folder} "
-                f"{', '.join(results[0].class_names)}: give the two different names"
+                f"{run.folder} has the classes {', '.join(found)}, but {method.runs[0].folder} of the same name has "
+                f"{', '.join(classes)}: give the two different names"
             )
-    cases = tuple(case for case in results[0].cases if all(case in result.cases for result in results))
-    most = max(len(result.cases) for result in results)
-    if not cases:
-        raise RunError(f"the seeds of {method.name} share no case of {split}: test them on the same list")
-    if len(cases) < most:
-        logger.warning(
-            "%s: %d of %d cases of %s are of all seeds; the others do not count", method.name, len(cases), most, split
-        )
-    values = {
-        convention: np.array(
-            [[[getattr(c, convention) for c in r.cases[case].classes] for case in cases] for r in results]
-        )
-        for convention in CONVENTIONS
-    }
-    states = np.array([[[c.state for c in r.cases[case].classes] for case in cases] for r in results])
-    units = sorted({result.cases[case].unit for result in results for case in cases})
-    on_test = any(result.selected_on == "test" for result in results)
-    return Scores(cases, values, states, " or ".join(units), "test" if on_test else "val")
+    rows = pd.concat([run.results[split].assign(run=i) for i, run in enumerate(method.runs)]).assign(method=method.name)
+    shared = rows.groupby("case")["run"].transform("nunique") == len(method.runs)
+    if not shared.any():
+        raise RunError(f"the seeds of {method.name} have no case of {split} in common: test them on the same list")
+    if not shared.all():
+        counts = rows["case"][shared].nunique(), rows["case"].nunique()
+        logger.warning("%s: only %d of %d cases of %s count, those of all seeds", method.name, *counts, split)
+    return rows[shared]
 
 
-def _paired_test(
-    first: str, second: str, convention: str, metric: str, values: Mapping[str, Mapping[str, float]]
-) -> PairedTest:
+def _with_mean(values: pd.DataFrame) -> pd.DataFrame:
+    """Add rows of the class "mean", the mean over the classes without NaN."""
+    others = [column for column in values if column not in ("class", "value")]
+    mean = values.groupby(others, sort=False, as_index=False)["value"].mean()
+    return pd.concat([values, mean.assign(**{"class": MEAN})], ignore_index=True)
+
+
+def _paired_test(cases: pd.DataFrame, values: pd.DataFrame, first: str, second: str) -> dict[str, Any]:
     from scipy.stats import wilcoxon
 
-    a, b = values[first], values[second]
-    differences = np.array([a[case] - b[case] for case in a if case in b])
-    differences = differences[~np.isnan(differences)]
-    left_out = len(a.keys() | b.keys()) - len(differences)
-    median = float(np.median(differences)) if len(differences) else float("nan")
-    apart = differences[np.abs(differences) > 1e-9]  # equal cases say nothing of the direction
-    p, note = float("nan"), ""
-    if len(apart) >= LEAST_CASES:
-        p = float(wilcoxon(apart).pvalue)
-    elif len(differences) >= LEAST_CASES:
-        note = f"{len(apart)} cases differ; {LEAST_CASES} are the least that can give p < 0.05"
+    pair = values[[first, second]].dropna()
+    differences = (pair[first] - pair[second]).round(6)  # rounding errors must not order equal differences
+    differ = differences[differences != 0]
+    p, note = np.nan, ""
+    if len(differ) >= LEAST_CASES:
+        p = wilcoxon(differ).pvalue
     else:
-        note = f"{len(differences)} shared cases; {LEAST_CASES} are the least that can give p < 0.05"
-    return PairedTest(first, second, convention, metric, len(differences), left_out, median, p, note=note)
-
-
-def _mean(values: np.ndarray) -> np.ndarray:
-    """Average over the first axis without the NaN; NaN where nothing is left."""
-    return np.ma.masked_invalid(values).mean(0).filled(np.nan)
-
-
-def _deviation(values: np.ndarray) -> np.ndarray:
-    """Give the sample's standard deviation over the first axis without the NaN; NaN for fewer than two."""
-    return np.ma.masked_invalid(values).std(0, ddof=1).filled(np.nan)
-
-
-def _with_mean(values: np.ndarray) -> np.ndarray:
-    """Add to (n, classes, 4) the mean over classes as a last class."""
-    return np.concatenate([values, _mean(np.swapaxes(values, 0, 1))[:, None]], axis=1)
+        found = f"{len(differ)} cases differ" if len(pair) >= LEAST_CASES else f"{len(pair)} shared cases"
+        note = f"{found}; p < 0.05 needs at least {LEAST_CASES}"
+    tested = cases["case"][cases["method"].isin([first, second])].nunique()
+    return {
+        "first": first, "second": second, "shared_cases": len(pair), "left_out_cases": tested - len(pair),
+        "median_difference": differences.median(), "p": p, "note": note,
+    }  # fmt: skip

@@ -1,308 +1,239 @@
-"""A comparison as tables and files: what each method scores and costs, what was published, what tests say."""
+"""Lay comparisons out as tables, and write them as CSV, Markdown, LaTeX and one HTML page."""
 
-import csv
-import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets.files import atomic_write
-from utils.comparison import TESTED, Comparison, Method, PairedTest, differing_settings
-from utils.errors import RunError
-from utils.evaluation import CONVENTIONS, OPTIMISTIC, read_number
-from utils.metrics import MISSED, SPURIOUS, Metrics
-from utils.tables import Table
+import numpy as np
+import pandas as pd
 
-SPREAD = "mean ± SD over seeds (SD over cases)"
-"""What stands in a cell."""
-PUBLISHED = "published, not measured here: the paper's tables, of its test split; never tested or ranked with ours"
-_METRIC_NAMES = {"dice": "Dice", "hd95": "HD95"}
+from datasets import DATASETS
+from datasets.files import atomic_write
+from utils.comparison import MEAN, NAMES, TESTED, Comparison, Method, differing_settings
+from utils.comparison_figures import Drawing
+from utils.metrics import MISSED, SPURIOUS
+from utils.results import CONVENTIONS, OPTIMISTIC, markdown
+
+PUBLISHED = Path(__file__).resolve().parents[1] / "docs" / "published_results.csv"
 CHOSEN_ON_TEST = "*"
 """Follows the name of a method whose checkpoint was chosen on the test volumes."""
+COLUMNS = (
+    "dataset split source method chosen_on seeds cases convention class metric unit mean sd_over_seeds sd_over_cases "
+    "parameters multiply_adds flops"
+).split()
+"""Columns of `comparison.csv`."""
+Cost = tuple[int, int]
+"""Parameters, and multiply-adds of one image."""
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What one image costs a network: parameters, multiply-adds, and on request what was measured on `device`.
+class Table:
+    """Cells as text, and a caption that says what they are."""
 
-    images_per_second: in evaluation; peak_memory: most bytes held beside the weights, of a batch of `batch_size`.
+    caption: str
+    frame: pd.DataFrame
+
+    def latex(self) -> str:
+        """Return the table as LaTeX, shrunk to the width of the text."""
+        cells = self.frame.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
+        tabular = cells.to_latex(hrules=True).strip()
+        caption = re.sub(r"([&%$#_{}])", r"\\\1", self.caption)
+        shrunk = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
+        return f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n{shrunk}\n{tabular}}}\n\\end{{table}}\n"
+
+    def html(self) -> str:
+        """Return the table as HTML, with the text escaped."""
+        with pd.option_context("display.max_colwidth", None):  # pandas would cut long cells
+            return self.frame.to_html(index=False, border=0)
+
+
+@dataclass
+class Section:
+    """One part of the page: notes, tables below them, pictures at the end."""
+
+    heading: str
+    notes: list[str]
+    tables: list[Table]
+    pictures: list[Drawing]
+
+
+def score_rows(comparison: Comparison, costs: Mapping[str, Cost]) -> pd.DataFrame:
+    """Return the scores of a comparison as rows of `comparison.csv`, with missed and spurious classes per seed.
+
+    costs: by method, where they are known.
     """
+    cases = comparison.cases
+    on_test = set(cases["method"][cases["selected_on"] == "test"])
+    once = cases[(cases["convention"] == "strict") & (cases["metric"] == "dice")].groupby("method")
+    facts = pd.DataFrame({"seeds": once["run"].nunique(), "cases": once["case"].nunique()})
+    facts["chosen_on"] = ["test" if method in on_test else "val" for method in facts.index]
+    for state in (MISSED, SPURIOUS):
+        facts[state] = once["state"].agg(list).map(lambda states, state=state: states.count(state)) / facts["seeds"]
+    facts[["parameters", "multiply_adds"]] = [costs.get(method, (np.nan, np.nan)) for method in facts.index]
+    rows = comparison.scores().merge(facts, left_on="method", right_index=True)
+    return rows.assign(dataset=comparison.dataset, split=comparison.split, source="measured")
 
-    parameters: int
-    multiply_adds: float
-    images_per_second: float = math.nan
-    peak_memory: float = math.nan
-    device: str = ""
-    batch_size: int = 0
+
+def published_rows(dataset: str, class_names: Sequence[str]) -> pd.DataFrame:
+    """Return the published rows of a data set: means as printed, and Dice of each class if all were printed."""
+    rows = pd.read_csv(PUBLISHED).query("dataset == @dataset")
+    printed = [column for column in rows if column.startswith("class") and rows[column].notna().any()]
+    classes = dict(zip(printed, class_names, strict=True)) if len(printed) == len(class_names) else {}
+    rows = rows.melt(["method", "params_m", "gmacs"], ["dsc", "hd95", *classes], var_name="class", value_name="mean")
+    is_hd95 = rows["class"] == "hd95"
+    return rows.assign(
+        **{"class": rows["class"].replace({"dsc": MEAN, "hd95": MEAN} | classes)},
+        metric=is_hd95.map({True: "hd95", False: "dice"}),
+        unit=is_hd95.map({True: "as printed", False: "%"}),
+        parameters=1e6 * rows["params_m"],
+        multiply_adds=1e9 * rows["gmacs"],
+        dataset=dataset,
+        split="test",
+        source="published",
+        convention="transunet",
+    )
 
 
-@dataclass(frozen=True)
-class Published:
-    """One published row: Dice in percent, HD95 in voxels (of images, pixels), parameters and multiply-adds in 10^6
-    and 10^9, Dice per class; a cell that was not printed is NaN.
+def beside_published(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return the comparison of each data set that gets the published rows: of its test split, or the nearest to it.
+
+    All its runs must have the data set's own lists, so that the published rows are of similar cases.
     """
-
-    method: str
-    dice: float
-    hd95: float
-    parameters_m: float
-    gmacs: float
-    classes: tuple[float, ...]
-
-
-def read_published(path: str | Path) -> dict[str, list[Published]]:
-    """Read the published rows of each data set; raises RunError for a damaged file."""
-    rows: dict[str, list[Published]] = {}
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        try:
-            for row in reader:
-                numbers = (read_number(row[name]) for name in ("dsc", "hd95", "params_m", "gmacs"))
-                classes = tuple(read_number(row[f"class{i}"]) for i in range(1, 9) if row[f"class{i}"])
-                rows.setdefault(row["dataset"], []).append(Published(row["method"], *numbers, classes))
-        except (KeyError, ValueError, TypeError) as error:
-            raise RunError(
-                f"{path}, line {reader.line_num}: {error}; expected published rows, restore the file"
-            ) from error
-    return rows
+    best: dict[str, tuple[int, Comparison]] = {}
+    for comparison in comparisons:
+        splits = DATASETS[comparison.dataset].splits
+        rank = splits.index(comparison.split) if comparison.split in splits else -1
+        if comparison.dataset not in best or rank > best[comparison.dataset][0]:
+            best[comparison.dataset] = rank, comparison
+    return [comparison for _, comparison in best.values() if _has_own_lists(comparison)]
 
 
-def tables(
-    comparison: Comparison, costs: Mapping[str, Cost], published: Sequence[Published], tests: Sequence[PairedTest]
-) -> list[Table]:
-    """Lay a comparison out: per convention means with costs, Dice and HD95 of each class, and paired tests.
+def score_tables(comparison: Comparison, rows: pd.DataFrame, tests: pd.DataFrame) -> list[Table]:
+    """Return for each convention the means, Dice and HD95 of each class, and the paired tests.
 
-    costs: by method, where they are known. Published rows stand in the tables of the convention that papers report by.
+    rows: those of `score_rows`, and `published_rows` if they are to stand below.
     """
-    made = []
-    for convention in CONVENTIONS:
-        beside = published if convention == "transunet" else ()
-        made.append(_means_table(comparison, convention, costs, beside))
-        if len(comparison.class_names) > 1:
-            made.append(_class_table(comparison, convention, "dice", beside))
-            made.append(_class_table(comparison, convention, "hd95", ()))
-        for metric in TESTED:
-            family = [test for test in tests if (test.convention, test.metric) == (convention, metric)]
-            made += [_tests_table(comparison, family)] if family else []
-    return made
+    published = rows["source"] == "published"
+    names = rows["method"].mask(published, rows["method"] + " (published)")
+    rows = rows.assign(method=names.mask(rows["chosen_on"] == "test", names + f" {CHOSEN_ON_TEST}"))
+    rows["text"] = rows.apply(_cell, axis=1)
+    tables = []
+    for convention, of_convention in rows.groupby("convention", sort=False):
+        where = f"{comparison.title}, {convention} convention"
+        units = of_convention.drop_duplicates("metric").set_index("metric")["unit"]
+        means = of_convention[of_convention["class"] == MEAN]
+        facts = means.drop_duplicates("method").set_index("method")
+        shown = {"seeds": _text(facts["seeds"], ".0f"), "cases": _text(facts["cases"], ".0f")}
+        if convention == "strict":
+            shown |= {f"{state} per seed": _text(facts[state], ".3g") for state in (MISSED, SPURIOUS)}
+        shown["parameters [M]"] = _text(facts["parameters"] / 1e6, ".2f")
+        shown["multiply-adds [G]"] = _text(facts["multiply_adds"] / 1e9, ".2f")
+        for metric, name in NAMES.items():
+            shown[f"{name} [{units[metric]}]"] = means[means["metric"] == metric].set_index("method")["text"]
+        frame = pd.DataFrame(shown).fillna("-").loc[facts.index].reset_index()
+        tables.append(Table(f"{where}, means over classes.", frame))
+        for metric in TESTED if len(comparison.class_names) > 1 else ():
+            frame = of_convention[of_convention["metric"] == metric].pivot(
+                index="method", columns="class", values="text"
+            )
+            frame = frame.reindex(facts.index)[list(comparison.class_names)].dropna().reset_index()
+            tables.append(Table(f"{where}, {NAMES[metric]} [{units[metric]}] of each class.", frame))
+        for metric in TESTED if len(tests) else ():
+            family = tests[(tests["convention"] == convention) & (tests["metric"] == metric)]
+            tables.append(Table(f"{where}, paired tests of {NAMES[metric]}.", _tests_frame(family)))
+    return tables
 
 
 def runs_table(methods: Sequence[Method]) -> Table:
     """List the runs of each method."""
-    rows = [(m.name, str(run.args.get("seed", "-")), str(run.folder)) for m in methods for run in m.runs]
-    return Table("The runs.", ("method", "seed", "run folder"), rows)
+    rows = [(method.name, str(run.args.get("seed", "-")), str(run.folder)) for method in methods for run in method.runs]
+    return Table("The runs.", pd.DataFrame(rows, columns=["method", "seed", "run folder"]))
 
 
 def settings_table(methods: Sequence[Method]) -> Table:
-    """List every setting in which not all methods are alike, a column for each method."""
-    rows = [
-        (name, *(str(method.settings.get(name, "-")) for method in methods)) for name in differing_settings(methods)
-    ]
-    return Table("Training arguments in which the methods differ.", ("", *(method.name for method in methods)), rows)
+    """List the settings in which the methods differ, with one column per method."""
+    settings = [method.runs[0].settings for method in methods]
+    names = differing_settings([method.runs[0] for method in methods])
+    rows = [[name, *(str(own.get(name, "-")) for own in settings)] for name in names]
+    columns = ["argument", *(method.name for method in methods)]
+    return Table("Training arguments in which the methods differ.", pd.DataFrame(rows, columns=columns))
 
 
-def write_csv(
-    path: str | Path,
-    comparisons: Sequence[Comparison],
-    costs: Mapping[tuple[str, str], Cost],
-    published: Mapping[str, Sequence[Published]],
-) -> None:
-    """Write one row per method, convention, class and metric, Dice and Jaccard in percent; `source` tells measured
-    rows from published ones. costs: by data set and method. What is not known is an empty cell.
-    """
-    header = (
-        "dataset", "split", "source", "method", "chosen_on", "seeds", "cases", "convention", "class", "metric", "unit",
-        "mean", "sd_over_seeds", "sd_over_cases", "parameters", "multiply_adds", "flops", "images_per_second",
-        "peak_memory_bytes", "device", "batch_size",
-    )  # fmt: skip
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, header, restval="")
-        writer.writeheader()
-        for comparison in comparisons:
-            for row in _measured_rows(comparison, costs):
-                writer.writerow({name: _cell(value) for name, value in row.items()})
-        for dataset in dict.fromkeys(comparison.dataset for comparison in comparisons):
-            names = next(c.class_names for c in comparisons if c.dataset == dataset)
-            for row in _published_rows(dataset, names, published.get(dataset, ())):
-                writer.writerow({name: _cell(value) for name, value in row.items()})
-
-
-def write_tests_csv(path: str | Path, tests: Iterable[tuple[Comparison, PairedTest]]) -> None:
-    """Write one row per pair, convention and metric; Dice differences are in percentage points."""
-    header = (
-        "dataset", "split", "first", "second", "convention", "metric", "unit", "shared_cases", "left_out_cases",
-        "median_difference", "p", "p_holm", "note",
-    )  # fmt: skip
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        for comparison, t in tests:
-            unit, scale = _unit(comparison, t.convention, t.metric)
-            numbers = (scale * t.median, t.p, t.holm)
-            pair = (comparison.dataset, comparison.split, t.first, t.second, t.convention, t.metric)
-            writer.writerow([*pair, unit, t.shared, t.left_out, *map(_cell, numbers), t.note])
-
-
-def notes(comparison: Comparison) -> list[str]:
-    """Say what a reader of the tables must know, one sentence or two each."""
+def notes(rows: pd.DataFrame, tests: pd.DataFrame) -> list[str]:
+    """Return what a reader of the tables must know. rows, tests: those of `score_tables`."""
     said = [
-        "Means are over cases, then over classes, then over seeds. The standard deviation (SD) over seeds is of these "
-        "means, and missing for one seed; in brackets stands that over cases, seeds averaged first."
+        "Cells: mean ± standard deviation (SD) over seeds (SD over cases). Means are over cases, then over classes, "
+        "then over seeds; the SD over cases is taken after averaging seeds. A multiply-add is two FLOPs.",
+        *(f"Convention {name}: {meaning}." for name, meaning in CONVENTIONS.items()),
     ]
-    if len(comparison.methods) > 1:
+    if len(tests):
         said.append(
-            "Paired tests: Wilcoxon's signed-rank test, two-sided, over the cases that both methods were tested on "
-            "(means over classes, seeds averaged first), corrected by Holm over all pairs of the table. They say "
-            "nothing of how far another seed would lie."
+            "Paired tests: Wilcoxon's signed-rank test, two-sided, over the cases of both methods (averaged over "
+            "classes and seeds), corrected by Holm over the pairs of a table. They do not say what another seed gives."
         )
-    said += [f"Convention {name}: {meaning}." for name, meaning in CONVENTIONS.items()]
-    if any(scores.selected_on == "test" for scores in comparison.scores.values()):
-        said.append(f"{CHOSEN_ON_TEST} {OPTIMISTIC}")
-    counts = {len(scores.cases) for scores in comparison.scores.values()}
-    if len(counts) > 1:
-        said.append("Not all methods were tested on the same cases; their means are not of the same.")
+    if (rows["chosen_on"] == "test").any():
+        said.append(f"Methods marked with {CHOSEN_ON_TEST}: {OPTIMISTIC}")
+    if rows["cases"].nunique() > 1:
+        said.append("Not all methods were tested on the same cases, so their means are not over the same cases.")
+    if (rows["source"] == "published").any():
+        said.append("(published): not measured here, but printed in the paper's tables of its test split; in no test.")
     return said
 
 
-def _means_table(
-    comparison: Comparison, convention: str, costs: Mapping[str, Cost], published: Sequence[Published]
-) -> Table:
-    unit = comparison.distance_unit(convention)
-    measured = [cost for cost in costs.values() if not math.isnan(cost.images_per_second)]
-    header = ["method", "seeds", "cases"]
-    header += ["missed", "spurious"] if convention == "strict" else []
-    header += ["parameters [M]", "multiply-adds [G]"]
-    header += ["images/s", "peak memory [MiB]"] if measured else []
-    width = len(header)
-    header += ["Dice [%]", f"HD95 [{unit}]", "Jaccard [%]", f"ASSD [{unit}]"]
-    rows = []
-    for name, scores in comparison.scores.items():
-        spread = scores.spread(convention)
-        cost = costs.get(name)
-        row = [_marked(name, scores.selected_on), str(scores.num_seeds), str(len(scores.cases))]
-        if convention == "strict":
-            row += [f"{(scores.states == state).sum() / scores.num_seeds:.3g}" for state in (MISSED, SPURIOUS)]
-        row += ["-", "-"] if cost is None else [f"{cost.parameters / 1e6:.2f}", f"{cost.multiply_adds / 1e9:.2f}"]
-        if measured and cost is None:
-            row += ["-", "-"]
-        elif measured:
-            row += [_number(cost.images_per_second, 1), _number(cost.peak_memory / 2**20, 0)]
-        for i, metric in enumerate(Metrics._fields):
-            row.append(_spread(spread, -1, i, _unit(comparison, convention, metric)[1]))
-        rows.append(row)
-    others = [[p.method, *["-"] * (width - 1), _number(p.dice), _number(p.hd95), "-", "-"] for p in published]
-    for row, p in zip(others, published, strict=True):
-        row[3:5] = _number(p.parameters_m), _number(p.gmacs)
-    caption = f"{comparison.title}, {convention} convention, means over classes: {SPREAD}. A multiply-add is two FLOPs."
-    if convention == "strict":
-        caption += " Missed, spurious: classes in cases, per seed."
-    if measured:
-        first = measured[0]
-        caption += f" Speed in evaluation and memory beside the weights: batch {first.batch_size}, {first.device}."
-    return Table(caption, header, rows, others, PUBLISHED)
+def write_csv(folder: Path, rows: Sequence[pd.DataFrame], tests: Sequence[pd.DataFrame]) -> None:
+    """Write `comparison.csv` and `paired_tests.csv`; Dice and Jaccard are in percent, unknown cells are empty."""
+    scores = pd.concat([part.reindex(columns=COLUMNS) for part in rows], ignore_index=True)
+    scores["flops"] = 2 * scores["multiply_adds"]
+    whole = ["seeds", "cases", "parameters", "multiply_adds", "flops"]
+    scores[whole] = scores[whole].astype(float).round().astype("Int64")
+    for name, frame in (("comparison", scores), ("paired_tests", pd.concat(tests, ignore_index=True))):
+        with atomic_write(folder / f"{name}.csv") as temporary:
+            frame.to_csv(temporary, index=False, float_format="%.6g")
 
 
-def _class_table(comparison: Comparison, convention: str, metric: str, published: Sequence[Published]) -> Table:
-    column = Metrics._fields.index(metric)
-    unit, scale = _unit(comparison, convention, metric)
-    rows = []
-    for method, scores in comparison.scores.items():
-        spread = scores.spread(convention)
-        cells = [_spread(spread, c, column, scale) for c in range(len(comparison.class_names))]
-        rows.append([_marked(method, scores.selected_on), *cells])
-    fit = [p for p in published if len(p.classes) == len(comparison.class_names)]
-    others = [[p.method, *map(_number, p.classes)] for p in fit]
-    caption = f"{comparison.title}, {convention} convention, {_METRIC_NAMES[metric]} [{unit}] of each class: {SPREAD}."
-    return Table(caption, ["method", *comparison.class_names], rows, others, PUBLISHED)
+def write_pages(folder: Path, sections: Sequence[Section]) -> None:
+    """Write the sections as `comparison.md` and `comparison.html`, and their tables as `comparison.tex`."""
+    from jinja2 import Environment, FileSystemLoader
+
+    text, tex = ["# Comparison of runs"], ["% needs the packages booktabs and graphicx, and fontenc with T1"]
+    for section in sections:
+        text += [f"## {section.heading}", *section.notes]
+        for table in section.tables:
+            text += [table.caption, markdown(table.frame)]
+            tex.append(table.latex())
+        for picture in section.pictures:
+            text += [f"![figure]({picture.path.relative_to(folder).as_posix()})", picture.caption]
+    pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    page = pages.get_template("comparison.html.j2").render(title="Comparison of runs", sections=sections)
+    for ending, content in (("md", "\n\n".join(text) + "\n"), ("tex", "\n".join(tex)), ("html", page)):
+        with atomic_write(folder / f"comparison.{ending}") as temporary:
+            temporary.write_text(content, encoding="utf-8")
 
 
-def _tests_table(comparison: Comparison, tests: Sequence[PairedTest]) -> Table:
-    """List the tests of one metric and convention."""
-    unit, scale = _unit(comparison, tests[0].convention, tests[0].metric)
-    metric, points = _METRIC_NAMES[tests[0].metric], "points" if unit == "%" else unit
-    rows = []
-    for t in tests:
-        median = "-" if math.isnan(t.median) else f"{scale * t.median:+.2f}"
-        rows.append([t.first, t.second, str(t.shared), str(t.left_out), median, _p(t.p), _p(t.holm), t.note])
-    caption = f"{comparison.title}, {tests[0].convention} convention, paired tests of {metric}."
-    header = [
-        "first",
-        "second",
-        "cases",
-        "left out",
-        f"median of first - second [{points}]",
-        "p",
-        "p, Holm",
-        "why no p",
-    ]
-    return Table(caption, header, rows)
+def _has_own_lists(comparison: Comparison) -> bool:
+    own = DATASETS[comparison.dataset].list_dir
+    runs = [run for method in comparison.methods.values() for run in method.runs]
+    return all(Path(run.args.get("list_dir", own)).resolve() == Path(own).resolve() for run in runs)
 
 
-def _measured_rows(comparison: Comparison, costs: Mapping[tuple[str, str], Cost]) -> Iterable[dict[str, object]]:
-    for name, scores in comparison.scores.items():
-        cost = costs.get((comparison.dataset, name))
-        common = {
-            "dataset": comparison.dataset, "split": comparison.split, "source": "measured", "method": name,
-            "chosen_on": scores.selected_on, "seeds": scores.num_seeds, "cases": len(scores.cases),
-        }  # fmt: skip
-        if cost is not None:
-            common |= {
-                "parameters": cost.parameters, "multiply_adds": int(cost.multiply_adds),
-                "flops": int(2 * cost.multiply_adds), "images_per_second": cost.images_per_second,
-                "peak_memory_bytes": cost.peak_memory, "device": cost.device, "batch_size": cost.batch_size or "",
-            }  # fmt: skip
-        for convention in CONVENTIONS:
-            spread = scores.spread(convention)
-            for c, class_name in enumerate((*comparison.class_names, "mean")):
-                for i, metric in enumerate(Metrics._fields):
-                    unit, scale = _unit(comparison, convention, metric)
-                    numbers = [scale * values[c, i] for values in (spread.mean, spread.over_seeds, spread.over_cases)]
-                    yield common | {
-                        "convention": convention, "class": class_name, "metric": metric, "unit": unit,
-                        "mean": numbers[0], "sd_over_seeds": numbers[1], "sd_over_cases": numbers[2],
-                    }  # fmt: skip
+def _tests_frame(tests: pd.DataFrame) -> pd.DataFrame:
+    unit = tests["unit"].iloc[0].replace("%", "points")
+    p = {name: _text(tests[name], ".4f").mask(tests[name] < 1e-4, "< 0.0001") for name in ("p", "p_holm")}
+    shown = {"first": tests["first"], "second": tests["second"], "cases": tests["shared_cases"]}
+    shown |= {"left out": tests["left_out_cases"]}
+    shown |= {f"median of first - second [{unit}]": _text(tests["median_difference"], "+.2f")}
+    return pd.DataFrame(shown | {"p": p["p"], "p, Holm": p["p_holm"], "why no p": tests["note"]})
 
 
-def _published_rows(
-    dataset: str, class_names: Sequence[str], published: Sequence[Published]
-) -> Iterable[dict[str, object]]:
-    for p in published:
-        common = {
-            "dataset": dataset, "split": "test", "source": "published", "method": p.method, "convention": "transunet",
-            "parameters": 1e6 * p.parameters_m, "multiply_adds": 1e9 * p.gmacs, "flops": 2e9 * p.gmacs,
-        }  # fmt: skip
-        yield common | {"class": "mean", "metric": "dice", "unit": "%", "mean": p.dice}
-        yield common | {"class": "mean", "metric": "hd95", "unit": "as printed", "mean": p.hd95}
-        if len(p.classes) == len(class_names):
-            for name, dice in zip(class_names, p.classes, strict=True):
-                yield common | {"class": name, "metric": "dice", "unit": "%", "mean": dice}
+def _text(numbers: pd.Series, format_spec: str) -> pd.Series:
+    return numbers.map(lambda number: "-" if number != number else format(number, format_spec))
 
 
-def _unit(comparison: Comparison, convention: str, metric: str) -> tuple[str, float]:
-    """Give a metric's unit and the factor that leads to it."""
-    return ("%", 100.0) if metric in ("dice", "jaccard") else (comparison.distance_unit(convention), 1.0)
-
-
-def _marked(name: str, selected_on: str) -> str:
-    return f"{name} {CHOSEN_ON_TEST}" if selected_on == "test" else name
-
-
-def _spread(spread, row: int, column: int, scale: float) -> str:
-    mean, seeds, cases = (scale * values[row, column] for values in (spread.mean, spread.over_seeds, spread.over_cases))
-    if math.isnan(mean):
+def _cell(row: pd.Series) -> str:
+    """Return "mean ± SD over seeds (SD over cases)", without what is not known."""
+    if np.isnan(row["mean"]):
         return "-"
-    return f"{mean:.2f}{'' if math.isnan(seeds) else f' ± {seeds:.2f}'} ({_number(cases)})"
-
-
-def _number(value: float, digits: int = 2) -> str:
-    return "-" if math.isnan(value) else f"{value:.{digits}f}"
-
-
-def _p(value: float) -> str:
-    return "-" if math.isnan(value) else "< 0.0001" if value < 1e-4 else f"{value:.4f}"
-
-
-def _cell(value: object) -> object:
-    if not isinstance(value, float):
-        return value
-    return "" if math.isnan(value) else f"{value:.6g}"
+    seeds = "" if np.isnan(row["sd_over_seeds"]) else f" ± {row['sd_over_seeds']:.2f}"
+    cases = "" if np.isnan(row["sd_over_cases"]) else f" ({row['sd_over_cases']:.2f})"
+    return f"{row['mean']:.2f}{seeds}{cases}"

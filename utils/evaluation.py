@@ -15,7 +15,6 @@ from datasets import Picture, Volume
 from datasets.files import atomic_write, file_stem
 from utils.errors import RunError
 from utils.metrics import ClassResult, case_metrics, confusion, dice_only
-from utils.results import CONVENTIONS, OPTIMISTIC, read_case_csv, read_number  # noqa: F401, for the comparison
 
 
 @dataclass(frozen=True)

@@ -200,22 +200,3 @@ def _with_mean(rows: list[dict[str, Any]]) -> "pd.DataFrame":
 
 def _plain(numbers: Any) -> dict[str, float | None]:
     return {name: None if np.isnan(x) else float(x) for name, x in numbers.items()}
-
-
-def read_case_csv(path):
-    """Stand in for ``read_cases`` until the comparison works on tables."""
-    from utils.evaluation import CaseResult
-    from utils.metrics import ClassResult
-
-    table = read_cases(path)
-    results = []
-    for name, rows in table.groupby("case", sort=False):
-        numbers = rows[NUMBERS].to_numpy().tolist()
-        classes = (ClassResult(s, Metrics(*n[:4]), Metrics(*n[4:])) for s, n in zip(rows["state"], numbers))  # noqa: B905
-        results.append(CaseResult(name, rows["strict_unit"].iloc[0], tuple(classes)))
-    return results, list(table["class"].unique()), table["selected_on"].iloc[0]
-
-
-def read_number(cell):
-    """Stand in for pandas until the comparison works on tables."""
-    return float(cell) if cell else float("nan")

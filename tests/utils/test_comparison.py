@@ -5,14 +5,15 @@ import logging
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from datasets import DATASETS
 from tests.comparison_runs import NAN, class_result, random_dice, write_run
 from utils.comparison import (
-    command_to_test,
+    MEAN,
     compare,
     differing_settings,
+    drop_untested,
     group_runs,
     holm,
     paired_tests,
@@ -22,18 +23,27 @@ from utils.comparison import (
 from utils.errors import RunError
 from utils.evaluation import CaseResult
 
-DEFAULTS = {name: {"network": "sim_mpnet", "base_lr": 1e-4, "dsgim": "both", "compile": False} for name in DATASETS}
-OF_OTHERS = {"unet": {"dsgim"}}
+
+@pytest.fixture(autouse=True)
+def warnings_are_heard(caplog):
+    caplog.set_level(logging.WARNING)
 
 
 def grouped(*runs):
     """Group runs given as folders or (name, folder)."""
     named = [run if isinstance(run, tuple) else (None, run) for run in runs]
-    return group_runs([(name, read_run(folder)) for name, folder in named], DEFAULTS, OF_OTHERS)
+    return group_runs([(name, read_run(folder)) for name, folder in named])
 
 
 def compared(*runs, splits=None):
-    return compare(grouped(*runs), DATASETS, splits)
+    return compare(grouped(*runs), splits)
+
+
+def score(comparison, convention="strict", name=MEAN) -> pd.Series:
+    """Return the Dice of a class of the only method."""
+    scores = comparison.scores().query("convention == @convention and metric == 'dice' and `class` == @name")
+    assert len(scores) == 1
+    return scores.iloc[0]
 
 
 def test_runs_that_differ_in_nothing_but_the_seed_are_one_method(tmp_path):
@@ -43,7 +53,7 @@ def test_runs_that_differ_in_nothing_but_the_seed_are_one_method(tmp_path):
     other = write_run(tmp_path / "c", dice, seed=1, base_lr=1e-2)
     methods = grouped(first, other, second)
     assert [[run.folder for run in method.runs] for method in methods] == [[first, second], [other]]
-    assert differing_settings(methods) == ["base_lr"]
+    assert differing_settings([method.runs[0] for method in methods]) == ["base_lr"]
 
 
 def test_a_method_is_called_by_its_network_and_what_sets_it_apart(tmp_path):
@@ -54,22 +64,10 @@ def test_a_method_is_called_by_its_network_and_what_sets_it_apart(tmp_path):
         write_run(tmp_path / "unet", dice, network="unet"),
         write_run(tmp_path / "slow", dice, network="sim_mpnet", base_lr=1e-5, compile=True),
     ]
-    names = [method.name for method in grouped(*runs)]
+    methods = grouped(*runs)
+    names = [method.name for method in methods]
     assert names == ["sim_mpnet", "sim_mpnet, dsgim none", "unet", "sim_mpnet, base_lr 1e-05, compile"]
-
-
-def test_what_a_network_does_not_take_is_no_setting_of_it(tmp_path):
-    dice = random_dice(3, 0)
-    runs = [write_run(tmp_path / name, dice, network=name, dsgim="both") for name in ("sim_mpnet", "unet")]
-    ours, other = grouped(*runs)
-    assert ours.settings["dsgim"] == "both" and "dsgim" not in other.settings
-
-
-def test_an_argument_that_an_older_run_lacks_had_its_default(tmp_path):
-    dice = random_dice(3, 0)
-    old, new = write_run(tmp_path / "old", dice, seed=1), write_run(tmp_path / "new", dice, seed=2, network="sim_mpnet")
-    (method,) = grouped(old, new)
-    assert len(method.runs) == 2
+    assert methods[0].runs[0].settings["dsgim"] == "both" and "dsgim" not in methods[2].runs[0].settings
 
 
 def test_names_of_the_user_win_and_a_run_without_one_joins_its_like(tmp_path):
@@ -80,12 +78,8 @@ def test_names_of_the_user_win_and_a_run_without_one_joins_its_like(tmp_path):
     assert [(method.name, len(method.runs)) for method in methods] == [("Ours", 2), ("U-Net & co", 1)]
     methods = grouped(("One", runs[0]), ("Two", runs[1]))
     assert [method.name for method in methods] == ["One", "Two"]
-
-
-def test_a_name_that_is_taken_is_not_given_to_another_method(tmp_path):
-    dice = random_dice(3, 0)
-    ours, other = write_run(tmp_path / "a", dice), write_run(tmp_path / "b", dice, network="unet")
-    assert len({method.name for method in grouped(("unet", ours), other)}) == 2
+    methods = grouped(("unet", runs[0]), other)
+    assert [method.name for method in methods] == ["unet", "unet (2)"]
 
 
 def test_a_repeat_of_a_seed_is_left_out_and_unlike_runs_of_one_name_are_pointed_out(tmp_path, caplog):
@@ -93,24 +87,23 @@ def test_a_repeat_of_a_seed_is_left_out_and_unlike_runs_of_one_name_are_pointed_
     runs = [write_run(tmp_path / name, dice) for name in "ab"]
     (method,) = grouped(*runs)
     assert [run.folder for run in method.runs] == [runs[0]]
-    assert f"{runs[1]} is left out" in caplog.text
+    assert f"left out: {runs[1]} repeats" in caplog.text
     caplog.clear()
     unlike = write_run(tmp_path / "c", dice, base_lr=0.5)
     (method,) = grouped(("Ours", runs[0]), ("Ours", unlike))
     assert len(method.runs) == 2
-    assert "differ in base_lr" in caplog.text
+    assert "differ in ['base_lr']" in caplog.text
 
 
 def test_means_and_spreads_are_those_found_by_hand(tmp_path):
     names = {"class_names": ["lesion"], "dataset": "isic"}
     first = write_run(tmp_path / "a", {"x": [0.8], "y": [0.6]}, seed=1, **names)
     second = write_run(tmp_path / "b", {"x": [0.9], "y": [0.7]}, seed=2, **names)
-    (comparison,) = compared(first, second)
-    spread = comparison.scores["sim_mpnet"].spread("strict")
-    dice = [values[0, 0] for values in (spread.mean, spread.over_seeds, spread.over_cases)]
-    np.testing.assert_allclose(dice, [0.75, 0.1 / math.sqrt(2), 0.2 / math.sqrt(2)])
-    one = compared(first)[0].scores["sim_mpnet"].spread("strict")
-    np.testing.assert_allclose([one.mean[0, 0], one.over_seeds[0, 0]], [0.7, NAN])
+    row = score(compared(first, second)[0])
+    found = [row["mean"], row["sd_over_seeds"], row["sd_over_cases"]]
+    np.testing.assert_allclose(found, [75, 10 / math.sqrt(2), 20 / math.sqrt(2)])
+    row = score(compared(first)[0])
+    np.testing.assert_allclose([row["mean"], row["sd_over_seeds"]], [70, NAN])
 
 
 def test_the_mean_over_classes_leaves_out_what_strict_leaves_out(tmp_path):
@@ -119,17 +112,19 @@ def test_the_mean_over_classes_leaves_out_what_strict_leaves_out(tmp_path):
         CaseResult("x", "mm", (class_result(0.8), class_result(0.4))),
         CaseResult("y", "mm", (class_result(0.6), class_result(0.0, strict=NAN))),
     ]
-    run = write_run(tmp_path / "a", {}, results=results, class_names=["big", "small"])
-    scores = compared(run)[0].scores["sim_mpnet"]
-    np.testing.assert_allclose(scores.spread("strict").mean[:, 0], [0.7, 0.4, 0.55])
-    np.testing.assert_allclose(scores.spread("transunet").mean[:, 0], [0.7, 0.2, 0.45])
-    np.testing.assert_allclose(scores.per_case("strict")[:, -1, 0], [0.6, 0.6])
+    (comparison,) = compared(write_run(tmp_path / "a", {}, results=results, class_names=["big", "small"]))
+    for convention, expected in (("strict", [70, 40, 55]), ("transunet", [70, 20, 45])):
+        means = [score(comparison, convention, name)["mean"] for name in ("big", "small", MEAN)]
+        np.testing.assert_allclose(means, expected)
+    cases = comparison.per_case().query("convention == 'strict' and metric == 'dice' and `class` == @MEAN")
+    np.testing.assert_allclose(cases["value"], [60, 60])
 
 
 @pytest.mark.parametrize(("unit", "transunet"), [("mm", "voxels"), ("voxels", "voxels"), ("pixels", "pixels")])
 def test_distances_have_the_unit_of_their_convention(tmp_path, unit, transunet):
     (comparison,) = compared(write_run(tmp_path / "a", random_dice(3, 0), unit=unit))
-    assert (comparison.distance_unit("transunet"), comparison.distance_unit("strict")) == (transunet, unit)
+    units = comparison.units().set_index(["convention", "metric"])["unit"]
+    assert (units["transunet", "hd95"], units["strict", "assd"], units["strict", "dice"]) == (transunet, unit, "%")
 
 
 def test_sets_splits_and_classes_have_comparisons_of_their_own(tmp_path):
@@ -148,29 +143,16 @@ def test_sets_splits_and_classes_have_comparisons_of_their_own(tmp_path):
 
 def test_an_untested_run_is_left_out_with_the_command_that_tests_it(tmp_path, caplog):
     tested = write_run(tmp_path / "a", random_dice(3, 0), split="val")
-    untested = write_run(tmp_path / "b", {}, seed=2, list_dir="my/lists", volume_path="my/volumes")
-    (comparison,) = compared(tested, untested)
-    assert len(comparison.methods) == 1
-    (line,) = caplog.text.strip().splitlines()
-    command = f"python test_acdc.py --checkpoint {untested}/best.pth --split val --volume_path my/volumes"
-    assert f"{command} --list_dir my/lists" in line
-    with pytest.raises(RunError, match=r"python test_acdc.py --checkpoint .*/b/best.pth"):
-        compared(untested)
-
-
-def test_the_command_names_no_default(tmp_path):
-    run = read_run(write_run(tmp_path / "a", {}, volume_path="data/ACDC/test_vol_h5", label_order=None))
-    assert command_to_test(run, DATASETS["acdc"]) == f"python test_acdc.py --checkpoint {tmp_path}/a/best.pth"
-    run = read_run(write_run(tmp_path / "b", {}, dataset="isic", root_path="photos", list_dir="data/ISIC/lists"))
-    assert command_to_test(run, DATASETS["isic"]).endswith("b/best.pth --root_path photos")
+    untested = write_run(tmp_path / "b", {}, seed=2)
+    runs = [(None, read_run(folder)) for folder in (tested, untested)]
+    assert drop_untested(runs) == runs[:1]
+    assert f"python test_acdc.py --checkpoint {untested}/best.pth --split val" in caplog.text
 
 
 def test_holm_is_as_found_by_hand():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
-    assert holm([]) == []
-    without, with_nan = holm([0.01, 0.02]), holm([0.01, NAN, 0.02])
-    assert [with_nan[0], with_nan[2]] == without and math.isnan(with_nan[1])
+    assert list(holm(pd.Series([0.01, 0.04, 0.03]))) == pytest.approx([0.03, 0.06, 0.06])
+    assert list(holm(pd.Series([0.5, 0.9]))) == pytest.approx([1.0, 1.0])
+    assert list(holm(pd.Series([0.01, NAN, 0.02]))) == pytest.approx([0.02, NAN, 0.02], nan_ok=True)
 
 
 def shifted(dice: dict, by: float) -> dict:
@@ -182,59 +164,48 @@ def test_pairs_are_tested_on_the_cases_that_they_share(tmp_path):
     dice = random_dice(8, 0, 0.6)
     better = shifted({case: values for case, values in dice.items() if case < "patient006"}, 0.1)
     runs = write_run(tmp_path / "a", dice), write_run(tmp_path / "b", better, network="unet")
-    tests = paired_tests(compared(*runs)[0])
-    assert [(t.metric, t.convention) for t in tests] == [
-        ("dice", "transunet"), ("hd95", "transunet"), ("dice", "strict"), ("hd95", "strict"),
-    ]  # fmt: skip
-    test = tests[2]
-    assert (test.first, test.second, test.shared, test.left_out) == ("sim_mpnet", "unet", 6, 2)
-    assert test.p == pytest.approx(2 / 64) and test.holm == pytest.approx(2 / 64)
-    assert -0.106 < test.median < -0.1
-    assert math.isnan(tests[3].p) and "0 cases differ" in tests[3].note  # every HD95 is 2
+    tests = paired_tests(compared(*runs)[0]).set_index(["convention", "metric"])
+    assert set(tests.index) == {(c, m) for c in ("transunet", "strict") for m in ("dice", "hd95")}
+    test = tests.loc["strict", "dice"]
+    assert (test["first"], test["second"], test.shared_cases, test.left_out_cases) == ("sim_mpnet", "unet", 6, 2)
+    assert test.p == pytest.approx(2 / 64) and test.p_holm == pytest.approx(2 / 64)
+    assert -10.6 < test.median_difference < -10
+    assert math.isnan(tests.loc["strict", "hd95"].p) and "0 cases differ" in tests.loc["strict", "hd95"].note
 
 
 def test_many_pairs_are_corrected_and_seeds_are_averaged_first(tmp_path):
     dice = random_dice(12, 0, 0.5)
     runs = [
         write_run(tmp_path / f"{network}{seed}", shifted(dice, by + sign * 0.04), network=network, seed=seed)
-        for network, by in (("a", 0.0), ("b", 0.02), ("c", 0.03))
+        for network, by in (("sim_mpnet", 0.0), ("unet", 0.02), ("segformer", 0.03))
         for seed, sign in ((1, -1), (2, 1))
     ]
-    tests = [t for t in paired_tests(compared(*runs)[0]) if (t.metric, t.convention) == ("dice", "strict")]
-    assert [t.p for t in tests] == pytest.approx([2 / 2**12] * 3)
-    assert [t.holm for t in tests] == pytest.approx([6 / 2**12] * 3)
-    assert {t.shared for t in tests} == {12}
+    tests = paired_tests(compared(*runs)[0]).query("convention == 'strict' and metric == 'dice'")
+    assert list(tests.p) == pytest.approx([2 / 2**12] * 3)
+    assert list(tests.p_holm) == pytest.approx([6 / 2**12] * 3)
 
 
-def test_too_few_cases_have_no_p_and_say_why(tmp_path):
-    runs = write_run(tmp_path / "a", random_dice(5, 0)), write_run(tmp_path / "b", random_dice(5, 1), network="unet")
-    for test in paired_tests(compared(*runs)[0]):
-        assert math.isnan(test.p) and math.isnan(test.holm)
-        assert test.note.startswith("5 shared cases")
-
-
-def test_a_case_that_strict_leaves_out_is_counted_and_not_tested(tmp_path):
+def test_what_cannot_be_tested_is_counted_or_noted(tmp_path):
     dice = random_dice(7, 0, num_classes=1)
     absent = [CaseResult(case, "mm", (class_result(*d),)) for case, d in dice.items()]
     absent[0] = CaseResult("patient000", "mm", (class_result(0.0, strict=NAN),))
-    names = {"class_names": ["lesion"]}
-    runs = (
-        write_run(tmp_path / "a", {}, results=absent, **names),
-        write_run(tmp_path / "b", shifted(dice, -0.1), network="unet", **names),
-    )
-    test = next(t for t in paired_tests(compared(*runs)[0]) if (t.metric, t.convention) == ("dice", "strict"))
-    assert (test.shared, test.left_out) == (6, 1)
-    assert test.p == pytest.approx(2 / 64)
+    first = write_run(tmp_path / "a", {}, results=absent, class_names=["lesion"])
+    second = write_run(tmp_path / "b", shifted(dice, -0.1), network="unet", class_names=["lesion"])
+    test = paired_tests(compared(first, second)[0]).query("convention == 'strict' and metric == 'dice'").iloc[0]
+    assert (test.shared_cases, test.left_out_cases, test.p) == (6, 1, pytest.approx(2 / 64))
+    few = [write_run(tmp_path / name, random_dice(5, 0), network=name) for name in ("sim_mpnet", "unet")]
+    tests = paired_tests(compared(*few)[0])
+    assert tests.p.isna().all() and tests.p_holm.isna().all() and tests.note.str.startswith("5 shared cases").all()
 
 
 def test_seeds_that_were_tested_on_other_cases_count_where_all_were(tmp_path, caplog):
     dice = random_dice(4, 0)
     part = {case: values for case, values in dice.items() if case != "patient001"}
     runs = write_run(tmp_path / "a", dice, seed=1), write_run(tmp_path / "b", part, seed=2)
-    assert compared(*runs)[0].scores["sim_mpnet"].cases == tuple(part)
+    assert set(compared(*runs)[0].cases["case"]) == set(part)
     assert "3 of 4 cases" in caplog.text
     alien = write_run(tmp_path / "c", {"else": [1, 1, 1]}, seed=3)
-    with pytest.raises(RunError, match="share no case"):
+    with pytest.raises(RunError, match="no case of test in common"):
         compared(runs[0], alien)
 
 
@@ -247,56 +218,41 @@ def test_the_cases_shown_are_those_on_which_methods_differ_most(tmp_path):
     assert striking_cases(compared(first)[0], 1) == [worst]
 
 
-def damage_no_folder(run):
-    return run.parent / "nowhere", "config.json"
-
-
-def damage_config(run):
-    (run / "config.json").write_text("{")
-    return run, "config.json"
-
-
-def damage_config_keys(run):
-    (run / "config.json").write_text(json.dumps({"args": {}}))
-    return run, "config.json"
-
-
-def damage_cut(run):
-    path = run / "results_test/cases.csv"
+def cut_off(path):
     path.write_text(path.read_text()[:-40])
-    return run, "cases.csv"
 
 
-def damage_class(run):
-    path = run / "results_test/cases.csv"
+def without_a_class(path):
     path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
-    return run, "cases.csv"
 
 
-def damage_number(run):
-    path = run / "results_test/cases.csv"
+def with_text_for_a_number(path):
     path.write_text(path.read_text().replace("found,0.", "found,zero", 1))
-    return run, "cases.csv"
 
 
-def damage_empty(run):
-    (run / "results_test/cases.csv").write_text("")
-    return run, "cases.csv"
+def empty(path):
+    path.write_text("")
 
 
-def damage_other(run):
-    (run / "results_test/cases.csv").write_bytes(b"\x89PNG\r\n\xff\xfe")
-    return run, "cases.csv"
+def binary(path):
+    path.write_bytes(b"\x89PNG\r\n\xff\xfe")
 
 
-@pytest.mark.parametrize("damage", [value for name, value in list(globals().items()) if name.startswith("damage_")])
-def test_what_cannot_be_read_is_one_line_that_names_the_file(tmp_path, damage):
-    folder, word = damage(write_run(tmp_path / "run", random_dice(3, 0)))
+def of_other_keys(path):
+    path.write_text(json.dumps({"args": {}}))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *[("results_test/cases.csv", f) for f in (cut_off, without_a_class, with_text_for_a_number, empty, binary)],
+        *[("config.json", f) for f in (cut_off, binary, of_other_keys)],
+        ("metrics.csv", empty),
+    ],
+)
+def test_what_cannot_be_read_is_one_line_that_names_the_file(tmp_path, name, damage):
+    run = write_run(tmp_path / "run", random_dice(3, 0))
+    damage(run / name)
     with pytest.raises(RunError) as raised:
-        read_run(folder)
-    assert word in str(raised.value) and str(folder) in str(raised.value) and "\n" not in str(raised.value)
-
-
-@pytest.fixture(autouse=True)
-def warnings_are_heard(caplog):
-    caplog.set_level(logging.WARNING)
+        read_run(run)
+    assert str(run / name) in str(raised.value) and "\n" not in str(raised.value)

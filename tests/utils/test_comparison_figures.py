@@ -4,17 +4,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-
-pytest.importorskip("matplotlib")
 from PIL import Image
 
-from tests.utils.test_figures import pixels, shows
-from utils.comparison_figures import METHOD_COLOURS, example, save_box_plots, save_curves, save_qualitative
-from utils.figures import COLOURS
-
-
-def scores(seed: int, cases: int = 9, classes: int = 3) -> np.ndarray:
-    return np.random.default_rng(seed).uniform(0.4, 0.9, (cases, classes, 4))
+from tests.comparison_runs import random_dice, write_run
+from tests.utils.test_figures import pixels
+from utils.comparison import Method, compare, group_runs, read_run
+from utils.comparison_figures import draw_box_plots, draw_curves, draw_predictions, example
 
 
 @pytest.fixture
@@ -26,68 +21,54 @@ def volume():
     return SimpleNamespace(name="case", image=image, label=label, spacing=None, affine=None, planar=False)
 
 
-def test_every_method_has_its_boxes_and_dots(tmp_path):
-    values = {f"method {i}": scores(i) for i in range(3)}
-    save_box_plots(tmp_path / "all.png", ["a", "b", "c"], values, "mm")
-    for colour in METHOD_COLOURS[:3]:
-        assert shows(pixels(tmp_path / "all.png"), colour)
-    moved = dict(values)
-    moved["method 2"] = values["method 2"].copy()
-    moved["method 2"][0, 0, 0] = 0.1
-    save_box_plots(tmp_path / "moved.png", ["a", "b", "c"], moved, "mm")
+@pytest.fixture
+def methods(tmp_path) -> list[Method]:
+    folders = [write_run(tmp_path / name, random_dice(4, seed)) for seed, name in enumerate("ab")]
+    return group_runs([(f"$method {folder.name}_{{", read_run(folder)) for folder in folders])
+
+
+def test_every_method_has_its_boxes_and_dots(methods, tmp_path):
+    (comparison,) = compare(methods)
+    draw_box_plots(tmp_path / "all.png", comparison)
+    comparison.cases.loc[comparison.cases["case"] == "patient000", "value"] = 0
+    draw_box_plots(tmp_path / "moved.png", comparison)
     assert not np.array_equal(pixels(tmp_path / "all.png"), pixels(tmp_path / "moved.png"))
-
-
-@pytest.mark.parametrize("values", [np.full((4, 2, 4), np.nan), scores(0, 1, 2), np.zeros((4, 2, 4))])
-def test_boxes_of_little_or_nothing_are_no_error(tmp_path, values):
-    save_box_plots(tmp_path / "boxes.png", ["$a$", "b_{"], {"x": values, "y & $z": scores(1, 5, 2)}, "voxels")
-    assert pixels(tmp_path / "boxes.png").std() > 0
-
-
-def test_every_run_has_its_curve(tmp_path):
-    def history(offset: float) -> list[dict]:
-        return [{"epoch": e, "train_loss": offset + 3 / e, "val_dice": 1 - 1 / e if e % 2 else ""} for e in range(1, 9)]
-
-    runs = {"one": [history(0), history(1)], "two": [history(2)]}
-    save_curves(tmp_path / "all.png", runs)
-    assert shows(pixels(tmp_path / "all.png"), METHOD_COLOURS[1])
-    save_curves(tmp_path / "fewer.png", {**runs, "one": [history(0)]})
-    assert not np.array_equal(pixels(tmp_path / "all.png"), pixels(tmp_path / "fewer.png"))
-    save_curves(tmp_path / "nothing.png", {"one": [], "two": [[]]})
+    comparison.cases["value"] = np.nan
+    draw_box_plots(tmp_path / "nothing.png", comparison)
     assert pixels(tmp_path / "nothing.png").std() > 0
 
 
-def test_the_slice_on_which_methods_differ_most_is_shown_cut_out(volume):
+def test_runs_have_curves_as_far_as_there_are_any(methods, tmp_path):
+    assert draw_curves(tmp_path / "all.png", methods)
+    assert pixels(tmp_path / "all.png").std() > 0
+    for method in methods:
+        method.runs[0].history.drop(method.runs[0].history.index, inplace=True)
+    assert draw_curves(tmp_path / "none.png", methods) == []
+
+
+def test_the_slice_on_which_methods_differ_most_is_cut_out(volume):
     same = volume.label.copy()
-    same[2] = 0  # both miss the largest
+    same[2] = 0  # both methods miss the largest
     other = same.copy()
     other[1, 22:38, 15:35] = 0
     shown = example(volume, {"a": same, "b": other})
     assert shown.title == "case, slice 1"
-    assert shown.image.shape == shown.label.shape == shown.predictions["b"].shape
-    assert shown.image.shape < volume.image.shape[1:] and shown.label.sum() == 400
-    alone = example(volume, {"a": volume.label})
-    assert alone.title == "case, slice 2"  # of slices alike, the one with most label
+    assert shown.image.shape == shown.masks["label"].shape == shown.masks["b"].shape
+    assert shown.image.shape < volume.image.shape[1:] and shown.masks["label"].sum() == 400
+    assert example(volume, {"a": volume.label}).title == "case, slice 2"  # at a tie, the one with most label
 
 
-def test_cases_stand_in_rows_and_methods_in_columns(volume, tmp_path):
-    prediction = np.zeros_like(volume.label)
-    prediction[2, 20:40, 15:35] = 2
-    shown = example(volume, {"first": volume.label, "second": prediction})
-    save_qualitative(tmp_path / "one.png", [shown], ["box", "core"])
-    save_qualitative(tmp_path / "two.png", [shown, shown], ["box", "core"])
+def test_cases_stand_in_rows_and_methods_in_columns(methods, volume, tmp_path):
+    (comparison,) = compare(methods)
+    picture = SimpleNamespace(name="$img", image=np.zeros((1, 40, 60, 3), np.uint8), label=np.zeros((1, 40, 60), int))
+    picture.__dict__.update(spacing=None, affine=None, planar=True)
+    volumes = Volumes([volume, picture])
+    predictors = {name: SimpleNamespace(segment=lambda volume: volume.label) for name in ("first", "second")}
+    draw_predictions(tmp_path / "one.png", comparison, volumes, ["case"], predictors)
+    draw_predictions(tmp_path / "two.png", comparison, volumes, ["case", "$img"], predictors)
     with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "two.png") as two:
         assert two.height > 1.5 * one.height and two.width == one.width
-    panels = np.array_split(pixels(tmp_path / "one.png")[60:-60], 4, axis=1)  # without titles and legend
-    assert [shows(panel, COLOURS[0]) for panel in panels] == [False, True, True, False]
-    assert [shows(panel, COLOURS[1]) for panel in panels] == [False, False, False, True]
 
 
-def test_an_image_in_colour_and_an_empty_one_are_shown_too(tmp_path):
-    image = np.random.default_rng(0).integers(0, 255, (1, 40, 60, 3), np.uint8)
-    empty = np.zeros((1, 40, 60), np.uint8)
-    picture = SimpleNamespace(name="$img", image=image, label=empty, spacing=None, affine=None, planar=True)
-    shown = example(picture, {"only": empty})
-    assert shown.title == "$img" and shown.image.shape == (40, 60, 3)
-    save_qualitative(tmp_path / "picture.png", [shown], ["lesion"])
-    assert pixels(tmp_path / "picture.png").std() > 0
+class Volumes(list):
+    names = ("case", "$img")
