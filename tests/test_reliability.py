@@ -99,7 +99,7 @@ def test_events_on_a_full_disk_raise_an_error_and_do_not_wait(tmp_path, monkeypa
         made.fit()
 
 
-def test_memory_that_cannot_be_had_is_one_line():
+def test_memory_that_cannot_be_allocated_is_one_line():
     words = r"the memory is full .allocating \d+ bytes.: lower --batch_size"
     with pytest.raises(RunError, match=words), out_of_memory("lower --batch_size"):
         torch.empty(2**56, dtype=torch.uint8)
