@@ -42,13 +42,8 @@ def time_sides(sides: Sides, repeats: int = 5, warmup: int = 1, device: str | to
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def peak_memory(call: Callable[[], object], device: str | torch.device = "cpu") -> int:
-    """Return the most bytes that PyTorch held during a call, beyond those it held before."""
-    if torch.device(device).type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - before
+def peak_memory(call: Callable[[], object]) -> int:
+    """Return the most bytes that PyTorch held in CPU memory during a call, beyond those it held before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = call()
     del kept
