@@ -1,8 +1,8 @@
-"""Every network by its name, Sim-MPNet and the baselines; ``docs/adding_a_network.md`` adds one's own.
+"""Every network by its name: Sim-MPNet, the baselines, and your own (``docs/adding_a_network.md``).
 
-What a name builds has the interface of Sim-MPNet, which is all that training, testing and prediction know of it:
-images (B, in_channels, S, S) give a list of logit maps (B, num_classes, S, S) whose sum's argmax predicts, ``config``
-holds the arguments that rebuild it, and ``memory_banks`` yields its memories, of which a baseline has none.
+Training, testing and prediction use only this interface, which every network here has: ``forward`` takes images
+(B, in_channels, S, S) and returns a list of logit maps (B, num_classes, S, S), and the arg max of their sum is the
+prediction; ``config`` holds the arguments that rebuild the network; ``memory_banks`` yields its memories, if any.
 """
 
 import functools
@@ -19,7 +19,7 @@ from networks.maxvit import weights_file
 from networks.sim_mpnet import SIZE_STEP, SimMPNet
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {}
-"""Name, as ``--network`` and the checkpoints have it, and what builds the network."""
+"""The builder of each network, by the name in ``--network`` and in checkpoints."""
 NEEDED = ("num_classes", "in_channels", "img_size")
 _DEFAULT_WEIGHTS: dict[str, Callable[[Mapping[str, Any]], str | Path | None]] = {}
 
@@ -29,17 +29,18 @@ def register(
     size_step: int = 32,
     default_weights: Callable[[Mapping[str, Any]], str | Path | None] = lambda options: None,
 ) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
-    """Enter the builder below it, a function or a class, as the network ``name``.
+    """Register the builder below it, a function or a class, as the network ``name``.
 
-    The builder takes ``num_classes``, ``in_channels`` and ``img_size``; ``pretrained`` too if there are weights to
-    start from; and whatever else it likes, with an int, float or str as default: each becomes a flag of the training
-    scripts, or shares the flag, and the default, that has its name already. It returns a network whose forward gives
-    one logit map, or a list of them, of any size. Of classes, channels and size what cannot be is answered before.
+    The builder takes ``num_classes``, ``in_channels`` and ``img_size``, and ``pretrained`` if there are weights to
+    start from. Each further argument needs an int, float or str as default. It becomes a flag of the training scripts;
+    if a flag of that name exists, the argument shares it and its default. The builder returns a network whose forward
+    returns one logit map, or a list of them, of any size. Impossible numbers of classes and channels and impossible
+    sizes are refused before the builder is called.
 
     Args:
-        name: not in use yet.
+        name: a new name.
         size_step: sides of an image are multiples of this, in pixels.
-        default_weights: gives of the arguments what ``pretrained`` is where ``--pretrained`` says nothing.
+        default_weights: returns, for the arguments, the value of ``pretrained`` if ``--pretrained`` is not given.
 
     Raises:
         NetworkError: the name is in use, or the builder lacks an argument.
@@ -51,12 +52,12 @@ def register(
         signature = inspect.signature(builder)
         lacking = [needed for needed in NEEDED if needed not in signature.parameters]
         if lacking:
-            raise NetworkError(f"the builder of network {name} lacks {', '.join(lacking)}: give it such arguments")
+            raise NetworkError(f"the builder of network {name} lacks {', '.join(lacking)}: add these arguments")
 
         @functools.wraps(builder, updated=())
         def build_and_name(*args, **options) -> nn.Module:
             if "pretrained" not in signature.parameters and options.pop("pretrained", None) is not None:
-                raise NetworkError(f"network {name} has no pretrained weights: leave pretrained out, or at none")
+                raise NetworkError(f"network {name} has no pretrained weights: leave pretrained out, or set it to none")
             try:
                 given = signature.bind(*args, **options)
             except TypeError as error:
@@ -77,22 +78,22 @@ def register(
 
 
 def build(network: str = "sim_mpnet", **options) -> nn.Module:
-    """Return the network of a name, built with its arguments; ``build(**model.config)`` builds another such.
+    """Return the network of a name, built with these arguments; ``build(**model.config)`` builds the same again.
 
     Raises:
-        NetworkError: there is no such network, its library is not installed, or an argument does not fit it.
+        NetworkError: the name is unknown, its library is not installed, or an argument does not fit.
     """
     check_choice("network", network, NETWORKS)
     return NETWORKS[network](**options)
 
 
 def default_weights(network: str, options: Mapping[str, Any]) -> str | Path | None:
-    """Return what ``pretrained`` is of a network with such arguments where the user says nothing."""
+    """Return the value of ``pretrained`` for a network with these arguments if the user gives none."""
     return _DEFAULT_WEIGHTS[network](options)
 
 
 class Baseline(nn.Module):
-    """Gives a network of one logit map the interface of Sim-MPNet.
+    """Give another network the interface of Sim-MPNet.
 
     Args:
         net: takes images (B, in_channels, S, S) to a logit map (B, num_classes, h, w), or to a list of them.
@@ -102,7 +103,7 @@ class Baseline(nn.Module):
     def __init__(self, net: nn.Module, config: Mapping[str, Any]):
         super().__init__()
         self.net = net
-        self.leaves_parameters_out = getattr(net, "leaves_parameters_out", False)  # of some steps
+        self.leaves_parameters_out = getattr(net, "leaves_parameters_out", False)  # see adding_a_network.md
         self.config = dict(config)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -113,7 +114,7 @@ class Baseline(nn.Module):
         return [m if m.shape[-2:] == x.shape[-2:] else resize(m, x.shape[-2:]) for m in maps]
 
     def memory_banks(self, decoder: bool = True) -> Iterator[nn.Module]:
-        """Yield nothing: a baseline remembers nothing."""
+        """Yield nothing: a baseline has no memory."""
         yield from ()
 
 

@@ -77,7 +77,7 @@ def load_release_state_dict(model: SimMPNet, state_dict: Mapping[str, Tensor]) -
             filled[name] = value
     if missing or unused or unfit:
         raise NetworkError(
-            "this is not the release's checkpoint of such a network: "
+            "the checkpoint does not fit this network of the release: "
             f"missing: {_listed(missing)}; left over: {_listed(unused)}; of another shape: {_listed(unfit)}"
         )
     model.load_state_dict(filled)
