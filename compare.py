@@ -82,7 +82,7 @@ def main() -> None:
     if (args.volume_path or args.list_dir) and len({comparison.dataset for comparison in comparisons}) > 1:
         raise RunError("--volume_path and --list_dir fit one data set, the runs have several: compare one at a time")
     tested = dict.fromkeys(case for comparison in comparisons for case in comparison.cases["case"])
-    for case in set(args.cases or ()) - set(tested):
+    for case in [case for case in args.cases or () if case not in tested]:
         raise RunError(f"--cases {case}: no run was tested on it; expected some of {', '.join(list(tested)[:5])}, ...")
     check_writable(args.output_dir)
 
@@ -105,10 +105,9 @@ def main() -> None:
         stem = f"{number}_{file_stem(comparison.dataset)}_{file_stem(comparison.split)}"
         pictures = [draw_box_plots(figures / f"{stem}_boxes.png", comparison)]
         if cases and networks:
-            predictors = {name: predictor for name, (predictor, _) in networks.items()}
+            path, predictors = figures / f"{stem}_predictions.png", {name: p for name, (p, _) in networks.items()}
             try:
                 volumes = open_volumes(comparison, args.volume_path, args.list_dir)
-                path = figures / f"{stem}_predictions.png"
                 pictures.append(draw_predictions(path, comparison, volumes, cases, predictors))
             except DataError as error:
                 logger.warning("no figure of predictions of %s: %s", comparison.title, error)
