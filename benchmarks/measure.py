@@ -3,7 +3,7 @@
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -78,12 +78,6 @@ def machine(device: str | torch.device = "cpu") -> str:
     else:
         name = f"{_processor()}, {torch.get_num_threads()} threads"
     return f"{name}; PyTorch {torch.__version__}, Python {platform.python_version()}; {time.strftime('%Y-%m-%d')}"
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def _processor() -> str:
