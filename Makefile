@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test format clean
+.PHONY: demo test test-processors format clean
 
 demo: $(VENV)/.user
 	$(RUN) prepare_data.py phantom --out data/phantom
@@ -19,6 +19,15 @@ test: $(VENV)/.dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile
+
+# What is sensitive to rounding, with the instructions of several processors, one thread and two; about 15 minutes.
+test-processors: $(VENV)/.dev
+	for threads in 1 2; do \
+		for processor in ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 NATIVE=1; do \
+			echo "== $$processor, $$threads threads"; \
+			env $$processor OMP_NUM_THREADS=$$threads $(RUN) -m pytest -q -m processors || exit 1; \
+		done; \
+	done
 
 format: $(VENV)/.dev
 	$(RUN) -m ruff check --fix .

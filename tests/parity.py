@@ -1,4 +1,4 @@
-"""The parity fixtures: where they lie, how they are read, and the inputs and weights they were computed with."""
+"""The parity fixtures: their folder, and the inputs and weights that they were computed with."""
 
 from pathlib import Path
 
@@ -15,4 +15,5 @@ def load(name: str) -> np.lib.npyio.NpzFile:
 
 
 def synthetic(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.from_numpy(tensor_for(name, shape))
+    """Return the tensor that the fixtures use for ``name``, in the default precision."""
+    return torch.from_numpy(tensor_for(name, shape)).to(torch.get_default_dtype())

@@ -5,14 +5,17 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from networks import DMWLA, DSGIM, dmwla
 from tests import oracle
 
+pytestmark = [pytest.mark.processors, pytest.mark.usefixtures("double_precision")]
+
 INTRA_CLUSTER = st.sampled_from([dmwla._attend_by_cluster, dmwla._attend_to_own])  # a CPU's way, a GPU's way
 VARIANTS = st.sampled_from(["paper", "release"])
+OFTEN = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SIZES = st.fixed_dictionaries(
     {
         "batch": st.integers(1, 3),
@@ -25,14 +28,6 @@ SIZES = st.fixed_dictionaries(
         "replaced_columns": st.integers(0, 12),
     }
 )
-
-
-@pytest.fixture(autouse=True)
-def double_precision():
-    """Decisions (which cluster, which column) must not hang on rounding: compare in float64."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def block_and_input(
@@ -56,7 +51,7 @@ def block_and_input(
     return block, torch.randn(sizes["batch"], sizes["channels"], sizes["height"], sizes["width"])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(OFTEN, max_examples=40)
 @given(SIZES, VARIANTS, INTRA_CLUSTER, st.integers(0, 10**6))
 def test_a_steady_step_and_its_gradients(sizes, variant, attend, seed):
     block, x = block_and_input(sizes, variant, seed)
@@ -89,7 +84,7 @@ def test_a_token_reads_no_foreign_column_however_large_the_values(attend):
         torch.testing.assert_close(block.eval()(100 * x), oracle.steady_forward(block, 100 * x))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(OFTEN, max_examples=15)
 @given(SIZES, st.integers(0, 10**6))
 def test_the_order_that_k_means_gives_the_pool(sizes, seed):
     block, _ = block_and_input(sizes, "paper", seed)
@@ -105,7 +100,7 @@ def test_the_order_that_k_means_gives_the_pool(sizes, seed):
     torch.testing.assert_close(block.bank.prototypes, torch.stack([c / c.norm() for c in centroids]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(OFTEN, max_examples=15)
 @given(SIZES, VARIANTS, st.integers(0, 10**6), st.integers(3, 40))
 def test_a_warm_up_step(sizes, variant, seed, warmup_iterations):
     block, x = block_and_input(sizes, variant, seed, warmup_iterations, steps_done=warmup_iterations // 2)
@@ -121,7 +116,7 @@ def test_a_warm_up_step(sizes, variant, seed, warmup_iterations):
     assert block.bank.warmup_counter == warmup_iterations // 2 + 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(OFTEN, max_examples=15)
 @given(
     VARIANTS,
     st.integers(1, 3),
