@@ -28,10 +28,8 @@ def main() -> None:
     held_out = args.val_cases if args.val_split == args.train_split else None
     val_path = args.root_path if held_out else args.volume_path  # training cases have slices only
     info.require(args.root_path, val_path)
-    train_set = SliceDataset(
-        args.root_path, args.list_dir, args.train_split, args.num_classes, args.img_size, augment=True, seed=args.seed,
-        label_order=order, without=held_out or (),
-    )  # fmt: skip
+    train_set = SliceDataset(args.root_path, args.list_dir, args.train_split, args.num_classes, args.img_size,
+        augment=True, seed=args.seed, label_order=order, without=held_out or ())  # fmt: skip
     val_set = VolumeDataset(val_path, args.list_dir, args.val_split, args.num_classes, order, only=held_out)
     quick_check(train_set, val_set, info, Path(args.list_dir, "test_vol.txt"))
     train(args, checkpoint, info, train_set, val_set)

@@ -12,18 +12,6 @@ SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 FILES = [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).glob("*.py"))]
 MAY_IMPORT = {"networks": {"networks"}, "datasets": {"datasets"}, "utils": {"utils", "datasets", "networks"}}
 """Rooms that each room may import; scripts and benchmarks may import every room."""
-UNFINISHED = {
-    "compare.py",
-    *(f"utils/{name}.py" for name in ("arguments", "comparison", "exported", "inspection", "predictor", "training")),
-    *(f"train_{name}.py" for name in ("acdc", "isic", "segpc", "synapse")),
-}
-
-
-def every_file() -> list:
-    """Return a parameter for each file of code, named by its path."""
-    names = [(path, path.relative_to(ROOT).as_posix()) for path in FILES]
-    unfinished = pytest.mark.xfail(strict=False, reason="the layout of this file is not finished")
-    return [pytest.param(path, id=name, marks=[unfinished] * (name in UNFINISHED)) for path, name in names]
 
 
 def name_of(path: Path) -> str:
@@ -41,7 +29,7 @@ def imports(path: Path) -> list[tuple[int, str]]:
     return found
 
 
-@pytest.mark.parametrize("path", every_file())
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_point_down_only(path):
     room = path.parent.name if path.parent != ROOT else "scripts"
     allowed = MAY_IMPORT.get(room, set(ROOMS)) - ({"benchmarks"} if room == "scripts" else set())
@@ -49,13 +37,13 @@ def test_imports_point_down_only(path):
     assert not wrong, "; ".join(f"{name_of(path)}:{line} imports {name}, which {room} must not" for line, name in wrong)
 
 
-@pytest.mark.parametrize("path", every_file())
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_no_class_restates_another_as_a_protocol(path):
     bases = [b for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.ClassDef) for b in n.bases]
     assert not any("Protocol" in ast.unparse(base) for base in bases), f"{name_of(path)}: import the class itself"
 
 
-@pytest.mark.parametrize("path", every_file())
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_a_file_has_one_idea_and_a_script_of_a_data_set_only_its_settings(path):
     lines = len(path.read_text(encoding="utf-8").splitlines())
     limit = 39 if path.parent == ROOT and path.stem.startswith(("train_", "test_")) else 400

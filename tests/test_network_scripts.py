@@ -10,8 +10,6 @@ import pytest
 import torch
 
 from datasets import acdc
-from networks import NETWORKS
-from tests.networks.test_registry import example  # noqa: F401, a fixture
 from tests.test_scripts import SMALL, assert_one_line, folders, volume_folders
 from utils.arguments import network_arguments, parse_training, training_parser
 from utils.errors import RunError
@@ -45,24 +43,6 @@ def test_a_baseline_trains_resumes_tests_and_predicts_like_sim_mpnet(phantom, ru
     assert json.loads((run / "results_test/summary.json").read_text())["num_cases"] > 0
     scan = sorted((run / "results_test/nifti").glob("*_img.nii.gz"))[0]
     assert Predictor(run / "best.pth", "cpu")(scan).shape == nibabel.load(scan).shape
-
-
-def test_the_documented_example_trains_with_its_own_flag(example, phantom, run_script, tmp_path):  # noqa: F811
-    flags = ["--network", example, "--width", 8, *folders(phantom), *COMMON, "--output_dir", tmp_path / "run"]
-    done = run_script("train_acdc.py", *flags)
-    assert done.status == 0, done.error
-    state = torch.load(tmp_path / "run/best.pth", weights_only=True)
-    assert state["network"]["network"] == example and state["network"]["width"] == 8
-    done = run_script("test_acdc.py", "--checkpoint", tmp_path / "run/best.pth", *volume_folders(phantom))
-    assert done.status == 0, done.error
-
-    del NETWORKS[example]
-    try:
-        for script, flag in (("train_acdc.py", "--resume"), ("test_acdc.py", "--checkpoint")):
-            done = run_script(script, flag, tmp_path / "run/last.pth", *volume_folders(phantom))
-            assert_one_line(done, example)
-    finally:
-        NETWORKS[example] = None  # for the fixture to take away
 
 
 def test_ablations_train_and_their_checkpoints_know_them(phantom, run_script, tmp_path):
