@@ -13,15 +13,14 @@ if TYPE_CHECKING:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Give the number of parameters; buffers, such as a memory's columns, do not count."""
+    """Return the number of parameters. Buffers, such as the columns of a memory, do not count."""
     return sum(p.numel() for p in model.parameters())
 
 
 def count_multiply_adds(model: nn.Module, img_size: int, in_channels: int) -> float:
-    """Give the multiply-adds of one image, (1, in_channels, S, S), in evaluation; FLOPs are twice as many.
+    """Return the multiply-adds of one image, (1, in_channels, S, S), in evaluation. FLOPs are twice as many.
 
-    Counted by `torch.utils.flop_counter`: convolutions, matrix products and attention. The model predicts on the
-    device where it is.
+    `torch.utils.flop_counter` counts convolutions, matrix products and attention. The model runs on its own device.
     """
     device = next(model.parameters()).device
     with flop_counter() as counter, torch.inference_mode():
@@ -31,12 +30,12 @@ def count_multiply_adds(model: nn.Module, img_size: int, in_channels: int) -> fl
 
 @contextmanager
 def flop_counter() -> Iterator["FlopCounterMode"]:
-    """Count what is computed meanwhile.
+    """Count the FLOPs of everything inside the context.
 
-    `nn.MultiheadAttention` too, whose fused form in evaluation hides its work; and the gradient by weight of a
-    convolution in groups as what it is, which torch multiplies by the groups.
+    Two corrections to torch's counter: it does not see the fused `nn.MultiheadAttention` of evaluation, and it
+    multiplies the weight gradient of a grouped convolution by the number of groups.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # not where only parameters are counted: it takes a while
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import, and not needed to count parameters
 
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -62,6 +61,6 @@ def _convolution_backward_flops(
     wanted: Sequence[bool],
     **shapes: object,
 ) -> int:
-    """Return the FLOPs of the gradients of a convolution from shapes: by input and by weight what the forward has."""
+    """Return the FLOPs of a convolution's gradients from shapes: by input and by weight, each as many as forward."""
     forward = 2 * math.prod(x if transposed else output) * math.prod(weight[1:])
     return forward * sum(wanted[:2])

@@ -1,6 +1,9 @@
-"""The decoder: DMW-LA at every level, and CBAM's two attentions on the skips.
+"""The decoder: DMW-LA at every level, and CBAM's two attentions on the skips (CBAM: Woo et al., ECCV 2018).
 
-CBAM: Woo et al., ECCV 2018.
+    d_4 = ConvBlock(DMW-LA(conv1x1(s_4)))
+    u = Up(d_{i+1});  v = CA_i(u + s_i) (u + s_i);  v = SA(v) v;  d_i = ConvBlock(DMW-LA(u + v)),  i = 3, 2, 1
+
+Departure from the release: it has a channel attention at the deepest level that no forward pass uses.
 """
 
 import torch
@@ -11,12 +14,12 @@ from networks.layers import ConvBlock
 
 
 class Decoder(nn.Module):
-    """Four levels from the deepest skip up, each through DMW-LA and a ConvBlock.
+    """Decode four skips, from the deepest up, through DMW-LA and a ConvBlock at each level.
 
     Args:
         widths: C_1 ... C_4, shallowest first.
         variant: ``"paper"`` or ``"release"``.
-        attention: what stands at each level (``attention_block``).
+        attention: the kind of block at each level (``attention_block``).
         dmwla_options: further arguments of each ``DMWLA``.
     """
 
@@ -49,7 +52,7 @@ class Decoder(nn.Module):
 
 
 class UpConv(nn.Sequential):
-    """Nearest-neighbour doubling, 3x3 convolution, BatchNorm, ReLU: (B, in, H, W) to (B, out, 2H, 2W)."""
+    """Double by nearest neighbour, then 3x3 convolution, BatchNorm, ReLU: (B, in, H, W) to (B, out, 2H, 2W)."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(
@@ -61,7 +64,7 @@ class UpConv(nn.Sequential):
 
 
 class ChannelAttention(nn.Module):
-    """CBAM's channel attention: (B, C, H, W) to weights (B, C, 1, 1) in (0, 1)."""
+    """Compute CBAM's channel attention: (B, C, H, W) to weights (B, C, 1, 1) in (0, 1)."""
 
     def __init__(self, channels: int, reduction: int = 16):
         super().__init__()
@@ -77,7 +80,7 @@ class ChannelAttention(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """CBAM's spatial attention: (B, C, H, W) to weights (B, 1, H, W) in (0, 1)."""
+    """Compute CBAM's spatial attention: (B, C, H, W) to weights (B, 1, H, W) in (0, 1)."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The DMW-LA encoder, the paper's encoder 1 ("smaller image")."""
+"""The DMW-LA encoder, the paper's encoder 1 ("smaller image"): four stages at strides 4, 8, 16 and 32."""
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ DSGIM_STAGE = 2  # counted from 0: each of its blocks is followed by DS-GIM
 
 
 class OverlapPatchEmbedding(nn.Module):
-    """A strided convolution whose patches overlap, then LayerNorm over channels."""
+    """Embed overlapping patches: a strided convolution, then LayerNorm over channels."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int):
         super().__init__()
@@ -28,14 +28,14 @@ class OverlapPatchEmbedding(nn.Module):
 
 
 class DMWLAEncoder(nn.Module):
-    """Four stages of patch embedding and DMW-LA blocks; DS-GIM after each block of the third.
+    """Encode an image in four stages of patch embedding and DMW-LA blocks; DS-GIM follows each block of the third.
 
     Args:
         widths: C_1 ... C_4.
         img_size: side in pixels to which the gated image is resized, a multiple of 32.
         variant: ``"paper"`` or ``"release"``.
-        attention: what the blocks are (``attention_block``).
-        dsgim: the similarities that DS-GIM keeps, or ``"none"``: no DS-GIM.
+        attention: the kind of the blocks (``attention_block``).
+        dsgim: the similarities that DS-GIM uses, or ``"none"`` for no DS-GIM.
         dmwla_options: further arguments of each ``DMWLA``.
     """
 

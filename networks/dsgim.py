@@ -1,7 +1,11 @@
-"""DS-GIM, double-similarity global internal enhancement: cosine similarity picks, Euclidean distance parts.
+"""DS-GIM, double-similarity global internal enhancement of a feature map (paper, section 3.3).
 
-Where ``release`` departs from the paper (its decay written into an integer mask, its second mask compared with
-the wrong quantity, one set of running statistics for six depths), a comment says so.
+1. Cosine similarity selects two of the map's 2 x 2 windows. Their queries, and the other windows' keys, are decayed.
+2. Scores ``T = Q K^T``. The distance between mean scores divides the keys of each row into two branches.
+3. ``out = ConvBlock'(fc((softmax_I(T) + softmax_II(T)) V))``.
+
+The variant ``release`` departs from the paper in four places; a comment marks each. Symbols: B batch, C channels, H W
+map, n = H W tokens.
 """
 
 import torch
@@ -13,21 +17,21 @@ from networks.errors import NetworkError
 from networks.layers import check_choice, check_variant, without_autocast
 
 SIMILARITIES = ("both", "cosine", "euclidean")
-EXCLUDED = -100.0  # the score of a key that a branch leaves out
+EXCLUDED = -100.0  # score of a key that is not in a branch
 
 
 class DSGIM(nn.Module):
-    """Double-similarity global internal enhancement of a feature map.
+    """Enhance a feature map by double similarity.
 
-    One module serves several positions of the network, as in the paper: convolutions and affine parameters are
-    shared. The decay and (in ``paper``) the BatchNorm running statistics belong to the position.
+    As in the paper, one module serves several positions of the network, which share convolutions and affine
+    parameters. Each position has its own decay and, in ``paper``, its own BatchNorm running statistics.
 
     Args:
         channels: C, a multiple of 4.
-        num_positions: how many places of the network share the module, at most 11.
+        num_positions: positions of the network that share the module, at most 11.
         variant: ``"paper"`` or ``"release"``.
-        similarities: ``"both"``; ``"cosine"``, windows picked and decayed, then one softmax over all keys; or
-            ``"euclidean"``, keys parted into two branches, but no window decayed.
+        similarities: ``"both"``; ``"cosine"``, windows are decayed, then one softmax over all keys; or
+            ``"euclidean"``, keys are divided into two branches, but no window is decayed.
     """
 
     def __init__(self, channels: int, num_positions: int = 6, variant: str = "paper", similarities: str = "both"):
@@ -35,7 +39,7 @@ class DSGIM(nn.Module):
         check_variant(variant)
         check_choice("similarities", similarities, SIMILARITIES)
         if channels % 4:
-            raise NetworkError(f"channels is {channels}; DS-GIM takes a multiple of 4")
+            raise NetworkError(f"channels is {channels}; DS-GIM needs a multiple of 4")
         if not 1 <= num_positions < len(decay_coefficients()):
             raise NetworkError(f"num_positions is {num_positions}; DS-GIM has decay coefficients for 1 to 11")
         self.variant = variant
@@ -52,17 +56,17 @@ class DSGIM(nn.Module):
         self.register_buffer("decay", decay_coefficients(), persistent=False)
 
     def forward(self, x: Tensor, position: int = 0) -> Tensor:
-        """Return the enhanced map (B, C, h, w) that replaces ``x`` (B, C, h, w), h and w even."""
+        """Return the enhanced map (B, C, H, W) that replaces ``x`` (B, C, H, W), H and W even."""
         height, width = x.shape[-2:]
         if height % 2 or width % 2:
-            raise NetworkError(f"the map is {height} x {width}; DS-GIM cuts it into 2 x 2 windows: both must be even")
-        query_scale, key_scale = self._decays(x, position)  # (B, 1, h, w) each
-        with without_autocast(x):  # thresholds must not hang on bf16 rounding
+            raise NetworkError(f"the map is {height} x {width}; DS-GIM cuts it into 2 x 2 windows: use even sides")
+        query_scale, key_scale = self._decays(x, position)  # (B, 1, H, W) each
+        with without_autocast(x):  # bf16 rounding must not decide on which side of a threshold a key is
             exact = x.to(self.query.weight.dtype)
             query = rearrange(self.query(exact * query_scale), "b c h w -> b (h w) c")
             key = rearrange(self.key(exact * key_scale), "b c h w -> b (h w) c")
-            scores = query @ key.mT  # T (B, hw, hw), unscaled
-            if self.variant == "release":  # image 0 is constant: no rounding of the product may say otherwise
+            scores = query @ key.mT  # T (B, n, n), not scaled
+            if self.variant == "release":  # the scores of image 0 are constant; rounding must not change that
                 is_first = torch.arange(x.shape[0], device=x.device).view(-1, 1, 1) == 0
                 scores = torch.where(is_first, scores[:, :1, :1], scores)
             attention = self._branches(scores) if self.parts_keys else scores.softmax(-1)
@@ -74,7 +78,7 @@ class DSGIM(nn.Module):
         return F.relu(self.norm2(self.conv2(out), statistics))
 
     def _decays(self, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """Return the factors (B, 1, h, w) of the query's and of the key's input."""
+        """Return the factors (B, 1, H, W) of the query's and of the key's input."""
         if not self.decays_windows:
             whole = torch.ones_like(x[:, :1])
             return whole, whole
@@ -84,7 +88,7 @@ class DSGIM(nn.Module):
         gamma = self.decay[position + 1] if self.variant == "paper" else torch.zeros_like(self.decay[0])
         query_scale = torch.where(selected, gamma, 1.0)
         key_scale = torch.where(selected, 1.0, gamma)
-        if self.variant == "release":  # image 0 of a batch is lost: its mask is truncated to zero everywhere
+        if self.variant == "release":  # it truncates the mask of image 0 of a batch to zero everywhere
             not_first = (torch.arange(x.shape[0], device=x.device) > 0).view(-1, 1, 1, 1)
             query_scale, key_scale = query_scale * not_first, key_scale * not_first
         return query_scale, key_scale
@@ -97,7 +101,7 @@ class DSGIM(nn.Module):
         tau = distance.topk(n // 2, dim=-1).values[..., -1:]  # (B, n, 1)
         mask_1 = (distance >= tau) | torch.eye(n, dtype=torch.bool, device=scores.device)
         mask_2 = ~mask_1
-        if self.variant == "release":  # it compares the binary mask I, not E, with tau
+        if self.variant == "release":  # it compares the binary mask I with tau, not E
             mask_2 = mask_2 | (tau >= 1)
         present = scores.detach() != 0
         branch_1 = torch.where(mask_1 & present, scores, EXCLUDED).softmax(-1)
@@ -106,7 +110,7 @@ class DSGIM(nn.Module):
 
 
 class PositionalBatchNorm2d(nn.Module):
-    """BatchNorm with one affine map and a set of running statistics for each position that shares it."""
+    """Apply BatchNorm with one affine map, and with running statistics of its own for each position."""
 
     def __init__(self, channels: int, num_positions: int):
         super().__init__()
@@ -115,7 +119,7 @@ class PositionalBatchNorm2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, position: int) -> Tensor:
-        """Normalise (B, C, h, w) with the statistics of ``position``."""
+        """Return (B, C, H, W) normalised with the statistics of ``position``."""
         return self.statistics[position](x) * self.weight[:, None, None] + self.bias[:, None, None]
 
 
@@ -126,17 +130,17 @@ def decay_coefficients() -> Tensor:
 
 
 def select_windows(x: Tensor, count: int = 2) -> Tensor:
-    """Mark the windows of a 2 x 2 grid whose tokens resemble each other most.
+    """Select the windows of a 2 x 2 grid whose tokens are most similar to each other.
 
-    A window's score is the sum of the upper triangle, diagonal included, of its tokens' cosine similarities. The
-    sum of all pairs is the squared length of the summed unit tokens, so no similarity matrix is formed.
+    A window's score is the sum of the upper triangle, with the diagonal, of its tokens' cosine similarities. The sum
+    over all pairs is the squared length of the summed unit tokens, so no similarity matrix is needed.
 
     Args:
-        x: (B, C, h, w), h and w even.
-        count: how many windows are marked.
+        x: (B, C, H, W), H and W even.
+        count: number of windows to select.
 
     Returns:
-        bool (B, 4), row-major, ``count`` of each row true.
+        bool (B, 4), row by row of the grid; ``count`` of each image are true.
     """
     tokens = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
     windows = rearrange(tokens, "b c (r h) (s w) -> b (r s) (h w) c", r=2, s=2)

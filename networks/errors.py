@@ -1,5 +1,5 @@
-"""The error of a network that cannot be built, fed or filled as asked."""
+"""The error that networks raise."""
 
 
 class NetworkError(ValueError):
-    """A wrong scale, size, variant, weight file or state dict; the message says what would be right."""
+    """Report a wrong scale, size, variant, weight file or state dict, and what would be right, in one line."""

@@ -1,4 +1,4 @@
-"""The small parts that both encoders and the decoder share."""
+"""Checks of arguments, and small layers that both encoders and the decoder share."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,27 +13,27 @@ VARIANTS = ("paper", "release")
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Raise a NetworkError, with the choices, for a ``value`` that is none of them."""
+    """Raise a NetworkError that lists the choices if ``value`` is not one of them."""
     if value not in choices:
         raise NetworkError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
 
 
 def check_variant(variant: str) -> None:
-    """Raise a NetworkError for a variant that there is not."""
+    """Raise a NetworkError if the variant is unknown."""
     check_choice("variant", variant, VARIANTS)
 
 
 def check_images(num_classes: int, in_channels: int, img_size: int, size_step: int) -> None:
-    """Raise a NetworkError for classes, channels or an image side that no network here takes."""
+    """Raise a NetworkError if the number of classes, the channels or the image side is not supported."""
     if in_channels not in (1, 3):
-        raise NetworkError(f"in_channels is {in_channels}; images have 1 (grey) or 3 (colour)")
+        raise NetworkError(f"in_channels is {in_channels}; use 1 (grey) or 3 (colour)")
     if num_classes < 2:
-        raise NetworkError(f"num_classes is {num_classes}; it counts background, so at least 2")
+        raise NetworkError(f"num_classes is {num_classes}; it includes background, so use at least 2")
     check_size("img_size", img_size, size_step)
 
 
 def check_size(name: str, size: int, step: int) -> None:
-    """Raise a NetworkError, with the nearest sides that fit, for one that is no multiple of ``step`` pixels."""
+    """Raise a NetworkError with the nearest right sides if ``size`` is not a multiple of ``step`` pixels."""
     if size <= 0 or size % step:
         below = max(size // step * step, step)
         choices = f"{below}" if size < step else f"{below} or {below + step}"
@@ -41,7 +41,7 @@ def check_size(name: str, size: int, step: int) -> None:
 
 
 def check_input(x: Tensor, in_channels: int, img_size: int) -> None:
-    """Raise a NetworkError for images that are not (B, in_channels, img_size, img_size)."""
+    """Raise a NetworkError if images do not have the shape (B, in_channels, img_size, img_size)."""
     if x.ndim != 4 or tuple(x.shape[1:]) != (in_channels, img_size, img_size):
         raise NetworkError(
             f"the input has shape {tuple(x.shape)}; this network takes (B, {in_channels}, {img_size}, {img_size}): "
@@ -50,21 +50,21 @@ def check_input(x: Tensor, in_channels: int, img_size: int) -> None:
 
 
 def resize(x: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """Resize a map (B, C, H, W) to ``size`` bilinearly, corners not aligned: the only way this network resizes."""
+    """Resize a map (B, C, H, W) to ``size`` bilinearly, corners not aligned. This network resizes in no other way."""
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
-    """Return a context without autocast on the device of ``x``; where it is off already, one that does nothing.
+    """Return a context without autocast on the device of ``x``, or an empty context if autocast is already off.
 
-    torch.export cuts a program in two at every change of autocast.
+    torch.export splits a program at every change of autocast, so there must be none without need.
     """
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 class ConvBlock(nn.Sequential):
-    """Twice a 3x3 convolution, BatchNorm and ReLU: (B, in, H, W) to (B, out, H, W)."""
+    """Apply 3x3 convolution, BatchNorm and ReLU twice: (B, in, H, W) to (B, out, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(
@@ -78,7 +78,7 @@ class ConvBlock(nn.Sequential):
 
 
 class ImageInjection(nn.ModuleList):
-    """Lets the image back in after each stage: ``f + sigmoid(f) * conv1x1(image at the size of f)``.
+    """Inject the image after each stage: ``f + sigmoid(f) * conv1x1(image at the size of f)``.
 
     One 1x1 convolution per stage, from the three image channels to the stage's width.
     """

@@ -1,4 +1,4 @@
-"""Takes a checkpoint of the authors' release into our network, name by name."""
+"""Load a checkpoint of the authors' release into our network, name by name."""
 
 import re
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from torch import Tensor
 from networks.errors import NetworkError
 from networks.sim_mpnet import SimMPNet
 
-# Our prefix, the release's; the first that fits is taken.
+# Our prefix and the release's; the first match applies.
 PREFIXES = [
     (r"stem\.", "conv."),
     (r"maxvit\.stem\.", "stem_1."),
@@ -39,22 +39,22 @@ BANK = {
     "bank.warmup_counter": "warmup_iter_counter",
     "phi_k": "phi.weight",  # not stored by the release: a copy of phi
 }
-# Ours alone: K comes from W-LD, the counts are a record.
+# Not in a release checkpoint: K comes from W-LD, the counts are only a record.
 OURS = re.compile(r".*\.bank\.(replaced_columns|key_counts)$")
-# Second names of the backbone's tensors, layers that no forward pass uses, and constants.
+# Second names of the backbone's tensors, unused layers, and constants.
 IGNORED = re.compile(r"backbone1\.(stem|stages|norm)\.|decoder\.CA4\.|(.*\.)?k$|.*\.pool_structured$")
-GREY_STEM = re.compile(r"conv\.")  # present in a colour model too, and unused there
+GREY_STEM = re.compile(r"conv\.")  # a colour model has it too, but does not use it
 
 
 def load_release_state_dict(model: SimMPNet, state_dict: Mapping[str, Tensor]) -> None:
-    """Fill ``model`` from a state dict with the release's own names, perhaps behind ``module.``.
+    """Load a state dict that has the release's names, with or without the prefix ``module.``, into ``model``.
 
     Args:
-        model: a network at scale ``small`` and 256 px, of the state dict's class and cluster counts.
+        model: a network of scale ``small`` at 256 px, with the classes and clusters of the state dict.
         state_dict: the release's tensors.
 
     Raises:
-        NetworkError: tensors are missing, left over, or of another shape; all are listed. The model is unchanged.
+        NetworkError: tensors are missing, left over or of another shape. It lists all; the model is unchanged.
     """
     theirs = {name.removeprefix("module."): value for name, value in state_dict.items()}
     unused = {name for name in theirs if not IGNORED.match(name)}
@@ -84,7 +84,7 @@ def load_release_state_dict(model: SimMPNet, state_dict: Mapping[str, Tensor]) -
 
 
 def release_name(name: str) -> str:
-    """Return the release's name of our tensor ``name``; several of ours may come from one of theirs."""
+    """Return the release's name of our tensor ``name``. Several of our tensors may come from one of theirs."""
     for pattern, replacement in PREFIXES:
         name, found = re.subn(f"^{pattern}", replacement, name, count=1)
         if found:
@@ -96,7 +96,7 @@ def release_name(name: str) -> str:
 
 
 def _in_our_layout(name: str, value: Tensor, own: Tensor) -> Tensor | None:
-    """Return the release's tensor in the layout of ours, or None where it does not fit."""
+    """Return the release's tensor in our layout, or None if it does not fit."""
     if name.endswith("bank.pool") and value.ndim == 2 and value.shape[1] == own.shape[0] * own.shape[1]:
         value = rearrange(value, "d (k m) -> k m d", m=own.shape[1])
     elif name.endswith("bank.prototypes") and value.ndim == 2:

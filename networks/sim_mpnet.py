@@ -1,8 +1,9 @@
 """Sim-MPNet, the similarity memory prior network for medical image segmentation.
 
 Tang et al., "Similarity Memory Prior is All You Need for Medical Image Segmentation", ICCV 2025,
-arXiv 2507.00585. The variant ``paper`` is what the paper describes. ``release`` computes what the authors' program
-of December 2025 computes, so that its checkpoints give its numbers; ``docs/architecture.md`` lists the differences.
+arXiv 2507.00585. The variant ``paper`` is what the paper describes. The variant ``release`` computes what the authors'
+program of December 2025 computes, so that its checkpoints give its numbers; ``docs/architecture.md`` lists the
+differences. Symbols: B batch, S image side, s side of the DMW-LA encoder's image, C_i width of stage i.
 """
 
 from collections.abc import Iterator
@@ -39,15 +40,15 @@ CHOICES = {
 
 
 class Observation(NamedTuple):
-    """What the blocks of a network decide about images (B, in_channels, S, S).
+    """The decisions of a network's blocks about images (B, in_channels, S, S).
 
     Attributes:
-        clusters: the cluster of each token, int64 (B, h, w), by the names of ``SimMPNet.memory_blocks``; without
-            meaning while the memory is in warm-up.
-        windows: those that DS-GIM selects, bool (B, positions, 4), row by row of 2 x 2; ``None`` where an ablation
-            selects none.
-        gate: how far the gate lets the DMW-LA encoder see the image, (B, 1, S / 32, S / 32) in [0, 1]; ``None``
-            without a gate.
+        clusters: the cluster of each token, int64 (B, H, W), by the names of ``SimMPNet.memory_blocks``; without
+            meaning during the warm-up.
+        windows: the windows that DS-GIM selects, bool (B, positions, 4), row by row of 2 x 2; ``None`` if an
+            ablation selects none.
+        gate: the gate between the encoders, (B, 1, S / 32, S / 32) in [0, 1]; 0 hides the image from the DMW-LA
+            encoder; ``None`` without a gate.
     """
 
     clusters: dict[str, Tensor]
@@ -56,27 +57,31 @@ class Observation(NamedTuple):
 
 
 class SimMPNet(nn.Module):
-    """Two encoders, one gated by the other, a decoder, and four logit maps.
+    """Segment images: two encoders, one gated by the other, a decoder, and four logit maps.
 
-    Args:
+    Images:
         num_classes: classes with background.
         in_channels: 1 (grey, mapped to three channels by a learned 1x1 convolution) or 3 (colour).
         img_size: side S of the input in pixels, a multiple of 32.
         img_size_dmwla: side of the DMW-LA encoder's image, a multiple of 32.
+
+    Network:
         model_scale: ``pico``, ``nano``, ``tiny``, ``small`` (the paper's) or ``base``.
         variant: ``"paper"`` or ``"release"``.
         feature_dim: memory width d of the encoder's blocks (the paper's: 256, on ACDC 128).
         num_clusters: clusters of the encoder's blocks; ``None`` means ``num_classes``.
         pretrained: a MaxViT weight file, ``"hub"`` (timm's download), or ``None`` for random weights.
+
+    Memory:
         decoder_feature_dim: memory width d of the decoder's blocks.
         decoder_num_clusters: clusters of the decoder's blocks.
         columns_per_cluster: M.
         pool_momentum: weight of a key when it is blended into a column.
         phi_k_momentum: share of phi_k that survives an update.
-        replaced_columns: K before W-LD changes it.
+        replaced_columns: K, columns that a step renews, before W-LD changes it.
         warmup_iterations: training steps before the memory is used.
 
-    Ablations, each of which leaves a part out:
+    Ablations, each without one part:
         attention: ``"dmwla"``; ``"plain"``: without DMW-LA, that is without the memory and its intra-cluster
             interaction; ``"intra_cluster"``: without the global interaction, once the warm-up has ended.
         dsgim: ``"both"`` similarities of DS-GIM, only ``"cosine"``, only ``"euclidean"``, or ``"none"``: no DS-GIM.
@@ -86,7 +91,7 @@ class SimMPNet(nn.Module):
             only head, so that training and prediction see its map alone.
 
     Raises:
-        NetworkError: a scale, variant, ablation, channel count or size that there is not, or weights that do not fit.
+        NetworkError: unknown scale, variant or ablation, unsupported size or channels, or weights that do not fit.
     """
 
     def __init__(
@@ -114,7 +119,7 @@ class SimMPNet(nn.Module):
         loss: str = "subset",
     ):
         super().__init__()
-        # Everything that rebuilds this network, but not the weights it started from.
+        # All arguments that rebuild this network, without the weights that it started from.
         num_clusters = num_classes if num_clusters is None else num_clusters
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__", "pretrained")}
         check_images(num_classes, in_channels, img_size, SIZE_STEP)
@@ -122,7 +127,7 @@ class SimMPNet(nn.Module):
         for name, choices in CHOICES.items():
             check_choice(name, self.config[name], choices)
 
-        self.leaves_parameters_out = attention == "intra_cluster"  # which several processes must know
+        self.leaves_parameters_out = attention == "intra_cluster"  # DistributedDataParallel must know
         blocks = dict(
             attention=attention,
             columns_per_cluster=columns_per_cluster,
@@ -138,7 +143,7 @@ class SimMPNet(nn.Module):
         if encoders != "dmwla":
             self.maxvit = MaxViTEncoder(model_scale, img_size, pretrained)
         elif pretrained is not None:
-            raise NetworkError(f"pretrained is {pretrained}, but encoders='dmwla' has no MaxViT: leave one of them out")
+            raise NetworkError(f"pretrained is {pretrained}, but encoders='dmwla' has no MaxViT: omit one of them")
         widths = self.maxvit.widths if self.maxvit is not None else scale_widths(model_scale)
         if encoders == "both" and gate == "learned":
             self.gate = nn.Conv2d(widths[-1], 1, 1)
@@ -159,16 +164,16 @@ class SimMPNet(nn.Module):
         self.heads = nn.ModuleList(nn.Conv2d(width, num_classes, 1) for width in reversed(with_head))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Return the four logit maps, deepest first, each (B, num_classes, S, S); their sum's argmax predicts.
+        """Return four logit maps, deepest first, (B, num_classes, S, S); the arg max of their sum is the prediction.
 
-        With ``loss="last"`` there is only the last of them.
+        With ``loss="last"`` the list has only the last of them.
 
         Args:
             x: images (B, in_channels, S, S), S = ``img_size``.
         """
         check_input(x, self.config["in_channels"], self.config["img_size"])
         size = x.shape[-1]
-        with without_autocast(x):  # what rounding takes from an image no layer gives back
+        with without_autocast(x):  # bf16 would round the image's contrast away
             x = self.stem(x)  # (B, 3, S, S)
         if self.maxvit is None or self.dmwla_encoder is None:
             skips = self._skips_of_one_encoder(x)
@@ -182,15 +187,15 @@ class SimMPNet(nn.Module):
         return [resize(head(d_i), size) for head, d_i in zip(self.heads, d[-len(self.heads) :], strict=True)]
 
     def memory_banks(self, decoder: bool = True) -> Iterator[PrototypeMemoryBank]:
-        """Yield every bank, those of the encoder first; without the decoder's on request."""
-        for room in (self.dmwla_encoder, self.decoder) if decoder else (self.dmwla_encoder,):
-            if room is not None:
-                yield from (module for module in room.modules() if isinstance(module, PrototypeMemoryBank))
+        """Yield every memory bank, those of the encoder first; ``decoder=False`` omits the decoder's."""
+        for part in (self.dmwla_encoder, self.decoder) if decoder else (self.dmwla_encoder,):
+            if part is not None:
+                yield from (module for module in part.modules() if isinstance(module, PrototypeMemoryBank))
 
     def memory_blocks(self) -> Iterator[tuple[str, DMWLA]]:
-        """Yield every block that has a memory, in the order of the forward pass, and its name.
+        """Yield name and block of every DMW-LA block, in the order of the forward pass.
 
-        ``encoder 3.1`` is the first of the third stage, ``decoder 4`` that of the deepest level.
+        ``encoder 3.1`` is the first block of the third stage, ``decoder 4`` the block of the deepest level.
         """
         stages = self.dmwla_encoder.stages if self.dmwla_encoder is not None else ()
         blocks = {f"encoder {i}.{j}": block for i, stage in enumerate(stages, 1) for j, block in enumerate(stage, 1)}
@@ -199,7 +204,7 @@ class SimMPNet(nn.Module):
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> Observation:
-        """Do a forward pass and return what its blocks decide about images (B, in_channels, S, S)."""
+        """Do a forward pass on images (B, in_channels, S, S) and return the decisions of its blocks."""
         clusters: dict[str, Tensor] = {}
         windows: list[Tensor] = []
         names = {block: name for name, block in self.memory_blocks()}
@@ -224,7 +229,7 @@ class SimMPNet(nn.Module):
 
     @contextmanager
     def gate_observed(self) -> Iterator[list[Tensor]]:
-        """Collect meanwhile the gate of each forward pass, as ``Observation`` has it; none without a gate."""
+        """Collect the gate of each forward pass inside the context, as in ``Observation``; nothing without a gate."""
         gates: list[Tensor] = []
         if self.gate is None:
             yield gates
@@ -236,7 +241,7 @@ class SimMPNet(nn.Module):
             handle.remove()
 
     def _skips_of_one_encoder(self, x: Tensor) -> list[Tensor]:
-        """Return s_i, (B, C_i, s / 2^(i+1), s / 2^(i+1)), of images (B, 3, S, S) where an ablation left one encoder."""
+        """Return the skips s_i, (B, C_i, s / 2^(i+1), s / 2^(i+1)), of images (B, 3, S, S) with one encoder only."""
         if self.maxvit is None:
             return self.dmwla_encoder(x)
         size = self.config["img_size_dmwla"]

@@ -12,12 +12,21 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ablation
+from networks import NETWORKS
 from tests.conftest import ROOT
-from tests.networks.test_registry import example  # noqa: F401, a fixture
 from tests.test_scripts import folders
 from utils.errors import RunError
 
 FEW = "--img_size 64 --batch_size 4 --max_iterations 2 --num_workers 0 --device cpu".split()
+
+
+@pytest.fixture
+def example():
+    """Register the network of ``docs/adding_a_network.md``, which trains in no time."""
+    text = (ROOT / "docs/adding_a_network.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})
+    yield "two_convolutions"
+    del NETWORKS["two_convolutions"]
 
 
 @pytest.fixture
@@ -40,7 +49,7 @@ def call(monkeypatch, *argv) -> None:
     ablation.main()
 
 
-def test_rows_over_seeds_are_collected_and_resumed(example, phantom, started, monkeypatch, tmp_path):  # noqa: F811
+def test_rows_over_seeds_are_collected_and_resumed(example, phantom, started, monkeypatch, tmp_path):
     rows = {"narrow": f"--network {example} --width 4", "the wide one": f"--network {example} --width 8"}
     monkeypatch.setitem(ablation.PRESETS, "networks", rows)
     out = tmp_path / "out"
