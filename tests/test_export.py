@@ -116,6 +116,7 @@ def exported(checkpoint, tmp_path_factory) -> Path:
     return run_export(checkpoint, tmp_path_factory.mktemp("onnx") / "model.onnx")
 
 
+@pytest.mark.processors
 def test_another_program_gets_the_summed_logits_and_the_facts(exported, checkpoint, model):
     """As docs/export.md tells other programs to."""
     session = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
@@ -146,6 +147,7 @@ def test_predict_takes_an_onnx_file_in_place_of_a_checkpoint(exported, checkpoin
     np.testing.assert_array_equal(*inputs)
 
 
+@pytest.mark.processors
 def test_a_colour_network_of_the_release_in_warm_up_is_exported_with_warnings(tmp_path, caplog):
     model = seasoned("blocks", in_use=False, num_classes=2, in_channels=3, variant="release")
     predictor = Predictor(run_export(save(tmp_path / "best.pth", model, "isic"), tmp_path / "model.onnx"), "cpu")

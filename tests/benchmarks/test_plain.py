@@ -17,6 +17,7 @@ def double_precision():
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.processors
 def test_plain_dmwla_equals_the_oracle_and_the_network():
     torch.manual_seed(0)
     block = DMWLA(6, 8, num_clusters=3, columns_per_cluster=4, replaced_columns=2).train()
@@ -33,6 +34,7 @@ def test_plain_dmwla_equals_the_oracle_and_the_network():
         torch.testing.assert_close(module.phi_k, phi_k)
 
 
+@pytest.mark.processors
 def test_a_plain_copy_of_a_network_in_warm_up_and_in_use_gives_its_logits():
     torch.manual_seed(0)
     model = SimMPNet(3, model_scale="pico", img_size=64, img_size_dmwla=64).double().eval()

@@ -257,6 +257,7 @@ def test_best_is_kept_from_worse_epochs_and_from_a_kill_before_it_is_written(tmp
 # The step and the epoch
 
 
+@pytest.mark.processors
 def test_a_batch_in_parts_has_the_gradient_of_its_parts_and_writes_the_memory_once(tmp_path):
     made = trainer(tmp_path, "--batch_size", "4", "--accumulate", "2")
     batch = next(iter(made.loader))
