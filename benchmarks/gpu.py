@@ -163,12 +163,12 @@ def free_memory() -> None:
 def operations(args: Namespace) -> tuple[float, float]:
     """Return the operations per image of our training step and of our evaluation."""
     form = Form("float32", args, torch.device("cpu"))
-    counts = []
-    for call in (form.training_step(1), form.evaluation(1)):
-        with flop_counter() as counter:
-            call()
-        counts.append(float(counter.get_total_flops()))
-    return counts[0], counts[1]
+    step, predict = form.training_step(1), form.evaluation(1)
+    with flop_counter() as training:
+        step()
+    with flop_counter() as evaluation:
+        predict()
+    return float(training.get_total_flops()), float(evaluation.get_total_flops())
 
 
 def write_profile(form: Form, folder: Path) -> None:
@@ -199,11 +199,8 @@ def measure(form: Form, flops: tuple[float, float], peak_rate: float) -> list[ob
         memory = torch.cuda.max_memory_allocated() / 2**30 if form.device.type == "cuda" else float("nan")
         cells += [f"{1000 * seconds:.1f}", f"{batch_size / seconds:.1f}", f"{rate / 1e12:.2f}",
                   f"{100 * rate / peak_rate:.1f}", f"{memory:.1f}", f"{first:.0f}"]  # fmt: skip
-    if form.device.type == "cuda" and form.compile_mode is None and args.largest_batch:
-        cells.append(largest_batch(form, batch_size))
-    else:
-        cells.append("-")
-    return cells
+    wanted = form.device.type == "cuda" and form.compile_mode is None and args.largest_batch
+    return [*cells, largest_batch(form, batch_size) if wanted else "-"]
 
 
 def main() -> None:
