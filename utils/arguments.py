@@ -8,6 +8,7 @@ import logging
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from datasets import DatasetInfo
 from networks import CHOICES, NETWORKS
 from utils.checkpoint import load_checkpoint
-from utils.cli import AMP_DTYPES, ArgumentParser, not_negative, positive, share
+from utils.cli import AMP_DTYPES, ArgumentParser, number
 from utils.errors import RunError
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,27 @@ VARIANT_DEFAULTS = {
 }
 Splits = Mapping[str, tuple[str, str]]
 """For each choice of ``--select``: the list to train on, and the list to choose the best epoch on."""
+NETWORK_HELP = {
+    "img_size": "side of the network's input in pixels, a multiple of 32",
+    "img_size_dmwla": "side of the DMW-LA encoder's image",
+    "model_scale": "size of MaxViT; the paper's is small",
+    "variant": "release: compute what the authors' program computes",
+    "feature_dim": "memory width d in the encoder",
+    "num_clusters": "clusters in the encoder; default: num_classes",
+    "decoder_feature_dim": "memory width d in the decoder",
+    "decoder_num_clusters": "clusters in the decoder",
+    "columns_per_cluster": "M, columns of each cluster in the memory",
+    "pool_momentum": "weight of a key that is blended into a column",
+    "phi_k_momentum": "share of phi_k that an update keeps",
+    "replaced_columns": "K at the start, at most M take effect",
+    "warmup_iterations": "iterations before the memory is used",
+    "attention": "plain: no DMW-LA; intra_cluster: DMW-LA without its global part",
+    "dsgim": "similarities that DS-GIM uses; none: no DS-GIM",
+    "encoders": "encoders of the network",
+    "gate": "none: the DMW-LA encoder sees the whole image",
+    "loss": "subset: of all combinations of the four maps; last: of the last map",
+}
+"""The flags that are arguments of ``SimMPNet``, which has their defaults."""
 
 
 def training_parser(description: str, info: DatasetInfo, **defaults: Any) -> ArgumentParser:
@@ -40,99 +62,75 @@ def training_parser(description: str, info: DatasetInfo, **defaults: Any) -> Arg
         defaults: defaults that differ for this data set, such as ``feature_dim``.
     """
     parser = ArgumentParser(description=description)
+    count, some = number(int, 1), number(float, 0)
 
     data = parser.add_argument_group("data")
-    slices = "folder that holds images and masks" if info.planar else "folder of the training slices"
-    data.add_argument("--root_path", type=Path, help=slices)
+    data.add_argument("--root_path", type=Path, help="folder of the training slices, or of the images and masks")
     if not info.planar:
         data.add_argument("--volume_path", type=Path, help="folder of the volumes")
     data.add_argument("--list_dir", type=Path, help="folder of the lists that define the splits")
     data.add_argument(
-        "--select",
-        choices=["val", "test"],
-        help="choose the best epoch on validation cases, or on the test cases, as papers of this field do and every "
-        "table then says; default: val, for --variant release test",
+        "--select", choices=["val", "test"], help="cases that choose the best epoch; default: val, with release test"
     )
     data.add_argument("--train_split", help="list to train on; default: by --select")
     data.add_argument("--val_split", help="list to choose the best epoch on; default: by --select")
-    data.add_argument("--num_classes", type=positive(int), help="number of classes, background included")
-    data.add_argument("--img_size", type=positive(int), help="side of the network's input in pixels, a multiple of 32")
-    _add_label_order(data, info)
+    data.add_argument("--num_classes", type=count, help="number of classes, background included")
     if info.planar:
         data.add_argument("--photometric", action="store_true", help="augment colours, focus and shape too")
-    data.add_argument("--num_workers", type=not_negative(int), default=2, help="processes that prepare samples")
-    data.add_argument(
-        "--cache_gib", type=not_negative(float), default=4.0, help="keep up to so much of the data in memory; 0: none"
-    )
+    data.add_argument("--num_workers", type=number(int, 0), default=2, help="processes that prepare samples")
+    data.add_argument("--cache_gib", type=some, default=4.0, help="GiB of the data to keep in memory")
 
     model = parser.add_argument_group("network")
     model.add_argument("--network", default=FIRST, choices=NETWORKS, help="network to train")
-    for name, text in {
-        "attention": "plain: no DMW-LA; intra_cluster: DMW-LA without its global part",
-        "dsgim": "similarities that DS-GIM uses; none: no DS-GIM",
-        "encoders": "encoders of the network",
-        "gate": "none: the DMW-LA encoder sees the whole image",
-        "loss": "subset: of all combinations of the four maps; last: of the last map",
-        "variant": "release: compute what the authors' program computes",
-        "model_scale": "size of MaxViT; the paper's is small",
-    }.items():
-        model.add_argument(f"--{name}", choices=CHOICES[name], help=text)
-    model.add_argument("--img_size_dmwla", type=positive(int), help="side of the DMW-LA encoder's image")
     model.add_argument(
         "--pretrained",
         help="ImageNet weights of the encoder: a file, hub (download), or none (random weights); default: the file of "
         "the scale in pretrained_pth/maxvit, for another network hub or none",
     )
-    model.add_argument("--feature_dim", type=positive(int), help="memory width d in the encoder")
-    model.add_argument("--num_clusters", type=positive(int), help="clusters in the encoder; default: num_classes")
-    model.add_argument("--decoder_feature_dim", type=positive(int), help="memory width d in the decoder")
-    model.add_argument("--decoder_num_clusters", type=positive(int), help="clusters in the decoder")
-    model.add_argument("--columns_per_cluster", type=positive(int), help="M, columns of each cluster in the memory")
-    model.add_argument("--pool_momentum", type=share, help="weight of a key that is blended into a column")
-    model.add_argument("--phi_k_momentum", type=share, help="share of phi_k that an update keeps")
-    model.add_argument("--replaced_columns", type=not_negative(int), help="K at the start, at most M take effect")
-    model.add_argument("--warmup_iterations", type=positive(int), help="iterations before the memory is used")
     model.add_argument("--wld", default="loss", choices=["loss", "none"], help="W-LD sets K by the loss, or never")
     model.add_argument("--wld_start_epoch", type=int, default=100, help="first epoch in which W-LD sets K")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--max_epochs", type=positive(int), default=300, help="epochs of the whole run")
-    training.add_argument("--max_iterations", type=positive(int), help="end the run after so many iterations")
-    training.add_argument("--batch_size", type=positive(int), default=20, help="samples in a batch of one process")
+    training.add_argument("--max_epochs", type=count, default=300, help="epochs of the whole run")
+    training.add_argument("--max_iterations", type=count, help="end the run after so many iterations")
+    training.add_argument("--batch_size", type=count, default=20, help="samples in a batch of one process")
     training.add_argument(
-        "--accumulate", type=positive(int), default=1, help="compute a batch in so many parts, which need less memory"
+        "--accumulate", type=count, default=1, help="parts that a batch is computed in, to save memory"
     )
-    training.add_argument("--base_lr", type=positive(float), default=1e-4, help="learning rate of AdamW at the start")
+    training.add_argument("--base_lr", type=some, default=1e-4, help="learning rate of AdamW at the start")
     training.add_argument(
         "--lr_schedule", default="constant", choices=["constant", "poly", "cosine"], help="over all iterations"
     )
-    training.add_argument("--weight_decay", type=not_negative(float), default=1e-4, help="of AdamW")
-    training.add_argument("--ce_weight", type=not_negative(float), default=0.3, help="weight of the cross entropy")
-    training.add_argument("--dice_weight", type=not_negative(float), default=0.7, help="weight of the Dice loss")
+    training.add_argument("--weight_decay", type=some, default=1e-4, help="of AdamW")
+    training.add_argument("--ce_weight", type=some, default=0.3, help="weight of the cross entropy")
+    training.add_argument("--dice_weight", type=some, default=0.7, help="weight of the Dice loss")
 
     run = parser.add_argument_group("run")
     run.add_argument("--output_dir", type=Path, help="run folder")
     run.add_argument("--resume", type=Path, help="last.pth to continue from; auto: that of --output_dir, if it exists")
-    run.add_argument(
-        "--checkpoint_minutes", type=not_negative(float), default=10, help="save so often; 0: only after an epoch"
-    )
-    run.add_argument("--checkpoint_iterations", type=positive(int), help="save every so many iterations too")
-    run.add_argument("--keep", type=not_negative(int), default=0, help="newest epochs to keep, as epoch_0001.pth")
-    run.add_argument("--eval_interval", type=positive(int), default=1, help="validate every so many epochs")
-    run.add_argument("--eval_batch_size", type=positive(int), default=20, help="slices to predict at a time")
+    run.add_argument("--checkpoint_minutes", type=some, default=10, help="save so often; 0: only after an epoch")
+    run.add_argument("--checkpoint_iterations", type=count, help="save every so many iterations too")
+    run.add_argument("--keep", type=number(int, 0), default=0, help="newest epochs to keep, as epoch_0001.pth")
+    run.add_argument("--eval_interval", type=count, default=1, help="validate every so many epochs")
+    run.add_argument("--eval_batch_size", type=count, default=20, help="slices to predict at a time")
     run.add_argument("--select_from_epoch", type=int, help="first epoch that may be the best; default: 1, release 100")
     run.add_argument("--compile", action="store_true", help="torch.compile the steps after the warm-up, for a GPU")
     run.add_argument("--sync_bn", action="store_true", help="share BatchNorm's statistics between GPUs under torchrun")
-    _add_device(run)
+    _add_shared(run, info)
 
+    known = {"num_classes", "in_channels", *vars(parser.parse_args([]))}
+    for network in NETWORKS:
+        for name, default in network_defaults(network).items():
+            if name in known:
+                continue
+            kind = int if default is None else type(default)
+            if name in NETWORK_HELP and kind is not str:
+                kind = number(float, 0, 1) if kind is float else number(int, 0 if name == "replaced_columns" else 1)
+            text = NETWORK_HELP.get(name, f"of {network}")
+            model.add_argument(f"--{name}", type=kind, default=default, choices=CHOICES.get(name), help=text)
+            known.add(name)
     folders = {"root_path": info.root_path, "volume_path": info.volume_path, "list_dir": info.list_dir}
-    known = network_defaults(FIRST) | folders | {"num_classes": info.num_classes, "pretrained": None}
-    for name in NETWORKS:
-        for option, default in network_defaults(name).items():
-            if option not in {*known, *vars(parser.parse_args([]))}:
-                kind = {bool: int, type(None): str}.get(type(default), type(default))
-                model.add_argument(f"--{option}", type=kind, default=default, help=f"of {name}")
-    parser.set_defaults(**known | defaults)
+    parser.set_defaults(**{"in_channels": 1, "num_classes": info.num_classes, **folders, **defaults})
     return parser
 
 
@@ -140,37 +138,30 @@ def testing_parser(description: str, info: DatasetInfo) -> ArgumentParser:
     """Return the parser of a test script."""
     parser = ArgumentParser(description=description)
     parser.add_argument("--checkpoint", type=Path, required=True, help="best.pth of a run, or one of the release")
-    if info.planar:
-        parser.add_argument("--root_path", type=Path, default=info.root_path, help="folder of images and masks")
-    else:
-        parser.add_argument("--volume_path", type=Path, default=info.volume_path, help="folder of the volumes")
     parser.add_argument("--list_dir", type=Path, default=info.list_dir, help="folder of the lists")
     parser.add_argument("--split", default=info.splits[-1], help="list to test on")
-    if not info.planar:
+    if info.planar:
+        parser.add_argument("--root_path", type=Path, default=info.root_path, help="folder of images and masks")
+        saving = ("--save_masks", "save predictions as PNG")
+    else:
+        parser.add_argument("--volume_path", type=Path, default=info.volume_path, help="folder of the volumes")
         parser.add_argument("--cases", nargs="+", help="only these patients of the list (case0005)")
-    parser.add_argument("--batch_size", type=positive(int), default=20, help="slices to predict at a time")
-    parser.add_argument("--test_save_dir", type=Path, help="folder of the results; default: beside the checkpoint")
-    flag, text = ("--save_masks", "save predictions as PNG")
-    if not info.planar:
-        flag, text = ("--is_savenii", "save images, labels and predictions as NIfTI")
-    parser.add_argument(flag, dest="save_predictions", action="store_true", help=text)
+        saving = ("--is_savenii", "save images, labels and predictions as NIfTI")
+    parser.add_argument(saving[0], dest="save_predictions", action="store_true", help=saving[1])
     parser.add_argument(
-        "--overlays", type=not_negative(int), default=0, help="PNGs per volume, of the slices with most errors"
+        "--overlays", type=number(int, 0), default=0, help="PNGs per volume, of slices with most errors"
     )
-    _add_label_order(parser, info)
-    _add_device(parser)
+    parser.add_argument("--batch_size", type=number(int, 1), default=20, help="slices to predict at a time")
+    parser.add_argument("--test_save_dir", type=Path, help="folder of the results; default: beside the checkpoint")
+    _add_shared(parser, info)
     return parser
 
 
-def _add_label_order(group: Any, info: DatasetInfo) -> None:
+def _add_shared(group: Any, info: DatasetInfo) -> None:
+    """Add the flags that training and testing share."""
     if info.label_orders:
-        first = next(iter(info.label_orders))
-        group.add_argument(
-            "--label_order", choices=info.label_orders, help=f"meaning of the files' label ids; default: {first}"
-        )
-
-
-def _add_device(group: Any) -> None:
+        text = f"meaning of the files' label ids; default: {next(iter(info.label_orders))}"
+        group.add_argument("--label_order", choices=info.label_orders, help=text)
     group.add_argument("--seed", type=int, default=2222, help="of everything random")
     group.add_argument("--deterministic", type=int, default=1, choices=[0, 1], help="1: repeatable, 0: faster")
     group.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda or cuda:1")
@@ -200,15 +191,17 @@ def parse_training(
     elif last.exists():
         raise RunError(f"{args.output_dir} holds a run: continue it with --resume auto, or choose another --output_dir")
 
-    foreign = flags_of_others()[args.network] & _typed(parser, argv)
+    typed = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
+    foreign = flags_of_others()[args.network] & typed
     if args.pretrained == "none":
         foreign.discard("pretrained")  # true of a network without pretrained weights
     if foreign:
         flags = ", ".join(f"--{flag}" for flag in sorted(foreign))
         raise RunError(f"--network {args.network} does not take {flags}: leave that out")
     if args.batch_size % args.accumulate:
-        divisors = ", ".join(str(n) for n in range(1, args.batch_size + 1) if args.batch_size % n == 0)
-        raise RunError(f"--accumulate {args.accumulate} does not divide --batch_size {args.batch_size}: use {divisors}")
+        raise RunError(
+            f"--accumulate {args.accumulate} does not divide --batch_size {args.batch_size}: change one of them"
+        )
     check_n_gpu(args)
     if args.num_clusters is None:
         args.num_clusters = args.num_classes
@@ -245,11 +238,9 @@ def flags_of_others() -> dict[str, set[str]]:
 
 
 def check_n_gpu(args: Namespace) -> None:
-    """Refuse ``--n_gpu`` above 1, and let 0 mean the CPU.
+    """Let ``--n_gpu 0`` mean the CPU; raise RunError if it contradicts ``--device``, or is above 1.
 
-    Raises:
-        RunError: it is above 1 (DataParallel would lose what its replicas write into their memory), or it is 0 and
-            ``--device`` names a GPU.
+    There is no DataParallel, which would lose what its replicas write into their memory.
     """
     if args.n_gpu not in (0, 1):
         raise RunError(
@@ -278,7 +269,7 @@ def _resume(parser: ArgumentParser, argv: list[str], path: Path) -> tuple[Namesp
     args.resume = path
 
     network = checkpoint["network"].get("network", FIRST)
-    if not isinstance(network, str) or network not in NETWORKS:
+    if network not in NETWORKS:
         raise RunError(f"{path} holds an unknown network {network!r}: import its file in networks/__init__.py")
     fixed = {"network": network} | network_defaults(network) | checkpoint["network"]  # old ones lack new arguments
     for name, value in (fixed | {name: saved[name] for name in ("select", "pretrained")}).items():
@@ -287,22 +278,11 @@ def _resume(parser: ArgumentParser, argv: list[str], path: Path) -> tuple[Namesp
             raise RunError(f"--{name} {given} does not fit {path}, whose run has {value}: leave it out")
     if Path(args.output_dir).resolve() != path.resolve().parent:
         raise RunError(f"--output_dir {args.output_dir} is not the folder of {path}: leave it out")
+    newer = 0
     last = path.with_name("last.pth")
-    if path.name != last.name and _iteration_of(last) > checkpoint["iteration"]:
+    if path.name != last.name:
+        with suppress(RunError, KeyError):  # missing, or damaged
+            newer = load_checkpoint(last)["iteration"] - checkpoint["iteration"]
+    if newer > 0:
         raise RunError(f"{path} is older than {last}, which would be overwritten: resume from that, or move it away")
     return args, checkpoint
-
-
-def _iteration_of(path: Path) -> int:
-    """Return the iteration of a checkpoint, 0 if it is missing or damaged."""
-    try:
-        return load_checkpoint(path)["iteration"]
-    except (RunError, KeyError):
-        return 0
-
-
-def _typed(parser: ArgumentParser, argv: list[str]) -> set[str]:
-    """Return the names of the arguments that are on the command line."""
-    untouched = object()
-    blank = Namespace(**dict.fromkeys(vars(parser.parse_args([])), untouched))
-    return {name for name, value in vars(parser.parse_args(argv, blank)).items() if value is not untouched}

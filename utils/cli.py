@@ -3,8 +3,10 @@
 import argparse
 import errno
 import logging
+import math
 import os
 import random
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,13 +22,8 @@ from utils.errors import RunError, Stopped
 REMEDIES = {
     errno.ENOSPC: "make room on the disk or choose another folder",
     errno.EFBIG: "make room on the disk or choose another folder",
-    errno.EDQUOT: "make room on the disk or choose another folder",
     errno.EACCES: "check the permissions or choose another folder",
-    errno.EROFS: "choose a folder that can be written to",
     errno.ENOENT: "check the path",
-    errno.EEXIST: "expected a folder, check the path",
-    errno.ENOTDIR: "a folder of this path is a file, check the path",
-    errno.EISDIR: "expected a file, check the path",
 }
 
 AMP_DTYPES = {"none": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,31 +51,17 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(1, f"{self.prog}: error: {_one_line(message)} (see {self.prog} --help)\n")
 
 
-def positive(kind: type) -> Callable[[str], Any]:
-    """Return the type of a flag whose number, an int or a float, must be above 0."""
-    return _number(kind, lambda value: value > 0, "a number above 0")
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
+    """Return the type of a flag whose number, an int or a float, must be in [low, high]."""
 
-
-def not_negative(kind: type) -> Callable[[str], Any]:
-    """Return the type of a flag whose number, an int or a float, must be 0 or more."""
-    return _number(kind, lambda value: value >= 0, "0 or more")
-
-
-def share(text: str) -> float:
-    """Read a flag's number from 0 to 1."""
-    return _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")(text)
-
-
-def _number(kind: type, fits: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
     def read(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not fits(value):
+        value = kind(text)
+        if not low <= value <= high:
+            expected = f"{low} or more" if high == math.inf else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"expected {expected}, found {text}")
         return value
 
+    read.__name__ = kind.__name__  # argparse's messages name it
     return read
 
 
@@ -109,18 +92,14 @@ def setup_logging(file: str | Path | None = None) -> None:
     On stderr a warning or error is a bare ``error: ...``, and every other line has the time. Of the processes that
     torchrun starts, only the first logs more than errors.
     """
-    root = logging.getLogger()
-    rank = int(os.environ.get("RANK", 0))
+    root, rank = logging.getLogger(), int(os.environ.get("RANK", 0))
     root.setLevel(logging.INFO)
     for handler in [h for h in root.handlers if isinstance(h, _Terminal | _LogFile)]:
         root.removeHandler(handler)
         handler.close()
     terminal = _Terminal(sys.stderr)
-    lines = _LineFormatter("%(asctime)s %(message)s", "%H:%M:%S")
-    if rank:
-        terminal.setLevel(logging.ERROR)
-        lines.prefix = f"[rank {rank}] "
-    terminal.setFormatter(lines)
+    terminal.setLevel(logging.ERROR if rank else logging.INFO)
+    terminal.setFormatter(_LineFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     root.addHandler(terminal)
     if file is not None and not rank:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -137,14 +116,14 @@ def pick_device(name: str = "auto") -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = name.partition(":")
-    if name != "cpu" and (kind != "cuda" or (number and not number.isdecimal()) or name == "cuda:"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise RunError(f"device {name!r}: expected auto, cpu, cuda or cuda:<number>")
-    if kind == "cuda" and not torch.cuda.is_available():
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise RunError(f"device {name!r}: PyTorch {torch.__version__} finds no GPU: use --device cpu")
-    if number and int(number) >= torch.cuda.device_count():
+    if device.index is not None and device.index >= torch.cuda.device_count():
         raise RunError(f"device {name!r}: there are {torch.cuda.device_count()} GPUs, numbered from cuda:0")
-    return torch.device(name)
+    return device
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
@@ -191,13 +170,11 @@ def set_precision(amp: str) -> None:
 
 
 class _LineFormatter(logging.Formatter):
-    prefix = ""
-
     def format(self, record: logging.LogRecord) -> str:
         if record.levelno < logging.WARNING:
             return super().format(record)
-        line = f"{self.prefix}{record.levelname.lower()}: {printable(record.getMessage())}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("RANK", 0)) else ""
+        return f"{rank}{record.levelname.lower()}: {printable(record.getMessage())}"
 
 
 class _Terminal(logging.StreamHandler):
@@ -215,12 +192,12 @@ class _LogFile(logging.FileHandler):
 
 
 def _message(error: BaseException) -> str:
+    text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
         remedy = REMEDIES.get(error.errno)
-        return _one_line(f"{where}{error.strerror}" + (f", {remedy}" if remedy else ""))
-    text = str(error) or type(error).__name__
-    if text.startswith("Caught ") and "Original Traceback" in text:
+        text = f"{where}{error.strerror}" + (f", {remedy}" if remedy else "")
+    elif text.startswith("Caught ") and "Original Traceback" in text:
         # A data loader's process sends its traceback as the message; the last line is the error.
         text = text.rsplit(f"{type(error).__name__}: ", 1)[-1]
     return _one_line(text)

@@ -13,6 +13,7 @@ import torch
 from timm.layers import convert_sync_batchnorm
 
 from datasets import DatasetInfo, Picture, Volume
+from datasets.errors import brief
 from datasets.files import file_stem
 from datasets.training_set import TrainingSet
 from networks import NETWORKS, default_weights
@@ -53,7 +54,12 @@ def train(
         seed_everything(args.seed, deterministic=bool(args.deterministic))
         set_precision(args.amp)
         model = _build(args, pretrained=checkpoint is None)
-        _keep_in_memory(train_set, args)  # reads the files: a damaged one is found before anything is written
+        if args.num_workers and multiprocessing.get_start_method() != "fork":
+            logger.info("nothing is kept in memory: on this system each of --num_workers would hold a copy")
+        else:  # reads the files: a damaged one is found before anything is written
+            kept = train_set.keep(int(args.cache_gib * 2**30))
+            if kept < len(train_set):
+                logger.info("%d of %d training samples fit into --cache_gib %g", kept, len(train_set), args.cache_gib)
         if rank():
             torch.manual_seed(args.seed + rank())  # equal networks, but random numbers of its own for drop path
         setup_logging(Path(args.output_dir) / "train.log")
@@ -61,7 +67,13 @@ def train(
             logger.warning("the best epoch is chosen on the test cases, as the release does: its scores are optimistic")
         trainer = Trainer(model, info, train_set, val_set, args, device)
         if checkpoint is not None:
-            _load(trainer, checkpoint, args.resume)
+            try:
+                trainer.load_state_dict(checkpoint)
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise RunError(
+                    f"cannot resume from {args.resume} ({brief(error)}): give a last.pth of this version"
+                ) from error
+            logger.info("continue after epoch %d, iteration %d from %s", trainer.epoch, trainer.iteration, args.resume)
         trainer.fit()
 
 
@@ -75,27 +87,6 @@ def _build(args: Namespace, pretrained: bool) -> torch.nn.Module:
     if any(True for _ in model.memory_banks()) and find_spec("faiss") is None:
         raise RunError("the memory's warm-up ends with K-means, which needs faiss: pip install -r requirements.txt")
     return convert_sync_batchnorm(model) if args.sync_bn else model
-
-
-def _keep_in_memory(train_set: TrainingSet, args: Namespace) -> None:
-    """Let the training set keep its files in memory, up to ``--cache_gib``."""
-    if args.num_workers and multiprocessing.get_start_method() != "fork":
-        logger.info("nothing is kept in memory: on this system each of --num_workers would hold a copy")
-        return
-    kept = train_set.keep(int(args.cache_gib * 2**30))
-    if kept < len(train_set):
-        logger.info("%d of %d training samples fit into --cache_gib %g", kept, len(train_set), args.cache_gib)
-
-
-def _load(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> None:
-    try:
-        trainer.load_state_dict(checkpoint)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise RunError(
-            f"cannot resume from {path} ({type(error).__name__}: {error}): give a last.pth of this version"
-        ) from error
-    within = f" and iteration {trainer.steps} of epoch {trainer.epoch + 1}" if trainer.samples else ""
-    logger.info("continue after epoch %d%s from %s", trainer.epoch, within, path)
 
 
 def test(args: Namespace, info: DatasetInfo, open_cases: Callable[[int], Sequence[Volume | Picture]]) -> None:
@@ -119,11 +110,9 @@ def test(args: Namespace, info: DatasetInfo, open_cases: Callable[[int], Sequenc
         raise RunError(f"{args.checkpoint} was trained on {data['dataset']}: test it with test_{data['dataset']}.py")
     model = build_network(checkpoint, args.checkpoint, 3 if info.planar else 1).to(device)
     num_classes, class_names = model.config["num_classes"], tuple(data["class_names"])
-    selected_on = data.get("selected_on", "val")
     if len(class_names) != num_classes - 1:
         raise RunError(
-            f"{args.checkpoint} has {num_classes} classes with background, but names {len(class_names)} without it: "
-            "give another --checkpoint"
+            f"{args.checkpoint} has {num_classes} classes with background, but names {class_names}: give another one"
         )
 
     cases = open_cases(num_classes)
@@ -158,7 +147,7 @@ def test(args: Namespace, info: DatasetInfo, open_cases: Callable[[int], Sequenc
             AMP_DTYPES[args.amp],
             on_case=save if args.save_predictions or args.overlays else None,
         )
-    table = case_table(results, class_names, selected_on)
+    table = case_table(results, class_names, data.get("selected_on", "val"))
     summary = summarise(table, sum(result.confusion for result in results) if info.planar else None)
     write_cases(folder / "cases.csv", table)
     write_summary(folder / "summary.json", summary)

@@ -1,6 +1,5 @@
 """The files of a training run: settings, records, curves and checkpoints."""
 
-import csv
 import fcntl
 import json
 import logging
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from datasets.files import atomic_write, remove_temporaries
-from utils.checkpoint import save_checkpoint
 from utils.errors import RunError
 from utils.figures import save_progress
 
@@ -54,6 +52,9 @@ class RunFolder:
         with atomic_write(self.path / name) as temporary:
             temporary.write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
         self._events = EventFile(self.path / "events")
+        self._write_events(history)
+
+    def _write_events(self, history: Sequence[dict[str, Any]]) -> None:
         for row in history:
             self._events.add({k: v for k, v in row.items() if k != "epoch"}, row["epoch"])
         self._events.flush()
@@ -72,28 +73,18 @@ class RunFolder:
 
     def record(self, history: Sequence[dict[str, Any]], max_epochs: int) -> None:
         """Write the last epoch to the log and TensorBoard, and all epochs to ``metrics.csv`` and ``progress.png``."""
-        row = history[-1]
-        _log_epoch(history, max_epochs)
-        self._events.add({k: v for k, v in row.items() if k != "epoch"}, row["epoch"])
-        self._events.flush()
-        columns = list(dict.fromkeys(name for r in history for name in r))
-        with (
-            atomic_write(self.path / "metrics.csv") as temporary,
-            open(temporary, "w", newline="", encoding="utf-8") as file,
-        ):
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(history)
-        if "val_dice" in row:
-            save_progress(self.path / "progress.png", history)
+        import pandas as pd
 
-    def save(self, state: dict[str, Any]) -> None:
-        """Write ``last.pth``."""
-        save_checkpoint(self.last, state)
+        _log_epoch(history, max_epochs)
+        self._write_events(history[-1:])
+        with atomic_write(self.path / "metrics.csv") as temporary:
+            pd.DataFrame(history, dtype=object).to_csv(temporary, index=False, lineterminator="\r\n")
+        if "val_dice" in history[-1]:
+            save_progress(self.path / "progress.png", history)
 
     def keep_best(self, source: Path) -> None:
         """Make ``best.pth`` a second name of the checkpoint ``source``."""
-        if not (self.best.exists() and self.best.samefile(source)):
+        if not (self.best.exists() and self.best.samefile(source)):  # a rename between two names of a file does nothing
             _link(source, self.best)
 
     def keep_epoch(self, epoch: int, count: int) -> None:

@@ -19,21 +19,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from datasets import DatasetInfo, Picture, Volume
 from datasets.training_set import TrainingSet
 from networks.complexity import count_parameters
 from networks.ranks import rank, world_size
-from utils.checkpoint import provenance
+from utils.checkpoint import provenance, save_checkpoint
 from utils.cli import AMP_DTYPES, random_state, set_random_state
 from utils.distribution import EpochBatches, distribute, gather_over_ranks, largest_over_ranks, share_buffers
 from utils.errors import RunError, Stopped
 from utils.evaluation import case_dice, mean_dice
 from utils.losses import WeightLossDynamic, subset_losses
 from utils.run_folder import RunFolder, dice_name
-from utils.watch import NumberWatch, Step, StopSignals, out_of_memory, progress
+from utils.watch import NumberWatch, Step, StopSignals, out_of_memory
 
 logger = logging.getLogger(__name__)
+
+COUNTED = ("epoch", "iteration", "history", "best_dice", "best_epoch")
+COUNTED_IN_EPOCH = ("samples", "steps", "seconds", "totals")
+"""Attributes of the trainer that are saved in every checkpoint."""
 
 
 class Trainer:
@@ -73,8 +78,8 @@ class Trainer:
         self.amp_dtype = AMP_DTYPES[args.amp]
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         self.optimizer = torch.optim.AdamW(model.parameters(), args.base_lr, weight_decay=args.weight_decay, fused=True)
-        self.wld = WeightLossDynamic(math.inf if args.wld == "none" else args.wld_start_epoch, args.replaced_columns)
         self.compiled = False
+        self.wld = WeightLossDynamic(math.inf if args.wld == "none" else args.wld_start_epoch, args.replaced_columns)
         self.run = RunFolder(args.output_dir)
         self.writes = rank() == 0
         self.signals = StopSignals()
@@ -93,8 +98,8 @@ class Trainer:
 
     def build_loader(self) -> DataLoader:
         """Return the loader of this rank's batches; raise RunError if there are none."""
-        if not self.batches.count():
-            have, need = len(self.train_set), self.batches.step
+        have, need = len(self.train_set), self.batches.step
+        if have < need:
             raise RunError(f"{have} training samples do not fill a batch of {need}: lower --batch_size")
         return DataLoader(
             self.train_set,
@@ -166,8 +171,14 @@ class Trainer:
 
         left = min(len(self.batches), self.total_iterations - self.iteration)
         start = time.perf_counter() - self.seconds
-        with out_of_memory(self.advice_on_memory()):
-            for batch in progress(islice(self.loader, left), left, f"epoch {self.epoch + 1}"):
+        remedy = (
+            f"--batch_size {self.args.batch_size} --accumulate {self.args.accumulate} need more; raise --accumulate, "
+            "which computes the same batch in more parts, lower --batch_size or the image sizes, or use --amp bf16"
+        )
+        silent = True if rank() else None  # None: a progress bar on a terminal only
+        batches = tqdm(islice(self.loader, left), f"epoch {self.epoch + 1}", left, leave=False, disable=silent)
+        with out_of_memory(remedy):
+            for batch in batches:
                 losses = self.train_step(batch)  # (3,)
                 self.totals += losses
                 self.samples += self.batches.step
@@ -200,7 +211,9 @@ class Trainer:
 
     def backward(self, image: Tensor, label: Tensor) -> Tensor:
         """Compute the gradient of a batch, in ``--accumulate`` parts; return the mean losses of the parts, (3,)."""
-        self.compile_after_warmup()
+        if self.args.compile and not self.compiled and not any(bank.in_warmup for bank in self.banks):
+            self.losses = torch.compile(self.losses, dynamic=False)  # the warm-up computes other things
+            self.compiled = True
         parts = self.args.accumulate
         total = torch.zeros(3, device=self.device)
         for i, (x, y) in enumerate(zip(image.chunk(parts), label.chunk(parts), strict=True), 1):
@@ -219,12 +232,6 @@ class Trainer:
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             logits = self.network(image)  # four maps (B, num_classes, S, S)
         return subset_losses(logits, label, self.args.ce_weight, self.args.dice_weight)
-
-    def compile_after_warmup(self) -> None:
-        """Compile the losses for ``--compile``, once the memory's warm-up, which computes other things, is over."""
-        if self.args.compile and not self.compiled and not any(bank.in_warmup for bank in self.banks):
-            self.losses = torch.compile(self.losses, dynamic=False)
-            self.compiled = True
 
     def learning_rate(self, iteration: int) -> float:
         """Return the learning rate of an iteration (from 0)."""
@@ -340,21 +347,12 @@ class Trainer:
         if self.writes and self.args.keep:
             self.run.keep_epoch(self.epoch, self.args.keep)
 
-    def advice_on_memory(self) -> str:
-        """Return what to change when a step does not fit into the memory."""
-        sizes = [name for name in ("img_size", "img_size_dmwla") if name in self.model.config]
-        flags = " ".join(f"--{name} {getattr(self.args, name)}" for name in ("batch_size", "accumulate", *sizes, "amp"))
-        return (
-            f"{flags} need more; raise --accumulate, which computes the same batch in more parts, lower --batch_size "
-            "or the image sizes, or use --amp bf16"
-        )
-
     def save(self) -> None:
         """Write ``last.pth``, unless a number of the steps so far is not finite."""
         self.watch.check()
         state = self.state_dict()
         if self.writes:
-            self.run.save(state)
+            save_checkpoint(self.run.last, state)
         self.saved_at = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
@@ -364,17 +362,13 @@ class Trainer:
             "network": self.model.config,
             "data": self.data,
             "args": {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.args).items()},
-            "epoch": self.epoch,
-            "iteration": self.iteration,
-            "in_epoch": {"samples": self.samples, "steps": self.steps, "seconds": self.seconds, "totals": self.totals},
+            **{name: getattr(self, name) for name in COUNTED},
+            "in_epoch": {name: getattr(self, name) for name in COUNTED_IN_EPOCH},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "wld": self.wld.state_dict(),
             "overflows": self.watch.overflows,
             "random": gather_over_ranks(random_state(self.device)),
-            "history": self.history,
-            "best_dice": self.best_dice,
-            "best_epoch": self.best_epoch,
             **provenance(),
         }
 
@@ -388,12 +382,11 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.wld.load_state_dict(state["wld"])
         self.watch.overflows = state["overflows"]
-        self.epoch, self.iteration = state["epoch"], state["iteration"]
-        begun = state["in_epoch"]
-        self.samples, self.steps, self.seconds = begun["samples"], begun["steps"], begun["seconds"]
-        self.totals = begun["totals"].to(self.device)
+        for name in COUNTED:
+            setattr(self, name, state.get(name, 0))  # older checkpoints have no best_epoch
+        for name in COUNTED_IN_EPOCH:
+            setattr(self, name, state["in_epoch"][name])
+        self.totals = self.totals.to(self.device)
         self.total_iterations = self.count_iterations()
-        self.history, self.best_dice = state["history"], state["best_dice"]
-        self.best_epoch = state.get("best_epoch", 0)  # older checkpoints do not have it
         if len(state["random"]) == world_size():
             set_random_state(state["random"][rank()], self.device)

@@ -4,7 +4,7 @@ import math
 import os
 import re
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +12,12 @@ from types import FrameType
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from networks.ranks import rank
 from utils.distribution import gather_over_ranks
 from utils.errors import RunError
 
 MAX_OVERFLOWS = 30
-"""Overflows in a row that end a run. GradScaler halves its scale, 2^16 at first, at each: the cause is another one."""
+"""Overflows in a row that end a run: GradScaler halves its scale, 2^16 at first, at each, so the cause is another."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,8 @@ class NumberWatch:
             RunError: a loss or a gradient is not finite; with fp16, too many gradients in a row.
         """
         steps, self.unseen = self.unseen, []
-        if not steps:
-            return
-        for step, (loss, norm) in zip(steps, torch.stack([s.numbers for s in steps]).tolist(), strict=True):
+        numbers = torch.stack([step.numbers for step in steps]).tolist() if steps else ()
+        for step, (loss, norm) in zip(steps, numbers, strict=True):
             overflow = self.amp == "fp16" and not math.isfinite(norm)
             self.overflows += overflow
             self.in_a_row = self.in_a_row + 1 if overflow else 0
@@ -128,19 +125,13 @@ def out_of_memory(remedy: str) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         text = str(error)
+        wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
         if isinstance(error, torch.OutOfMemoryError):
-            wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", text)
             where = "the GPU's memory is full"
         elif isinstance(error, MemoryError) or "can't allocate memory" in text or "bad_alloc" in text:
-            wanted = re.search(r"tried to allocate (\d+ bytes)", text)
             where = "the memory is full"
         elif "DataLoader worker" in text and "Killed" in text:
-            wanted, where, remedy = None, "a data-loader worker was killed", "lower --num_workers or --cache_gib"
+            where, remedy = "a data-loader worker was killed", "lower --num_workers or --cache_gib"
         else:
             raise
         raise RunError(f"{where}{f' (allocating {wanted[1]})' if wanted else ''}: {remedy}") from error
-
-
-def progress(items: Iterable, count: int, title: str) -> Iterable:
-    """Return ``count`` items, with a progress bar while they are taken, on rank 0's terminal only."""
-    return tqdm(items, total=count, desc=title, disable=True if rank() else None, leave=False)  # None: if a terminal

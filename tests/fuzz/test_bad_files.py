@@ -274,7 +274,7 @@ def trained() -> bytes:
 @pytest.mark.parametrize(
     ("part", "name", "value", "words"),
     [
-        ("network", "columns_per_cluster", 10**9, "bank.pool is"),
+        ("network", "columns_per_cluster", 10**9, "bank.pool"),
         ("network", "model_scale", "huge", "huge"),
         ("network", "in_channels", 3, "do not fit"),
         ("network", "replaced_columns", 10**30, "do not fit"),
