@@ -1,5 +1,6 @@
 """A MaxViT of 16 channels in every stage, so that a whole Sim-MPNet has 60,000 parameters and a step takes a moment."""
 
+import pytest
 import timm
 from timm.models.maxxvit import MaxxVit, MaxxVitCfg
 
@@ -15,3 +16,11 @@ def maxvit_narrow_test(img_size: int = 64, num_classes: int = 0, **_) -> MaxxVit
 def use_narrow_pico(monkeypatch) -> None:
     """Let the scale ``pico`` mean the narrow MaxViT until the test ends."""
     monkeypatch.setitem(maxvit.SCALES, "pico", "maxvit_narrow_test")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow_pico():
+    """Use the narrow MaxViT in every test and fixture of a module that imports this fixture."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_narrow_pico(patch)
+        yield

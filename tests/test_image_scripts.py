@@ -12,6 +12,7 @@ from PIL import Image
 from tests.conftest import SMALL, run_in_process
 from tests.datasets.test_isic import write_raw as write_isic
 from tests.datasets.test_segpc import write_raw as write_segpc
+from tests.narrow import narrow_pico  # noqa: F401, a fixture for the whole module
 from tests.test_scripts import assert_one_line
 from utils import predictor as predictors
 

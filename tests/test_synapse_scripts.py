@@ -8,6 +8,7 @@ import torch
 
 from tests.conftest import SMALL, Outcome, run_in_process
 from tests.datasets.test_synapse import write_other, write_raw
+from tests.narrow import narrow_pico  # noqa: F401, a fixture for the whole module
 from tests.test_scripts import assert_one_line
 
 pytest.importorskip("nibabel")
@@ -54,7 +55,7 @@ def volume_folders(data: Path, made: str = "data") -> list[str]:
 def test_training_and_testing_say_what_the_best_epoch_was_chosen_on(data, runs, run_script, select, slices):
     run, done = runs[select]
     assert f"{slices} training samples, {1 if select == 'val' else 2} validation cases" in done.error
-    assert ("chosen on the test volumes" in done.error) == (select == "test")
+    assert ("chosen on the test cases" in done.error) == (select == "test")
     assert ("Dice on the test volumes" in (run / "train.log").read_text()) == (select == "test")
     assert f",{select}," in (run / "metrics.csv").read_text()
     facts = torch.load(run / "best.pth", weights_only=True)["data"]
@@ -71,10 +72,7 @@ def test_training_and_testing_say_what_the_best_epoch_was_chosen_on(data, runs, 
     assert len(rows) == 1 + 2 * 8 and all(row.endswith(f",{select}") for row in rows[1:])
     assert "HD95 [mm]" in done.output and "left kidney" in done.output
     assert len(list((results / "nifti").glob("case000[12]_pred.nii.gz"))) == 2
-
-
-def test_chosen_cases_of_a_list_are_tested_on(data, runs, run_script):
-    flags = ["--checkpoint", runs["val"][0] / "best.pth", "--split", "train", "--cases", "case0007"]
+    flags = ["--checkpoint", run / "best.pth", "--split", "train", "--cases", "case0007"]
     done = run_script("test_synapse.py", *volume_folders(data), *flags)
     assert done.status == 0 and "1 cases" in done.output
 
@@ -87,17 +85,10 @@ def test_other_files_need_their_label_order(data, runs, run_script, tmp_path):
     done = run_script("train_synapse.py", *where, *TINY, *flags, "--label_order", "transunet")
     assert_one_line(done, "case0005 is also in slices.txt")
     run = runs["test"][0]
-    flags = [
-        "--checkpoint",
-        run / "best.pth",
-        "--test_save_dir",
-        tmp_path / "results",
-        *volume_folders(data, "theirs"),
-        "--list_dir",
-    ]
-    done = run_script("test_synapse.py", *flags, f"{data}/theirs/lists")
+    flags = ["--checkpoint", run / "best.pth", "--test_save_dir", tmp_path / "results", *where[2:]]
+    done = run_script("test_synapse.py", *flags)
     assert done.status == 0 and "--label_order" in done.error and "warning" in done.error
-    done = run_script("test_synapse.py", *flags, f"{data}/theirs/lists", "--label_order", "transunet")
+    done = run_script("test_synapse.py", *flags, "--label_order", "transunet")
     assert done.status == 0 and "warning" not in done.error
     done = run_script("train_synapse.py", "--resume", run / "last.pth", "--select", "val")
     assert_one_line(done, "--select val")
@@ -107,14 +98,13 @@ def test_other_files_need_their_label_order(data, runs, run_script, tmp_path):
 
 def test_what_is_wrong_is_one_line(data, run_script, tmp_path):
     flags = [*TINY, "--output_dir", tmp_path / "run"]
-    done = run_script("train_synapse.py", *folders(data), *flags, "--val_cases", "case0001")
-    assert_one_line(done, "train.txt", "case0001", "case0021", "--val_cases")
-    done = run_script("train_synapse.py", *folders(data), *flags, "--val_cases", "case0005", "case0007", "case0021")
-    assert_one_line(done, "no entry is left")
-    done = run_script("train_synapse.py", *folders(data), *flags, "--num_classes", "14", "--label_order", "merit")
-    assert_one_line(done, "--num_classes")
-    done = run_script("train_synapse.py", *flags, "--root_path", "nowhere")
-    assert_one_line(done, "nowhere", "prepare_data.py synapse")
+    for more, words in (
+        (("--val_cases", "case0001"), ("train.txt", "case0001", "case0021", "--val_cases")),
+        (("--val_cases", "case0005", "case0007", "case0021"), ("no entry is left",)),
+        (("--num_classes", 14, "--label_order", "merit"), ("--num_classes",)),
+        (("--root_path", "nowhere"), ("nowhere", "prepare_data.py synapse")),
+    ):
+        assert_one_line(run_script("train_synapse.py", *folders(data), *flags, *more), *words)
     assert not (tmp_path / "run").exists()
     torch.save({"model": {}, "network": {}, "data": {"dataset": "acdc", "class_names": ["a"]}}, tmp_path / "acdc.pth")
     done = run_script("test_synapse.py", "--checkpoint", tmp_path / "acdc.pth", *volume_folders(data))
