@@ -51,38 +51,13 @@ def image_files(folder: str | Path) -> dict[str, Path]:
     return files
 
 
-def select_images(folder: str | Path, list_dir: str | Path, split: str) -> dict[str, tuple[Path, Path]]:
-    """Return the images that a split's list names, in its order, as name: (image file, mask file).
-
-    folder: holds ``images`` and ``masks``. Raises DataError for a bad list, a missing folder, entries without an
-    image, images without a mask, and an image that two entries name.
-    """
-    entries, source = read_list(list_dir, split), list_path(list_dir, split)
-    images, masks = Path(folder) / IMAGE_FOLDER, Path(folder) / MASK_FOLDER
-    for inner in (images, masks):
-        if not inner.is_dir():
-            raise DataError(f"{inner}: no such folder; prepare the data first (prepare_data.py, data/README.md)")
-    files_of: dict[str, list[Path]] = {}
-    for name, path in image_files(images).items():
-        for entry in {path.name, name, image_of(name)}:
-            files_of.setdefault(entry, []).append(path)
-    refuse_missing(source, f"entries have no image in {images}", entries, files_of)
-    chosen: dict[str, tuple[Path, Path]] = {}
-    for entry in entries:
-        for path in files_of[entry]:
-            if path.stem in chosen:
-                raise DataError(f"{source}: entry {entry!r} names {path.name} a second time; keep one of the entries")
-            chosen[path.stem] = path, masks / f"{path.stem}.png"
-    refuse_missing(masks, f"images of {source} have no mask", chosen, {path.stem for path in masks.glob("*.png")})
-    return chosen
-
-
 class _Images:
     """The images that a split's list names.
 
     folder: holds ``images`` and ``masks``; num_classes counts the background, class_names does not. ``source`` is the
-    list, ``names`` the images' names, ``files`` their image and mask files by name, ``kind`` what they show: whole
-    images, single cells, or both. Raises DataError for a bad list at once, for a bad file when it is read.
+    list, ``names`` the images' names, ``files`` their (image file, mask file) by name, ``kind`` what they show: whole
+    images, single cells, or both. Raises DataError at once for a bad list, a missing folder, entries without an image,
+    images without a mask, and an image that two entries name, and for a bad file when it is read.
     """
 
     def __init__(
@@ -91,8 +66,23 @@ class _Images:
     ):  # fmt: skip
         self.num_classes, self.class_names = num_classes, class_names
         self.preprocessing = preprocessing or ColourPreprocessing()
-        self.source = list_path(list_dir, split)
-        self.files = select_images(folder, list_dir, split)
+        entries, self.source = read_list(list_dir, split), list_path(list_dir, split)
+        images, masks = Path(folder) / IMAGE_FOLDER, Path(folder) / MASK_FOLDER
+        for inner in (images, masks):
+            if not inner.is_dir():
+                raise DataError(f"{inner}: no such folder; prepare the data first (prepare_data.py, data/README.md)")
+        files_of: dict[str, list[Path]] = {}  # by every entry that could name a file
+        for name, path in image_files(images).items():
+            for entry in {path.name, name, image_of(name)}:
+                files_of.setdefault(entry, []).append(path)
+        refuse_missing(self.source, f"entries have no image in {images}", entries, files_of)
+        self.files: dict[str, tuple[Path, Path]] = {}
+        for path in (path for entry in entries for path in files_of[entry]):
+            if path.stem in self.files:
+                raise DataError(f"{self.source}: two entries name {path.name}; keep one of them")
+            self.files[path.stem] = path, masks / f"{path.stem}.png"
+        there = {path.stem for path in masks.glob("*.png")}
+        refuse_missing(masks, f"images of {self.source} have no mask", self.files, there)
         self.names = list(self.files)
         kinds = {"single cells" if name != image_of(name) else "whole images" for name in self.names}
         self.kind = " and ".join(sorted(kinds))

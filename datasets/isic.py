@@ -76,7 +76,7 @@ def _challenge_folder(raw: Path, name: str) -> Path:
 def read_case(case: Case) -> Iterator[Pair]:
     """Read one image with its mask as a Pair; raises DataError."""
     shape = read_image(case.image_path).shape[:2]
-    yield Pair(case.name, case.image_path, read_lesion(case.label_path, shape))
+    yield case.name, case.image_path, read_lesion(case.label_path, shape)
 
 
 def read_lesion(path: str | Path, shape: tuple[int, int]) -> np.ndarray:

@@ -13,9 +13,6 @@ from pathlib import Path
 from datasets.errors import DataError, brief
 from datasets.files import atomic_write
 
-MAX_LIST_BYTES = 2**24
-"""Size of the longest list that is read: some hundred thousand names."""
-
 ENDINGS = (".npy.h5", ".h5", ".npz")
 """Extensions of volumes and slices, longest first."""
 
@@ -55,8 +52,6 @@ def read_list(list_dir: str | Path, split: str) -> list[str]:
     path = list_path(list_dir, split)
     if not path.is_file():
         raise DataError(f"{path}: no such list; give the folder that holds {split}.txt with --list_dir (see lists/)")
-    if path.stat().st_size > MAX_LIST_BYTES:
-        raise DataError(f"{path}: {path.stat().st_size} bytes, too long for a list; expected one name per line")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:

@@ -119,14 +119,9 @@ def prepare_volumes(
     _run(partial(_prepare_volume, read, out), waiting, len(cases), "volumes", jobs)
 
 
-def volume_file(out: str | Path, name: str) -> Path:
-    """Return the path of a prepared volume."""
-    return Path(out) / VOLUME_FOLDER / f"{name}.npy.h5"
-
-
 def write_prepared(volume: Volume, out: str | Path) -> None:
     """Write the slices of a volume and then the volume."""
-    target = volume_file(out, volume.name)
+    target = Path(out, VOLUME_FOLDER, f"{volume.name}.npy.h5")
     target.unlink(missing_ok=True)
     for old in (Path(out) / SLICE_FOLDER).glob(f"{volume.name}_slice*.npz"):
         old.unlink()
@@ -145,7 +140,7 @@ def _slice_files(out: str | Path, name: str, count: int) -> Iterator[Path]:
 
 def _volume_is_prepared(name: str, out: Path) -> bool:
     try:
-        with h5py.File(volume_file(out, name), "r") as file:
+        with h5py.File(out / VOLUME_FOLDER / f"{name}.npy.h5", "r") as file:
             count = len(file["image"]) if "label" in file else 0
     except Exception:  # h5py raises many kinds for a damaged file, which is then prepared again
         return False
@@ -155,13 +150,8 @@ def _volume_is_prepared(name: str, out: Path) -> bool:
 # Colour images and masks
 
 
-@dataclass(frozen=True)
-class Pair:
-    """An image and its mask. image: uint8 (H, W, 3), or the file to copy; mask: uint8 (H, W), class indices."""
-
-    name: str
-    image: np.ndarray | Path
-    mask: np.ndarray
+Pair = tuple[str, np.ndarray | Path, np.ndarray]
+"""Name, image (uint8 (H, W, 3), or the file to copy) and mask (uint8 (H, W), class indices)."""
 
 
 def prepare_images(
@@ -182,29 +172,29 @@ def prepare_images(
     names = [name for case in cases for name in case.names]
     if Path(raw).resolve() == out.resolve():
         raise DataError(f"{out}: this is the raw folder, and its masks would be overwritten; give another --out")
-    kinds = {name != image_of(name) for name in names}
-    for name in image_files(out / IMAGE_FOLDER) if (out / IMAGE_FOLDER).is_dir() else ():
-        if (name != image_of(name)) not in kinds:
-            raise DataError(
-                f"{out / IMAGE_FOLDER}: already holds {name}, and whole images and crops must not be mixed; "
-                "give another --out"
-            )
+    there = image_files(out / IMAGE_FOLDER) if (out / IMAGE_FOLDER).is_dir() else ()
+    kinds = {name != image_of(name): name for name in (*names, *there)}  # one name of each kind
+    if len(kinds) > 1:
+        raise DataError(
+            f"{out / IMAGE_FOLDER}: {kinds[False]} is a whole image and {kinds[True]} a crop; they must not be mixed: "
+            "give another --out"
+        )
     waiting = [case for case in cases if overwrite or not all(_image_is_prepared(name, out) for name in case.names)]
     _run(partial(_prepare_image, read, out), waiting, len(cases), "images", jobs)
     return [name for name in names if _image_is_prepared(name, out)]
 
 
 def _prepare_image(read: Callable[[Any], Iterable[Pair]], out: Path, case: Any) -> None:
-    for pair in read(case):
-        mask_file = out / MASK_FOLDER / f"{pair.name}.png"
-        for old in (mask_file, *_image_files_of(pair.name, out)):
+    for name, image, mask in read(case):
+        mask_file = out / MASK_FOLDER / f"{name}.png"
+        for old in (mask_file, *_image_files_of(name, out)):
             old.unlink(missing_ok=True)
-        if isinstance(pair.image, Path):
-            with atomic_write(out / IMAGE_FOLDER / f"{pair.name}{pair.image.suffix.lower()}") as temporary:
-                shutil.copyfile(pair.image, temporary)
+        if isinstance(image, Path):
+            with atomic_write(out / IMAGE_FOLDER / f"{name}{image.suffix.lower()}") as temporary:
+                shutil.copyfile(image, temporary)
         else:
-            _write_png(out / IMAGE_FOLDER / f"{pair.name}.png", pair.image)
-        _write_png(mask_file, pair.mask)
+            _write_png(out / IMAGE_FOLDER / f"{name}.png", image)
+        _write_png(mask_file, mask)
 
 
 def _write_png(path: Path, array: np.ndarray) -> None:

@@ -50,8 +50,8 @@ COUNTS = (238, 60)  # training and validation images, of the challenge's 298 tra
 CROP_SCALE = 2.0
 CROP_MINIMUM = 64  # smallest side of a crop, in pixels
 
-# The challenge's folders and the split that each is for.
-_PARTS = {"train": "train", "valid": "test", "validation": "test", "test": "test"}
+# The challenge's folders and the split that each is for. There are no masks in its test folder.
+PARTS = {"train": "train", "valid": "test", "validation": "test"}
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,10 @@ def split_images(ids: Sequence[str], seed: int = 2222) -> list[list[str]]:
 def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = False, crops: bool = False) -> list[str]:
     """Write ``out/images`` and ``out/masks`` for every image with masks, and ``out/lists``. Return all names.
 
-    raw: the challenge's folders (``x/<id>.bmp``, ``y/<id>_<k>.bmp``) in ``train``, ``valid`` or ``validation`` and
-    ``test``; or one of these folders, which is taken for training unless its name says otherwise; or ``images/<id>``
-    with ``masks/<id>.png`` in place of x and y. crops: write single cells, ``<id>_cell<k>``, and no whole images.
-    jobs, overwrite: as in ``prepare_images``. Raises DataError for raw data that are missing or unfit.
+    raw: holds the challenge's folders ``train`` and ``valid`` (or ``validation``) with ``x/<id>.bmp`` and
+    ``y/<id>_<k>.bmp``, or is one of them, by default for training; or holds ``images/<id>`` and ``masks/<id>.png``.
+    crops: write single cells, ``<id>_cell<k>``, and no whole images. jobs, overwrite: as in ``prepare_images``. Raises
+    DataError for raw data that are missing or unfit.
 
     Images are copied, because a BMP is read faster than a PNG. Crops of empty masks are left out. The lists name
     images, also for crops; with all of the challenge's images they equal ``lists/lists_SegPC``.
@@ -107,10 +107,10 @@ def read_case(case: Case) -> Iterator[Pair]:
         if not cell.any():
             logger.warning("%s: an empty mask, left out", case.masks[number])
         elif case.crops:
-            yield Pair(f"{case.name}_cell{number}", *crop(image, cell))
+            yield f"{case.name}_cell{number}", *crop(image, cell)
     if not case.crops:
         # Where cells overlap, the higher index wins: nuclei lie over cytoplasm.
-        yield Pair(case.name, case.image_path, np.max(list(cells.values()), axis=0))
+        yield case.name, case.image_path, np.max(list(cells.values()), axis=0)
 
 
 def read_classes(path: str | Path, shape: tuple[int, int]) -> np.ndarray:
@@ -156,28 +156,24 @@ def _bounds(mask: np.ndarray) -> list[tuple[int, int]]:
 def _find_cases(raw: Path, crops: bool) -> list[Case]:
     """Return the images of a raw folder that have masks, in natural order; raises DataError where there are none."""
     INFO.require(raw)
+    part_of_raw = PARTS.get(raw.resolve().name, "train")
     # Every archive of the challenge holds a folder of its own name.
-    inside = [(part, folder) for name, part in _PARTS.items() for folder in (raw / name, raw / name / name)]
+    inside = [(part, folder) for name, part in PARTS.items() for folder in (raw / name, raw / name / name)]
     cases: dict[str, Case] = {}
-    for part, folder in [(_PARTS.get(raw.resolve().name, "train"), raw), *inside]:
-        if (folder / "x").is_dir():
-            found = _challenge_masks(folder)
-        elif (folder / IMAGE_FOLDER).is_dir() and (folder / MASK_FOLDER).is_dir():
-            if crops:
-                raise DataError(
-                    f"{folder / MASK_FOLDER}: has one mask per image, but --crops needs one per cell, the challenge's "
-                    "y/<id>_<k>.bmp; give the challenge's folders or leave out --crops"
-                )
-            images, masks = image_files(folder / IMAGE_FOLDER), image_files(folder / MASK_FOLDER)
-            masks = {name: path for name, path in masks.items() if name in images}
-            ready = paired(images, masks, f"{IMAGE_FOLDER}/*", f"{MASK_FOLDER}/*.png")
-            found = {case.name: (case.image_path, {0: case.label_path}) for case in ready}
-        else:
-            continue
-        for name, (image_path, masks) in found.items():
+    for part, folder in [(part_of_raw, raw), *inside]:
+        for name, (image_path, masks) in (_challenge_masks(folder) if (folder / "x").is_dir() else {}).items():
             if name in cases:
                 raise DataError(f"{image_path}: {cases[name].image_path} has the same id; remove one of the two")
             cases[name] = Case(name, image_path, masks, part, crops)
+    if not cases and (raw / IMAGE_FOLDER).is_dir() and (raw / MASK_FOLDER).is_dir():
+        if crops:
+            raise DataError(
+                f"{raw / MASK_FOLDER}: has one mask per image, but --crops needs one per cell, the challenge's "
+                "y/<id>_<k>.bmp; give the challenge's folders or leave out --crops"
+            )
+        images, masks = image_files(raw / IMAGE_FOLDER), image_files(raw / MASK_FOLDER)
+        for ready in paired(images, masks, f"{IMAGE_FOLDER}/*", f"{MASK_FOLDER}/*.png"):
+            cases[ready.name] = Case(ready.name, ready.image_path, {0: ready.label_path}, part_of_raw, crops)
     if not cases:
         raise DataError(
             f"{raw}: holds no x/<id>.bmp with masks y/<id>_<k>.bmp, directly or in train, valid and test, and no "

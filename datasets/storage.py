@@ -156,48 +156,32 @@ def checked_label(
     return np.ascontiguousarray(label, np.uint8)
 
 
-def _names(value: object) -> tuple[str, ...]:
-    names = tuple(name.decode() if isinstance(name, bytes) else name for name in np.atleast_1d(value).tolist())
-    if len(names) > 255 or not all(isinstance(n, str) and n.isprintable() and 0 < len(n) <= 100 for n in names):
-        raise ValueError(names)
-    return names
+def _words(value: object) -> tuple[str, ...]:
+    return tuple(word.decode() if isinstance(word, bytes) else word for word in np.atleast_1d(value).tolist())
 
 
-def _spacing(value: object) -> tuple[float, ...]:
-    lengths = np.asarray(value, np.float64)
-    if lengths.shape != (3,) or not ((lengths >= LENGTHS[0]) & (lengths <= LENGTHS[1])).all():
-        raise ValueError(lengths)
-    return tuple(lengths.tolist())
-
-
-def _affine(value: object) -> np.ndarray:
-    affine = np.asarray(value, np.float64)
-    if affine.shape != (4, 4) or not is_affine(affine):
-        raise ValueError(affine)
-    return affine
-
-
-def _orientation(value: object) -> str:
-    (text,) = _names(value)
-    if not is_orientation(text):
-        raise ValueError(text)
-    return text
-
-
-def _stored_type(value: object) -> str:
-    (text,) = _names(value)
-    if np.dtype(text).name != text or np.dtype(text).kind not in "iuf":
-        raise ValueError(text)
-    return text
+def _numbers(value: object) -> np.ndarray:
+    return np.asarray(value, np.float64)
 
 
 FACTS = {
-    "class_names": (_names, "a list of words"),
-    "spacing": (_spacing, "three lengths in mm"),
-    "affine": (_affine, "an invertible 4 x 4 matrix"),
-    "orientation": (_orientation, "three letters like RAS"),
-    "stored_type": (_stored_type, "a number type like int16"),
-}
+    "class_names": (
+        _words,
+        lambda words: len(words) <= 255 and all(word.isprintable() and 0 < len(word) <= 100 for word in words),
+        "a list of words",
+    ),
+    "spacing": (
+        lambda value: tuple(_numbers(value).tolist()),
+        lambda sides: len(sides) == 3 and LENGTHS[0] <= min(sides) <= max(sides) <= LENGTHS[1],
+        "three lengths in mm",
+    ),
+    "affine": (_numbers, lambda matrix: matrix.shape == (4, 4) and is_affine(matrix), "an invertible 4 x 4 matrix"),
+    "orientation": (lambda value: "".join(_words(value)), is_orientation, "three letters like RAS"),
+    "stored_type": (
+        lambda value: np.dtype("".join(_words(value))).name, lambda name: np.dtype(name).kind in "iuf",
+        "a number type like int16",
+    ),
+}  # fmt: skip
 """What a file may state beside its arrays: how each is converted and checked, and what is expected."""
 
 
@@ -205,11 +189,14 @@ def checked_facts(path: str | Path, fields: dict[str, Any]) -> dict[str, Any]:
     """Return the facts that a file states, as arguments of ``Volume``; raises DataError for an unfit value."""
     facts = {}
     for key in FACTS.keys() & fields.keys():
-        convert, expected = FACTS[key]
+        convert, fits, expected = FACTS[key]
         try:
             facts[key] = convert(fields[key])
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{path}: {key} is {brief(fields[key])}, not {expected}; {PREPARE}") from error
+            fit = fits(facts[key])
+        except (AttributeError, TypeError, ValueError):
+            fit = False
+        if not fit:
+            raise DataError(f"{path}: {key} is {brief(fields[key])}, not {expected}; {PREPARE}")
     return facts
 
 

@@ -71,37 +71,32 @@ class Volume:
         return nifti_image(array, self.affine, self.spacing, self.orientation)
 
 
-def read_volume(path: str | Path, num_classes: int | None = None, label_order: LabelOrder | None = None) -> Volume:
-    """Read and check one volume, HDF5 or npz.
+def read_volume(
+    path: str | Path, num_classes: int | None = None, label_order: LabelOrder | None = None, ndim: int = 3
+) -> Volume:
+    """Read and check one volume, HDF5 or npz; with ``ndim`` 2 one slice.
 
     num_classes, with background, bounds the label ids; label_order translates a file's ids to ours. Raises DataError,
     which names the file.
     """
-    return _read(path, 3, num_classes, label_order)
+    with reading(path, "npz or HDF5 file"):
+        fields = read_fields(path)
+        image = checked_image(path, fields["image"], ndim)
+        facts = checked_facts(path, fields)
+        if label_order is None:
+            label = checked_label(path, fields["label"], image.shape, num_classes)
+        else:
+            label = label_order.apply(path, fields["label"], image.shape, facts.get("class_names", ()))
+            facts["class_names"] = label_order.class_names
+        return Volume(data_name(path), image, label, **facts)
 
 
 def read_slice(
     path: str | Path, num_classes: int | None = None, label_order: LabelOrder | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Read and check one slice, npz or HDF5: returns (image float32 (H, W), label uint8 (H, W)).
-
-    num_classes, label_order and errors: as for ``read_volume``.
-    """
-    single = _read(path, 2, num_classes, label_order)
+    """Read and check one slice as ``read_volume`` does: returns (image float32 (H, W), label uint8 (H, W))."""
+    single = read_volume(path, num_classes, label_order, ndim=2)
     return single.image, single.label
-
-
-def _read(path: str | Path, ndim: int, num_classes: int | None, order: LabelOrder | None) -> Volume:
-    with reading(path, "npz or HDF5 file"):
-        fields = read_fields(path)
-        image = checked_image(path, fields["image"], ndim)
-        facts = checked_facts(path, fields)
-        if order is None:
-            label = checked_label(path, fields["label"], image.shape, num_classes)
-        else:
-            label = order.apply(path, fields["label"], image.shape, facts.get("class_names", ()))
-            facts["class_names"] = order.class_names
-        return Volume(data_name(path), image, label, **facts)
 
 
 def write_volume(path: str | Path, volume: Volume) -> None:
@@ -148,16 +143,10 @@ class VolumeDataset(Sequence[Volume]):
     """
 
     def __init__(
-        self,
-        volume_path: str | Path,
-        list_dir: str | Path,
-        split: str,
-        num_classes: int,
-        label_order: LabelOrder | None = None,
-        only: Sequence[str] | None = None,
-    ):
-        self.num_classes = num_classes
-        self.label_order = label_order
+        self, volume_path: str | Path, list_dir: str | Path, split: str, num_classes: int,
+        label_order: LabelOrder | None = None, only: Sequence[str] | None = None,
+    ):  # fmt: skip
+        self.num_classes, self.label_order = num_classes, label_order
         self.source = list_path(list_dir, split)
         self.files = _group_by_volume(select_files(list_dir, split, volume_path, only=only))
         self.names = list(self.files)
@@ -178,10 +167,7 @@ class VolumeDataset(Sequence[Volume]):
         images, labels = zip(*(read_slice(file, self.num_classes, self.label_order) for file in files), strict=True)
         for file, image in zip(files, images, strict=True):
             if image.shape != images[0].shape:
-                raise DataError(
-                    f"{file}: shape {image.shape}, but {files[0].name} of the same volume has {images[0].shape}; "
-                    + PREPARE
-                )
+                raise DataError(f"{file}: shape {image.shape}, but {files[0].name} has {images[0].shape}; {PREPARE}")
         return Volume(name, np.stack(images), np.stack(labels))
 
 
@@ -209,24 +195,14 @@ class SliceDataset(TrainingSet):
     """
 
     def __init__(
-        self,
-        root_path: str | Path,
-        list_dir: str | Path,
-        split: str,
-        num_classes: int,
-        img_size: int,
-        augment: bool = False,
-        seed: int = 2222,
-        label_order: LabelOrder | None = None,
-        without: Sequence[str] = (),
-    ):
+        self, root_path: str | Path, list_dir: str | Path, split: str, num_classes: int, img_size: int,
+        augment: bool = False, seed: int = 2222, label_order: LabelOrder | None = None, without: Sequence[str] = (),
+    ):  # fmt: skip
         super().__init__(seed)
         self.source = list_path(list_dir, split)
         self.files = select_files(list_dir, split, root_path, endings=(".npz",), without=without)
-        self.num_classes = num_classes
-        self.label_order = label_order
-        self.img_size = img_size
-        self.augment = augment
+        self.num_classes, self.label_order = num_classes, label_order
+        self.img_size, self.augment = img_size, augment
 
     @property
     def patients(self) -> set[str]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from datasets import DATASETS, DataError, ImageDataset, SliceDataset
 from datasets.files import atomic_write
-from utils.cli import ArgumentParser, run_script
+from utils.cli import ArgumentParser, not_negative, positive, run_script
 from utils.figures import class_colour
 
 if TYPE_CHECKING:
@@ -64,16 +64,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--label_order", choices=orders, help="order of the label ids in Synapse's files; default: paper"
     )
     parser.add_argument("--split", default="train", help="list to draw from")
-    parser.add_argument("--count", type=int, default=16, help="number of samples")
+    parser.add_argument("--count", type=positive(int), default=16, help="number of samples")
     parser.add_argument("--photometric", action="store_true", help="also change colour, focus and form (colour images)")
-    parser.add_argument("--seed", type=int, default=2222, help="seed of the augmentation")
-    parser.add_argument("--img_size", type=int, default=256, help="side of a sample, in pixels")
+    parser.add_argument("--seed", type=not_negative(int), default=2222, help="seed of the augmentation")
+    parser.add_argument("--img_size", type=positive(int), default=256, help="side of a sample, in pixels")
     parser.add_argument("--output", type=Path, default=Path("preview.png"), help="PNG to write")
     args = parser.parse_args(argv)
-    if min(args.count, args.img_size) < 1 or args.seed < 0:
-        raise DataError(
-            f"--count {args.count} --img_size {args.img_size} --seed {args.seed}; expected at least 1, 1 and 0"
-        )
     info = DATASETS[args.dataset]
     where = args.root_path or info.root_path, args.list_dir or info.list_dir, args.split, info.num_classes
     options = {"img_size": args.img_size, "augment": True, "seed": args.seed}

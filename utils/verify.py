@@ -26,7 +26,7 @@ from datasets.image_sets import image_of
 from datasets.images import Picture
 from datasets.lists import patient_of, read_list
 from datasets.storage import LabelOrder
-from utils.cli import ArgumentParser, run_script
+from utils.cli import ArgumentParser, positive, run_script
 
 logger = logging.getLogger(__name__)
 
@@ -67,14 +67,9 @@ def quick_check(
 
 
 def full_check(
-    root_path: str | Path,
-    volume_path: str | Path,
-    list_dir: str | Path,
-    splits: Sequence[str],
-    num_classes: int,
-    info: DatasetInfo,
-    label_order: LabelOrder | None = None,
-) -> tuple[list[Part], list[str]]:
+    root_path: str | Path, volume_path: str | Path, list_dir: str | Path, splits: Sequence[str], num_classes: int,
+    info: DatasetInfo, label_order: LabelOrder | None = None,
+) -> tuple[list[Part], list[str]]:  # fmt: skip
     """Read every file of every split. Returns (what was found in each readable split, errors, one line each)."""
     parts, errors = [], []
     for index, split in enumerate(splits):
@@ -150,16 +145,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--root_path", help="folder of the slices, or of images and masks")
     parser.add_argument("--volume_path", help="folder of the volumes")
     parser.add_argument("--list_dir", help="folder of the lists")
-    parser.add_argument("--num_classes", type=int, help="number of classes, background included")
+    parser.add_argument("--num_classes", type=positive(int), help="number of classes, background included")
     parser.add_argument("--splits", nargs="+", help="names of the lists; the first is the one to train on")
     parser.add_argument(
         "--label_order", choices=orders, help="order of the label ids in Synapse's files; default: paper"
     )
     args = parser.parse_args(argv)
     info = DATASETS[args.dataset]
-    num_classes = info.num_classes if args.num_classes is None else args.num_classes
-    if num_classes < 2:
-        raise DataError(f"--num_classes is {num_classes}; expected at least 2, since the background counts")
+    num_classes = args.num_classes or info.num_classes
     folders = args.root_path or info.root_path, args.volume_path or info.volume_path, args.list_dir or info.list_dir
     order = info.label_order(args.label_order, num_classes)
     parts, errors = full_check(*folders, args.splits or info.splits, num_classes, info, order)

@@ -190,7 +190,7 @@ def test_real_volumes_pass_through_unchanged(tmp_path):
         (raw / source.name).symlink_to(source)
     assert acdc.prepare(raw, tmp_path / "out") == [source.stem for source in sources]
     for source in sources:
-        case = read_volume(preparation.volume_file(tmp_path / "out", source.stem), 4)
+        case = read_volume(tmp_path / "out" / "test_vol_h5" / f"{source.stem}.npy.h5", 4)
         with h5py.File(source) as file:
             np.testing.assert_array_equal(case.image, file["image"][()])
             np.testing.assert_array_equal(case.label, file["label"][()])

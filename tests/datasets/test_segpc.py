@@ -132,10 +132,11 @@ def test_the_challenges_folders_make_the_lists_and_unlabelled_images_are_logged(
     raw = tmp_path / "raw"
     write_raw(raw / "train" / "train", [str(number) for number in range(100, 110)], CELLS[:1])
     write_raw(raw / "validation", ["7", "70"], CELLS[:1])
-    write_raw(raw / "test", ["8", "9"], [])
+    for name in ("8", "9"):  # images without masks
+        Image.fromarray(np.zeros((*SHAPE, 3), np.uint8)).save(raw / "validation" / "x" / f"{name}.bmp")
     with caplog.at_level(logging.WARNING):
         names = segpc.prepare(raw, tmp_path / "out", crops=True)
-    assert "2 of 2 images have no mask" in caplog.text and "8, 9" in caplog.text
+    assert "2 of 4 images have no mask" in caplog.text and "8, 9" in caplog.text
     assert len(names) == 12
     train, val, test = (read_list(tmp_path / "out" / "lists", part) for part in ("train", "val", "test"))
     assert (len(train), len(val), test) == (8, 2, ["7", "70"])
@@ -162,7 +163,7 @@ def test_a_ready_made_folder_is_taken_as_it_is(tmp_path, refused):
     assert files(first) == files(tmp_path / "second")
     refused(lambda: segpc.prepare(first, tmp_path / "crops", crops=True), first / "masks", "one per cell")
     refused(lambda: segpc.prepare(first, first), first, "--out")
-    refused(lambda: segpc.prepare(tmp_path / "raw", first, crops=True), first / "images", "106", "mixed")
+    refused(lambda: segpc.prepare(tmp_path / "raw", first, crops=True), first / "images", "_cell3 a crop", "mixed")
 
 
 def files(folder):

@@ -56,5 +56,4 @@ def test_the_seed_decides_the_sheet_and_wrong_flags_are_refused(made, tmp_path, 
     np.testing.assert_array_equal(plain, again)
     assert not np.array_equal(plain, other) and not np.array_equal(plain, photometric)
     refused(lambda: run(made, "acdc", output, "--photometric"), "--photometric", "grey")
-    refused(lambda: run(made, "acdc", output, "--count", "0"), "--count 0")
     refused(lambda: run(made, "isic", output, "--split", "val"), "val.txt")
