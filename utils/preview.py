@@ -17,7 +17,7 @@ import numpy as np
 
 from datasets import DATASETS, DataError, ImageDataset, SliceDataset
 from datasets.files import atomic_write
-from utils.cli import ArgumentParser, not_negative, positive, run_script
+from utils.cli import ArgumentParser, number, run_script
 from utils.figures import class_colour
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def draw(dataset: SliceDataset | ImageDataset, class_names: Sequence[str], count
     step = max(1, len(dataset) // count)
     for axes in panels:
         axes.axis("off")
-    for number, axes in enumerate(panels[:count]):
-        epoch, index = divmod(number * step, len(dataset))
+    for n, axes in enumerate(panels[:count]):
+        epoch, index = divmod(n * step, len(dataset))
         dataset.set_epoch(epoch)
         sample = dataset[index]
         image, label = sample["image"].numpy(), sample["label"].numpy()
@@ -64,10 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--label_order", choices=orders, help="order of the label ids in Synapse's files; default: paper"
     )
     parser.add_argument("--split", default="train", help="list to draw from")
-    parser.add_argument("--count", type=positive(int), default=16, help="number of samples")
+    parser.add_argument("--count", type=number(int, 1), default=16, help="number of samples")
     parser.add_argument("--photometric", action="store_true", help="also change colour, focus and form (colour images)")
-    parser.add_argument("--seed", type=not_negative(int), default=2222, help="seed of the augmentation")
-    parser.add_argument("--img_size", type=positive(int), default=256, help="side of a sample, in pixels")
+    parser.add_argument("--seed", type=number(int, 0), default=2222, help="seed of the augmentation")
+    parser.add_argument("--img_size", type=number(int, 1), default=256, help="side of a sample, in pixels")
     parser.add_argument("--output", type=Path, default=Path("preview.png"), help="PNG to write")
     args = parser.parse_args(argv)
     info = DATASETS[args.dataset]

@@ -26,7 +26,7 @@ from datasets.image_sets import image_of
 from datasets.images import Picture
 from datasets.lists import patient_of, read_list
 from datasets.storage import LabelOrder
-from utils.cli import ArgumentParser, positive, run_script
+from utils.cli import ArgumentParser, number, run_script
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--root_path", help="folder of the slices, or of images and masks")
     parser.add_argument("--volume_path", help="folder of the volumes")
     parser.add_argument("--list_dir", help="folder of the lists")
-    parser.add_argument("--num_classes", type=positive(int), help="number of classes, background included")
+    parser.add_argument("--num_classes", type=number(int, 2), help="number of classes, background included")
     parser.add_argument("--splits", nargs="+", help="names of the lists; the first is the one to train on")
     parser.add_argument(
         "--label_order", choices=orders, help="order of the label ids in Synapse's files; default: paper"
