@@ -7,31 +7,24 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from datasets import Picture, Volume
 from datasets.files import atomic_write, file_stem
-from utils.errors import RunError
-from utils.metrics import ClassResult, case_metrics, confusion, dice_only
+from utils.metrics import ClassResult, case_metrics, confusion
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """The scores of one volume or image.
-
-    Attributes:
-        name: of the case.
-        unit: of strict distances, ``mm``, ``voxels`` or, of an image, ``pixels``.
-        classes: one result per class, without background.
-        confusion: of an image, pixels by class of label and prediction, (num_classes, num_classes).
-    """
+    """The scores of one volume or image."""
 
     name: str
-    unit: str
-    classes: tuple[ClassResult, ...]
-    confusion: np.ndarray | None = None
+    unit: str  # of strict distances: mm, voxels or, of an image, pixels
+    classes: tuple[ClassResult, ...]  # without background
+    confusion: np.ndarray | None = None  # of an image, (num_classes, num_classes), pixels by label and prediction
 
 
 def predict_volume(
@@ -78,11 +71,8 @@ def evaluate(
     model: torch.nn.Module,
     volumes: Sequence[Volume | Picture],
     num_classes: int,
-    img_size: int,
-    batch_size: int = 16,
-    device: torch.device | str = "cpu",
-    amp_dtype: torch.dtype | None = None,
     on_case: Callable[[Volume | Picture, np.ndarray], None] | None = None,
+    **options: Any,
 ) -> list[CaseResult]:
     """Predict and score every volume, and log a line for each.
 
@@ -92,12 +82,8 @@ def evaluate(
         volumes: with labels. Each one is opened once, in order.
         num_classes: with background.
         on_case: is called with a volume and its prediction after scoring, to save them.
-        model, img_size, batch_size, device, amp_dtype: as for ``predict_volume``.
-
-    Raises:
-        RunError: there is no volume, or one has no label.
+        options: ``img_size`` and other arguments of ``predict_volume``.
     """
-    _check_count(volumes)
 
     def score(number: int, volume: Volume | Picture, prediction: np.ndarray, seconds: float) -> CaseResult:
         start = time.perf_counter()
@@ -116,8 +102,7 @@ def evaluate(
         for i in range(len(volumes)):
             start = time.perf_counter()
             volume = volumes[i]
-            _check_label(volume)
-            prediction = predict_volume(model, volume, img_size, batch_size, device, amp_dtype)
+            prediction = predict_volume(model, volume, **options)
             seconds = time.perf_counter() - start
             if scores:
                 scores[-1].result()  # raises what went wrong, and frees the volume before
@@ -125,31 +110,11 @@ def evaluate(
     return [score.result() for score in scores]
 
 
-def case_dice(
-    model: torch.nn.Module,
-    volume: Volume | Picture,
-    num_classes: int,
-    img_size: int,
-    batch_size: int = 16,
-    device: torch.device | str = "cpu",
-    amp_dtype: torch.dtype | None = None,
-) -> np.ndarray:
-    """Predict a volume and return the strict Dice of each class, in [0, 1], float64 (num_classes - 1,).
-
-    The quick form of ``evaluate`` for use during training: no distances and no log. NaN for a class that neither label
-    nor prediction has. Raises RunError where the volume has no label.
-    """
-    _check_label(volume)
-    prediction = predict_volume(model, volume, img_size, batch_size, device, amp_dtype)
-    return dice_only(prediction, volume.label, num_classes)
-
-
 def mean_dice(cases: Sequence[np.ndarray]) -> tuple[float, np.ndarray]:
     """Return the mean over cases and classes, and the mean over cases of each class; NaN is left out.
 
-    cases: what ``case_dice`` returned for each volume. Raises RunError where there is none.
+    cases: the ``dice_only`` of each volume.
     """
-    _check_count(cases)
     per_class = np.ma.masked_invalid(np.stack(cases)).mean(0)
     return float(np.ma.filled(per_class.mean(), np.nan)), np.ma.filled(per_class, np.nan)
 
@@ -191,16 +156,6 @@ def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _check_count(volumes: Sequence) -> None:
-    if len(volumes) == 0:
-        raise RunError("no volume to evaluate: expected at least one in the list of cases")
-
-
-def _check_label(volume: Volume | Picture) -> None:
-    if volume.label is None:
-        raise RunError(f"{volume.name}: the volume has no label to compare with: prepare the data again")
 
 
 def _text(number: float) -> str:

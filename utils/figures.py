@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.ndimage import generate_binary_structure, morphological_gradient
 
 from datasets import Picture, Volume
 from datasets.files import atomic_write, file_stem
@@ -137,12 +138,11 @@ def upright_steps(volume: Volume | Picture) -> tuple[slice, slice]:
 
 
 def coloured(mask: np.ndarray) -> np.ndarray:
-    """Return class indices (H, W) as RGBA (H, W, 4): transparent inside, opaque at the border of a class."""
-    painted = np.zeros((*mask.shape, 4))
-    border = _border(mask)
-    for c in np.unique(mask[mask > 0]):
-        painted[mask == c] = (*np.divide(class_rgb(c), 255), 0.35)
-    painted[border & (mask > 0), 3] = 1
+    """Return class indices (H, W) as RGBA, uint8 (H, W, 4): transparent inside, opaque at the border of a class."""
+    colours = [(0, 0, 0, 0), *((*class_rgb(c), 89) for c in range(1, int(mask.max()) + 1))]
+    painted = np.array(colours, np.uint8)[mask]
+    border = morphological_gradient(mask, footprint=generate_binary_structure(2, 1)) > 0
+    painted[border & (mask > 0), 3] = 255
     return painted
 
 
@@ -150,21 +150,10 @@ def save_picture_overlay(path: str | Path, image: np.ndarray, mask: np.ndarray) 
     """Write an image, uint8 (H, W, 3), with its class indices (H, W) painted over it, at its own size."""
     from PIL import Image
 
-    painted = image.copy()
-    border = _border(mask)
-    for c in np.unique(mask[mask > 0]):
-        colour, inside = np.array(class_rgb(c)), mask == c
-        painted[inside] = (0.65 * image[inside] + 0.35 * colour).astype(np.uint8)
-        painted[inside & border] = colour
+    picture, classes = Image.fromarray(image), Image.fromarray(coloured(mask))
+    picture.paste(classes, mask=classes)
     with atomic_write(path) as temporary:
-        Image.fromarray(painted).save(temporary)
-
-
-def _border(mask: np.ndarray) -> np.ndarray:
-    """Return the pixels (H, W) that have a direct neighbour of another class."""
-    padded = np.pad(mask, 1, mode="edge")
-    neighbours = padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]
-    return np.any([n != mask for n in neighbours], axis=0)
+        picture.save(temporary)
 
 
 def save_progress(path: str | Path, history: History) -> None:
@@ -177,9 +166,18 @@ def save_progress(path: str | Path, history: History) -> None:
 
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     loss, dice, k, use = figure.subplots(2, 2, sharex=True).flat
-    _draw_losses(loss, history)
-    on_test = any(row.get("selected_on") == "test" for row in history)
-    title = f"{'Dice on the test volumes' if on_test else 'validation Dice'} [%]"
+    names = dict.fromkeys(name for row in history for name in row if name.endswith("_loss"))
+    for name, colour in zip(names, (COLOURS[6], *COLOURS), strict=False):
+        draw_series(loss, "loss", history, name, colour, label=name.removesuffix("_loss"))
+    if len(names) > 1:
+        loss.legend(frameon=False)
+    rate = loss.twinx()
+    draw_series(rate, "learning rate (dotted)", history, "lr", "0.5", linestyle=":")
+    rate.grid(False)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rate.set_ylim(bottom=0)
+    selected_on = {row.get("selected_on") for row in history}
+    title = f"{dice_name('test' if 'test' in selected_on else 'val')} [%]"
     points = draw_series(dice, title, history, "val_dice", COLOURS[2], scale=100)
     if len(points):
         epoch, best = points.loc[points["val_dice"].idxmax()]
@@ -194,19 +192,9 @@ def save_progress(path: str | Path, history: History) -> None:
     save_figure(figure, path)
 
 
-def _draw_losses(axes: "Axes", history: History) -> None:
-    names = dict.fromkeys(name for row in history for name in row if name.endswith("_loss"))
-    for name, colour in zip(names, (COLOURS[6], *COLOURS), strict=False):
-        draw_series(axes, "loss", history, name, colour, label=name.removesuffix("_loss"))
-    rate = axes.twinx()
-    draw_series(rate, "learning rate (dotted)", history, "lr", "0.5", linestyle=":")
-    rate.grid(False)
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    rate.set_ylim(bottom=0)
-    rate.tick_params(axis="y", colors="0.5")
-    rate.yaxis.label.set_color("0.5")
-    if len(names) > 1:
-        axes.legend(frameon=False)
+def dice_name(selected_on: str | None) -> str:
+    """Return what to call the Dice that chooses the best epoch, where ``selected_on`` is ``val`` or ``test``."""
+    return "Dice on the test volumes" if selected_on == "test" else "validation Dice"
 
 
 def draw_series(

@@ -141,11 +141,11 @@ def test(args: Namespace, info: DatasetInfo, open_cases: Callable[[int], Sequenc
             model,
             cases,
             num_classes,
-            model.config["img_size"],
-            args.batch_size,
-            device,
-            AMP_DTYPES[args.amp],
-            on_case=save if args.save_predictions or args.overlays else None,
+            save if args.save_predictions or args.overlays else None,
+            img_size=model.config["img_size"],
+            batch_size=args.batch_size,
+            device=device,
+            amp_dtype=AMP_DTYPES[args.amp],
         )
     table = case_table(results, class_names, data.get("selected_on", "val"))
     summary = summarise(table, sum(result.confusion for result in results) if info.planar else None)

@@ -14,7 +14,7 @@ import numpy as np
 
 from datasets.files import atomic_write, remove_temporaries
 from utils.errors import RunError
-from utils.figures import save_progress
+from utils.figures import dice_name, save_progress
 
 logger = logging.getLogger(__name__)
 
@@ -92,11 +92,6 @@ class RunFolder:
         _link(self.last, self.path / f"epoch_{epoch:04d}.pth")
         for path in sorted(self.path.glob("epoch_*.pth"))[:-count]:
             path.unlink()
-
-
-def dice_name(selected_on: str | None) -> str:
-    """Return what to call the Dice that chooses the best epoch, where ``selected_on`` is ``val`` or ``test``."""
-    return "Dice on the test volumes" if selected_on == "test" else "validation Dice"
 
 
 def _log_epoch(history: Sequence[dict[str, Any]], max_epochs: int) -> None:

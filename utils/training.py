@@ -29,9 +29,11 @@ from utils.checkpoint import provenance, save_checkpoint
 from utils.cli import AMP_DTYPES, random_state, set_random_state
 from utils.distribution import EpochBatches, distribute, gather_over_ranks, largest_over_ranks, share_buffers
 from utils.errors import RunError, Stopped
-from utils.evaluation import case_dice, mean_dice
+from utils.evaluation import mean_dice, predict_volume
+from utils.figures import dice_name
 from utils.losses import WeightLossDynamic, subset_losses
-from utils.run_folder import RunFolder, dice_name
+from utils.metrics import dice_only
+from utils.run_folder import RunFolder
 from utils.watch import NumberWatch, Step, StopSignals, out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -285,10 +287,9 @@ class Trainer:
             for i in cases:
                 if self.signals.received and not self.release:
                     break
-                dice[i] = case_dice(
-                    self.model, self.val_set[i], args.num_classes, args.img_size, args.eval_batch_size, self.device,
-                    self.amp_dtype,
-                )  # fmt: skip
+                case, size = self.val_set[i], args.img_size
+                prediction = predict_volume(self.model, case, size, args.eval_batch_size, self.device, self.amp_dtype)
+                dice[i] = dice_only(prediction, case.label, args.num_classes)
         if self.release:  # validating again would write the memory twice, so a signal waits for the next step
             share_buffers(self.model)
             for bank in self.banks:

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from datasets import Volume
-from utils.errors import RunError
-from utils.evaluation import case_dice, evaluate, mean_dice, predict_volume, save_nifti
-from utils.metrics import case_metrics
+from utils.evaluation import evaluate, mean_dice, predict_volume, save_nifti
+from utils.metrics import case_metrics, dice_only
 from utils.results import case_table, summarise
 
 NAMES = ("box", "core", "nowhere")
@@ -105,20 +104,11 @@ def test_the_model_is_unchanged_and_can_train_afterwards():
 
 
 def test_autocast_reaches_the_model():
-    class Conv(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(1, 2, 1)
-
-        def forward(self, x):
-            y = self.conv(x)
-            self.dtype = y.dtype
-            return [y] * 4
-
-    model = Conv()
+    model, types = nn.Conv2d(1, 2, 1), []
+    model.register_forward_hook(lambda _, arguments, output: types.append(output.dtype) or [output])
     for amp_dtype in (torch.bfloat16, None):
-        predict_volume(model, volume_of(box_label()), 32, amp_dtype=amp_dtype)
-        assert model.dtype == (amp_dtype or torch.float32)
+        predict_volume(model, volume_of(box_label(1)), 32, amp_dtype=amp_dtype)
+    assert types == [torch.bfloat16, torch.float32]
 
 
 @pytest.mark.parametrize("shape", [(1, 24, 32), (3, 17, 40)])
@@ -131,7 +121,7 @@ def test_a_single_slice_and_an_empty_volume_are_no_error(shape):
 
 def test_cases_are_scored_in_order_with_a_line_in_the_log_for_each(three_cases, caplog):
     with caplog.at_level(logging.INFO):
-        results = evaluate(Threshold(), [*three_cases, volume_of(box_label(), name="no spacing")], 4, 96)
+        results = evaluate(Threshold(), [*three_cases, volume_of(box_label(), name="no spacing")], 4, img_size=96)
     lines = [record.getMessage().split(":")[0] for record in caplog.records]
     assert lines == ["1/4 perfect", "2/4 missed", "3/4 spurious", "4/4 no spacing"]
     assert [(r.name, r.unit, [c.state for c in r.classes]) for r in results] == [
@@ -143,8 +133,9 @@ def test_cases_are_scored_in_order_with_a_line_in_the_log_for_each(three_cases, 
 
 
 def test_the_quick_dice_is_the_strict_dice_of_the_evaluation(three_cases):
-    mean, per_class = mean_dice([case_dice(Threshold(), case, 4, img_size=96) for case in three_cases])
-    strict = summarise(case_table(evaluate(Threshold(), three_cases, 4, 96), NAMES))["strict"]
+    predictions = [predict_volume(Threshold(), case, 96) for case in three_cases]
+    mean, per_class = mean_dice([dice_only(p, case.label, 4) for p, case in zip(predictions, three_cases, strict=True)])
+    strict = summarise(case_table(evaluate(Threshold(), three_cases, 4, img_size=96), NAMES))["strict"]
     assert mean == pytest.approx(strict["mean"]["dice"])
     np.testing.assert_allclose(per_class, [c["dice"] for c in strict["classes"]])
     mean, per_class = mean_dice([np.array([np.nan, 0.5]), np.array([np.nan, 1])])
@@ -165,7 +156,7 @@ def test_two_volumes_are_in_memory_at_a_time():
             images.append(weakref.ref(volume.image))
             return volume
 
-    evaluate(Threshold(), FromDisk(), 4, 96, on_case=lambda volume, prediction: drawn.append(volume.name))
+    evaluate(Threshold(), FromDisk(), 4, img_size=96, on_case=lambda volume, prediction: drawn.append(volume.name))
     assert max(alive) <= 1  # beside the one that is opened
     assert drawn == ["0", "1", "2", "3"]
 
@@ -183,7 +174,7 @@ def test_a_volume_is_scored_while_the_next_is_predicted(three_cases):
     def wait(volume, prediction):
         assert volume.name != "perfect" or second_is_predicted.wait(timeout=60)
 
-    results = evaluate(Signals(), three_cases, 4, 96, on_case=wait)
+    results = evaluate(Signals(), three_cases, 4, img_size=96, on_case=wait)
     assert [result.name for result in results] == ["perfect", "missed", "spurious"]
 
 
@@ -192,27 +183,14 @@ def test_an_error_while_a_case_is_saved_is_raised(three_cases):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        evaluate(Threshold(), three_cases, 4, 96, on_case=full)
-
-
-def test_no_volume_and_no_label_are_one_line_errors():
-    unlabelled = BoxVolume("case7", np.zeros((2, 8, 8), np.float32))
-    for call in (lambda: evaluate(Threshold(), [], 4, 32), lambda: mean_dice([])):
-        with pytest.raises(RunError, match="no volume"):
-            call()
-    for call in (
-        lambda: evaluate(Threshold(), [unlabelled], 4, 32),
-        lambda: case_dice(Threshold(), unlabelled, 4, 32),
-    ):
-        with pytest.raises(RunError, match=r"case7.*no label"):
-            call()
+        evaluate(Threshold(), three_cases, 4, full, img_size=96)
 
 
 def test_images_are_measured_in_two_dimensions():
     label = box_label(1)
     label[0, 4:20, 6:26] = 1
     seen = np.roll(label, 2, axis=2)
-    (result,) = evaluate(Threshold(), [volume_of(label, seen, BoxPicture)], 4, 96)
+    (result,) = evaluate(Threshold(), [volume_of(label, seen, BoxPicture)], 4, img_size=96)
     assert result.unit == "pixels" and result.classes == case_metrics(seen[0], label[0], 4)
     assert result.classes[0].transunet.hd95 < 3  # in three dimensions every pixel would be at the border
     assert result.confusion[1, 1] == 16 * 18 and result.confusion.sum() == label.size
@@ -251,7 +229,7 @@ def test_nifti_without_an_affine_has_the_spacing(lopsided, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("name", ["../../outside", "/etc/outside", "..", "..\\outside"])
+@pytest.mark.parametrize("name", ["../../outside", "/etc/outside", ".."])
 def test_a_name_never_leads_out_of_the_folder(lopsided, tmp_path, name):
     lopsided.name = name
     folder = tmp_path / "in" / "here"
