@@ -80,14 +80,6 @@ def test_h5_volumes_give_the_same_files_as_their_nifti(raw, tmp_path):
     assert slices == sorted(path.name for path in (tmp_path / "h5" / "train_npz").iterdir())
 
 
-def test_a_constant_volume_becomes_zeros(tmp_path):
-    (tmp_path / "raw").mkdir()
-    with h5py.File(tmp_path / "raw" / "patient001_frame01.h5", "w") as file:
-        file["image"], file["label"] = np.full((1, 6, 5), 7.0), np.zeros((1, 6, 5), np.uint8)
-    acdc.prepare(tmp_path / "raw", tmp_path / "out")
-    assert not read_volume(tmp_path / "out" / "test_vol_h5" / "patient001_frame01.npy.h5").image.any()
-
-
 def times(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 

@@ -36,10 +36,7 @@ FORMS = {
     "grey": grey,
     "indices": Image.fromarray,
     "palette": palette,
-    "1-bit": lambda mask: Image.fromarray(mask.astype(bool)),
-    "rgb": lambda mask: grey(mask).convert("RGB"),
     "rgba": lambda mask: grey(mask).convert("RGBA"),
-    "grey and alpha": lambda mask: grey(mask).convert("LA"),
     "16 bits": lambda mask: Image.fromarray(mask.astype(np.uint16) * 65535),
     "not quite binary": not_quite_binary,
 }

@@ -1,7 +1,5 @@
 """A scan of any orientation is brought to one and its segmentation back, voxel by voxel to the same place."""
 
-import itertools
-
 import numpy as np
 import pytest
 
@@ -96,9 +94,7 @@ def test_every_orientation_gives_the_network_the_same_image(tmp_path, degrees):
     image, label, spacing, _ = seen[0]
     assert image.shape == (7, 11, 13)
     np.testing.assert_allclose(spacing, SPACING[::-1], rtol=1e-6)
-    np.testing.assert_array_equal(
-        np.argwhere(label == 3)[0], (5, 6, 13 - 1 - 7)
-    )  # up and forward as in RAS, to the left
+    np.testing.assert_array_equal(np.argwhere(label == 3)[0], (5, 6, 13 - 1 - 7))  # of RAS, x runs to the left
     for image, label, spacing, affine in seen[1:]:
         np.testing.assert_array_equal(image, seen[0][0])
         np.testing.assert_array_equal(label, seen[0][1])
@@ -156,8 +152,6 @@ def test_unfit_files_are_refused(tmp_path, refused):
     bad = tmp_path / "bad.nii.gz"
     bad.write_bytes(image.read_bytes()[:900])
     refused(lambda: read_scan(bad, CT), bad, "not a readable NIfTI")
-    bad.write_bytes(b"hello")
-    refused(lambda: read_scan(bad, CT), bad)
     for array, word in (
         (np.zeros((4, 4, 4, 2), np.int16), "(4, 4, 4, 2)"),
         (np.full((4, 4, 4), np.nan, np.float32), "NaN"),
@@ -171,10 +165,6 @@ def test_unfit_files_are_refused(tmp_path, refused):
     refused(lambda: read_scan(tmp_path / "flat.nii", CT), "flat.nii", "affine")
 
     volume = read_scan(image, CT)
-    flat = nibabel.Nifti1Image(np.zeros((13, 11, 7), np.uint8), None)
-    flat.header.set_sform(np.diag([1, 1, 0, 1.0]), code=1)
-    nibabel.save(flat, bad)
-    refused(lambda: read_scan_label(bad, volume), bad, "affine")
     nibabel.save(nibabel.Nifti1Image(np.zeros((13, 11, 7), np.uint8), np.diag([9, 9, 9, 1.0])), bad)
     refused(lambda: read_scan_label(bad, volume), bad, "other directions")
     nibabel.save(nibabel.Nifti1Image(np.zeros((13, 11, 6), np.uint8), nibabel.load(label).affine), bad)
@@ -258,16 +248,3 @@ def test_a_folder_without_one_whole_series_is_refused(tmp_path, refused):
         file.write_bytes(whole)
     (tmp_path / "damaged" / "notes.txt").touch()
     assert read_scan(tmp_path / "damaged", CT).image.shape[0] == 7
-
-
-def test_reorient_is_undone_by_reorient():
-    array = np.arange(24).reshape(2, 3, 4)
-    affine = np.array([[0, -2.0, 0, 5], [1, 0, 0, -3], [0, 0, 4, 7], [0, 0, 0, 1]])
-    own = orientation_of(affine)
-    for letters in itertools.product("LR", "AP", "SI"):
-        for order in itertools.permutations(letters):
-            turned, there = reorient(array, affine, "".join(order))
-            assert orientation_of(there) == "".join(order)
-            back, again = reorient(turned, there, own)
-            np.testing.assert_array_equal(back, array)
-            np.testing.assert_allclose(again, affine)

@@ -37,18 +37,13 @@ def test_slice_round_trip(tmp_path, make_volume):
         assert tuple(file["spacing"]) == volume.spacing
 
 
-def test_network_input_and_restore(make_volume):
+def test_restore_takes_the_nearest_neighbour(make_volume):
     volume = make_volume(shape=(3, 20, 14))
-    assert volume.network_input(32).shape == (3, 1, 32, 32)
-    assert volume.network_input(32).dtype == np.float32
     prediction = np.zeros((3, 32, 32), np.uint8)
     prediction[1, 16:, :] = 2
     restored = volume.restore(prediction)
-    assert restored.shape == (3, 20, 14)
-    assert restored.dtype == np.uint8
-    assert (restored[1, 10:] == 2).all()
-    assert not restored[1, :10].any()
-    assert not restored[[0, 2]].any()
+    assert (restored.shape, restored.dtype) == ((3, 20, 14), np.uint8)
+    assert (restored[1, 10:] == 2).all() and not restored[1, :10].any() and not restored[[0, 2]].any()
 
 
 def test_files_without_names_and_geometry_are_read(tmp_path):
@@ -102,10 +97,9 @@ def test_unfit_contents_are_refused(tmp_path, refused, case, ending):
 def test_unreadable_files_are_refused(tmp_path, refused, ending):
     path = tmp_path / f"v{ending}"
     refused(lambda: read_volume(path), path, "no such file", "prepare_data.py")
-    path.write_bytes(b"something else\n" * 100)
-    refused(lambda: read_volume(path), path, "prepare_data.py")
-    path.write_bytes(b"")
-    refused(lambda: read_volume(path), path)
+    for content in (b"something else\n" * 100, b""):
+        path.write_bytes(content)
+        refused(lambda: read_volume(path), path, "prepare_data.py")
 
 
 @pytest.mark.parametrize(
@@ -150,12 +144,6 @@ def test_volumes_come_by_the_list_and_are_read_when_asked_for(prepared):
     assert dataset[1].label is not None
     with pytest.raises(ValueError, match="patient003_frame01"):
         dataset[0]
-
-
-def test_slices_are_stacked_to_their_volume(prepared, make_volume):
-    dataset = VolumeDataset(prepared / "train_npz", prepared / "lists", "val", 4)
-    assert dataset.names == ["patient003_frame01", "patient003_frame09"]
-    np.testing.assert_array_equal(dataset[0].image, make_volume("patient003_frame01").image)
 
 
 def test_the_same_volume_twice_is_refused(prepared, refused):
@@ -213,19 +201,12 @@ def _images(loader):
     return torch.cat([batch["image"] for batch in loader])
 
 
-def test_a_sample(prepared):
-    dataset = _open(prepared)
-    assert len(dataset) == 2 * 2 * 3
-    sample = dataset[0]
-    assert (sample["image"].shape, sample["image"].dtype) == ((1, 32, 32), torch.float32)
-    assert (sample["label"].shape, sample["label"].dtype) == ((32, 32), torch.int64)
-    assert [dataset[i]["name"] for i in (0, 3)] == ["patient001_frame01_slice000", "patient001_frame09_slice000"]
-
-
 def test_without_augmentation_a_sample_is_the_slice_resized(prepared):
     dataset = _open(prepared, augment=False, img_size=20)
+    assert [dataset[i]["name"] for i in (0, 3)] == ["patient001_frame01_slice000", "patient001_frame09_slice000"]
     image, label = read_slice(dataset.files[4])
     sample = dataset[4]
+    assert (len(dataset), sample["image"].dtype, sample["label"].dtype) == (12, torch.float32, torch.int64)
     # The rows are as many as before; of the columns, the first and the last stay where they are.
     np.testing.assert_allclose(sample["image"][0][:, [0, -1]], image[:, [0, -1]], atol=1e-5)
     np.testing.assert_array_equal(sample["label"][:, [0, -1]], label[:, [0, -1]])
@@ -249,21 +230,17 @@ def test_samples_do_not_depend_on_workers_and_order_but_on_epoch_and_seed(prepar
     assert not torch.equal(_images(DataLoader(other, batch_size=4)), by_epoch[0])
 
 
-def test_what_is_kept_in_memory_changes_no_sample(prepared):
+def test_what_is_kept_in_memory_is_bounded_and_changes_no_sample(prepared, monkeypatch):
     read, kept = _open(prepared), _open(prepared)
+    image, label = read.read(0)
     assert kept.keep(2**30) == len(kept)
+    assert kept.keep(5 * (image.nbytes + label.nbytes)) == 5
     for epoch in (0, 1):
         for dataset in (read, kept):
             dataset.set_epoch(epoch)
-        assert all(torch.equal(read[i]["image"], kept[i]["image"]) for i in range(-1, 12))
-        assert all(torch.equal(read[i]["label"], kept[i]["label"]) for i in range(-1, 12))
-
-
-def test_memory_for_what_is_kept_is_bounded_and_the_rest_is_read(prepared, monkeypatch):
-    dataset = _open(prepared)
-    image, label = dataset.read(0)
-    assert dataset.keep(5 * (image.nbytes + label.nbytes)) == 5
-    monkeypatch.setattr(dataset, "read", lambda index: pytest.fail(f"sample {index} was read again"))
-    assert dataset[4]["name"] == "patient001_frame09_slice001"
+        for key in ("image", "label"):
+            assert all(torch.equal(read[i][key], kept[i][key]) for i in range(-1, 12))
+    monkeypatch.setattr(kept, "read", lambda index: pytest.fail(f"sample {index} was read again"))
+    _ = kept[4]
     with pytest.raises(pytest.fail.Exception, match="sample 5"):
-        _ = dataset[5]
+        _ = kept[5]
