@@ -22,8 +22,16 @@ from datasets.files import check_writable, file_stem
 from networks import NetworkError
 from networks.complexity import count_multiply_adds, count_parameters
 from utils import comparison_report as report
-from utils.cli import ArgumentParser, pick_device, run_script
-from utils.comparison import Comparison, compare, drop_untested, group_runs, paired_tests, read_runs, striking_cases
+from utils.cli import ArgumentParser, not_negative, pick_device, run_script
+from utils.comparison import (
+    Run,
+    compare,
+    drop_untested,
+    name_methods,
+    paired_tests,
+    read_run,
+    striking_cases,
+)
 from utils.comparison_figures import draw_box_plots, draw_curves, draw_predictions, open_volumes
 from utils.errors import RunError
 from utils.predictor import Predictor
@@ -38,85 +46,85 @@ def parse_args() -> Namespace:
     parser.add_argument("--split", nargs="+", help="splits to compare on; default: all on which a run was tested")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/comparison"), help="folder of the results")
     parser.add_argument("--no_published", action="store_true", help="leave out the published rows")
-    parser.add_argument("--num_cases", type=int, default=3, help="cases in the figure of predictions; 0: no figure")
+    parser.add_argument("--num_cases", type=not_negative(int), default=3, help="cases in the figure of predictions")
     parser.add_argument("--cases", nargs="+", help="cases in that figure; default: where the methods differ most")
     parser.add_argument("--volume_path", type=Path, help="folder of the volumes or images; default: as in training")
-    parser.add_argument("--list_dir", type=Path, help="folder of the lists; default: as in training")
-    parser.add_argument("--batch_size", type=int, default=8, help="slices predicted at a time")
     parser.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda or cuda:1")
     args = parser.parse_args()
-    if args.batch_size < 1 or args.num_cases < 0:
-        parser.error(f"--batch_size {args.batch_size} --num_cases {args.num_cases}: expected at least 1 and 0")
     pick_device(args.device)
     return args
 
 
-@cache
-def load_network(checkpoint: Path, dataset: str, device: str, batch_size: int) -> tuple[Predictor, report.Cost]:
-    """Return the network of a checkpoint on a device, and what it costs."""
-    predictor = Predictor(checkpoint, "cpu", batch_size=batch_size, dataset=dataset)
-    model = predictor.model
-    # Count on the CPU: on a GPU, DMW-LA takes more multiply-adds to avoid synchronisation.
-    work = count_multiply_adds(model, model.config["img_size"], model.config["in_channels"])
-    predictor.device = pick_device(device)
-    predictor.model = model.to(predictor.device)
-    return predictor, (count_parameters(model), int(work))
-
-
-def load_networks(comparison: Comparison, args: Namespace) -> dict[str, tuple[Predictor, report.Cost]]:
-    """Return network and cost of each method's first seed; a checkpoint that is missing is left out with a warning."""
-    networks = {}
-    for name, method in comparison.methods.items():
+def read_runs(args: Namespace) -> list[Run]:
+    """Read the runs of the command line that were tested; a folder that is not a run or is damaged gets a warning."""
+    runs = []
+    for text in args.runs:
+        name, folder = text.split("=", 1) if "=" in text and not Path(text).exists() else ("", text)
+        if Path(folder).resolve() == args.output_dir.resolve():  # runs/* matches it
+            continue
         try:
-            checkpoint = method.runs[0].checkpoint
-            networks[name] = load_network(checkpoint, comparison.dataset, args.device, args.batch_size)
-        except (RunError, NetworkError) as error:
-            logger.warning("%s: its size and its predictions are left out: %s", name, error)
-    return networks
+            runs.append(read_run(folder, name.strip()))
+        except RunError as error:
+            logger.warning("left out: %s", error)
+    if not runs:
+        raise RunError(f"no run folder in {' '.join(args.runs)}: give folders that train_<set>.py wrote")
+    return drop_untested(runs, args.split)
+
+
+@cache
+def load_network(checkpoint: Path, dataset: str, device: str) -> tuple[Predictor, tuple[int, int]]:
+    """Return the network of a checkpoint, and its parameters and multiply-adds."""
+    predictor = Predictor(checkpoint, device, dataset=dataset)
+    config = predictor.model.config
+    # Count on the CPU: on a GPU, DMW-LA takes more multiply-adds to avoid synchronisation.
+    work = count_multiply_adds(predictor.model.cpu(), config["img_size"], config["in_channels"])
+    predictor.model.to(predictor.device)
+    return predictor, (count_parameters(predictor.model), int(work))
 
 
 def main() -> None:
     args = parse_args()
-    methods = group_runs(drop_untested(read_runs(args.runs, args.output_dir), args.split))
-    comparisons = compare(methods, args.split)
-    if (args.volume_path or args.list_dir) and len({comparison.dataset for comparison in comparisons}) > 1:
-        raise RunError("--volume_path and --list_dir fit one data set, the runs have several: compare one at a time")
+    runs = read_runs(args)
+    datasets = dict.fromkeys(run.dataset for run in runs)
+    sets = {dataset: name_methods([run for run in runs if run.dataset == dataset]) for dataset in datasets}
+    comparisons = [comparison for of_set in sets.values() for comparison in compare(of_set, args.split)]
     tested = dict.fromkeys(case for comparison in comparisons for case in comparison.cases["case"])
     for case in [case for case in args.cases or () if case not in tested]:
         raise RunError(f"--cases {case}: no run was tested on it; expected some of {', '.join(list(tested)[:5])}, ...")
     check_writable(args.output_dir)
 
     sections, scores, tests, figures = [], [], [], args.output_dir / "figures"
-    beside = [] if args.no_published else report.beside_published(comparisons)
     for number, comparison in enumerate(comparisons, 1):
-        networks = load_networks(comparison, args)
-        rows = report.score_rows(comparison, {name: cost for name, (_, cost) in networks.items()})
-        tests.append(paired_tests(comparison))
-        for table in report.score_tables(comparison, rows, tests[-1]):
-            print(f"{table.caption}\n\n{markdown(table.frame)}\n")
-        if comparison in beside:
-            rows = pd.concat([rows, report.published_rows(comparison.dataset, comparison.class_names)])
-        scores.append(rows)
-
-        cases = striking_cases(comparison, args.num_cases)
-        if args.cases and args.num_cases:
-            cases = [case for case in args.cases if case in set(comparison.cases["case"])]
-        tables = report.score_tables(comparison, rows, tests[-1])
-        stem = f"{number}_{file_stem(comparison.dataset)}_{file_stem(comparison.split)}"
-        pictures = [draw_box_plots(figures / f"{stem}_boxes.png", comparison)]
-        if cases and networks:
-            path, predictors = figures / f"{stem}_predictions.png", {name: p for name, (p, _) in networks.items()}
+        predictors, costs = {}, {}
+        for name, seeds in comparison.methods.items():
             try:
-                volumes = open_volumes(comparison, args.volume_path, args.list_dir)
-                pictures.append(draw_predictions(path, comparison, volumes, cases, predictors))
+                predictors[name], costs[name] = load_network(seeds[0].checkpoint, comparison.dataset, args.device)
+            except (RunError, NetworkError) as error:
+                logger.warning("%s: its size and its predictions are left out: %s", name, error)
+        rows = report.score_rows(comparison, costs)
+        tests.append(paired_tests(comparison))
+        for caption, table in report.score_tables(comparison, rows, tests[-1]).items():
+            print(f"{caption}\n\n{markdown(table)}\n")
+        scores.append(rows if args.no_published else pd.concat([rows, report.published_rows(comparison)]))
+
+        stem = f"{number}_{file_stem(comparison.dataset)}_{file_stem(comparison.split)}"
+        boxes, predictions = figures / f"{stem}_boxes.png", figures / f"{stem}_predictions.png"
+        pictures = {boxes: draw_box_plots(boxes, comparison)}
+        cases = striking_cases(comparison, args.num_cases)
+        if args.cases:
+            cases = [case for case in args.cases if case in set(comparison.cases["case"])]
+        if cases and predictors:
+            try:
+                volumes = open_volumes(comparison, args.volume_path)
+                pictures[predictions] = draw_predictions(predictions, comparison, volumes, cases, predictors)
             except DataError as error:
                 logger.warning("no figure of predictions of %s: %s", comparison.title, error)
-        sections.append(report.Section(comparison.title, report.notes(rows, tests[-1]), tables, pictures))
-    for dataset in dict.fromkeys(method.dataset for method in methods):
-        of_set = [method for method in methods if method.dataset == dataset]
-        tables = [table for table in (report.runs_table(of_set), report.settings_table(of_set)) if len(table.frame)]
-        curves = draw_curves(figures / f"{file_stem(dataset)}_training.png", of_set)
-        sections.append(report.Section(f"{dataset}, runs and training", [], tables, curves))
+        tables = report.score_tables(comparison, scores[-1], tests[-1])
+        sections.append(report.Section(comparison.title, report.notes(scores[-1], tests[-1]), tables, pictures))
+    for dataset, of_set in sets.items():
+        curves = figures / f"{file_stem(dataset)}_training.png"
+        pictures = {curves: draw_curves(curves, of_set)}
+        sections.append(report.Section(f"{dataset}, runs and training", [], report.run_tables(of_set), pictures))
     report.write_csv(args.output_dir, scores, tests)
     report.write_pages(args.output_dir, sections)
     logger.info("wrote %s, tables and figures are beside it", args.output_dir / "comparison.html")

@@ -1,6 +1,5 @@
 """Rows are trained and tested over seeds: all are collected, none is done twice, and interrupted runs are resumed."""
 
-import csv
 import os
 import re
 import signal
@@ -56,12 +55,8 @@ def test_rows_over_seeds_are_collected_and_resumed(example, phantom, started, mo
     argv = ["--preset", "networks", "--output_dir", out, "--seeds", 1, 2, "--", *folders(phantom), *FEW]
     call(monkeypatch, *argv)
     assert [script for script, *_ in started] == ["train_acdc.py", "test_acdc.py"] * 4
-    with open(out / "runs.csv") as file:
-        lines = list(csv.DictReader(file))
-    assert {(line["row"], line["seed"]) for line in lines} == {(row, seed) for row in rows for seed in "12"}
-    assert {line["class"] for line in lines} == {"right ventricle", "myocardium", "left ventricle", "mean"}
     table = (out / "table.md").read_text(encoding="utf-8")
-    assert all(re.search(rf"\| {row} +\| +2 \|", table) for row in rows) and "±" in table
+    assert all(re.search(rf"\| {row} +\| +2 \|", table) for row in rows) and "±" in table and "myocardium" in table
 
     interrupted = out / "the_wide_one" / "seed_2"
     (interrupted / "results_test/summary.json").unlink()
@@ -71,11 +66,11 @@ def test_rows_over_seeds_are_collected_and_resumed(example, phantom, started, mo
         ("train_acdc.py", "--resume", str(interrupted / "last.pth")),
         ("test_acdc.py", "--checkpoint", str(interrupted / "best.pth")),
     ]
-    assert (out / "table.md").read_text(encoding="utf-8").splitlines()[:4] == table.splitlines()[:4]
+    assert (out / "table.md").read_text(encoding="utf-8") == table
 
     started.clear()
     call(monkeypatch, *argv[:4], "--rows", "narrow", "--seeds", 2, "--", *folders(phantom), *FEW)  # one of four runs
-    assert started == [] and (out / "table.md").read_text(encoding="utf-8").splitlines()[:4] == table.splitlines()[:4]
+    assert started == [] and (out / "table.md").read_text(encoding="utf-8") == table
 
     with pytest.raises(RunError, match=r"narrow/seed_1 was trained with .*--batch_size 4"):
         call(monkeypatch, *argv, "--batch_size", 2)

@@ -11,11 +11,11 @@ import pytest
 from tests.comparison_runs import NAN, class_result, random_dice, write_run
 from utils.comparison import (
     MEAN,
+    Run,
     compare,
-    differing_settings,
     drop_untested,
-    group_runs,
     holm,
+    name_methods,
     paired_tests,
     read_run,
     striking_cases,
@@ -29,14 +29,13 @@ def warnings_are_heard(caplog):
     caplog.set_level(logging.WARNING)
 
 
-def grouped(*runs):
-    """Group runs given as folders or (name, folder)."""
-    named = [run if isinstance(run, tuple) else (None, run) for run in runs]
-    return group_runs([(name, read_run(folder)) for name, folder in named])
+def named(*runs) -> list[Run]:
+    """Name runs given as folders or (folder, name)."""
+    return name_methods([read_run(*run) if isinstance(run, tuple) else read_run(run) for run in runs])
 
 
-def compared(*runs, splits=None):
-    return compare(grouped(*runs), splits)
+def compared(*runs):
+    return compare(named(*runs))
 
 
 def score(comparison, convention="strict", name=MEAN) -> pd.Series:
@@ -46,52 +45,41 @@ def score(comparison, convention="strict", name=MEAN) -> pd.Series:
     return scores.iloc[0]
 
 
-def test_runs_that_differ_in_nothing_but_the_seed_are_one_method(tmp_path):
-    dice = random_dice(3, 0)
-    first = write_run(tmp_path / "a", dice, seed=1, base_lr=1e-3, num_workers=0, device="cpu")
-    second = write_run(tmp_path / "b", dice, seed=2, base_lr=1e-3, num_workers=4, device="cuda")
-    other = write_run(tmp_path / "c", dice, seed=1, base_lr=1e-2)
-    methods = grouped(first, other, second)
-    assert [[run.folder for run in method.runs] for method in methods] == [[first, second], [other]]
-    assert differing_settings([method.runs[0] for method in methods]) == ["base_lr"]
-
-
-def test_a_method_is_called_by_its_network_and_what_sets_it_apart(tmp_path):
+def test_a_method_is_called_by_its_network_and_what_sets_it_apart_and_seeds_are_one(tmp_path):
     dice = random_dice(3, 0)
     runs = [
-        write_run(tmp_path / "plain", dice),  # of a version without --network and --dsgim
+        write_run(tmp_path / "plain", dice, num_workers=0, device="cpu"),  # of a version without --network and --dsgim
         write_run(tmp_path / "ablation", dice, network="sim_mpnet", dsgim="none"),
         write_run(tmp_path / "unet", dice, network="unet"),
         write_run(tmp_path / "slow", dice, network="sim_mpnet", base_lr=1e-5, compile=True),
+        write_run(tmp_path / "seed", dice, network="sim_mpnet", seed=2, num_workers=4, device="cuda"),
     ]
-    methods = grouped(*runs)
-    names = [method.name for method in methods]
-    assert names == ["sim_mpnet", "sim_mpnet, dsgim none", "unet", "sim_mpnet, base_lr 1e-05, compile"]
-    assert methods[0].runs[0].settings["dsgim"] == "both" and "dsgim" not in methods[2].runs[0].settings
+    methods = named(*runs)
+    plain = "sim_mpnet"
+    names = [plain, "sim_mpnet, dsgim none", "unet", "sim_mpnet, base_lr 1e-05, compile", plain]
+    assert [run.method for run in methods] == names
+    assert methods[0].settings["dsgim"] == "both" and "dsgim" not in methods[2].settings
 
 
 def test_names_of_the_user_win_and_a_run_without_one_joins_its_like(tmp_path):
     dice = random_dice(3, 0)
     runs = [write_run(tmp_path / str(seed), dice, seed=seed) for seed in (1, 2)]
     other = write_run(tmp_path / "other", dice, network="unet")
-    methods = grouped(("Ours", runs[0]), runs[1], ("U-Net & co", other))
-    assert [(method.name, len(method.runs)) for method in methods] == [("Ours", 2), ("U-Net & co", 1)]
-    methods = grouped(("One", runs[0]), ("Two", runs[1]))
-    assert [method.name for method in methods] == ["One", "Two"]
-    methods = grouped(("unet", runs[0]), other)
-    assert [method.name for method in methods] == ["unet", "unet (2)"]
+    for given, names in [
+        ([(runs[0], "Ours"), runs[1], (other, "U-Net & co")], ["Ours", "Ours", "U-Net & co"]),
+        ([(runs[0], "One"), (runs[1], "Two")], ["One", "Two"]),
+        ([(runs[0], "unet"), other], ["unet", "unet (2)"]),
+    ]:
+        assert [run.method for run in named(*given)] == names
 
 
 def test_a_repeat_of_a_seed_is_left_out_and_unlike_runs_of_one_name_are_pointed_out(tmp_path, caplog):
-    dice = random_dice(3, 0)
-    runs = [write_run(tmp_path / name, dice) for name in "ab"]
-    (method,) = grouped(*runs)
-    assert [run.folder for run in method.runs] == [runs[0]]
+    runs = [write_run(tmp_path / name, random_dice(3, 0)) for name in "ab"]
+    assert [run.folder for run in named(*runs)] == [runs[0]]
     assert f"left out: {runs[1]} repeats" in caplog.text
     caplog.clear()
-    unlike = write_run(tmp_path / "c", dice, base_lr=0.5)
-    (method,) = grouped(("Ours", runs[0]), ("Ours", unlike))
-    assert len(method.runs) == 2
+    unlike = write_run(tmp_path / "c", random_dice(3, 0), base_lr=0.5)
+    assert len(named((runs[0], "Ours"), (unlike, "Ours"))) == 2
     assert "differ in ['base_lr']" in caplog.text
 
 
@@ -123,29 +111,26 @@ def test_the_mean_over_classes_leaves_out_what_strict_leaves_out(tmp_path):
 @pytest.mark.parametrize(("unit", "transunet"), [("mm", "voxels"), ("voxels", "voxels"), ("pixels", "pixels")])
 def test_distances_have_the_unit_of_their_convention(tmp_path, unit, transunet):
     (comparison,) = compared(write_run(tmp_path / "a", random_dice(3, 0), unit=unit))
-    units = comparison.units().set_index(["convention", "metric"])["unit"]
-    assert (units["transunet", "hd95"], units["strict", "assd"], units["strict", "dice"]) == (transunet, unit, "%")
+    units = comparison.cases.groupby(["convention", "metric"])["unit"].agg(set)
+    assert (units["transunet", "hd95"], units["strict", "assd"]) == ({transunet}, {unit})
+    assert units["strict", "dice"] == {"%"}
 
 
-def test_sets_splits_and_classes_have_comparisons_of_their_own(tmp_path):
-    dice = random_dice(3, 0)
-    both = write_run(tmp_path / "a", dice, split="val")
-    write_run(tmp_path / "a", dice, split="test")
+def test_splits_and_classes_have_comparisons_of_their_own(tmp_path):
+    both = write_run(tmp_path / "a", random_dice(3, 0), split="val")
+    write_run(tmp_path / "a", random_dice(3, 0), split="test")
     two = write_run(tmp_path / "b", random_dice(3, 0, num_classes=2), class_names=["one", "two"], num_classes=3)
-    cells = write_run(tmp_path / "c", random_dice(3, 0, num_classes=1), class_names=["lesion"], dataset="isic")
-    comparisons = compared(both, two, cells)
-    assert [(c.dataset, c.split, len(c.class_names)) for c in comparisons] == [
-        ("acdc", "test", 3), ("acdc", "test", 2), ("acdc", "val", 3), ("isic", "test", 1),
-    ]  # fmt: skip
-    assert len({c.title for c in comparisons}) == 4
-    assert [c.split for c in compared(both, cells, splits=["test"])] == ["test", "test"]
+    comparisons = compared(both, two)
+    assert [c.title for c in comparisons] == ["acdc, test", "acdc, val", "acdc, test, one, two"]
+    assert [list(c.cases["run"].unique()) for c in comparisons] == [[str(both)], [str(both)], [str(two)]]
+    assert [c.title for c in compare(named(both), ["val"])] == ["acdc, val"]
 
 
 def test_an_untested_run_is_left_out_with_the_command_that_tests_it(tmp_path, caplog):
     tested = write_run(tmp_path / "a", random_dice(3, 0), split="val")
     untested = write_run(tmp_path / "b", {}, seed=2)
-    runs = [(None, read_run(folder)) for folder in (tested, untested)]
-    assert drop_untested(runs) == runs[:1]
+    runs = [read_run(tested), read_run(untested)]
+    assert [run.folder for run in drop_untested(runs)] == [tested]
     assert f"python test_acdc.py --checkpoint {untested}/best.pth --split val" in caplog.text
 
 
@@ -170,7 +155,9 @@ def test_pairs_are_tested_on_the_cases_that_they_share(tmp_path):
     assert (test["first"], test["second"], test.shared_cases, test.left_out_cases) == ("sim_mpnet", "unet", 6, 2)
     assert test.p == pytest.approx(2 / 64) and test.p_holm == pytest.approx(2 / 64)
     assert -10.6 < test.median_difference < -10
-    assert math.isnan(tests.loc["strict", "hd95"].p) and "0 cases differ" in tests.loc["strict", "hd95"].note
+    assert (
+        math.isnan(tests.loc["strict", "hd95"].p) and "0 of 6 shared cases differ" in tests.loc["strict", "hd95"].note
+    )
 
 
 def test_many_pairs_are_corrected_and_seeds_are_averaged_first(tmp_path):
@@ -185,7 +172,7 @@ def test_many_pairs_are_corrected_and_seeds_are_averaged_first(tmp_path):
     assert list(tests.p_holm) == pytest.approx([6 / 2**12] * 3)
 
 
-def test_what_cannot_be_tested_is_counted_or_noted(tmp_path):
+def test_a_case_without_a_number_is_counted_as_left_out(tmp_path):
     dice = random_dice(7, 0, num_classes=1)
     absent = [CaseResult(case, "mm", (class_result(*d),)) for case, d in dice.items()]
     absent[0] = CaseResult("patient000", "mm", (class_result(0.0, strict=NAN),))
@@ -193,9 +180,6 @@ def test_what_cannot_be_tested_is_counted_or_noted(tmp_path):
     second = write_run(tmp_path / "b", shifted(dice, -0.1), network="unet", class_names=["lesion"])
     test = paired_tests(compared(first, second)[0]).query("convention == 'strict' and metric == 'dice'").iloc[0]
     assert (test.shared_cases, test.left_out_cases, test.p) == (6, 1, pytest.approx(2 / 64))
-    few = [write_run(tmp_path / name, random_dice(5, 0), network=name) for name in ("sim_mpnet", "unet")]
-    tests = paired_tests(compared(*few)[0])
-    assert tests.p.isna().all() and tests.p_holm.isna().all() and tests.note.str.startswith("5 shared cases").all()
 
 
 def test_seeds_that_were_tested_on_other_cases_count_where_all_were(tmp_path, caplog):
@@ -218,41 +202,27 @@ def test_the_cases_shown_are_those_on_which_methods_differ_most(tmp_path):
     assert striking_cases(compared(first)[0], 1) == [worst]
 
 
-def cut_off(path):
-    path.write_text(path.read_text()[:-40])
-
-
-def without_a_class(path):
-    path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
-
-
-def with_text_for_a_number(path):
-    path.write_text(path.read_text().replace("found,0.", "found,zero", 1))
-
-
-def empty(path):
-    path.write_text("")
-
-
-def binary(path):
-    path.write_bytes(b"\x89PNG\r\n\xff\xfe")
-
-
-def of_other_keys(path):
-    path.write_text(json.dumps({"args": {}}))
+DAMAGES = {
+    "half": lambda text: text[:-40],
+    "a row less": lambda text: text[: text.rstrip().rindex("\n")],
+    "text": lambda text: text.replace("found,0.", "found,zero", 1),
+    "empty": lambda text: "",
+    "binary": lambda text: "\x89PNG\r\n\xff\xfe",
+    "other keys": lambda text: json.dumps({"args": {}}),
+}
 
 
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        *[("results_test/cases.csv", f) for f in (cut_off, without_a_class, with_text_for_a_number, empty, binary)],
-        *[("config.json", f) for f in (cut_off, binary, of_other_keys)],
-        ("metrics.csv", empty),
+        *[("results_test/cases.csv", damage) for damage in ("half", "a row less", "text", "empty", "binary")],
+        *[("config.json", damage) for damage in ("half", "binary", "other keys")],
+        ("metrics.csv", "empty"),
     ],
 )
 def test_what_cannot_be_read_is_one_line_that_names_the_file(tmp_path, name, damage):
-    run = write_run(tmp_path / "run", random_dice(3, 0))
-    damage(run / name)
+    path = write_run(tmp_path / "run", random_dice(3, 0)) / name
+    path.write_bytes(DAMAGES[damage](path.read_text()).encode("latin-1"))
     with pytest.raises(RunError) as raised:
-        read_run(run)
-    assert str(run / name) in str(raised.value) and "\n" not in str(raised.value)
+        read_run(tmp_path / "run")
+    assert str(path) in str(raised.value) and "\n" not in str(raised.value)
