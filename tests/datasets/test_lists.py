@@ -34,17 +34,13 @@ def test_the_lists_are_those_of_the_release_and_of_our_seed():
     assert read_list(LISTS / "lists_ACDC", "train") == names(train)
     assert read_list(LISTS / "lists_ACDC", "val") == names(val)
     assert read_list(LISTS / "lists_ACDC", "trainval") == names(train + val)
+    for first, last in acdc.PATHOLOGY_GROUPS.values():
+        assert sum(first <= patient <= last for patient in val) == 2
     assert read_list(LISTS / "lists_ACDC", "test") == names(acdc.TEST_PATIENTS)
     assert read_list(LISTS / "lists_ACDC_mtunet", "test") == names(
         (2, 3, 8, 9, 12, 14, 17, 24, 42, 48, 49, 53, 55, 64, 67, 79, 81, 88, 92, 95)
     )
     assert read_list(LISTS / "lists_ACDC_mtunet", "val") == names((19, 21, 29, 33, 41, 50, 61, 71, 76, 80))
-
-
-def test_validation_has_two_patients_of_every_diagnosis():
-    _, val = acdc.split_patients()
-    for first, last in acdc.PATHOLOGY_GROUPS.values():
-        assert sum(first <= patient <= last for patient in val) == 2
 
 
 @pytest.mark.parametrize(
@@ -77,14 +73,11 @@ def test_an_entry_with_a_path_is_refused(tmp_path, refused, entry):
 
 
 def test_unusable_lists_are_refused(tmp_path, refused):
-    data = _folder(tmp_path, ["", " "], [])
-    source = tmp_path / "train.txt"
+    data, source = _folder(tmp_path, [], ["patient001_a.npz"]), tmp_path / "train.txt"
     refused(lambda: read_list(tmp_path, "val"), tmp_path / "val.txt", "--list_dir")
-    refused(lambda: read_list(tmp_path, "train"), source, "empty")
-    source.write_bytes(b"\xff\xfe\x00\x01")
-    refused(lambda: read_list(tmp_path, "train"), source, "text")
-    _folder(tmp_path, ["patient001", "patient001"], ["patient001_a.npz"])
-    refused(lambda: read_list(tmp_path, "train"), source, "twice")
+    for content, word in ((b"\n \n", "empty"), (b"\xff\xfe\x00\x01", "text"), (b"patient001\npatient001", "twice")):
+        source.write_bytes(content)
+        refused(lambda: read_list(tmp_path, "train"), source, word)
     _folder(tmp_path, ["patient001", "patient001_a"], [])
     refused(lambda: select_files(tmp_path, "train", data), source, "both name")
     _folder(tmp_path, ["patient001", "patient007", "patient008"], [])

@@ -61,22 +61,12 @@ def test_whole_images_hold_the_union_of_their_cells(tmp_path):
     assert mask[24, 45] == 2 and mask[12, 45] == 1  # the second cell's nucleus on the first one's cytoplasm
 
 
-def resampled(mask):
-    noise = np.random.default_rng(0).integers(-9, 10, mask.shape)
-    return Image.fromarray((mask + noise * (mask > 0) + np.abs(noise) * (mask == 0)).astype(np.uint8))
-
-
-FORMS = {
-    "three channels": lambda mask: Image.fromarray(mask).convert("RGB"),
-    "palette": lambda mask: Image.fromarray(mask).convert("P"),
-    "resampled": resampled,
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["RGB", "P", "resampled"])
 def test_masks_of_other_forms_mean_the_same(tmp_path, form):
     for mask in CELLS:
-        FORMS[form](mask).save(tmp_path / "mask.bmp")
+        noise = np.random.default_rng(0).integers(-9, 10, mask.shape)
+        greys = np.abs(mask + noise).astype(np.uint8) if form == "resampled" else mask
+        Image.fromarray(greys).convert("L" if form == "resampled" else form).save(tmp_path / "mask.bmp")
         np.testing.assert_array_equal(segpc.read_classes(tmp_path / "mask.bmp", SHAPE), mask // 20)
 
 
@@ -141,19 +131,12 @@ def test_the_challenges_folders_make_the_lists_and_unlabelled_images_are_logged(
     train, val, test = (read_list(tmp_path / "out" / "lists", part) for part in ("train", "val", "test"))
     assert (len(train), len(val), test) == (8, 2, ["7", "70"])
     assert [train, val] == segpc.split_images([str(number) for number in range(100, 110)])
+    for part in ("validation", "train/train"):  # one by one they make the same lists
+        segpc.prepare(raw / part, tmp_path / "parts", crops=True)
+    assert [read_list(tmp_path / "parts" / "lists", part) for part in ("train", "val", "test")] == [train, val, test]
     parts = [ImageFolder(tmp_path / "out", tmp_path / "out" / "lists", part, 3) for part in ("train", "val", "test")]
     assert sorted(name for part in parts for name in part.names) == sorted(names)
     assert sum(len(part.patients) for part in parts) == len(set().union(*(part.patients for part in parts))) == 12
-
-
-def test_the_parts_may_be_prepared_one_by_one(tmp_path):
-    write_raw(tmp_path / "raw" / "train", ids=("1", "2", "3", "4", "5"))
-    write_raw(tmp_path / "raw" / "valid", ids=("8", "9"))
-    for part in ("train", "valid"):
-        segpc.prepare(tmp_path / "raw" / part, tmp_path / "out")
-    lists = {part: read_list(tmp_path / "out" / "lists", part) for part in ("train", "val", "test")}
-    assert lists["test"] == ["8", "9"]
-    assert sorted(lists["train"] + lists["val"]) == ["1", "2", "3", "4", "5"]
 
 
 def test_a_ready_made_folder_is_taken_as_it_is(tmp_path, refused):
@@ -217,10 +200,9 @@ def test_unfit_raw_folders_are_refused(tmp_path, refused):
     refused(lambda: segpc.prepare(tmp_path / "none", out), tmp_path / "none", "download")
     (tmp_path / "empty").mkdir()
     refused(lambda: segpc.prepare(tmp_path / "empty", out), tmp_path / "empty", "x/<id>.bmp", "masks/<id>.png")
-    Image.fromarray(CELLS[0].T.copy()).save(mask)
-    refused(lambda: segpc.prepare(raw, out), mask, "128 x 96", "96 x 128")
-    Image.fromarray(np.full(SHAPE, 255, np.uint8)).save(mask)
-    refused(lambda: segpc.prepare(raw, out), mask, "255", "40 (nucleus)")
+    for array, words in ((CELLS[0].T, ("128 x 96", "96 x 128")), (CELLS[0] + 200, ("240", "40 (nucleus)"))):
+        Image.fromarray(array.copy()).save(mask)
+        refused(lambda words=words: segpc.prepare(raw, out), mask, *words)
     mask.write_bytes(mask.read_bytes()[:500])
     refused(lambda: segpc.prepare(raw, out), mask, "not a readable image")
     mask.rename(raw / "y" / "9999_1.bmp")

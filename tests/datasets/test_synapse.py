@@ -72,6 +72,8 @@ def test_voxels_and_labels_arrive_where_they_belong(tmp_path):
         volume = read_volume(tmp_path / "out" / "test_vol_h5" / f"case{case:04d}.npy.h5", 9)
         np.testing.assert_allclose(volume.image, np.clip((np.roll(image, case, 0) + 125) / 400, 0, 1), atol=1e-6)
         np.testing.assert_array_equal(volume.label, ours(np.roll(label, case, 0)))
+        for theirs in range(14):
+            assert (volume.label[np.roll(label, case, 0) == theirs] == OUR_IDS.get(theirs, 0)).all()
         assert volume.class_names == synapse.CLASS_NAMES
         np.testing.assert_allclose(volume.spacing, (3.0, 0.8, 0.8))
         np.testing.assert_allclose(volume.affine, nibabel.load(raw / "img" / f"img{case:04d}.nii.gz").affine, atol=1e-5)
@@ -105,11 +107,6 @@ def test_through_prepare_predict_and_save_every_voxel_stays_on_the_patient(tmp_p
                 found = places(path, program)
                 for theirs, mine in OUR_IDS.items():
                     np.testing.assert_allclose(found[mine], truth[theirs], atol=1e-3)
-
-
-def test_the_specification_s_table_of_ids():
-    ids = synapse.LABEL_ORDERS["btcv13"].apply("file", np.arange(14)[:, None], (14, 1), ())[:, 0]
-    assert dict(enumerate(ids)) == {index: OUR_IDS.get(index, 0) for index in range(14)}
 
 
 def test_unfit_raw_folders_are_refused(tmp_path, refused):
