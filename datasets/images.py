@@ -17,15 +17,9 @@ from PIL import ExifTags, Image, ImageOps
 from datasets.errors import DataError, brief
 from datasets.storage import PREPARE, reading
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-"""Extensions of image files, in lower case."""
-
-MAX_PIXELS = 80_000_000
-"""Size of the largest image that is decoded, over three times 6000 x 4000. At 4 bytes a pixel it takes a third of a
-gigabyte, and as much again while it is converted."""
-
+ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")  # extensions of image files, in lower case
+MAX_PIXELS = 80_000_000  # of the largest image that is decoded, over three times 6000 x 4000
 IMAGE_FOLDER, MASK_FOLDER = "images", "masks"
-
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # no others: Pillow starts programs for some of them
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 

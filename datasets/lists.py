@@ -13,9 +13,7 @@ from pathlib import Path
 from datasets.errors import DataError, brief
 from datasets.files import atomic_write
 
-ENDINGS = (".npy.h5", ".h5", ".npz")
-"""Extensions of volumes and slices, longest first."""
-
+ENDINGS = (".npy.h5", ".h5", ".npz")  # extensions of volumes and slices, longest first
 _OTHER_NAMES = {"val": "valid", "valid": "val"}
 
 

@@ -82,17 +82,10 @@ class ScanImage:
         self.voxels, self.slope, self.intercept = voxels, slope, intercept
         self.preprocessing = preprocessing
         self.shape = voxels.shape
-        self._extent: tuple[float, float] | None = None
-        self.low, self.high = preprocessing.window or self.extent()
-
-    def extent(self) -> tuple[float, float]:
-        """Return the lowest and the highest intensity."""
-        if self._extent is None:
-            ends = np.array([self.voxels.min(), self.voxels.max()])
-            with np.errstate(over="ignore"):
-                ends = self._intensities(ends)
-            self._extent = float(ends.min()), float(ends.max())
-        return self._extent
+        with np.errstate(over="ignore"):
+            ends = self._intensities(np.array([voxels.min(), voxels.max()]))
+        self.extent = float(ends.min()), float(ends.max())  # the lowest and the highest intensity
+        self.low, self.high = preprocessing.window or self.extent
 
     def _intensities(self, voxels: np.ndarray) -> np.ndarray:
         return voxels if (self.slope, self.intercept) == (1, 0) else voxels * self.slope + self.intercept
@@ -164,14 +157,9 @@ def nifti_image(
     if orientation is not None:
         array, affine = reorient(array, affine, orientation)
     image = nibabel.Nifti1Image(np.asarray(array).T, affine, dtype=array.dtype)
-    # Both forms, because some programs read only one of them.
+    # Both forms, because some programs read only one of them; a qform cannot express axes that are not at right angles.
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     image.set_sform(affine, code=1)
-    image.set_qform(affine, code=1 if _is_rigid(affine) else 0)
+    image.set_qform(affine, code=int(np.allclose(axes.T @ axes, np.eye(3), atol=1e-4)))
     image.header.set_xyzt_units("mm")
     return image
-
-
-def _is_rigid(affine: np.ndarray) -> bool:
-    """Return whether the axes are at right angles; a qform cannot express other axes."""
-    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    return np.allclose(axes.T @ axes, np.eye(3), atol=1e-4)

@@ -16,8 +16,7 @@ from datasets.volumes import Volume
 logger = logging.getLogger(__name__)
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
-SPACING_TOLERANCE = 0.01
-"""Largest relative difference between the distance of two DICOM slices and the mean distance."""
+SPACING_TOLERANCE = 0.01  # largest relative difference between the distance of two DICOM slices and the mean
 
 
 def scan_name(path: str | Path) -> str:
@@ -39,7 +38,7 @@ def read_scan(path: str | Path, preprocessing: Preprocessing) -> Volume:
         voxels, affine = reorient(voxels, affine, preprocessing.orientation)
     spacing = tuple(np.linalg.norm(affine[:3, :3], axis=0)[::-1].tolist())
     image = ScanImage(voxels, slope, intercept, preprocessing)
-    low, high = image.extent()
+    low, high = image.extent
     if not np.isfinite([low, high]).all():
         raise DataError(f"{path}: the image has values that are NaN or infinite; repair the file")
     if preprocessing.window is not None and preprocessing.window[0] < 0 <= low:

@@ -25,9 +25,6 @@ This is about eight times a float32 CT volume of 512 x 512 x 512."""
 MAX_INFLATION = 1032
 """Largest number of bytes that one byte of a deflate stream (zip, gzip, HDF5) can stand for."""
 
-IMAGE_KEYS = ("image", "img")
-"""Names of the image in a file: TransUNet's and MT-UNet's."""
-
 PREPARE = "prepare the data again (prepare_data.py) or replace the file"
 
 
@@ -72,7 +69,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
 
 def _array_keys(path: Path, found: list[str]) -> dict[str, str]:
     """Return the file's own names of ``image`` and ``label``."""
-    image = next((key for key in IMAGE_KEYS if key in found), None)
+    image = next((key for key in ("image", "img") if key in found), None)  # TransUNet's and MT-UNet's
     if image is None or "label" not in found:
         raise DataError(
             f"{path}: has no '{'label' if image else 'image'}', only {brief(', '.join(sorted(found))) or 'nothing'}; "

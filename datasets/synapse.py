@@ -74,16 +74,15 @@ def doubtful_places(label: np.ndarray) -> list[str]:
 
     label: (D, H, W), one volume.
     """
-    centres = {}
-    for index, name in enumerate(CLASS_NAMES, 1):
-        planes = label == index
-        if planes.any():
-            rows, columns = planes.sum((0, 2)), planes.sum((0, 1))
-            centres[name] = np.array([rows @ np.arange(len(rows)), columns @ np.arange(len(columns))]) / rows.sum()
-    if not {"liver", "spleen", "left kidney", "right kidney"} <= centres.keys():
+    # Rows and columns of the voxels of each organ.
+    organs = [
+        np.argwhere(label == 1 + CLASS_NAMES.index(name))[:, 1:]
+        for name in ("liver", "spleen", "left kidney", "right kidney")
+    ]
+    if not all(map(len, organs)):
         return []
-    to_the_right = centres["liver"] - centres["spleen"]
-    if (centres["right kidney"] - centres["left kidney"]) @ to_the_right < 0:
+    liver, spleen, left, right = (voxels.mean(0) for voxels in organs)
+    if (right - left) @ (liver - spleen) < 0:
         return ["the right kidney is on the side of the spleen: are the labels in another order? (--label_order)"]
     return []
 

@@ -25,9 +25,7 @@ from datasets.storage import PREPARE, LabelOrder, checked_facts, checked_image, 
 from datasets.training_set import TrainingSet
 from datasets.transforms import augment, resize_cubic, resize_nearest
 
-COMPRESSION = 1
-"""zlib level of prepared files: the fastest."""
-
+COMPRESSION = 1  # zlib level of prepared files: the fastest
 _SLICE = re.compile(r"(?P<volume>.+)_slice(?P<phase>[A-Za-z]*)_?[0-9]+")
 
 
