@@ -23,6 +23,7 @@ slices.
 
 import logging
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +37,10 @@ from utils.cli import AMP_DTYPES, ArgumentParser, run_script, seed_everything
 from utils.errors import RunError
 from utils.evaluation import save_mask
 from utils.figures import save_overlays, save_picture_overlay
-from utils.predictor import Predictor, class_sizes, write_colour_tables, write_sizes
+from utils.predictor import Predictor, class_sizes, write_colour_tables
+from utils.results import write_csv
 
 logger = logging.getLogger("predict")
-
-FILE_ENDINGS = (*NIFTI_ENDINGS, *IMAGE_ENDINGS, ".gz", ".mha", ".mhd", ".nrrd", ".dcm", ".gif", ".webp")
-"""A name with one of these endings is not a folder's."""
 
 
 def parse_args() -> Namespace:
@@ -68,32 +67,31 @@ def find_inputs(source: Path, planar: bool) -> list[Path]:
         raise RunError(
             f"--input {source} is a {found}, but the checkpoint is for {expected}: give another --checkpoint"
         )
-    if not source.is_dir():
-        return [source]
-    inside = sorted(p for p in source.iterdir() if p.name.lower().endswith(endings) and not p.name.startswith("."))
-    if planar and not inside:
+    inside = sorted(source.iterdir()) if source.is_dir() else []
+    found = [path for path in inside if path.name.lower().endswith(endings) and not path.name.startswith(".")]
+    if planar and source.is_dir() and not found:
         raise RunError(f"--input {source} contains no image ({', '.join(endings)})")
-    return inside or [source]
+    return found or [source]
 
 
-def name_outputs(inputs: list[Path], target: Path, planar: bool) -> tuple[dict[Path, Path], str]:
+def name_outputs(inputs: list[Path], target: Path, planar: bool) -> tuple[list[Path], str]:
     """Return which file each input is segmented to, and what the names of all other files begin with."""
+    other_files = (*NIFTI_ENDINGS, *IMAGE_ENDINGS, ".gz", ".mha", ".mhd", ".nrrd", ".dcm", ".gif", ".webp")
     written, stem = ((".png",), lambda path: path.stem) if planar else (NIFTI_ENDINGS, scan_name)
     if target.name.lower().endswith(written):
         if len(inputs) > 1:
             raise RunError(f"--output {target} is one file, but there are {len(inputs)} inputs: give a folder")
-        outputs, beside = {inputs[0]: target}, f"{target.parent / stem(target)}_"
-    elif target.suffix.lower() in FILE_ENDINGS and not target.is_dir():
+        outputs, beside = [target], f"{target.parent / stem(target)}_"
+    elif target.suffix.lower() in other_files and not target.is_dir():
         raise RunError(f"--output {target}: expected a name that ends in {' or '.join(written)}, or a folder")
     else:
-        outputs, beside = {path: target / f"{file_stem(stem(path))}{written[0]}" for path in inputs}, f"{target}/"
-    originals: dict[Path, Path] = {}
-    for path, output in outputs.items():
-        if output.resolve() in {p.resolve() for p in inputs}:
+        outputs, beside = [target / f"{file_stem(stem(path))}{written[0]}" for path in inputs], f"{target}/"
+    originals = {path.resolve() for path in inputs}
+    for output, count in Counter(outputs).items():
+        if output.resolve() in originals:
             raise RunError(f"--output {target}: {output} is an input and would be lost: give another name or folder")
-        if output in originals:
-            raise RunError(f"{originals[output]} and {path.name} would both be written to {output}: rename one of them")
-        originals[output] = path
+        if count > 1:
+            raise RunError(f"{count} inputs would be written to {output}: rename one of them")
     return outputs, beside
 
 
@@ -118,10 +116,9 @@ def main() -> None:
     predictor = Predictor(args.checkpoint, args.device, args.amp, args.batch_size, args.dataset)
     inputs = find_inputs(args.input, predictor.planar)
     outputs, beside = name_outputs(inputs, args.output, predictor.planar)
-    for folder in {target.parent for target in outputs.values()}:
-        check_writable(folder)
+    check_writable(outputs[0].parent)
     sizes, failed = [], 0
-    for number, (source, target) in enumerate(outputs.items(), 1):
+    for number, (source, target) in enumerate(zip(inputs, outputs, strict=True), 1):
         try:
             volume = predictor.read(source)
         except DataError as error:
@@ -132,12 +129,12 @@ def main() -> None:
             continue
         prediction = predictor.segment(volume)
         save(target, volume, prediction, args.overlays, beside)
-        rows = class_sizes(volume, prediction)
-        sizes += rows
+        sizes += class_sizes(volume, prediction)
         found = len(np.unique(prediction[prediction > 0]))
-        logger.info("%d/%d %s: %d of %d classes found", number, len(inputs), target, found, len(rows))
+        classes = len(predictor.class_names)
+        logger.info("%d/%d %s: %d of %d classes found", number, len(inputs), target, found, classes)
     if sizes:
-        write_sizes(f"{beside}areas.csv" if predictor.planar else f"{beside}volumes.csv", sizes)
+        write_csv(f"{beside}{'areas' if predictor.planar else 'volumes'}.csv", sizes)
     if not predictor.planar:
         write_colour_tables(beside, predictor.class_names)
     logger.info("the files beside the segmentations are %s*", beside)

@@ -10,7 +10,7 @@ import numpy as np
 from datasets import DATASETS
 from utils.evaluation import CaseResult
 from utils.metrics import FOUND, ClassResult, Metrics
-from utils.results import case_table, write_cases
+from utils.results import case_table, write_csv
 
 NAN = float("nan")
 
@@ -46,7 +46,7 @@ def write_run(
     if results is None:
         results = [CaseResult(case, unit, tuple(map(class_result, values))) for case, values in dice.items()]
     if results:
-        write_cases(folder / f"results_{split}" / "cases.csv", case_table(results, class_names, selected_on))
+        write_csv(folder / f"results_{split}" / "cases.csv", case_table(results, class_names, selected_on))
     return folder
 
 

@@ -39,7 +39,7 @@ def threshold(tmp_path, monkeypatch) -> Path:
     """A checkpoint from which ``Threshold`` is built."""
     path = tmp_path / "best.pth"
     data = {"dataset": "synapse", "class_names": NAMES, "preprocessing": synapse.INFO.preprocessing.to_dict()}
-    save_checkpoint(path, {"model": {}, "network": {}, "data": data})
+    save_checkpoint(path, {"model": {"weight": torch.zeros(1)}, "network": {}, "data": data})
     monkeypatch.setattr(predictors, "build_network", lambda *_: Threshold())
     return path
 

@@ -25,7 +25,7 @@ from utils.distribution import launched, process_group, rank_device
 from utils.errors import RunError
 from utils.evaluation import evaluate, save_mask, save_nifti
 from utils.figures import save_overlays
-from utils.results import case_table, format_summary, summarise, write_cases, write_summary
+from utils.results import case_table, format_summary, summarise, write_csv, write_summary
 from utils.training import Trainer
 from utils.watch import out_of_memory
 
@@ -149,7 +149,7 @@ def test(args: Namespace, info: DatasetInfo, open_cases: Callable[[int], Sequenc
         )
     table = case_table(results, class_names, data.get("selected_on", "val"))
     summary = summarise(table, sum(result.confusion for result in results) if info.planar else None)
-    write_cases(folder / "cases.csv", table)
+    write_csv(folder / "cases.csv", table)
     write_summary(folder / "summary.json", summary)
     print(format_summary(summary))
     logger.info("results in %s", folder)

@@ -76,14 +76,13 @@ class Predictor:
         if dataset is not None and data.get("dataset", dataset) != dataset:
             raise RunError(f"{checkpoint} was trained on {data['dataset']}, not on {dataset}: leave out --dataset")
         self.dataset = dataset or data.get("dataset")
-        facts = DATASETS.get(self.dataset)
         if "preprocessing" in data:
             try:
                 self.preprocessing = preprocessing_from_dict(data["preprocessing"])
             except DataError as error:
                 raise RunError(f"{checkpoint}: {error}") from error
-        elif facts is not None:
-            self.preprocessing = facts.preprocessing
+        elif self.dataset in DATASETS:
+            self.preprocessing = DATASETS[self.dataset].preprocessing
         else:
             raise RunError(f"{checkpoint} does not say how scans are prepared for it: give --dataset")
         self.planar = isinstance(self.preprocessing, ColourPreprocessing)
@@ -93,7 +92,7 @@ class Predictor:
         self.origin = {name: state[name] for name in ("epoch", "iteration", "git", "versions") if name in state}
         self.history = state.get("history", [])
         num_classes, in_channels = self.model.config["num_classes"], self.model.config["in_channels"]
-        self.class_names = tuple(data["class_names"] if data else facts.names_for(num_classes))
+        self.class_names = tuple(data["class_names"] if data else DATASETS[self.dataset].names_for(num_classes))
         if (num_classes, in_channels) != (len(self.class_names) + 1, channels):
             raise RunError(
                 f"{checkpoint}: its network has {num_classes} classes with background and {in_channels} input "
@@ -154,11 +153,3 @@ def class_sizes(volume: Volume | Picture, prediction: np.ndarray) -> list[dict[s
         return [{"image": volume.name, "class": c, "pixels": n, "share": n / prediction.size} for c, n in rows]
     millilitres = np.nan if volume.affine is None else abs(np.linalg.det(volume.affine[:3, :3])) / 1000
     return [{"scan": volume.name, "class": c, "voxels": n, "millilitres": n * millilitres} for c, n in rows]
-
-
-def write_sizes(path: str | Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows of ``class_sizes`` as CSV; NaN is an empty cell."""
-    import pandas as pd
-
-    with atomic_write(path) as temporary:
-        pd.DataFrame(rows).to_csv(temporary, index=False, float_format="%.6f", lineterminator="\r\n")

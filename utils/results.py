@@ -38,10 +38,7 @@ OPTIMISTIC = (
 """The first line of every table of such a checkpoint."""
 
 ISIC_THRESHOLD = 0.65
-"""Jaccard below which the ISIC challenge counts a segmentation as failed, with Jaccard 0.
-
-Source: Codella et al., "Skin lesion analysis toward melanoma detection 2018", arXiv 1902.03368.
-"""
+"""Jaccard below which the ISIC challenge of 2018 (arXiv 1902.03368) counts a segmentation as failed, with Jaccard 0."""
 
 _NUMBER = re.compile(r"[-+]?\.?\d.*|-?|nan")
 
@@ -53,17 +50,9 @@ def case_table(results: Sequence["CaseResult"], class_names: Sequence[str], sele
         results: what ``evaluate`` returned.
         class_names: without background, in the order of their label ids.
         selected_on: the cases that the checkpoint was chosen on, ``val`` or ``test``.
-
-    Raises:
-        RunError: the number of class names is not the number of classes.
     """
     import pandas as pd
 
-    if len(class_names) != len(results[0].classes):
-        raise RunError(
-            f"{len(class_names)} class names ({', '.join(class_names)}) for {len(results[0].classes)} classes without "
-            "background: test with the data set that the checkpoint was trained on"
-        )
     rows = [
         [result.name, name, c.state, *c.transunet, *c.strict, result.unit, selected_on]
         for result in results
@@ -72,14 +61,16 @@ def case_table(results: Sequence["CaseResult"], class_names: Sequence[str], sele
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def write_cases(path: str | Path, table: "pd.DataFrame") -> None:
-    """Write a case table as CSV, numbers with six digits, NaN as an empty cell."""
+def write_csv(path: str | Path, table: Any) -> None:
+    """Write a case table, or rows that pandas makes a table of, as CSV: numbers with six digits, NaN as nothing."""
+    import pandas as pd
+
     with atomic_write(path) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6f", lineterminator="\r\n")
+        pd.DataFrame(table).to_csv(temporary, index=False, float_format="%.6f", lineterminator="\r\n")
 
 
 def read_cases(path: str | Path) -> "pd.DataFrame":
-    """Read the case table that ``write_cases`` wrote.
+    """Read the case table that ``write_csv`` wrote.
 
     Raises:
         RunError: another kind of file, or one that is cut off.
@@ -142,6 +133,7 @@ def write_summary(path: str | Path, summary: dict[str, Any]) -> None:
 
 def format_summary(summary: dict[str, Any]) -> str:
     """Return a summary as plain text, one aligned table per convention, shares in percent."""
+    plain = {"floatfmt": ".2f", "index": True, "tablefmt": "plain"}
     blocks = [OPTIMISTIC] if summary["selected_on"] == "test" else []
     for convention, note in CONVENTIONS.items():
         unit = summary[convention]["unit"]
@@ -155,11 +147,11 @@ def format_summary(summary: dict[str, Any]) -> str:
             if "thresholded_jaccard" in summary:
                 title = f"Jaccard, 0 below {ISIC_THRESHOLD} [%]"
                 table[title] = 100 * _with_mean(summary["thresholded_jaccard"])["mean"]
-        blocks += [f"{convention} convention, {summary['num_cases']} cases ({note})\n{_text(table)}"]
+        blocks += [f"{convention} convention, {summary['num_cases']} cases ({note})\n{markdown(table, **plain)}"]
     if "pooled" in summary:
         table = 100 * _with_mean(summary["pooled"])
         table.columns = [f"{name.capitalize()} [%]" for name in table]
-        blocks += [f"over the pixels of all cases together\n{_text(table)}"]
+        blocks += [f"over the pixels of all cases together\n{markdown(table, **plain)}"]
     return "\n\n".join(blocks)
 
 
@@ -184,10 +176,6 @@ def markdown(frame: "pd.DataFrame", floatfmt: str = "g", index: bool = False, **
     cells = (frame.reset_index() if index else frame).map(cell).rename(columns=cell)
     align = ["right" if cells.iloc[:, i].map(_NUMBER.fullmatch).notna().all() else "left" for i in range(len(cells.T))]
     return cells.to_markdown(index=False, **{"colalign": align, "disable_numparse": True, **options})
-
-
-def _text(table: "pd.DataFrame") -> str:
-    return markdown(table, ".2f", index=True, tablefmt="plain")
 
 
 def _with_mean(rows: list[dict[str, Any]]) -> "pd.DataFrame":
