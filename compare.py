@@ -22,7 +22,7 @@ from datasets.files import check_writable, file_stem
 from networks import NetworkError
 from networks.complexity import count_multiply_adds, count_parameters
 from utils import comparison_report as report
-from utils.cli import ArgumentParser, not_negative, pick_device, run_script
+from utils.cli import ArgumentParser, number, pick_device, run_script
 from utils.comparison import (
     Run,
     compare,
@@ -46,7 +46,7 @@ def parse_args() -> Namespace:
     parser.add_argument("--split", nargs="+", help="splits to compare on; default: all on which a run was tested")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/comparison"), help="folder of the results")
     parser.add_argument("--no_published", action="store_true", help="leave out the published rows")
-    parser.add_argument("--num_cases", type=not_negative(int), default=3, help="cases in the figure of predictions")
+    parser.add_argument("--num_cases", type=number(int, 0), default=3, help="cases in the figure of predictions")
     parser.add_argument("--cases", nargs="+", help="cases in that figure; default: where the methods differ most")
     parser.add_argument("--volume_path", type=Path, help="folder of the volumes or images; default: as in training")
     parser.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda or cuda:1")
@@ -94,7 +94,7 @@ def main() -> None:
     check_writable(args.output_dir)
 
     sections, scores, tests, figures = [], [], [], args.output_dir / "figures"
-    for number, comparison in enumerate(comparisons, 1):
+    for i, comparison in enumerate(comparisons, 1):
         predictors, costs = {}, {}
         for name, seeds in comparison.methods.items():
             try:
@@ -107,7 +107,7 @@ def main() -> None:
             print(f"{caption}\n\n{markdown(table)}\n")
         scores.append(rows if args.no_published else pd.concat([rows, report.published_rows(comparison)]))
 
-        stem = f"{number}_{file_stem(comparison.dataset)}_{file_stem(comparison.split)}"
+        stem = f"{i}_{file_stem(comparison.dataset)}_{file_stem(comparison.split)}"
         boxes, predictions = figures / f"{stem}_boxes.png", figures / f"{stem}_predictions.png"
         pictures = {boxes: draw_box_plots(boxes, comparison)}
         cases = striking_cases(comparison, args.num_cases)
