@@ -5,7 +5,7 @@ from networks.dmwla import DMWLA
 from networks.dsgim import DSGIM
 from networks.errors import NetworkError
 from networks.layers import VARIANTS
-from networks.maxvit import SCALES, pretrained_file
+from networks.maxvit import SCALES
 from networks.memory_bank import PrototypeMemoryBank
 from networks.registry import NETWORKS, build, default_weights, register
 from networks.release import load_release_state_dict
@@ -24,6 +24,5 @@ __all__ = [
     "build",
     "default_weights",
     "load_release_state_dict",
-    "pretrained_file",
     "register",
 ]

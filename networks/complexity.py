@@ -3,13 +3,11 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
-
-if TYPE_CHECKING:
-    from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -29,14 +27,12 @@ def count_multiply_adds(model: nn.Module, img_size: int, in_channels: int) -> fl
 
 
 @contextmanager
-def flop_counter() -> Iterator["FlopCounterMode"]:
+def flop_counter() -> Iterator[FlopCounterMode]:
     """Count the FLOPs of everything inside the context.
 
     Two corrections to torch's counter: it does not see the fused `nn.MultiheadAttention` of evaluation, and it
     multiplies the weight gradient of a grouped convolution by the number of groups.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # slow to import, and not needed to count parameters
-
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -48,19 +44,11 @@ def flop_counter() -> Iterator["FlopCounterMode"]:
 
 
 def _convolution_backward_flops(
-    output: Sequence[int],
-    x: Sequence[int],
-    weight: Sequence[int],
-    bias: object,
-    stride: object,
-    padding: object,
-    dilation: object,
-    transposed: bool,
-    output_padding: object,
-    groups: int,
-    wanted: Sequence[bool],
-    **shapes: object,
+    output: Sequence[int], x: Sequence[int], weight: Sequence[int], *options: Any, **shapes: object
 ) -> int:
-    """Return the FLOPs of a convolution's gradients from shapes: by input and by weight, each as many as forward."""
-    forward = 2 * math.prod(x if transposed else output) * math.prod(weight[1:])
-    return forward * sum(wanted[:2])
+    """Return the FLOPs of a convolution's gradients from shapes: by input and by weight, each as many as forward.
+
+    ``options`` are those of ``aten.convolution_backward``, from its bias on.
+    """
+    transposed, _, _, wanted = options[4:]
+    return 2 * math.prod(x if transposed else output) * math.prod(weight[1:]) * sum(wanted[:2])

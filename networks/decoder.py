@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.dmwla import attention_block
-from networks.layers import ConvBlock
+from networks.layers import ConvBlock, conv3x3
 
 
 class Decoder(nn.Module):
@@ -55,12 +55,7 @@ class UpConv(nn.Sequential):
     """Double by nearest neighbour, then 3x3 convolution, BatchNorm, ReLU: (B, in, H, W) to (B, out, 2H, 2W)."""
 
     def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(
-            nn.Upsample(scale_factor=2),
-            nn.Conv2d(in_channels, out_channels, 3, padding=1),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
-        )
+        super().__init__(nn.Upsample(scale_factor=2), *conv3x3(in_channels, out_channels))
 
 
 class ChannelAttention(nn.Module):

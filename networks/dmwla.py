@@ -21,7 +21,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from networks.errors import NetworkError
-from networks.layers import check_choice, check_variant, without_autocast
+from networks.layers import VARIANTS, check_choice, without_autocast
 from networks.memory_bank import PrototypeMemoryBank
 
 ATTENTIONS = ("dmwla", "plain", "intra_cluster")
@@ -36,7 +36,6 @@ def attention_block(attention: str, channels: int, feature_dim: int, **dmwla_opt
         channels, feature_dim: C and d.
         dmwla_options: further arguments of ``DMWLA``.
     """
-    check_choice("attention", attention, ATTENTIONS)
     if attention == "plain":
         return PlainAttention(channels, feature_dim)
     return DMWLA(channels, feature_dim, attends_globally=attention == "dmwla", **dmwla_options)
@@ -109,7 +108,7 @@ class DMWLA(PlainAttention):
         attends_globally: bool = True,
     ):
         super().__init__(channels, feature_dim)
-        check_variant(variant)
+        check_choice("variant", variant, VARIANTS)
         if warmup_iterations < 1:
             raise NetworkError(f"warmup_iterations is {warmup_iterations}; K-means needs samples: give at least 1")
         self.phi_k_momentum = phi_k_momentum
@@ -201,18 +200,14 @@ def _attend_to_own(query: Tensor, key: Tensor, value: Tensor, cluster: Tensor) -
     own = F.one_hot(cluster, coordinates)  # (B, N, coordinates)
     column_cluster = torch.eye(num_clusters, coordinates, dtype=key.dtype, device=key.device)
     column_cluster = repeat(column_cluster, "p j -> (p m) j", m=columns_per_cluster)
-    query = torch.cat([query, (own - 1).to(query.dtype) * _out_of_reach(query)], dim=-1)
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    out_of_reach = 2.0**15 if dtype == torch.float16 else 2.0**60  # takes a logit out of a softmax in that precision
+    query = torch.cat([query, (own - 1).to(query.dtype) * out_of_reach], dim=-1)
     key = torch.cat([key.flatten(0, 1), column_cluster], dim=-1)  # (P M, width + coordinates)
     value = F.pad(value.flatten(0, 1), (0, coordinates))
     batch = query.shape[0]  # len() would fix the batch size of an exported program
     return _attend(query, key.expand(batch, -1, -1), value.expand(batch, -1, -1))[..., :width]
-
-
-def _out_of_reach(query: Tensor) -> float:
-    """Return the amount that takes a logit out of the softmax in the precision that attention runs in."""
-    kind = query.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-    return 2.0**15 if dtype == torch.float16 else 2.0**60
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """The DMW-LA encoder, the paper's encoder 1 ("smaller image"): four stages at strides 4, 8, 16 and 32."""
 
-from einops import rearrange
 from torch import Tensor, nn
 
 from networks.dmwla import attention_block
@@ -21,10 +20,7 @@ class OverlapPatchEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, out, H / stride, W / stride) from (B, in, H, W)."""
-        x = self.proj(x)
-        height, width = x.shape[-2:]
-        x = self.norm(rearrange(x, "b c h w -> b (h w) c"))
-        return rearrange(x, "b (h w) c -> b c h w", h=height, w=width)
+        return self.norm(self.proj(x).movedim(1, -1)).movedim(-1, 1)
 
 
 class DMWLAEncoder(nn.Module):

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from networks.errors import NetworkError
-from networks.layers import check_choice, check_variant, without_autocast
+from networks.layers import VARIANTS, check_choice, without_autocast
 
 SIMILARITIES = ("both", "cosine", "euclidean")
 EXCLUDED = -100.0  # score of a key that is not in a branch
@@ -36,12 +36,8 @@ class DSGIM(nn.Module):
 
     def __init__(self, channels: int, num_positions: int = 6, variant: str = "paper", similarities: str = "both"):
         super().__init__()
-        check_variant(variant)
+        check_choice("variant", variant, VARIANTS)
         check_choice("similarities", similarities, SIMILARITIES)
-        if channels % 4:
-            raise NetworkError(f"channels is {channels}; DS-GIM needs a multiple of 4")
-        if not 1 <= num_positions < len(decay_coefficients()):
-            raise NetworkError(f"num_positions is {num_positions}; DS-GIM has decay coefficients for 1 to 11")
         self.variant = variant
         self.decays_windows, self.parts_keys = similarities != "euclidean", similarities != "cosine"
         self.query = nn.Conv2d(channels, channels, 1)
@@ -82,8 +78,7 @@ class DSGIM(nn.Module):
         if not self.decays_windows:
             whole = torch.ones_like(x[:, :1])
             return whole, whole
-        selected = select_windows(x.detach())  # (B, 4)
-        selected = rearrange(selected, "b (r c) -> b 1 r c", r=2)
+        selected = rearrange(select_windows(x.detach()), "b (r c) -> b 1 r c", r=2)
         selected = selected.repeat_interleave(x.shape[-2] // 2, 2).repeat_interleave(x.shape[-1] // 2, 3)
         gamma = self.decay[position + 1] if self.variant == "paper" else torch.zeros_like(self.decay[0])
         query_scale = torch.where(selected, gamma, 1.0)
@@ -129,22 +124,21 @@ def decay_coefficients() -> Tensor:
     return torch.exp(-(0.25 - 2.0 ** (-2.5 - 5 * depth / 12)))
 
 
-def select_windows(x: Tensor, count: int = 2) -> Tensor:
-    """Select the windows of a 2 x 2 grid whose tokens are most similar to each other.
+def select_windows(x: Tensor) -> Tensor:
+    """Select the two windows of a 2 x 2 grid whose tokens are most similar to each other.
 
     A window's score is the sum of the upper triangle, with the diagonal, of its tokens' cosine similarities. The sum
     over all pairs is the squared length of the summed unit tokens, so no similarity matrix is needed.
 
     Args:
         x: (B, C, H, W), H and W even.
-        count: number of windows to select.
 
     Returns:
-        bool (B, 4), row by row of the grid; ``count`` of each image are true.
+        bool (B, 4), row by row of the grid; two of each image are true.
     """
     tokens = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
     windows = rearrange(tokens, "b c (r h) (s w) -> b (r s) (h w) c", r=2, s=2)
     pairs = windows.sum(2).square().sum(-1)  # (B, 4)
     diagonal = windows.square().sum((2, 3))  # (B, 4)
-    best = ((pairs + diagonal) / 2).topk(count, dim=1).indices
+    best = ((pairs + diagonal) / 2).topk(2, dim=1).indices
     return torch.zeros_like(pairs, dtype=torch.bool).scatter_(1, best, True)

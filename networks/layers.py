@@ -18,11 +18,6 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
         raise NetworkError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
 
 
-def check_variant(variant: str) -> None:
-    """Raise a NetworkError if the variant is unknown."""
-    check_choice("variant", variant, VARIANTS)
-
-
 def check_images(num_classes: int, in_channels: int, img_size: int, size_step: int) -> None:
     """Raise a NetworkError if the number of classes, the channels or the image side is not supported."""
     if in_channels not in (1, 3):
@@ -63,18 +58,16 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
+def conv3x3(in_channels: int, out_channels: int) -> list[nn.Module]:
+    """Return a 3x3 convolution, BatchNorm and ReLU: (B, in, H, W) to (B, out, H, W)."""
+    return [nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+
+
 class ConvBlock(nn.Sequential):
     """Apply 3x3 convolution, BatchNorm and ReLU twice: (B, in, H, W) to (B, out, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(
-            nn.Conv2d(in_channels, out_channels, 3, padding=1),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
-        )
+        super().__init__(*conv3x3(in_channels, out_channels), *conv3x3(out_channels, out_channels))
 
 
 class ImageInjection(nn.ModuleList):

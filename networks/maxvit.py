@@ -13,7 +13,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from networks.errors import NetworkError
-from networks.layers import ImageInjection
+from networks.layers import ImageInjection, check_choice
 
 SCALES = {
     "pico": "maxvit_rmlp_pico_rw_256",
@@ -23,6 +23,8 @@ SCALES = {
     "base": "maxxvitv2_rmlp_base_rw_224",
 }
 PRETRAINED_DIR = Path("pretrained_pth/maxvit")
+PARTS = ("stem.", "stages.")  # what a weight file must fill
+STEM = "stem.conv1.weight"
 
 
 class MaxViTEncoder(nn.Module):
@@ -39,7 +41,18 @@ class MaxViTEncoder(nn.Module):
 
     def __init__(self, scale: str = "small", img_size: int = 256, pretrained: str | Path | None = None):
         super().__init__()
-        backbone = _backbone(scale, img_size, pretrained)
+        check_choice("model_scale", scale, SCALES)
+        name, from_hub = SCALES[scale], pretrained == "hub"
+        try:
+            backbone = timm.create_model(name, pretrained=from_hub, img_size=img_size, num_classes=0)
+        except Exception as error:  # no network, no such weights, a broken cache: timm raises many kinds
+            if not from_hub:
+                raise
+            raise NetworkError(
+                f"timm could not fetch the weights of {name} ({type(error).__name__}); {where_from(scale)}"
+            ) from error
+        if pretrained is not None and not from_hub:
+            load_weights(backbone, pretrained, scale)
         self.stem = backbone.stem
         self.stages = backbone.stages
         self.widths = tuple(stage["num_chs"] for stage in backbone.feature_info[1:])
@@ -57,16 +70,12 @@ class MaxViTEncoder(nn.Module):
 def scale_widths(scale: str) -> tuple[int, ...]:
     """Return the widths C_1 ... C_4 of a scale's encoder."""
     with torch.device("meta"):  # no memory, no random numbers
-        stages = timm.create_model(_model_name(scale), num_classes=0).feature_info[1:]
+        stages = timm.create_model(SCALES[scale], num_classes=0).feature_info[1:]
     return tuple(stage["num_chs"] for stage in stages)
 
 
 def weights_file(scale: str) -> Path:
-    """Return where the ImageNet weights of ``scale`` are expected.
-
-    Raises:
-        NetworkError: the scale is unknown, or no weight file was published for it.
-    """
+    """Return where the ImageNet weights of ``scale`` are expected; raise a NetworkError if no file was published."""
     path = pretrained_file(scale)
     if path is None:
         raise NetworkError(
@@ -77,35 +86,13 @@ def weights_file(scale: str) -> Path:
 
 
 def pretrained_file(scale: str) -> Path | None:
-    """Return where the ImageNet weights of ``scale`` are expected, or None if none were published."""
-    url = timm.get_pretrained_cfg(_model_name(scale)).url
+    """Return where the ImageNet weights of ``scale`` are expected, or None if no file was published."""
+    url = timm.get_pretrained_cfg(SCALES[scale]).url
     return PRETRAINED_DIR / Path(urlparse(url).path).name if url else None
 
 
-def _model_name(scale: str) -> str:
-    if scale not in SCALES:
-        raise NetworkError(f"model_scale is {scale!r}; choose one of {', '.join(SCALES)}")
-    return SCALES[scale]
-
-
-def _backbone(scale: str, img_size: int, pretrained: str | Path | None) -> nn.Module:
-    name = _model_name(scale)
-    if pretrained == "hub":
-        try:
-            return timm.create_model(name, pretrained=True, img_size=img_size, num_classes=0)
-        except Exception as error:  # no network, no such weights, a broken cache: timm raises many kinds
-            raise NetworkError(
-                f"timm could not fetch the weights of {name} ({type(error).__name__}); {where_from(scale)}"
-            ) from error
-    weights = None if pretrained is None else read_weights(pretrained, scale)
-    backbone = timm.create_model(name, pretrained=False, img_size=img_size, num_classes=0)
-    if weights is not None:
-        backbone.load_state_dict(weights, strict=False)  # read_weights has checked them; the norm is not used
-    return backbone
-
-
-def read_weights(path: str | Path, scale: str) -> dict[str, Tensor]:
-    """Read a weight file of ``scale`` and return the tensors of its stem and stages, by timm's names.
+def load_weights(backbone: nn.Module, path: str | Path, scale: str) -> None:
+    """Fill stem and stages of a MaxViT of ``scale`` from a weight file; for grey images the stem's colours are summed.
 
     Raises:
         NetworkError: the file is missing or unreadable, or its tensors are not exactly those of the scale.
@@ -113,25 +100,27 @@ def read_weights(path: str | Path, scale: str) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise NetworkError(f"no pretrained weights at {path}; {where_from(scale)}")
+    # A timm model that returns its features calls stages.0 stages_0.
+    own = {name.replace("stages_", "stages."): value for name, value in backbone.state_dict().items()}
+    own = {name: value for name, value in own.items() if name.startswith(PARTS)}
     try:
         weights = load_state_dict(str(path), weights_only=True)
-        weights = {name: value for name, value in weights.items() if name.startswith(("stem.", "stages."))}
-        shapes = {name: value.shape for name, value in weights.items()}
+        weights = {name: value for name, value in weights.items() if name.startswith(PARTS)}
+        if own[STEM].shape[1] == 1 and STEM in weights:
+            weights[STEM] = weights[STEM].sum(1, keepdim=True)
+        unfit = [name for name in weights if name in own and weights[name].shape != own[name].shape]
     except Exception as error:  # torch and safetensors raise many kinds of error for a file that is not theirs
         raise NetworkError(
             f"{path} is not a readable weight file ({type(error).__name__}); {where_from(scale)}"
         ) from error
-    with torch.device("meta"):  # shapes only
-        own = timm.create_model(_model_name(scale), num_classes=0).state_dict()
-    expected = {name: value.shape for name, value in own.items() if name.startswith(("stem.", "stages."))}
-    unfit = sorted(set(shapes) ^ set(expected))
-    unfit += [name for name in set(shapes) & set(expected) if shapes[name] != expected[name]]
+    unfit += sorted(set(weights) ^ set(own))
     if unfit:
         raise NetworkError(
             f"{path} does not fit {SCALES[scale]} ({len(unfit)} tensors differ, such as {unfit[0]}); "
             f"{where_from(scale)}"
         )
-    return weights
+    for name, value in own.items():
+        value.copy_(weights[name])
 
 
 def where_from(scale: str) -> str:

@@ -13,7 +13,6 @@ a cluster, K replaced columns.
 """
 
 import logging
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -139,7 +138,7 @@ class PrototypeMemoryBank(nn.Module):
 
         # Columns from weak to strong, keys from strong to weak, both within their cluster.
         weakest = self.pool.softmax(dim=1).sum(2).argsort(dim=1)  # (P, M)
-        of_key = strength(keys, cluster, num_clusters, self._of_all_ranks)  # (T,)
+        of_key = self._strength(keys, cluster)  # (T,)
         by_strength = of_key.argsort(descending=True)
         by_strength = by_strength[cluster[by_strength].argsort(stable=True)]  # (T,), cluster by cluster
 
@@ -152,9 +151,8 @@ class PrototypeMemoryBank(nn.Module):
         # The M strongest of all ranks, repeated at random where a cluster has fewer.
         counts = self._of_all_ranks(own_counts).sum(0)  # (P,)
         strongest = rearrange(self._of_all_ranks(keys[own]), "r p m d -> p (r m) d")
-        order = rearrange(self._of_all_ranks(own_strength), "r p m -> p (r m)").argsort(
-            dim=1, descending=True, stable=True
-        )
+        order = rearrange(self._of_all_ranks(own_strength), "r p m -> p (r m)")
+        order = order.argsort(dim=1, descending=True, stable=True)
         again = torch.rand(num_clusters, size, device=keys.device)
         again = (self._of_first_rank(again) * counts[:, None]).long()
         chosen = order.gather(1, torch.where(nth < counts[:, None], nth, again))
@@ -168,6 +166,21 @@ class PrototypeMemoryBank(nn.Module):
         self.pool.scatter_(1, slots, new)
         self.prototypes.copy_(self.pool.mean(1))
         self.key_counts.add_(counts)
+
+    def _strength(self, keys: Tensor, cluster: Tensor) -> Tensor:
+        """Return the strength of each key, (T,): a softmax over the keys of its cluster on all ranks, summed over d.
+
+        Args:
+            keys: (T, d).
+            cluster: int64 (T,), the cluster of each key.
+        """
+        index = repeat(cluster, "t -> t d", d=keys.shape[1])
+        largest = torch.full_like(self.prototypes, -torch.inf).scatter_reduce(0, index, keys, "amax")
+        largest = self._of_all_ranks(largest).amax(0)  # (P, d)
+        exponential = largest.index_select(0, cluster).neg_().add_(keys).exp_()  # (T, d)
+        total = F.one_hot(cluster, len(largest)).to(keys.dtype).mT @ exponential
+        total = self._of_all_ranks(total).sum(0)  # (P, d)
+        return (exponential @ total.clamp(min=1).reciprocal().mT).gather(1, cluster[:, None]).squeeze(1)
 
     def _of_all_ranks(self, x: Tensor) -> Tensor:
         """Return (ranks, *x.shape): in training ``x`` of every rank, in evaluation this rank's alone."""
@@ -183,26 +196,6 @@ class PrototypeMemoryBank(nn.Module):
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.reread()
-
-
-def strength(
-    x: Tensor, segment: Tensor, num_segments: int, of_all_ranks: Callable[[Tensor], Tensor] = lambda x: x[None]
-) -> Tensor:
-    """Return the strength of each row of ``x`` (T, d), (T,): a softmax over its segment's rows, summed over d.
-
-    Args:
-        x: rows.
-        segment: int64 (T,), the segment of each row.
-        num_segments: how many segments there are.
-        of_all_ranks: returns (ranks, *shape) of a tensor that every rank has, so that a segment spans the ranks.
-    """
-    index = repeat(segment, "t -> t d", d=x.shape[1])
-    largest = x.new_full((num_segments, x.shape[1]), -torch.inf).scatter_reduce(0, index, x, "amax")
-    largest = of_all_ranks(largest).amax(0)
-    exponential = largest.index_select(0, segment).neg_().add_(x).exp_()  # (T, d)
-    total = F.one_hot(segment, num_segments).to(x.dtype).mT @ exponential  # (num_segments, d)
-    total = of_all_ranks(total).sum(0)
-    return (exponential @ total.clamp(min=1).reciprocal().mT).gather(1, segment[:, None]).squeeze(1)
 
 
 def kmeans(columns: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:

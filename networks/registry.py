@@ -20,7 +20,6 @@ from networks.sim_mpnet import SIZE_STEP, SimMPNet
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {}
 """The builder of each network, by the name in ``--network`` and in checkpoints."""
-NEEDED = ("num_classes", "in_channels", "img_size")
 _DEFAULT_WEIGHTS: dict[str, Callable[[Mapping[str, Any]], str | Path | None]] = {}
 
 
@@ -50,7 +49,8 @@ def register(
 
     def enter(builder: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         signature = inspect.signature(builder)
-        lacking = [needed for needed in NEEDED if needed not in signature.parameters]
+        needed = ("num_classes", "in_channels", "img_size")
+        lacking = [argument for argument in needed if argument not in signature.parameters]
         if lacking:
             raise NetworkError(f"the builder of network {name} lacks {', '.join(lacking)}: add these arguments")
 
@@ -118,8 +118,8 @@ class Baseline(nn.Module):
         yield from ()
 
 
-def _weights_of_sim_mpnet(options: Mapping[str, Any]) -> Path | None:
-    return None if options["encoders"] == "dmwla" else weights_file(options["model_scale"])
-
-
-register("sim_mpnet", SIZE_STEP, _weights_of_sim_mpnet)(SimMPNet)
+register(
+    "sim_mpnet",
+    SIZE_STEP,
+    lambda options: None if options["encoders"] == "dmwla" else weights_file(options["model_scale"]),
+)(SimMPNet)

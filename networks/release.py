@@ -40,10 +40,9 @@ BANK = {
     "phi_k": "phi.weight",  # not stored by the release: a copy of phi
 }
 # Not in a release checkpoint: K comes from W-LD, the counts are only a record.
-OURS = re.compile(r".*\.bank\.(replaced_columns|key_counts)$")
+OURS = (".bank.replaced_columns", ".bank.key_counts")
 # Second names of the backbone's tensors, unused layers, and constants.
 IGNORED = re.compile(r"backbone1\.(stem|stages|norm)\.|decoder\.CA4\.|(.*\.)?k$|.*\.pool_structured$")
-GREY_STEM = re.compile(r"conv\.")  # a colour model has it too, but does not use it
 
 
 def load_release_state_dict(model: SimMPNet, state_dict: Mapping[str, Tensor]) -> None:
@@ -58,28 +57,24 @@ def load_release_state_dict(model: SimMPNet, state_dict: Mapping[str, Tensor]) -
     """
     theirs = {name.removeprefix("module."): value for name, value in state_dict.items()}
     unused = {name for name in theirs if not IGNORED.match(name)}
-    if model.config["in_channels"] == 3:
-        unused = {name for name in unused if not GREY_STEM.match(name)}
+    if model.config["in_channels"] == 3:  # a colour model has the layer for grey images too, but does not use it
+        unused = {name for name in unused if not name.startswith("conv.")}
     filled, missing, unfit = {}, [], []
     for name, own in model.state_dict().items():
-        if OURS.match(name):
-            filled[name] = own
-            continue
         source = release_name(name)
         unused.discard(source)
-        if source not in theirs:
+        if name.endswith(OURS):
+            filled[name] = own
+        elif source not in theirs:
             missing.append(source)
-            continue
-        value = _in_our_layout(name, theirs[source], own)
-        if value is None:
-            unfit.append(f"{source} {tuple(theirs[source].shape)}")
         else:
-            filled[name] = value
+            filled[name] = _in_our_layout(name, theirs[source], own)
+            if filled[name].shape != own.shape:
+                unfit.append(f"{source} {tuple(theirs[source].shape)}")
     if missing or unused or unfit:
-        raise NetworkError(
-            "the checkpoint does not fit this network of the release: "
-            f"missing: {_listed(missing)}; left over: {_listed(unused)}; of another shape: {_listed(unfit)}"
-        )
+        lists = {"missing": missing, "left over": unused, "of another shape": unfit}
+        lists = [f"{what}: {', '.join(sorted(set(names))) or 'none'}" for what, names in lists.items()]
+        raise NetworkError(f"the checkpoint does not fit this network of the release: {'; '.join(lists)}")
     model.load_state_dict(filled)
 
 
@@ -95,18 +90,14 @@ def release_name(name: str) -> str:
     return name
 
 
-def _in_our_layout(name: str, value: Tensor, own: Tensor) -> Tensor | None:
-    """Return the release's tensor in our layout, or None if it does not fit."""
+def _in_our_layout(name: str, value: Tensor, own: Tensor) -> Tensor:
+    """Return the release's tensor in our layout, or as it is if that is impossible."""
     if name.endswith("bank.pool") and value.ndim == 2 and value.shape[1] == own.shape[0] * own.shape[1]:
-        value = rearrange(value, "d (k m) -> k m d", m=own.shape[1])
-    elif name.endswith("bank.prototypes") and value.ndim == 2:
-        value = value.T
-    elif name.endswith("bank.warmup_counter") and value.numel() == 1:
-        value = value.reshape(()).to(own.dtype)
-    elif value.shape == (*own.shape, 1, 1):  # theta, phi, g and o are 1x1 convolutions there
-        value = value.flatten(1)
-    return value if value.shape == own.shape else None
-
-
-def _listed(names) -> str:
-    return ", ".join(sorted(set(names))) or "none"
+        return rearrange(value, "d (k m) -> k m d", m=own.shape[1])
+    if name.endswith("bank.prototypes") and value.ndim == 2:
+        return value.T
+    if name.endswith("bank.warmup_counter") and value.numel() == 1:
+        return value.reshape(()).to(own.dtype)
+    if value.shape == (*own.shape, 1, 1):  # theta, phi, g and o are 1x1 convolutions there
+        return value.flatten(1)
+    return value

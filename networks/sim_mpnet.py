@@ -7,7 +7,7 @@ differences. Symbols: B batch, S image side, s side of the DMW-LA encoder's imag
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,17 +24,14 @@ from networks.maxvit import SCALES, MaxViTEncoder, scale_widths
 from networks.memory_bank import PrototypeMemoryBank
 
 SIZE_STEP = 32  # the deepest stage has stride 32
-ENCODERS = ("both", "maxvit", "dmwla")
-GATES = ("learned", "none")
-LOSSES = ("subset", "last")
 CHOICES = {
     "variant": VARIANTS,
     "model_scale": tuple(SCALES),
     "attention": ATTENTIONS,
     "dsgim": (*SIMILARITIES, "none"),
-    "encoders": ENCODERS,
-    "gate": GATES,
-    "loss": LOSSES,
+    "encoders": ("both", "maxvit", "dmwla"),
+    "gate": ("learned", "none"),
+    "loss": ("subset", "last"),
 }
 """The values of each argument of ``SimMPNet`` that is a choice."""
 
@@ -148,15 +145,8 @@ class SimMPNet(nn.Module):
         if encoders == "both" and gate == "learned":
             self.gate = nn.Conv2d(widths[-1], 1, 1)
         if encoders != "maxvit":
-            self.dmwla_encoder = DMWLAEncoder(
-                widths,
-                img_size_dmwla,
-                variant,
-                dsgim=dsgim,
-                feature_dim=feature_dim,
-                num_clusters=num_clusters,
-                **blocks,
-            )
+            blocks_of_encoder = blocks | dict(feature_dim=feature_dim, num_clusters=num_clusters)
+            self.dmwla_encoder = DMWLAEncoder(widths, img_size_dmwla, variant, dsgim=dsgim, **blocks_of_encoder)
         self.decoder = Decoder(
             widths, variant, feature_dim=decoder_feature_dim, num_clusters=decoder_num_clusters, **blocks
         )
@@ -175,14 +165,15 @@ class SimMPNet(nn.Module):
         size = x.shape[-1]
         with without_autocast(x):  # bf16 would round the image's contrast away
             x = self.stem(x)  # (B, 3, S, S)
-        if self.maxvit is None or self.dmwla_encoder is None:
-            skips = self._skips_of_one_encoder(x)
-        else:
+        skips = []  # s_i (B, C_i, s / 2^(i+1), s / 2^(i+1)), s = img_size_dmwla
+        if self.maxvit is not None:
             f = self.maxvit(x)  # f_i (B, C_i, S / 2^(i+1), S / 2^(i+1))
             if self.gate is not None:
                 x = x * resize(torch.sigmoid(self.gate(f[-1])), size)
-            e = self.dmwla_encoder(x)  # e_i (B, C_i, s / 2^(i+1), s / 2^(i+1)), s = img_size_dmwla
-            skips = [e_i + resize(f_i, e_i.shape[-2:]) for e_i, f_i in zip(e, f, strict=True)]
+            skips = [resize(f_i, self.config["img_size_dmwla"] // 2**i) for i, f_i in enumerate(f, 2)]
+        if self.dmwla_encoder is not None:
+            e = self.dmwla_encoder(x)  # e_i, of the shape of s_i
+            skips = [e_i + f_i for e_i, f_i in zip(e, skips, strict=True)] if skips else e
         d = self.decoder(skips)  # d_4 ... d_1
         return [resize(head(d_i), size) for head, d_i in zip(self.heads, d[-len(self.heads) :], strict=True)]
 
@@ -215,16 +206,14 @@ class SimMPNet(nn.Module):
         def select(_: nn.Module, arguments: tuple[Tensor, int]) -> None:
             windows.append(select_windows(arguments[0]))
 
-        handles = [block.register_forward_pre_hook(assign) for block in names]
-        dsgim = self.dmwla_encoder and self.dmwla_encoder.dsgim
-        if dsgim is not None and dsgim.decays_windows:
-            handles.append(dsgim.register_forward_pre_hook(select))
-        try:
-            with self.gate_observed() as gates:
-                self(x)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks:
+            for block in names:
+                hooks.enter_context(block.register_forward_pre_hook(assign))
+            dsgim = self.dmwla_encoder and self.dmwla_encoder.dsgim
+            if dsgim is not None and dsgim.decays_windows:
+                hooks.enter_context(dsgim.register_forward_pre_hook(select))
+            gates = hooks.enter_context(self.gate_observed())
+            self(x)
         return Observation(clusters, torch.stack(windows, dim=1) if windows else None, gates[0] if gates else None)
 
     @contextmanager
@@ -234,15 +223,5 @@ class SimMPNet(nn.Module):
         if self.gate is None:
             yield gates
             return
-        handle = self.gate.register_forward_hook(lambda *logits: gates.append(logits[-1].float().sigmoid()))
-        try:
+        with self.gate.register_forward_hook(lambda *logits: gates.append(logits[-1].float().sigmoid())):
             yield gates
-        finally:
-            handle.remove()
-
-    def _skips_of_one_encoder(self, x: Tensor) -> list[Tensor]:
-        """Return the skips s_i, (B, C_i, s / 2^(i+1), s / 2^(i+1)), of images (B, 3, S, S) with one encoder only."""
-        if self.maxvit is None:
-            return self.dmwla_encoder(x)
-        size = self.config["img_size_dmwla"]
-        return [resize(f_i, size // 2 ** (i + 1)) for i, f_i in enumerate(self.maxvit(x), 1)]
