@@ -16,7 +16,7 @@ from utils.errors import RunError
 from utils.predictor import Predictor
 
 COMMON = (
-    "--pretrained none --img_size 64 --batch_size 4 --max_iterations 3 --num_workers 0 --device cpu --seed 3"
+    "--pretrained none --img_size 32 --batch_size 4 --max_iterations 2 --num_workers 0 --device cpu --seed 3"
 ).split()
 
 
@@ -30,10 +30,10 @@ def test_a_baseline_trains_resumes_tests_and_predicts_like_sim_mpnet(phantom, ru
     run = tmp_path / "run"
     done = run_script("train_acdc.py", "--network", "unet", *folders(phantom), *COMMON, "--output_dir", run)
     assert done.status == 0, done.error
-    done = run_script("train_acdc.py", "--resume", run / "last.pth", "--max_iterations", 5)
+    done = run_script("train_acdc.py", "--resume", run / "last.pth", "--max_iterations", 3)
     assert done.status == 0, done.error
     state = torch.load(run / "last.pth", weights_only=True)
-    assert state["iteration"] == 5 and state["network"]["network"] == "unet"
+    assert state["iteration"] == 3 and state["network"]["network"] == "unet"
     with open(run / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 and "k" not in rows[0] and all(np.isfinite(float(row["train_loss"])) for row in rows)
@@ -52,8 +52,6 @@ def test_ablations_train_and_their_checkpoints_know_them(phantom, run_script, tm
     done = run_script("train_acdc.py", *folders(phantom), *SMALL, *flags)
     assert done.status == 0, done.error
     assert torch.load(tmp_path / "run/best.pth", weights_only=True)["network"].items() >= ablations.items()
-    done = run_script("test_acdc.py", "--checkpoint", tmp_path / "run/best.pth", *volume_folders(phantom))
-    assert done.status == 0, done.error
     done = run_script("train_acdc.py", "--resume", tmp_path / "run/last.pth", "--loss", "subset")
     assert_one_line(done, "--loss subset", "last")
 

@@ -2,15 +2,19 @@
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.measure import past_warm_up
-from networks import DMWLA, DSGIM, PrototypeMemoryBank, SimMPNet
+from networks import DMWLA, PrototypeMemoryBank, SimMPNet
 from tests.networks.conftest import NARROW
 from utils.losses import subset_losses
 
 
-def assert_one_graph(model: torch.nn.Module, images: torch.Tensor, label: torch.Tensor) -> None:
-    """Take three training steps in one graph without a break, traced once, that write the memory."""
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["block", "network"])
+def test_steady_steps_are_one_graph_traced_once_that_writes_the_memory(whole, narrow):
+    torch.manual_seed(0)
+    model = (SimMPNet(3, **NARROW) if whole else nn.Sequential(nn.Conv2d(1, 3, 8, 8), DMWLA(3, 8, 3, 20))).train()
+    images, label = torch.rand(2, 1, 64, 64), torch.randint(3, (2, 64, 64) if whole else (2, 8, 8))
     banks = [module for module in model.modules() if isinstance(module, PrototypeMemoryBank)]
     past_warm_up(model)
     assert not any(bank.in_warmup for bank in banks)
@@ -18,7 +22,7 @@ def assert_one_graph(model: torch.nn.Module, images: torch.Tensor, label: torch.
     def losses(images, label):
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(images)
-        return subset_losses(logits, label)
+        return subset_losses(logits if whole else [logits], label)
 
     step = torch.compile(losses, backend="eager", dynamic=False, fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -28,30 +32,3 @@ def assert_one_graph(model: torch.nn.Module, images: torch.Tensor, label: torch.
             assert not any(torch.equal(bank.pool, pool) for bank, pool in zip(banks, before, strict=True))
     torch._dynamo.reset()
     assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_steady_steps_of_the_papers_blocks_are_one_graph_without_a_break():
-    class Blocks(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem = torch.nn.Conv2d(1, 16, 8, 8)
-            self.narrow, self.wide = DMWLA(16, 32, 3, 20), DMWLA(16, 8, 3, 20)
-            self.dsgim = DSGIM(16)
-            self.head = torch.nn.Conv2d(16, 3, 1)
-
-        def forward(self, x):
-            x = self.dsgim(self.wide(self.narrow(self.stem(x))))
-            return [torch.nn.functional.interpolate(self.head(x), scale_factor=8)] * 4
-
-    torch.manual_seed(0)
-    assert_one_graph(Blocks().train(), *random_batch())
-
-
-@pytest.mark.slow
-def test_steady_steps_of_the_network_are_one_graph_without_a_break(narrow):
-    torch.manual_seed(0)
-    assert_one_graph(SimMPNet(3, **NARROW).train(), *random_batch())
-
-
-def random_batch() -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.rand(2, 1, 64, 64), torch.randint(3, (2, 64, 64))

@@ -96,7 +96,7 @@ def test_what_does_ask_is_found_out():
             torch.rand(2).to(GPU)
 
 
-@pytest.mark.parametrize("num_clusters", [2, 3, 4, 9, 10])
+@pytest.mark.parametrize("num_clusters", [4, 9, 10])
 @pytest.mark.parametrize("feature_dim", [128, 256])
 def test_attention_has_widths_that_fused_kernels_take(num_clusters, feature_dim):
     """A multiple of 8 and the same for all three, or PyTorch writes the whole matrix down."""

@@ -6,6 +6,8 @@ so that rounding decides nothing: in float32 one token near the border of two cl
 """
 
 import json
+import re
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from einops import rearrange
 
 from networks import DMWLA, DSGIM, SimMPNet, load_release_state_dict
 from networks.decoder import Decoder
-from networks.release import release_name
+from networks.release import IGNORED, release_name
 from tests.parity import FIXTURES, load, synthetic
 from tests.synthetic_weights import state_dict_for
 
@@ -29,6 +31,23 @@ def pool_as_release(bank) -> torch.Tensor:
     return rearrange(bank.pool, "k m d -> d (k m)")
 
 
+def fill(module: torch.nn.Module, source_of: Callable[[str], str]) -> None:
+    """Give the tensors of a module the synthetic values of the release's, whose names ``source_of`` returns."""
+    state = module.state_dict()
+    for name, own in state.items():
+        leaf, source = name.rsplit(".", 1)[-1], source_of(name)
+        if leaf == "pool":
+            value = synthetic(source, (own.shape[2], own.shape[0] * own.shape[1]))
+            state[name] = rearrange(value, "d (k m) -> k m d", m=own.shape[1])
+        elif leaf == "prototypes":
+            state[name] = synthetic(source, tuple(own.shape[::-1])).T
+        elif re.search(r"(theta|phi|g|o)\.weight$|phi_k$", name):  # 1x1 convolutions there
+            state[name] = synthetic(source, (*own.shape, 1, 1)).flatten(1)
+        elif leaf not in ("replaced_columns", "key_counts"):
+            state[name] = synthetic(source, tuple(own.shape)).to(own.dtype)
+    module.load_state_dict(state)
+
+
 @pytest.fixture(scope="module")
 def dmwla():
     return load("dmwla.npz")
@@ -36,20 +55,10 @@ def dmwla():
 
 def release_dmwla(f, warmup_iterations: int = 2000) -> DMWLA:
     """Build the fixture's block with its synthetic weights."""
-    c, d, num_k, size = (int(f[key]) for key in ("ch", "feature_dim", "num_k", "pool_size_per_cluster"))
+    sizes = [int(f[key]) for key in ("ch", "feature_dim", "num_k", "pool_size_per_cluster")]
+    block = DMWLA(*sizes, replaced_columns=int(f["k"]), warmup_iterations=warmup_iterations, variant="release")
     prefix = str(f["prefix"])
-    block = DMWLA(
-        c, d, num_k, size, replaced_columns=int(f["k"]), warmup_iterations=warmup_iterations, variant="release"
-    )
-    state = block.state_dict()
-    for name in ("theta.weight", "phi.weight", "g.weight", "o.weight"):
-        state[name] = synthetic(prefix + name, (*state[name].shape, 1, 1)).flatten(1)
-    state["phi_k"] = synthetic(prefix + "phi_k.weight", (d, c, 1, 1)).flatten(1)
-    pool = synthetic(prefix + "concept_pool", (d, num_k * size))
-    state["bank.pool"] = rearrange(pool, "d (k m) -> k m d", k=num_k)
-    state["bank.prototypes"] = synthetic(prefix + "concept_proto", (d, num_k)).T
-    state["bank.warmup_counter"] = torch.tensor(2001)
-    block.load_state_dict(state)
+    fill(block, lambda name: prefix + ("phi_k.weight" if name == "phi_k" else release_name(name)))
     return block
 
 
@@ -94,13 +103,9 @@ def dsgim():
 
 def release_dsgim(strength: float = 1.0) -> DSGIM:
     module = DSGIM(384, variant="release").eval()
-    state = {}
-    for name, own in module.state_dict().items():
-        source = release_name(f"dmwla_encoder.dsgim.{name}").removeprefix("DSGIM.")
-        state[name] = synthetic(f"dsgim.{source}", tuple(own.shape)).to(own.dtype)
-        if name.startswith(("query.", "key.")):
-            state[name] = state[name] * strength
-    module.load_state_dict(state)
+    fill(module, lambda name: "dsgim." + release_name(f"dmwla_encoder.dsgim.{name}").removeprefix("DSGIM."))
+    for parameter in (*module.query.parameters(), *module.key.parameters()):
+        parameter.data *= strength
     return module
 
 
@@ -133,21 +138,7 @@ def test_decoder():
     f = load("decoder.npz")
     c4, c3, c2, c1 = (int(c) for c in f["channels"])
     decoder = Decoder((c1, c2, c3, c4), "release", feature_dim=128, num_clusters=10).eval()
-    state = decoder.state_dict()
-    for name, own in state.items():
-        if name.endswith(("replaced_columns", "key_counts")):
-            continue
-        source = release_name(f"decoder.{name}")
-        if name.endswith("bank.pool"):
-            pool = synthetic(source, (own.shape[2], own.shape[0] * own.shape[1]))
-            state[name] = rearrange(pool, "d (k m) -> k m d", m=own.shape[1])
-        elif name.endswith("bank.prototypes"):
-            state[name] = synthetic(source, tuple(own.shape[::-1])).T
-        elif name.startswith("dmwla") and own.ndim == 2:
-            state[name] = synthetic(source, (*own.shape, 1, 1)).flatten(1)
-        else:
-            state[name] = synthetic(source, tuple(own.shape)).to(own.dtype)
-    decoder.load_state_dict(state)
+    fill(decoder, lambda name: release_name(f"decoder.{name}"))
     shapes = [(2, 16, 32, 32), (2, 32, 16, 16), (2, 48, 8, 8)]
     skips = [synthetic(f"decoder.skip{2 - i}.input", shape) for i, shape in enumerate(shapes)]
     deepest = synthetic("decoder.x.input", (2, 64, 4, 4))
@@ -157,25 +148,23 @@ def test_decoder():
         assert_close(output, f[f"output{i}"], 1e-5)
 
 
-@pytest.fixture(scope="module")
-def release_weights():
+@pytest.mark.parametrize(
+    ("prefix", "name", "shape"),
+    [
+        ("", "network.x.input", (2, 1, 256, 256)),
+        pytest.param("single_", "network.x.input", (2, 1, 256, 256), marks=pytest.mark.slow),
+        pytest.param("rgb_", "network.rgb.input", (1, 3, 256, 256), marks=pytest.mark.slow),
+    ],
+    ids=["batch", "single", "colour"],
+)
+def test_whole_network(prefix, name, shape):
+    f, images = load("network_small256.npz"), synthetic(name, shape)
     shapes = json.loads((FIXTURES / "release_state_dict_shapes.json").read_text())
-    return {name: torch.from_numpy(value) for name, value in state_dict_for(shapes).items()}
-
-
-@pytest.mark.parametrize("in_channels", [1, 3])
-def test_whole_network(release_weights, in_channels):
-    f = load("network_small256.npz")
+    weights = state_dict_for({name: shape for name, shape in shapes.items() if not IGNORED.match(name)})
+    model = SimMPNet(num_classes=9, in_channels=shape[1], variant="release").eval()
+    load_release_state_dict(model, {f"module.{name}": torch.from_numpy(value) for name, value in weights.items()})
+    with torch.inference_mode():
+        logits = model(images[1:] if prefix == "single_" else images)
     stride = int(f["stride"])
-    model = SimMPNet(num_classes=9, in_channels=in_channels, variant="release").eval()
-    if in_channels == 3:
-        cases = {"rgb_": synthetic("network.rgb.input", (1, 3, 256, 256))}
-    else:
-        x = synthetic("network.x.input", (2, 1, 256, 256))
-        cases = {"": x, "single_": x[1:2]}
-    for prefix, images in cases.items():
-        load_release_state_dict(model, {f"module.{name}": value for name, value in release_weights.items()})
-        with torch.inference_mode():
-            logits = model(images)
-        for i, output in enumerate(logits):
-            assert_close(output[..., ::stride, ::stride].contiguous(), f[f"{prefix}logits{i}"], 1e-4)
+    for i, output in enumerate(logits):
+        assert_close(output[..., ::stride, ::stride].contiguous(), f[f"{prefix}logits{i}"], 1e-4)

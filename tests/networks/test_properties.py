@@ -137,7 +137,7 @@ def test_autocast_does_not_round_away_the_faint_contrast_of_a_bright_image(tiny_
     torch.testing.assert_close(seen[1], seen[0])
 
 
-@pytest.mark.parametrize(("img_size", "img_size_dmwla"), [(96, 64), (64, 96), (32, 32), (160, 128)])
+@pytest.mark.parametrize(("img_size", "img_size_dmwla"), [(96, 64), (32, 96)])
 def test_any_multiple_of_32_works(tiny_network, img_size, img_size_dmwla):
     model = tiny_network(img_size=img_size, img_size_dmwla=img_size_dmwla)
     logits = model(torch.rand(1, 1, img_size, img_size))

@@ -5,16 +5,15 @@ import inspect
 import re
 
 import pytest
-import timm
 import torch
 
-from networks import NETWORKS, NetworkError, SimMPNet, build, default_weights, load_release_state_dict, register
+from networks import NETWORKS, NetworkError, SimMPNet, build, default_weights, register
 from tests.networks.conftest import NARROW
 from utils.losses import subset_loss
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
-SIZES = {"sim_mpnet": NARROW | dict(warmup_iterations=1), "maxvit_unet": dict(model_scale="pico")}
+SIZES = {"sim_mpnet": NARROW | dict(warmup_iterations=1), "maxvit_unet": dict(model_scale="nano")}
 ABLATIONS = [
     dict(attention="plain"),
     dict(attention="intra_cluster"),
@@ -126,27 +125,6 @@ def test_weights_that_cannot_be_downloaded_say_what_to_do(monkeypatch):
         make("unet", pretrained="hub")
 
 
-@pytest.mark.parametrize("in_channels", [1, 3])
-def test_the_maxvit_unet_takes_the_weight_file_of_sim_mpnet_and_refuses_another(tmp_path, in_channels):
-    encoder = timm.create_model("maxvit_rmlp_pico_rw_256")
-    torch.save(encoder.state_dict(), tmp_path / "pico.pth")
-    model = make("maxvit_unet", in_channels=in_channels, pretrained=tmp_path / "pico.pth")
-    own, state = dict(model.named_parameters()), encoder.state_dict()
-    if in_channels == 1:
-        state["stem.conv1.weight"] = state["stem.conv1.weight"].sum(1, keepdim=True)
-    found = [name for name in own if name.startswith("net.encoder.model.")]
-    assert len(found) > 100
-    for name in found:
-        theirs = name.removeprefix("net.encoder.model.").replace("stages_", "stages.")
-        assert torch.equal(own[name], state[theirs]), name
-
-    (tmp_path / "cut.pth").write_bytes((tmp_path / "pico.pth").read_bytes()[:5000])
-    torch.save({"stem.conv1.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "foreign.pth")
-    for wrong in ("cut.pth", "foreign.pth"):
-        with pytest.raises(NetworkError, match=rf"{wrong}[^\n]*--pretrained none"):
-            make("maxvit_unet", pretrained=tmp_path / wrong)
-
-
 def test_every_default_weight_says_where_it_comes_from():
     defaults = {}
     for name in NETWORKS:
@@ -179,7 +157,8 @@ def parts_of(model: torch.nn.Module) -> set[str]:
     ids=name_of,
 )
 def test_an_ablation_takes_out_what_it_says_and_nothing_else(options, gone):
-    whole, ablated = parts_of(make()), parts_of(make(**options))
+    with torch.device("meta"):
+        whole, ablated = parts_of(make()), parts_of(make(**options))
     assert gone <= whole and not gone & ablated
     others = {name for name in whole - ablated if not name.startswith(tuple(part.split(".")[0] for part in gone))}
     assert not others and ablated <= whole
@@ -223,15 +202,9 @@ def test_without_a_gate_the_second_encoder_sees_the_image():
 
 def test_the_last_layer_predicts_alone():
     whole, last = make(), make(loss="last")
-    state = {name.replace("heads.3.", "heads.last."): value for name, value in whole.state_dict().items()}
-    state = {n.replace("heads.last.", "heads.0."): v for n, v in state.items() if not re.match(r"heads\.\d", n)}
-    last.load_state_dict(state)
+    state = {name: value for name, value in whole.state_dict().items() if not re.match(r"heads\.[012]", name)}
+    last.load_state_dict({name.replace("heads.3.", "heads.0."): value for name, value in state.items()})
     assert same(last, whole)
-
-
-def test_a_release_checkpoint_does_not_fit_an_ablation():
-    with pytest.raises(NetworkError, match="left over"):
-        load_release_state_dict(make(variant="release", dsgim="none"), make(variant="release").state_dict())
 
 
 def test_a_name_in_use_or_a_builder_without_its_arguments_is_refused():
