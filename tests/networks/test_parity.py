@@ -1,6 +1,6 @@
 """Every array of the parity fixtures: numbers that the authors' release computed on the CPU in float32.
 
-Weights and inputs come from ``synthetic_weights.tensor_for``; ``tests/fixtures/README.md`` says what each file holds.
+Weights and inputs come from ``parity.tensor_for``; ``tests/fixtures/README.md`` says what each file holds.
 The release writes its memory in evaluation, so each array is compared from fresh weights. Our side computes in float64,
 so that rounding decides nothing: in float32 one token near the border of two clusters differs on some processors.
 """
@@ -17,8 +17,7 @@ from einops import rearrange
 from networks import DMWLA, DSGIM, SimMPNet, load_release_state_dict
 from networks.decoder import Decoder
 from networks.release import IGNORED, release_name
-from tests.parity import FIXTURES, load, synthetic
-from tests.synthetic_weights import state_dict_for
+from tests.parity import FIXTURES, load, synthetic, tensor_for
 
 pytestmark = [pytest.mark.processors, pytest.mark.usefixtures("double_precision")]
 
@@ -160,9 +159,9 @@ def test_decoder():
 def test_whole_network(prefix, name, shape):
     f, images = load("network_small256.npz"), synthetic(name, shape)
     shapes = json.loads((FIXTURES / "release_state_dict_shapes.json").read_text())
-    weights = state_dict_for({name: shape for name, shape in shapes.items() if not IGNORED.match(name)})
+    weights = {f"module.{n}": torch.from_numpy(tensor_for(n, s)) for n, s in shapes.items() if not IGNORED.match(n)}
     model = SimMPNet(num_classes=9, in_channels=shape[1], variant="release").eval()
-    load_release_state_dict(model, {f"module.{name}": torch.from_numpy(value) for name, value in weights.items()})
+    load_release_state_dict(model, weights)
     with torch.inference_mode():
         logits = model(images[1:] if prefix == "single_" else images)
     stride = int(f["stride"])

@@ -13,7 +13,7 @@ from utils.losses import subset_loss
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
-SIZES = {"sim_mpnet": NARROW | dict(warmup_iterations=1), "maxvit_unet": dict(model_scale="nano")}
+SIZES = {"sim_mpnet": NARROW | dict(warmup_iterations=1), "maxvit_unet": dict(model_scale="pico")}
 ABLATIONS = [
     dict(attention="plain"),
     dict(attention="intra_cluster"),
