@@ -17,10 +17,5 @@ def test_the_demo_learns_its_phantom():
     assert done.returncode == 0, done.stderr
     summary = json.loads((ROOT / "runs/demo/results_test/summary.json").read_text())
     assert summary["strict"]["mean"]["dice"] >= 0.80
-    for place in (
-        "runs/demo/best.pth",
-        "runs/demo/train.log",
-        "runs/demo/progress.png",
-        "runs/demo/results_test/overlays",
-    ):
-        assert place in done.stdout and (ROOT / place).exists()
+    for place in ("best.pth", "train.log", "progress.png", "results_test/overlays"):
+        assert f"runs/demo/{place}" in done.stdout and (ROOT / "runs/demo" / place).exists()
