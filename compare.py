@@ -23,15 +23,7 @@ from networks import NetworkError
 from networks.complexity import count_multiply_adds, count_parameters
 from utils import comparison_report as report
 from utils.cli import ArgumentParser, number, pick_device, run_script
-from utils.comparison import (
-    Run,
-    compare,
-    drop_untested,
-    name_methods,
-    paired_tests,
-    read_run,
-    striking_cases,
-)
+from utils.comparison import Run, compare, drop_untested, name_methods, paired_tests, read_run, striking_cases
 from utils.comparison_figures import draw_box_plots, draw_curves, draw_predictions, open_volumes
 from utils.errors import RunError
 from utils.predictor import Predictor

@@ -85,10 +85,8 @@ def train_and_test(folder: Path, flags: str, args: Namespace) -> None:
     _run(f"train_{args.dataset}.py", *(["--resume", last] if last.exists() else new))
     trained = json.loads((folder / "config.json").read_text(encoding="utf-8"))["args"]
     data = "volume_path" if "volume_path" in trained else "root_path"
-    names = [
-        name for name in (data, "list_dir", "label_order", "device", "n_gpu", "amp") if trained.get(name) is not None
-    ]
-    same = [word for name in names for word in (f"--{name}", trained[name])]
+    names = (data, "list_dir", "label_order", "device", "n_gpu", "amp")
+    same = [word for name in names if trained.get(name) is not None for word in (f"--{name}", trained[name])]
     _run(f"test_{args.dataset}.py", "--checkpoint", folder / "best.pth", "--split", args.split, *same)
 
 

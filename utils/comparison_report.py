@@ -66,9 +66,8 @@ def score_tables(comparison: Comparison, rows: pd.DataFrame, tests: pd.DataFrame
 
     rows: those of `score_rows`, and those of `published_rows` if they are to stand below.
     """
-    marks = rows["source"].map({"published": " (published)"}).fillna("") + rows["chosen_on"].map({"test": " *"}).fillna(
-        ""
-    )
+    marks = rows["source"].replace({"measured": "", "published": " (published)"})
+    marks += rows["chosen_on"].map({"test": " *"}).fillna("")
     deviations = _text(rows["sd_over_seeds"], " ± {:.2f}", "") + _text(rows["sd_over_cases"], " ({:.2f})", "")
     rows = rows.assign(method=rows["method"] + marks, text=_text(rows["mean"], "{:.2f}") + deviations)
     tables = {}
@@ -93,9 +92,8 @@ def score_tables(comparison: Comparison, rows: pd.DataFrame, tests: pd.DataFrame
             tables[f"{where}, {headings[metric]} of each class."] = table.reset_index()
         for metric in TESTED if len(tests) else ():
             family = tests[(tests["convention"] == convention) & (tests["metric"] == metric)]
-            table = family[["first", "second", "shared_cases", "left_out_cases"]].set_axis(
-                ["first", "second", "cases", "left out"], axis=1
-            )
+            table = family[["first", "second", "shared_cases", "left_out_cases"]]
+            table = table.set_axis(["first", "second", "cases", "left out"], axis=1)
             unit = family["unit"].iloc[0].replace("%", "points")
             table[f"median of first - second [{unit}]"] = _text(family["median_difference"], "{:+.2f}")
             for column, name in (("p", "p"), ("p_holm", "p, Holm")):
