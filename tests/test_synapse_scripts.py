@@ -106,6 +106,9 @@ def test_what_is_wrong_is_one_line(data, run_script, tmp_path):
     ):
         assert_one_line(run_script("train_synapse.py", *folders(data), *flags, *more), *words)
     assert not (tmp_path / "run").exists()
-    torch.save({"model": {}, "network": {}, "data": {"dataset": "acdc", "class_names": ["a"]}}, tmp_path / "acdc.pth")
+    torch.save(
+        {"model": {"w": torch.zeros(1)}, "network": {}, "data": {"dataset": "acdc", "class_names": ["a"]}},
+        tmp_path / "acdc.pth",
+    )
     done = run_script("test_synapse.py", "--checkpoint", tmp_path / "acdc.pth", *volume_folders(data))
     assert_one_line(done, "acdc.pth", "test_acdc.py")
