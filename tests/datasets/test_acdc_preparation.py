@@ -8,8 +8,9 @@ import nibabel
 import numpy as np
 import pytest
 
-from datasets import acdc, preparation, read_slice, read_volume, volumes
+from datasets import acdc, read_slice, read_volume, volumes
 from tests.conftest import REAL_ACDC
+from tests.datasets.test_segpc import interrupted
 
 AFFINE = np.array([[-1.5, 0, 0, 40], [0, -1.25, 0, 60], [0, 0, 8, -20], [0, 0, 0, 1.0]])
 SHAPE = (11, 13, 4)  # nibabel's (x, y, z)
@@ -86,19 +87,7 @@ def times(folder):
 
 def test_an_interrupted_preparation_continues_where_it_stopped(raw, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    real, calls = preparation.write_slice, []
-
-    def fails_late(path, case, index):
-        calls.append(path)
-        if len(calls) == 2 * SHAPE[2] + 2:
-            monkeypatch.setattr(volumes.np.lib.format, "write_array", fails)
-        real(path, case, index)
-
-    def fails(file, array, **options):
-        file.write(b"half of it")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(preparation, "write_slice", fails_late)
+    monkeypatch.setattr(volumes, "atomic_write", interrupted(2 * (SHAPE[2] + 1) + 2))
     with pytest.raises(OSError, match="slice001"):
         acdc.prepare(raw, out)
     monkeypatch.undo()

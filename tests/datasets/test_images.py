@@ -4,9 +4,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from datasets.image_sets import ImageDataset, ImageFolder, image_of
 from datasets.images import (
@@ -18,6 +16,7 @@ from datasets.images import (
     resize_mask,
     shrunk_size,
 )
+from tests.datasets.test_volumes import assert_samples_depend_on_epoch_and_seed_alone
 
 
 def scene(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -30,6 +29,7 @@ def scene(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 def write_set(folder, names, shape=(40, 56), ending=".png", num_classes=3):
     """Write a prepared folder in which an image's red is 100 times its label, and a list of its names."""
+    names = list(names)
     for inner in ("images", "masks", "lists"):
         (folder / inner).mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(names):
@@ -67,11 +67,10 @@ def test_grey_palette_alpha_and_16_bits_become_rgb(tmp_path):
     for name, form in forms.items():
         form.save(tmp_path / f"{name}.png")
         np.testing.assert_array_equal(read_image(tmp_path / f"{name}.png"), rgb, err_msg=name)
-    bits = grey > 127
-    Image.fromarray(bits).save(tmp_path / "bits.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "bits.png"), np.where(bits[..., None], 255, rgb * 0))
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.tif")
+    forms["16 bits"].save(tmp_path / "16.tif")
     np.testing.assert_array_equal(read_image(tmp_path / "16.tif"), rgb)
+    Image.fromarray(grey > 127).save(tmp_path / "bits.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "bits.png"), np.where(rgb > 127, 255, 0))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -131,9 +130,8 @@ def test_normalisation_is_that_of_the_weights_and_survives_a_checkpoint(refused)
     for preprocessing in (ColourPreprocessing(), ColourPreprocessing((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))):
         out = preprocessing.normalise(image)
         assert out.dtype == np.float32
-        for y, x, c in np.ndindex(image.shape):
-            expected = (image[y, x, c] / 255 - preprocessing.mean[c]) / preprocessing.std[c]
-            assert out[c, y, x] == pytest.approx(expected, abs=1e-6)
+        expected = [(image[..., c] / 255 - preprocessing.mean[c]) / preprocessing.std[c] for c in range(3)]
+        np.testing.assert_allclose(out, expected, atol=1e-6)
         np.testing.assert_allclose(preprocessing.denormalise(out) * 255, image, atol=1e-3)
         assert ColourPreprocessing.from_dict(preprocessing.to_dict()) == preprocessing
     assert ColourPreprocessing().normalise(np.stack([image, image])).shape == (2, 3, 6, 5)
@@ -254,28 +252,7 @@ def test_unusable_folders_are_refused(tmp_path, refused):
 
 def test_samples_do_not_depend_on_workers_but_on_epoch_and_seed(tmp_path):
     pytest.importorskip("imgaug")
-    data = write_set(tmp_path, [str(number) for number in range(9)])
-
-    def open_set(seed=5):
-        return ImageDataset(data, data / "lists", "train", 3, 32, augment=True, photometric=True, seed=seed)
-
-    def samples(loader):
-        batches = list(loader)
-        return torch.cat([batch["image"] for batch in batches]), torch.cat([batch["label"] for batch in batches])
-
-    dataset = open_set()
-    alone = DataLoader(dataset, batch_size=4)
-    shared = DataLoader(dataset, batch_size=4, num_workers=2, persistent_workers=True)
-    by_epoch = []
-    for epoch in (0, 1):
-        dataset.set_epoch(epoch)
-        by_epoch.append(samples(alone))
-        assert all(map(torch.equal, samples(shared), by_epoch[epoch]))
-    assert (by_epoch[0][0].dtype, by_epoch[0][1].dtype) == (torch.float32, torch.int64)
-    assert not torch.equal(by_epoch[0][0], by_epoch[1][0])
-    again = open_set()
-    backwards = torch.stack([again[i]["image"] for i in reversed(range(9))][::-1])
-    assert torch.equal(backwards, by_epoch[0][0])
-    assert torch.equal(again[-1]["image"], again[8]["image"])
-    other = open_set(seed=6)
-    assert not torch.equal(backwards, torch.stack([other[i]["image"] for i in range(9)]))
+    data = write_set(tmp_path, map(str, range(9)))
+    assert_samples_depend_on_epoch_and_seed_alone(
+        lambda seed: ImageDataset(data, data / "lists", "train", 3, 32, augment=True, photometric=True, seed=seed)
+    )

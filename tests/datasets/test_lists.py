@@ -23,24 +23,24 @@ def _folder(tmp_path, entries, files):
 def test_every_acdc_patient_is_in_exactly_one_part(folder):
     parts = [read_list(LISTS / folder, part) for part in ("train", "val", "test")]
     assert [len(part) for part in parts] == [70, 10, 20]
-    assert sorted(entry for part in parts for entry in part) == [f"patient{patient:03d}" for patient in range(1, 101)]
+    assert sorted(entry for part in parts for entry in part) == names(range(1, 101))
+
+
+def names(patients):
+    return [f"patient{patient:03d}" for patient in sorted(patients)]
 
 
 def test_the_lists_are_those_of_the_release_and_of_our_seed():
-    def names(patients):
-        return [f"patient{patient:03d}" for patient in sorted(patients)]
-
     train, val = acdc.split_patients()
-    assert read_list(LISTS / "lists_ACDC", "train") == names(train)
-    assert read_list(LISTS / "lists_ACDC", "val") == names(val)
-    assert read_list(LISTS / "lists_ACDC", "trainval") == names(train + val)
+    for part, patients in {"train": train, "val": val, "trainval": train + val, "test": acdc.TEST_PATIENTS}.items():
+        assert read_list(LISTS / "lists_ACDC", part) == names(patients)
     for first, last in acdc.PATHOLOGY_GROUPS.values():
         assert sum(first <= patient <= last for patient in val) == 2
-    assert read_list(LISTS / "lists_ACDC", "test") == names(acdc.TEST_PATIENTS)
-    assert read_list(LISTS / "lists_ACDC_mtunet", "test") == names(
-        (2, 3, 8, 9, 12, 14, 17, 24, 42, 48, 49, 53, 55, 64, 67, 79, 81, 88, 92, 95)
-    )
-    assert read_list(LISTS / "lists_ACDC_mtunet", "val") == names((19, 21, 29, 33, 41, 50, 61, 71, 76, 80))
+    for part, patients in {
+        "test": (2, 3, 8, 9, 12, 14, 17, 24, 42, 48, 49, 53, 55, 64, 67, 79, 81, 88, 92, 95),
+        "val": (19, 21, 29, 33, 41, 50, 61, 71, 76, 80),
+    }.items():
+        assert read_list(LISTS / "lists_ACDC_mtunet", part) == names(patients)
 
 
 @pytest.mark.parametrize(
@@ -85,15 +85,12 @@ def test_unusable_lists_are_refused(tmp_path, refused):
     refused(lambda: select_files(tmp_path, "train", tmp_path / "none"), tmp_path / "none", "prepare_data.py")
 
 
-@pytest.mark.parametrize(
-    ("name", "patient"),
-    [
-        ("patient001_frame01_slice003.npz", "patient001"),
-        ("case_002_volume_ED.npz", "case_002"),
-        ("case_019_sliceES_4", "case_019"),
-        ("case0005_slice000", "case0005"),
-        ("something.npy.h5", "something"),
-    ],
-)
-def test_patient_of(name, patient):
-    assert patient_of(name) == patient
+def test_the_patient_of_a_file_is_the_beginning_of_its_name():
+    for name, patient in {
+        "patient001_frame01_slice003.npz": "patient001",
+        "case_002_volume_ED.npz": "case_002",
+        "case_019_sliceES_4": "case_019",
+        "case0005_slice000": "case0005",
+        "something.npy.h5": "something",
+    }.items():
+        assert patient_of(name) == patient

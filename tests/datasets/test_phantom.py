@@ -27,9 +27,8 @@ def read(out, part):
 def test_it_is_a_valid_data_set_with_its_own_lists(made, volumes):
     out, names = made
     assert [len(read_list(out / "lists", part)) for part in phantom.INFO.splits] == [5, 2, 3]
-    parts, errors = full_check(
-        out / "train_npz", out / "test_vol_h5", out / "lists", phantom.INFO.splits, 4, phantom.INFO
-    )
+    folders = (out / name for name in ("train_npz", "test_vol_h5", "lists"))
+    parts, errors = full_check(*folders, phantom.INFO.splits, 4, phantom.INFO)
     assert errors == []
     assert sorted(volume.name for volume in volumes) == sorted(names)
     assert all((part.voxels > 0).all() for part in parts)
@@ -81,3 +80,11 @@ def test_a_part_without_patients_is_refused(tmp_path, refused, counts):
     refused(lambda: phantom.write_phantom(tmp_path / "out", counts), "num_patients")
     refused(lambda: phantom.write_phantom(tmp_path / "out", seed=-1), "--seed -1")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_script_writes_all_folders_and_names_the_commands_that_come_next(tmp_path, run_script):
+    done = run_script("prepare_data.py", "phantom", "--out", tmp_path, "--num_patients", 1, 1, 1, "--jobs", 1)
+    assert done.status == 0, done.error
+    assert all(list((tmp_path / folder).iterdir()) for folder in ("train_npz", "test_vol_h5", "lists"))
+    where = f"--root_path {tmp_path}/train_npz --volume_path {tmp_path}/test_vol_h5 --list_dir {tmp_path}/lists"
+    assert f"python -m utils.verify phantom {where}" in done.error and "python train_acdc.py" in done.error

@@ -1,6 +1,6 @@
-"""The photometric augmentation is reproducible and moderate, and bends image and label alike."""
+"""The photometric augmentation is moderate, and bends image and label alike."""
 
-import builtins
+import sys
 
 import numpy as np
 import pytest
@@ -25,19 +25,6 @@ def only(monkeypatch, *kept):
     monkeypatch.setattr(module, "SHARE", 1)
 
 
-def test_the_same_generator_gives_the_same_whatever_was_drawn_before():
-    image, label = bands()
-    before = image.copy(), label.copy()
-    first = [photometric(image, label, np.random.default_rng(seed)) for seed in range(8)]
-    second = [photometric(image, label, np.random.default_rng(seed)) for seed in reversed(range(8))][::-1]
-    for one, other in zip(first, second, strict=True):
-        np.testing.assert_array_equal(one[0], other[0])
-        np.testing.assert_array_equal(one[1], other[1])
-    assert len({one[0].tobytes() for one in first}) > 6
-    np.testing.assert_array_equal(image, before[0])
-    np.testing.assert_array_equal(label, before[1])
-
-
 def test_image_and_label_are_bent_alike_up_to_the_border(monkeypatch):
     only(monkeypatch, "ELASTIC")
     monkeypatch.setattr(module, "ELASTIC", 6.0)
@@ -48,10 +35,9 @@ def test_image_and_label_are_bent_alike_up_to_the_border(monkeypatch):
         assert (bent.shape, bent.dtype, bent_label.shape, bent_label.dtype) == (image.shape, "u1", label.shape, "u1")
         assert set(np.unique(bent_label)) <= {0, 1, 2}
         # Between two bands the image is interpolated and the label is not.
-        nearest = np.rint((bent[..., 0].astype(float) - 20) / 100)
-        clear = np.abs((bent[..., 0].astype(float) - 20) / 100 - nearest) < 0.02
+        band = (bent[..., 0].astype(float) - 20) / 100
+        wrong = (np.abs(band - band.round()) < 0.02) & (band.round() != bent_label)
         # What lies between bands 0 and 2 passes through 1.
-        wrong = clear & (nearest != bent_label)
         assert wrong.mean() < 0.01
         assert wrong[[0, -1]].mean() < 0.05 and wrong[:, [0, -1]].mean() < 0.05
         moved += (bent_label != label).mean()
@@ -80,25 +66,10 @@ def test_each_change_of_colour_is_seen_and_moderate_and_leaves_the_label_alone(m
         changed, same = photometric(image, label, np.random.default_rng(seed))
         np.testing.assert_array_equal(same, label)
         distances.append(np.abs(changed.astype(int) - image).mean())
-    assert np.mean(distances) > 0.3
-    assert max(distances) < 40
+    assert np.mean(distances) > 0.3 and max(distances) < 40
+    np.testing.assert_array_equal(image, bands()[0])  # left as it was
 
 
 def test_a_missing_library_is_one_line(monkeypatch, refused):
-    real = builtins.__import__
-
-    def without(name, *rest):
-        if name.startswith("imgaug"):
-            raise ModuleNotFoundError("No module named 'imgaug'")
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "imgaug", None)
     refused(lambda: photometric(*bands(), np.random.default_rng(0)), "imgaug", "requirements.txt")
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (2, 9), (16, 5)])
-def test_tiny_images_are_possible(shape):
-    image = np.full((*shape, 3), 99, np.uint8)
-    for seed in range(6):
-        changed, label = photometric(image, np.ones(shape, np.uint8), np.random.default_rng(seed))
-        assert changed.shape == image.shape and label.shape == shape

@@ -55,12 +55,12 @@ def write_raw(folder: Path, cases=(1, 5), orientation="LAS", degrees=0.0, image=
     return folder
 
 
-def ours(label: np.ndarray) -> np.ndarray:
-    """Return BTCV's ids as the paper's, from the organs' names alone."""
+def ours(label: np.ndarray, order: str = "paper") -> np.ndarray:
+    """Return BTCV's ids as the paper's or in the order of other files, from the organs' names alone."""
     mapped = np.zeros_like(label)
-    for name, (number, _) in ORGANS.items():
-        if name in synapse.CLASS_NAMES:
-            mapped[label == number] = 1 + synapse.CLASS_NAMES.index(name)
+    for index, organ in enumerate(synapse.FILE_CLASSES[order], 1):
+        if organ in ORGANS:
+            mapped[label == ORGANS[organ][0]] = index
     return mapped
 
 
@@ -134,20 +134,10 @@ def test_the_lists_are_those_of_the_field():
     assert len(held_out) == 2 and set(held_out) < set(train) and held_out == synapse.validation_cases()
 
 
-def in_order(name: str, label: np.ndarray) -> np.ndarray:
-    """Return BTCV's ids in the order of other files."""
-    numbers = {organ: number for organ, (number, _) in ORGANS.items()}
-    mapped = np.zeros_like(label)
-    for index, organ in enumerate(synapse.FILE_CLASSES[name], 1):
-        if organ in numbers:
-            mapped[label == numbers[organ]] = index
-    return mapped
-
-
 def write_other(folder: Path, order: str) -> Path:
     """Write one case as others do: slices and a volume without class names, in their order of labels."""
     image, label = body()
-    volume = Volume("case0005", np.clip((image + 125) / 400, 0, 1).astype(np.float32), in_order(order, label))
+    volume = Volume("case0005", np.clip((image + 125) / 400, 0, 1).astype(np.float32), ours(label, order))
     write_volume(folder / "test_vol_h5" / "case0005.npy.h5", volume)
     for z in range(len(label)):
         write_slice(folder / "train_npz" / f"case0005_slice{z:03d}.npz", volume, z)

@@ -23,13 +23,6 @@ def test_resizing_equals_scipy(height, width, new_height, new_width, seed):
     np.testing.assert_array_equal(nearest, ndimage.zoom(label, zoom, order=0, mode="nearest"))
 
 
-def test_the_border_is_kept_where_scipys_default_blanks_it():
-    ones = np.ones((512, 512))
-    assert ndimage.zoom(ones, 224 / 512, order=3).min() == 0
-    np.testing.assert_allclose(resize_cubic(ones, (224, 224)), 1, atol=1e-5)
-    assert resize_nearest(np.ones((256, 256), np.uint8), (216, 216)).min() == 1
-
-
 def test_stacks_are_resized_map_by_map():
     stack = np.random.default_rng(0).random((2, 3, 17, 31))
     for resize in (resize_cubic, resize_nearest):
@@ -57,7 +50,8 @@ def _samples(count):
 
 
 def test_image_and_label_move_together():
-    for _, _, image, label in _samples(60):
+    for original, _, image, label in _samples(60):
+        np.testing.assert_array_equal(original.ravel(), np.arange(1, 281))  # left as it was
         inside = image > 0
         np.testing.assert_array_equal(label[inside], image[inside] % 251)
         assert not label[~inside].any()
@@ -66,24 +60,10 @@ def test_image_and_label_move_together():
 def test_each_kind_comes_as_often_as_specified():
     original = next(_samples(1))[0]
     turned = {(np.flip(np.rot90(original, k), axis)).tobytes() for k in range(4) for axis in range(2)}
-    rotated = {
-        ndimage.rotate(original, angle, order=0, reshape=False).tobytes() for angle in range(-20, 20) if angle != 0
-    }
-    kinds = {"turned": 0, "rotated": 0}
-    for _, _, image, _ in _samples(800):
-        content = image.tobytes()
-        assert content == original.tobytes() or content in turned | rotated
-        kinds["turned"] += content in turned and content != original.tobytes()
-        kinds["rotated"] += content in rotated
+    turned -= {original.tobytes()}
+    rotated = {ndimage.rotate(original, angle, order=0, reshape=False).tobytes() for angle in range(-20, 20) if angle}
+    contents = [image.tobytes() for _, _, image, _ in _samples(800)]
+    assert set(contents) <= turned | rotated | {original.tobytes()}
     # Four standard deviations of a share of 800; an angle of 0 leaves the rotated ones at 0.25 * 39 / 40.
-    assert abs(kinds["turned"] / 800 - 0.5) < 0.07
-    assert abs(kinds["rotated"] / 800 - 0.244) < 0.06
-
-
-def test_the_same_generator_gives_the_same_and_the_original_is_left_alone():
-    image, label = np.random.default_rng(0).random((9, 7)), np.ones((9, 7), np.uint8)
-    before = image.copy()
-    for seed in range(20):
-        first, second = (augment(image, label, np.random.default_rng(seed)) for _ in range(2))
-        np.testing.assert_array_equal(first[0], second[0])
-    np.testing.assert_array_equal(image, before)
+    assert abs(np.mean([content in turned for content in contents]) - 0.5) < 0.07
+    assert abs(np.mean([content in rotated for content in contents]) - 0.244) < 0.06
