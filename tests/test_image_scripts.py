@@ -1,10 +1,10 @@
 """The two colour data sets as a user runs them: from raw images to tables, masks and overlays."""
 
-import csv
 import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -14,19 +14,17 @@ from tests.datasets.test_isic import write_raw as write_isic
 from tests.datasets.test_segpc import write_raw as write_segpc
 from tests.narrow import narrow_pico  # noqa: F401, a fixture for the whole module
 from tests.test_scripts import assert_one_line
-from utils import predictor as predictors
 
 TINY = [*SMALL, *"--img_size 32 --img_size_dmwla 32 --max_iterations 2 --warmup_iterations 1 --batch_size 2".split()]
-IDS = {"train": ("3", "5", "8", "9", "10"), "valid": ("20", "21")}
 
 
-def write(folder: Path, dataset: str) -> None:
-    """Write a raw data set of a few images."""
-    if dataset == "segpc":
-        for part, ids in IDS.items():
-            write_segpc(folder / part, ids)
-    else:
-        write_isic(folder, [f"ISIC_{number:07d}" for number in range(10)])
+def write_cells(folder: Path) -> None:
+    write_segpc(folder / "train", ("3", "5", "8", "9", "10"))
+    write_segpc(folder / "valid", ("20", "21"))
+
+
+def cases(results: Path) -> set[str]:
+    return set(pd.read_csv(results / "cases.csv", dtype=str)["case"])
 
 
 def where(folder: Path) -> list:
@@ -37,10 +35,12 @@ def where(folder: Path) -> list:
 def made(request, tmp_path_factory) -> tuple[str, Path]:
     """A data set and its folder, with raw and prepared images and a run."""
     folder = tmp_path_factory.mktemp(request.param)
-    write(folder / "raw", request.param)
-    done = run_in_process(
-        "prepare_data.py", request.param, "--raw", folder / "raw", "--out", folder / "data", "--jobs", 1
-    )
+    if request.param == "segpc":
+        write_cells(folder / "raw")
+    else:
+        write_isic(folder / "raw", [f"ISIC_{number:07d}" for number in range(10)])
+    flags = ["--raw", folder / "raw", "--out", folder / "data", "--jobs", 1]
+    done = run_in_process("prepare_data.py", request.param, *flags)
     assert done.status == 0, done.error
     assert f"train_{request.param}.py --root_path" in done.error
     flags = [*where(folder), *TINY, "--output_dir", folder / "run", "--photometric"]
@@ -62,8 +62,8 @@ def test_from_raw_images_to_tables_masks_and_overlays(made, run_script):
         assert words in done.output
     results = folder / "run" / "results_test"
     names = (folder / "data/lists/test.txt").read_text().split()
-    assert {path.stem for path in (results / "masks").iterdir()} == set(names)
-    assert {path.stem for path in (results / "overlays").iterdir()} == set(names)
+    for kind in ("masks", "overlays"):
+        assert {path.stem for path in (results / kind).iterdir()} == set(names)
     assert json.loads((results / "summary.json").read_text())["num_cases"] == len(names)
     assert cases(results) == set(names)
 
@@ -76,8 +76,7 @@ def test_from_raw_images_to_tables_masks_and_overlays(made, run_script):
     np.testing.assert_array_equal(np.asarray(Image.open(out)), mask)
     with Image.open(folder / "out/mask_overlays/mask.png") as overlay, Image.open(image) as own:
         assert overlay.size == own.size
-    with open(folder / "out/mask_areas.csv") as file:
-        areas = [int(row["pixels"]) for row in csv.DictReader(file)]
+    areas = pd.read_csv(folder / "out/mask_areas.csv")["pixels"].tolist()
     assert areas == [(mask == c).sum() for c in range(1, len(areas) + 1)]
 
     done = run_script("predict.py", *flags, "--input", folder / "data/images", "--output", folder / "many")
@@ -85,17 +84,11 @@ def test_from_raw_images_to_tables_masks_and_overlays(made, run_script):
     assert len(list((folder / "many").glob("*.png"))) == len(list((folder / "data/images").iterdir()))
 
 
-def cases(results: Path) -> set[str]:
-    with open(results / "cases.csv") as file:
-        return {row["case"] for row in csv.DictReader(file)}
-
-
 @pytest.mark.parametrize("made", ["segpc"], indirect=True)
 def test_single_cells_are_tested_on_by_the_lists_of_their_images(made, tmp_path, run_script):
     _, folder = made
-    done = run_script(
-        "prepare_data.py", "segpc", "--crops", "--raw", folder / "raw", "--out", tmp_path / "data", "--jobs", 1
-    )
+    flags = ["--raw", folder / "raw", "--out", tmp_path / "data", "--jobs", 1]
+    done = run_script("prepare_data.py", "segpc", "--crops", *flags)
     assert done.status == 0, done.error
     flags = ["--checkpoint", folder / "run/best.pth", "--test_save_dir", tmp_path / "results", "--device", "cpu"]
     done = run_script("test_segpc.py", *where(tmp_path), *flags)
@@ -108,7 +101,7 @@ def test_single_cells_are_tested_on_by_the_lists_of_their_images(made, tmp_path,
 
 
 def test_what_is_wrong_is_one_line(tmp_path, run_script):
-    write(tmp_path / "raw", "segpc")
+    write_cells(tmp_path / "raw")
     run_script("prepare_data.py", "segpc", "--raw", tmp_path / "raw", "--out", tmp_path / "data", "--jobs", 1)
     flags = [*where(tmp_path), *TINY, "--output_dir", tmp_path / "run"]
     name = (tmp_path / "data/lists/train.txt").read_text().split()[0]
@@ -122,25 +115,3 @@ def test_what_is_wrong_is_one_line(tmp_path, run_script):
     done = run_script("train_isic.py", *TINY, "--root_path", tmp_path / "nowhere")
     assert_one_line(done, "nowhere", "prepare_data.py isic")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_photograph_of_24_million_pixels_is_segmented_at_its_own_size(tmp_path):
-    class Reddish(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.config = {"num_classes": 2, "img_size": 64}
-
-        def forward(self, x):
-            return [torch.cat([-x[:, :1], x[:, :1]], 1)] * 4
-
-    image = np.zeros((4000, 6000, 3), np.uint8)
-    image[1000:3000, 1500:4500] = 255
-    Image.fromarray(image).save(tmp_path / "photo.jpg")
-    predictor = predictors.Predictor.__new__(predictors.Predictor)
-    predictor.model, predictor.planar, predictor.class_names = Reddish(), True, ("lesion",)
-    predictor.preprocessing = predictors.DATASETS["isic"].preprocessing
-    predictor.device, predictor.amp_dtype, predictor.batch_size = torch.device("cpu"), None, 1
-    mask = predictor(tmp_path / "photo.jpg")
-    assert mask.shape == (4000, 6000)
-    assert mask[1100:2900, 1600:4400].all()
-    assert not mask[:900].any() and not mask[:, 4600:].any()

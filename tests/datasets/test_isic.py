@@ -15,30 +15,14 @@ REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "ISIC"
 
 LESION = np.zeros((60, 80), np.uint8)
 LESION[20:41, 30:66] = 1
-
-
-def grey(mask):
-    return Image.fromarray(mask * 255)
-
-
-def palette(mask):
-    file = Image.fromarray(mask)
-    file.putpalette([0, 0, 0, 255, 255, 255])
-    return file
-
-
-def not_quite_binary(mask):
-    noise = np.random.default_rng(0).integers(0, 90, mask.shape).astype(np.uint8)
-    return Image.fromarray(np.where(mask, 255 - noise, noise))
-
-
+NOISE = np.random.default_rng(0).integers(0, 90, LESION.shape).astype(np.uint8)
 FORMS = {
-    "grey": grey,
-    "indices": Image.fromarray,
-    "palette": palette,
-    "rgba": lambda mask: grey(mask).convert("RGBA"),
-    "16 bits": lambda mask: Image.fromarray(mask.astype(np.uint16) * 65535),
-    "not quite binary": not_quite_binary,
+    "grey": Image.fromarray(LESION * 255),
+    "indices": Image.fromarray(LESION),
+    "palette": Image.fromarray(LESION * 255).quantize(2),
+    "rgba": Image.fromarray(LESION * 255).convert("RGBA"),
+    "16 bits": Image.fromarray(LESION.astype(np.uint16) * 65535),
+    "not quite binary": Image.fromarray(np.where(LESION, 255 - NOISE, NOISE)),
 }
 
 
@@ -52,7 +36,7 @@ def write_raw(folder, ids, form="grey"):
         pixels = np.random.default_rng(number).integers(0, 256, (*LESION.shape, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(inputs / f"{name}.jpg")
         Image.fromarray(pixels[:5]).save(inputs / f"{name}_superpixels.png")
-        FORMS[form](LESION).save(truth / f"{name}_segmentation.png")
+        FORMS[form].save(truth / f"{name}_segmentation.png")
     return folder
 
 
@@ -106,10 +90,7 @@ def test_unfit_raw_folders_are_refused(tmp_path, refused):
     refused(lambda: isic.prepare(tmp_path / "none", out), tmp_path / "none", "download")
     (tmp_path / "empty").mkdir()
     refused(lambda: isic.prepare(tmp_path / "empty", out), isic.IMAGES, isic.TRUTH)
-    for array, words in (
-        (LESION * 60, ("brightest", "60", "255")),
-        (LESION.T * 255, ("80 x 60", "60 x 80")),
-    ):
+    for array, words in ((LESION * 60, ("brightest", "60", "255")), (LESION.T * 255, ("80 x 60", "60 x 80"))):
         Image.fromarray(np.ascontiguousarray(array)).save(mask)
         refused(lambda words=words: isic.prepare(raw, out), mask, *words)
     mask.unlink()
