@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import SMALL, Outcome, run_in_process
+from tests.conftest import SMALL, Outcome, data_flags, run_in_process
 from tests.datasets.test_synapse import write_other, write_raw
 from tests.narrow import narrow_pico  # noqa: F401, a fixture for the whole module
 from tests.test_scripts import assert_one_line
@@ -22,13 +22,13 @@ def data(tmp_path_factory) -> Path:
     """Five cases of a CT phantom in BTCV's layout, prepared, with lists: 5, 7 and 21 train, 1 and 2 test."""
     folder = tmp_path_factory.mktemp("synapse")
     write_raw(folder / "raw", cases=(1, 2, 5, 7, 21))
-    (folder / "lists").mkdir()
-    (folder / "lists" / "train.txt").write_text("case0005\ncase0007\ncase0021\n")
-    (folder / "lists" / "test_vol.txt").write_text("case0001\ncase0002\n")
     done = run_in_process("prepare_data.py", "synapse", "--raw", folder / "raw", "--out", folder / "data", "--jobs", 1)
     assert done.status == 0, done.error
     assert "train_synapse.py" in done.error
-    return folder
+    (folder / "data" / "lists").mkdir(exist_ok=True)
+    (folder / "data" / "lists" / "train.txt").write_text("case0005\ncase0007\ncase0021\n")
+    (folder / "data" / "lists" / "test_vol.txt").write_text("case0001\ncase0002\n")
+    return folder / "data"
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +37,9 @@ def runs(data) -> dict[str, tuple[Path, Outcome]]:
     made = {}
     for select in ("val", "test"):
         flags = ["--output_dir", data / select, "--select", select, "--val_cases", "case0007"]
-        made[select] = data / select, run_in_process("train_synapse.py", *folders(data), *TINY, *flags)
+        made[select] = data / select, run_in_process("train_synapse.py", *data_flags(data), *TINY, *flags)
         assert made[select][1].status == 0, made[select][1].error
     return made
-
-
-def folders(data: Path, made: str = "data") -> list[str]:
-    where = data / made
-    return ["--root_path", f"{where}/train_npz", *volume_folders(data, made)]
-
-
-def volume_folders(data: Path, made: str = "data") -> list[str]:
-    return ["--volume_path", f"{data / made}/test_vol_h5", "--list_dir", f"{data}/lists"]
 
 
 @pytest.mark.parametrize(("select", "slices"), [("val", 20), ("test", 30)])
@@ -63,7 +54,7 @@ def test_training_and_testing_say_what_the_best_epoch_was_chosen_on(data, runs, 
     assert facts["preprocessing"] == {"orientation": "LAS", "window": (-125.0, 275.0)}
     assert facts["class_names"][4] == "liver"
 
-    done = run_script("test_synapse.py", "--checkpoint", run / "best.pth", *volume_folders(data), "--is_savenii")
+    done = run_script("test_synapse.py", "--checkpoint", run / "best.pth", *data_flags(data)[2:], "--is_savenii")
     assert done.status == 0, done.error
     results = run / "results_test_vol"
     assert ("chosen on the test volumes" in done.output) == (select == "test")
@@ -73,14 +64,14 @@ def test_training_and_testing_say_what_the_best_epoch_was_chosen_on(data, runs, 
     assert "HD95 [mm]" in done.output and "left kidney" in done.output
     assert len(list((results / "nifti").glob("case000[12]_pred.nii.gz"))) == 2
     flags = ["--checkpoint", run / "best.pth", "--split", "train", "--cases", "case0007"]
-    done = run_script("test_synapse.py", *volume_folders(data), *flags)
+    done = run_script("test_synapse.py", *data_flags(data)[2:], *flags)
     assert done.status == 0 and "1 cases" in done.output
 
 
 def test_other_files_need_their_label_order(data, runs, run_script, tmp_path):
-    write_other(data / "theirs", "transunet")
-    (data / "theirs" / "lists" / "train.txt").rename(data / "theirs" / "lists" / "slices.txt")
-    where = [*folders(data, "theirs"), "--list_dir", f"{data}/theirs/lists"]
+    theirs = write_other(tmp_path / "theirs", "transunet")
+    (theirs / "lists" / "train.txt").rename(theirs / "lists" / "slices.txt")
+    where = data_flags(theirs)
     flags = ["--train_split", "slices", "--val_split", "test_vol", "--output_dir", tmp_path / "run"]
     done = run_script("train_synapse.py", *where, *TINY, *flags, "--label_order", "transunet")
     assert_one_line(done, "case0005 is also in slices.txt")
@@ -104,11 +95,9 @@ def test_what_is_wrong_is_one_line(data, run_script, tmp_path):
         (("--num_classes", 14, "--label_order", "merit"), ("--num_classes",)),
         (("--root_path", "nowhere"), ("nowhere", "prepare_data.py synapse")),
     ):
-        assert_one_line(run_script("train_synapse.py", *folders(data), *flags, *more), *words)
+        assert_one_line(run_script("train_synapse.py", *data_flags(data), *flags, *more), *words)
     assert not (tmp_path / "run").exists()
-    torch.save(
-        {"model": {"w": torch.zeros(1)}, "network": {}, "data": {"dataset": "acdc", "class_names": ["a"]}},
-        tmp_path / "acdc.pth",
-    )
-    done = run_script("test_synapse.py", "--checkpoint", tmp_path / "acdc.pth", *volume_folders(data))
+    data_of_acdc = {"dataset": "acdc", "class_names": ["a"]}
+    torch.save({"model": {"w": torch.zeros(1)}, "network": {}, "data": data_of_acdc}, tmp_path / "acdc.pth")
+    done = run_script("test_synapse.py", "--checkpoint", tmp_path / "acdc.pth", *data_flags(data)[2:])
     assert_one_line(done, "acdc.pth", "test_acdc.py")

@@ -46,13 +46,6 @@ def write_set(folder, names, shape=(40, 56), ending=".png", num_classes=3):
     return folder
 
 
-@pytest.mark.parametrize("ending", ["png", "bmp", "tif", "tiff", "jpg", "jpeg", "PNG"])
-def test_every_kind_of_file_gives_its_pixels(tmp_path, ending):
-    image = scene(30, 41)
-    Image.fromarray(image).save(tmp_path / f"a.{ending}", quality=100, subsampling=0)
-    np.testing.assert_allclose(read_image(tmp_path / f"a.{ending}").astype(int), image, atol=4 * ending.startswith("j"))
-
-
 def test_grey_palette_alpha_and_16_bits_become_rgb(tmp_path):
     grey = scene(20, 30)[..., 0]
     rgb = np.repeat(grey[..., None], 3, axis=2)
@@ -73,9 +66,11 @@ def test_grey_palette_alpha_and_16_bits_become_rgb(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "bits.png"), np.where(rgb > 127, 255, 0))
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("ending", ["jpg", "png", "tif"])
-def test_the_exif_orientation_is_applied_also_to_a_large_image(tmp_path, orientation, ending):
+@pytest.mark.parametrize(
+    ("ending", "orientation"),
+    [*((e, o) for e in ("jpg", "png", "tif") for o in range(1, 9)), ("bmp", 1), ("tiff", 6), ("jpeg", 6), ("PNG", 6)],
+)
+def test_every_format_is_read_upright_by_its_exif_orientation(tmp_path, orientation, ending):
     upright = scene(300, 420)
     # How a camera stores it: what undoes the orientation.
     stored = {
@@ -88,7 +83,7 @@ def test_the_exif_orientation_is_applied_also_to_a_large_image(tmp_path, orienta
     (tmp_path / "masks").mkdir()
     path.parent.mkdir()
     Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif, quality=95)
-    np.testing.assert_allclose(read_image(path).astype(int), upright, atol=16)
+    np.testing.assert_allclose(read_image(path).astype(int), upright, atol=16 if ending.startswith("j") else 0)
     Image.fromarray(upright[..., 0] // 128).save(tmp_path / "masks" / "a.png")
     (tmp_path / "train.txt").write_text("a\n")
     sample = ImageDataset(tmp_path, tmp_path, "train", 2, 32)[0]

@@ -15,13 +15,13 @@ def made(tmp_path_factory):
     return out, phantom.write_phantom(out, (5, 2, 3), seed=1)
 
 
+def read(out, part):
+    return VolumeDataset(out / "test_vol_h5", out / "lists", part, 4)
+
+
 @pytest.fixture(scope="module")
 def volumes(made):
     return [volume for part in phantom.INFO.splits for volume in read(made[0], part)]
-
-
-def read(out, part):
-    return VolumeDataset(out / "test_vol_h5", out / "lists", part, 4)
 
 
 def test_it_is_a_valid_data_set_with_its_own_lists(made, volumes):

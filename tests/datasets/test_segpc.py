@@ -75,20 +75,14 @@ def test_crops_hold_one_cell_each_around_its_nucleus(tmp_path):
     assert segpc.prepare(raw, out, crops=True) == ["106_cell1", "106_cell2", "106_cell3"]
     image = read_image(raw / "x" / "106.bmp")
     for k, mask in enumerate(CELLS, 1):
-        crop, label = (
-            read(out / kind / f"106_cell{k}.png") for read, kind in ((read_image, "images"), (read_mask, "masks"))
-        )
+        crop, label = read_image(out / f"images/106_cell{k}.png"), read_mask(out / f"masks/106_cell{k}.png")
         assert crop.shape[0] == crop.shape[1] == len(label)
         rows, columns = np.nonzero(mask)
         longer = max(np.ptp(rows), np.ptp(columns)) + 1
         assert len(label) == max(segpc.CROP_MINIMUM, 2 * longer)
         # Every pixel of the cell, and none of another, where it lay.
-        for c, grey in ((1, 20), (2, 40)):
-            assert (label == c).sum() == (mask == grey).sum()
-        assert set(np.unique(label)) == {0, 1, 2}
-        shift = np.argwhere(label)[0] - np.argwhere(mask)[0]
-        for y, x in np.argwhere(label):
-            np.testing.assert_array_equal(crop[y, x], image[tuple((y, x) - shift)])
+        np.testing.assert_array_equal(label[label > 0], mask[mask > 0] // 20)
+        np.testing.assert_array_equal(crop[label > 0], image[mask > 0])
         nucleus = np.argwhere(label == 2)
         assert np.abs((nucleus.min(0) + nucleus.max(0) + 1) / 2 - len(label) / 2).max() <= 1
     beyond = read_image(out / "images" / "106_cell3.png")
@@ -104,8 +98,7 @@ def test_a_crop_holds_the_whole_cell_wherever_its_nucleus_lies():
         y, x = np.argwhere(mask)[rng.integers(mask.sum())]
         mask[y : y + 3, x : x + 3] *= 2
         _, label = segpc.crop(np.zeros((*mask.shape, 3), np.uint8), mask)
-        for c in (1, 2):
-            assert (label == c).sum() == (mask == c).sum()
+        np.testing.assert_array_equal(label[label > 0], mask[mask > 0])
 
 
 def test_a_cell_without_a_nucleus_is_cropped_and_an_empty_mask_is_logged(tmp_path, caplog):
@@ -136,7 +129,6 @@ def test_the_challenges_folders_make_the_lists_and_unlabelled_images_are_logged(
     assert [read_list(tmp_path / "parts" / "lists", part) for part in ("train", "val", "test")] == [train, val, test]
     parts = [ImageFolder(tmp_path / "out", tmp_path / "out" / "lists", part, 3) for part in ("train", "val", "test")]
     assert sorted(name for part in parts for name in part.names) == sorted(names)
-    assert sum(len(part.patients) for part in parts) == len(set().union(*(part.patients for part in parts))) == 12
 
 
 def test_a_ready_made_folder_is_taken_as_it_is(tmp_path, refused):

@@ -13,6 +13,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -38,14 +39,14 @@ COUNTS = [pytest.param(25, id="few"), pytest.param(400, id="many", marks=pytest.
 PLAIN = {"dataset": "acdc", "class_names": list(CLASS_NAMES), "preprocessing": {"orientation": None, "window": None}}
 VOXELS = np.random.default_rng(5).permutation(840).reshape(3, 20, 14)
 LABEL = (VOXELS % 4).astype(np.uint8)
+PHOTOGRAPH = np.stack([VOXELS[0] // 4] * 3, -1).astype(np.uint8)
 CHECKED = ("slice", "volume", "scan.gz", "label.gz", "png", "mask")
 """Kinds whose format has checksums: damage never changes what is read."""
 
 
-def make_volume() -> Volume:
-    affine = np.diag([1.25, 1.5, 8.0, 1.0])
-    image = (VOXELS / 840).astype(np.float32)
-    return Volume("a", image, LABEL, (8.0, 1.5, 1.25), affine, CLASS_NAMES, "RAS", "int16")
+def volume_named(class_names: tuple[str, ...] = CLASS_NAMES) -> Volume:
+    image, affine = (VOXELS / 840).astype(np.float32), np.diag([1.25, 1.5, 8.0, 1.0])
+    return Volume("a", image, LABEL, (8.0, 1.5, 1.25), affine, class_names, "RAS", "int16")
 
 
 def written(write: Callable[[io.BytesIO], object]) -> bytes:
@@ -55,24 +56,33 @@ def written(write: Callable[[io.BytesIO], object]) -> bytes:
 
 
 def hdf5(build: Callable[[h5py.File], object]) -> bytes:
-    def write(content: io.BytesIO) -> None:
-        with h5py.File(content, "w") as file:
-            build(file)
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        build(file)
+    return content.getvalue()
 
-    return written(write)
+
+def zip_of(members: dict[str, bytes]) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, member in members.items():
+            archive.writestr(name, member)
+    return content.getvalue()
 
 
-def plain_hdf5(file: h5py.File) -> None:
-    file["image"], file["label"] = VOXELS.astype(np.float64), LABEL.astype(np.int32)
+def everything_in(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+PLAIN_HDF5 = hdf5(lambda file: file.update(image=VOXELS.astype(np.float64), label=LABEL.astype(np.int32)))
 
 
 def nifti(array: np.ndarray) -> bytes:
     return nibabel.Nifti1Image(array.T, np.diag([1.5, 1.5, 4.0, 1.0]), dtype=array.dtype).to_bytes()
 
 
-def picture(form: str, **options) -> bytes:
-    array = np.stack([VOXELS[0] // 4] * 3, -1).astype(np.uint8) if form != "mask" else LABEL[0]
-    return written(lambda content: Image.fromarray(array).save(content, "PNG" if form == "mask" else form, **options))
+def picture(form: str, array: np.ndarray = PHOTOGRAPH, **options) -> bytes:
+    return written(lambda content: Image.fromarray(array).save(content, form, **options))
 
 
 def values_of_volume(path: Path) -> list:
@@ -101,11 +111,8 @@ READERS: dict[str, tuple[str, Callable[[Path], list]]] = {
     "scan": ("a.nii", values_of_scan),
     "scan.gz": ("a.nii.gz", values_of_scan),
     "label.gz": ("a.nii.gz", values_of_label),
-    "png": ("a.png", lambda path: [read_image(path)]),
     "mask": ("a.png", lambda path: [read_mask(path, num_classes=4)]),
-    "jpg": ("a.jpg", lambda path: [read_image(path)]),
-    "tif": ("a.tif", lambda path: [read_image(path)]),
-    "bmp": ("a.bmp", lambda path: [read_image(path)]),
+    **{ending: (f"a.{ending}", lambda path: [read_image(path)]) for ending in ("png", "jpg", "tif", "bmp")},
     "list": ("train.txt", lambda path: read_list(path.parent, path.stem)),
     "checkpoint": ("best.pth", lambda path: [repr(load_checkpoint(path))]),
 }
@@ -116,19 +123,20 @@ READERS: dict[str, tuple[str, Callable[[Path], list]]] = {
 def whole(tmp_path_factory) -> dict[str, bytes]:
     """By kind of file, one that is as it should be."""
     folder = tmp_path_factory.mktemp("whole")
-    write_slice(folder / "slice", make_volume(), 1)
-    write_volume(folder / "volume", make_volume())
+    write_slice(folder / "slice", volume_named(), 1)
+    write_volume(folder / "volume", volume_named())
     save_checkpoint(folder / "checkpoint", {"model": {"w": torch.arange(50.0)}, "network": {}, "data": PLAIN})
     return {
         **{path.name: path.read_bytes() for path in folder.iterdir()},
         "foreign slice": written(lambda content: np.savez(content, img=VOXELS[0] / 840, label=LABEL[0].astype(int))),
-        "foreign volume": hdf5(plain_hdf5),
+        "foreign volume": PLAIN_HDF5,
         "scan": nifti(VOXELS.astype(np.int16)),
         "scan.gz": gzip.compress(nifti(VOXELS.astype(np.int16)), mtime=0),
         "label.gz": gzip.compress(nifti(LABEL), mtime=0),
         "jpg": picture("JPEG", progressive=True),
         "tif": picture("TIFF", compression="tiff_lzw"),
-        **{kind: picture(kind) for kind in ("mask", "png", "bmp")},
+        "mask": picture("PNG", LABEL[0]),
+        **{kind: picture(kind) for kind in ("png", "bmp")},
         "list": "patient001_frame01.npz\r\n\r\n  ٣\r\n".encode(),
     }
 
@@ -187,11 +195,11 @@ def test_damaged_files(whole, tmp_path, kind, count):
             assert found[0] == original, f"{kind} {index}, FUZZ_SEED={SEED}: read, but wrong"
 
 
+@dataclass
 class Trap:
     """Makes a folder when it is unpickled."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    path: Path
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
@@ -217,17 +225,8 @@ def test_no_code_of_a_file_is_run(tmp_path):
     assert trap.path.exists()  # so it does, where it is unpickled
 
 
-def zip_of(members: dict[str, bytes]) -> bytes:
-    def write(content: io.BytesIO) -> None:
-        with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, member in members.items():
-                archive.writestr(name, member)
-
-    return written(write)
-
-
 def test_an_hdf5_file_reads_nothing_but_itself(tmp_path):
-    (tmp_path / "other.h5").write_bytes(hdf5(plain_hdf5))
+    (tmp_path / "other.h5").write_bytes(PLAIN_HDF5)
     layout = h5py.VirtualLayout(VOXELS.shape, "f4")
     layout[...] = h5py.VirtualSource(str(tmp_path / "other.h5"), "image", VOXELS.shape)
     for add_image in (
@@ -288,10 +287,6 @@ def test_a_network_is_rebuilt_as_its_checkpoint_says_or_not_at_all(trained, tmp_
     assert words in refusal(lambda: Predictor(path, device="cpu"), path)
 
 
-def everything_in(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_scripts_refuse_damaged_files_in_one_line_and_write_nothing(whole, trained, tmp_path, run_script):
     raw, out = tmp_path / "raw", tmp_path / "out"
     half, scan = len(trained) // 2, whole["scan.gz"]
@@ -336,9 +331,7 @@ def test_no_name_leads_out_of_the_output_folder(trained, tmp_path, run_script):
     save_checkpoint(tmp_path / "in" / "best.pth", state | {"data": PLAIN | {"class_names": names}})
     for name in ("..", "\\..\\b$(x)"):
         (scans / f"a{name}.nii.gz").write_bytes(gzip.compress(nifti(np.zeros((1, 8, 9), np.int16)), 1))
-    volume = make_volume()
-    volume.class_names = tuple(names)
-    write_volume(volumes / "patient001_frame01.npy.h5", volume)
+    write_volume(volumes / "patient001_frame01.npy.h5", volume_named(tuple(names)))
     (volumes / "test.txt").write_text("patient001\n")
     before = everything_in(tmp_path)
     common = ("--device", "cpu", "--overlays", 1, "--checkpoint", tmp_path / "in" / "best.pth")

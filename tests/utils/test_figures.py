@@ -49,12 +49,11 @@ def test_label_and_prediction_stand_beside_the_image_in_their_own_colours(volume
     prediction = np.where(volume.label == 2, 0, volume.label).astype(np.uint8)
     (path,) = save_overlays(tmp_path, volume, prediction, count=1)
     picture = pixels(path)
-    third = picture.shape[1] // 3
-    maps = picture[: picture.shape[0] * 4 // 5]  # above the legend
-    image, label, seen = maps[:, :third], maps[:, third : 2 * third], maps[:, 2 * third :]
-    assert [shows(panel, COLOURS[0]) for panel in (image, label, seen)] == [False, True, True]
-    assert [shows(panel, COLOURS[1]) for panel in (image, label, seen)] == [False, True, False]
-    assert shows(picture[picture.shape[0] * 4 // 5 :], COLOURS[1])  # in the legend
+    maps, legend = np.split(picture, [len(picture) * 4 // 5])
+    panels = np.array_split(maps, 3, axis=1)  # image, label, prediction
+    assert [shows(panel, COLOURS[0]) for panel in panels] == [False, True, True]
+    assert [shows(panel, COLOURS[1]) for panel in panels] == [False, True, False]
+    assert shows(legend, COLOURS[1])
 
 
 def test_without_a_label_slices_are_spread_over_what_was_found(volume, tmp_path):
