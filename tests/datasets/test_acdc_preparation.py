@@ -76,13 +76,12 @@ def test_h5_volumes_give_the_same_files_as_their_nifti(raw, tmp_path):
         np.testing.assert_array_equal(first.image, second.image)
         np.testing.assert_array_equal(first.label, second.label)
         assert first.class_names == second.class_names
-    slices = sorted(path.name for path in (tmp_path / "nifti" / "train_npz").iterdir())
-    assert len(slices) == 4 * SHAPE[2]
-    assert slices == sorted(path.name for path in (tmp_path / "h5" / "train_npz").iterdir())
+    slices = [{path.name for path in (tmp_path / kind / "train_npz").iterdir()} for kind in ("nifti", "h5")]
+    assert slices[0] == slices[1] and len(slices[0]) == 4 * SHAPE[2]
 
 
 def times(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.*")}
 
 
 def test_an_interrupted_preparation_continues_where_it_stopped(raw, tmp_path, monkeypatch):
@@ -92,11 +91,9 @@ def test_an_interrupted_preparation_continues_where_it_stopped(raw, tmp_path, mo
         acdc.prepare(raw, out)
     monkeypatch.undo()
     before = times(out)
-    assert sorted(path.name for path in before if path.suffix == ".h5") == [f"{name}.npy.h5" for name in NAMES[:2]]
-    assert sum(path.suffix == ".npz" for path in before) == 2 * SHAPE[2] + 1
+    assert len(before) == 2 * (SHAPE[2] + 1) + 1
     for path in before:
         (read_volume if path.suffix == ".h5" else read_slice)(path, 4)
-
     acdc.prepare(raw, out)
     after = times(out)
     assert len(after) == 4 * (SHAPE[2] + 1)

@@ -179,12 +179,12 @@ def test_training_and_testing_see_the_same(tmp_path, ending):
         write_set(tmp_path, ["1", "2"], shape, ending)
         train = ImageDataset(data, data / "lists", "train", 3, 48)
         test = ImageFolder(data, data / "lists", "train", 3)
-        for i in range(2):
-            difference = np.abs(train[i]["image"].numpy() - test[i].network_input(48)[0])
+        for sample, picture in zip((train[0], train[1]), test, strict=True):
+            difference = np.abs(sample["image"].numpy() - picture.network_input(48)[0])
             # Only a JPEG is read at a fraction of its size; in grey levels of 255:
             assert 127.5 * difference.mean() < (1.5 if ending == ".jpg" and shape[0] == 700 else 1e-3)
-            small = resize_mask(test[i].label[0], shrunk_size(shape, 48))
-            np.testing.assert_array_equal(train[i]["label"], resize_mask(small, (48, 48)))
+            small = resize_mask(picture.label[0], shrunk_size(shape, 48))
+            np.testing.assert_array_equal(sample["label"], resize_mask(small, (48, 48)))
 
 
 def test_a_large_photograph_costs_little_memory(tmp_path):
@@ -204,21 +204,19 @@ def test_an_entry_names_its_image_or_its_crops_and_no_other(tmp_path):
     names = ["1060", "106_cell10", "106_cell2", "ISIC_0000001", "ISIC_0000002", "17"]
     data = write_set(tmp_path, names)
     (data / "images" / "notes.txt").touch()
-    for entries, found in (
-        (["106"], ["106_cell2", "106_cell10"]),
-        (["17", "1060"], ["17", "1060"]),
-        (["ISIC_0000002.png"], ["ISIC_0000002"]),
-        (["106_cell10"], ["106_cell10"]),
-    ):
-        (data / "lists" / "val.txt").write_text("\n".join(entries))
+    for entries, found in {
+        "106": ["106_cell2", "106_cell10"],
+        "17\n1060": ["17", "1060"],
+        "ISIC_0000002.png": ["ISIC_0000002"],
+        "106_cell10": ["106_cell10"],
+    }.items():
+        (data / "lists" / "val.txt").write_text(entries)
         folder = ImageFolder(data, data / "lists", "val", 3, ("a", "b"))
-        assert folder.names == found
-        assert [picture.name for picture in folder] == found
+        assert [picture.name for picture in folder] == folder.names == found
         assert folder[0].class_names == ("a", "b")
-        assert folder.patients == {image_of(entry) for entry in entries}
+        assert folder.patients == {image_of(entry) for entry in entries.split()}
         dataset = ImageDataset(data, data / "lists", "val", 3, 32)
-        assert dataset.names == found
-        assert (dataset.patients, dataset.source) == (folder.patients, folder.source)
+        assert (dataset.names, dataset.patients, dataset.source) == (found, folder.patients, folder.source)
 
 
 def test_unusable_folders_are_refused(tmp_path, refused):

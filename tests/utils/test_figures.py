@@ -22,7 +22,6 @@ def volume():
 
 def pixels(path) -> np.ndarray:
     with Image.open(path) as image:
-        image.load()
         assert image.format == "PNG"
         return np.asarray(image.convert("RGB"))
 

@@ -31,9 +31,8 @@ def made(tmp_path, prepared):
 
 def run(made, dataset, output, *more):
     root, lists = made[dataset]
-    preview.main([
-        dataset, "--root_path", str(root), "--list_dir", str(lists), "--output", str(output), "--img_size", "32", *more
-    ])  # fmt: skip
+    flags = ["--root_path", root, "--list_dir", lists, "--output", output, "--img_size", 32, *more]
+    preview.main([dataset, *map(str, flags)])
     with Image.open(output) as file:
         assert file.format == "PNG"
         return np.asarray(file.convert("RGB")).astype(int)
@@ -41,7 +40,7 @@ def run(made, dataset, output, *more):
 
 @pytest.mark.parametrize("dataset", [name for name in DATASETS if name != "phantom"])
 def test_a_sheet_shows_every_class_of_every_set(made, tmp_path, dataset):
-    sheet = run(made, dataset, tmp_path / "sheets" / f"{dataset}.png", "--count", "5")[:-70]  # without the legend
+    sheet = run(made, dataset, tmp_path / "sheets" / f"{dataset}.png", "--count", 5)[:-70]  # without the legend
     for c, name in enumerate(DATASETS[dataset].class_names, 1):
         colour = np.array([255 * part for part in to_rgb(preview.class_colour(c))])
         assert (np.abs(sheet - colour).max(-1) < 8).sum() > 5, name
@@ -51,7 +50,7 @@ def test_the_seed_decides_the_sheet_and_wrong_flags_are_refused(made, tmp_path, 
     pytest.importorskip("imgaug")
     output = tmp_path / "sheet.png"
     plain, again, other, photometric = (
-        run(made, "isic", output, "--count", "1", *more) for more in ((), (), ("--seed", "3"), ("--photometric",))
+        run(made, "isic", output, "--count", 1, *more) for more in ((), (), ("--seed", 3), ("--photometric",))
     )
     np.testing.assert_array_equal(plain, again)
     assert not np.array_equal(plain, other) and not np.array_equal(plain, photometric)
