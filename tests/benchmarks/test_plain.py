@@ -3,18 +3,13 @@
 import pytest
 import torch
 
-from benchmarks.measure import past_warm_up, peak_memory, time_sides
+from benchmarks.measure import past_warm_up, peak_memory
 from benchmarks.plain import PlainDMWLA, plain_copy
 from networks import DMWLA, SimMPNet
 from tests import oracle
+from tests.networks.conftest import double_precision  # noqa: F401, a fixture
 
-
-@pytest.fixture(autouse=True)
-def double_precision():
-    """Compare in float64, because rounding can change which cluster or column is chosen."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 @pytest.mark.processors
@@ -55,10 +50,3 @@ def test_peak_memory_counts_what_lives_at_once():
     kept = []
     assert peak_memory(twice_after_each_other) == 1000
     assert peak_memory(lambda: kept.extend(torch.empty(1000, dtype=torch.uint8) for _ in range(2))) == 2000
-
-
-def test_sides_are_timed_in_turn():
-    calls = []
-    seconds = time_sides({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=2, warmup=1)
-    assert calls == ["a", "b"] * 3
-    assert set(seconds) == {"a", "b"} and all(value >= 0 for value in seconds.values())

@@ -141,19 +141,3 @@ def test_dsgim(variant, batch, half_height, half_width, position, biased, streng
     x = torch.randn(batch, 8, 2 * half_height, 2 * half_width)
     with torch.no_grad():
         torch.testing.assert_close(module(x, position), oracle.dsgim_forward(module, x, position))
-
-
-def test_an_empty_cluster_keeps_its_columns_and_one_with_few_keys_uses_them_all():
-    sizes = dict(batch=1, channels=4, height=2, width=2, feature_dim=4, num_clusters=3, columns_per_cluster=6)
-    block, x = block_and_input(sizes | {"replaced_columns": 6}, "paper", seed=3)
-    keys = x.flatten(2)[0].T @ block.phi_k.T
-    block.bank.prototypes[0] = keys.mean(0)
-    block.bank.prototypes[1] = 0  # no key goes there: one of its neighbours has a positive product
-    block.bank.prototypes[2] = -keys.mean(0)
-    before = block.bank.pool.clone()
-    block.train()(x)
-    counts = block.bank.key_counts
-    assert counts[1] == 0 and counts.sum() == 4
-    assert torch.equal(block.bank.pool[1], before[1])
-    for k in counts.nonzero().flatten():
-        assert not torch.isclose(block.bank.pool[k], before[k]).all(dim=1).any()

@@ -16,6 +16,7 @@ from einops import rearrange
 
 from networks import DMWLA, DSGIM, SimMPNet, load_release_state_dict
 from networks.decoder import Decoder
+from networks.dsgim import decay_coefficients, select_windows
 from networks.release import IGNORED, release_name
 from tests.parity import FIXTURES, load, synthetic, tensor_for
 
@@ -47,7 +48,7 @@ def fill(module: torch.nn.Module, source_of: Callable[[str], str]) -> None:
     module.load_state_dict(state)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def dmwla():
     return load("dmwla.npz")
 
@@ -95,42 +96,20 @@ def test_dmwla_gradients(dmwla):
         assert_close(gradient, expected, 1e-6 * np.abs(expected).max())
 
 
-@pytest.fixture(scope="module")
-def dsgim():
-    return load("dsgim.npz")
-
-
-def release_dsgim(strength: float = 1.0) -> DSGIM:
+@torch.no_grad()
+def test_dsgim():
+    f, x = load("dsgim.npz"), synthetic("dsgim.x.input", (3, 384, 14, 14))
+    expected = torch.zeros(3, 4, dtype=torch.bool).scatter_(1, torch.from_numpy(f["selected"]), True)
+    assert torch.equal(select_windows(x), expected)
+    assert_close(decay_coefficients(), f["decay"], 1e-6)
+    assert int(f["gamma_index"]) == 1  # the first position's
     module = DSGIM(384, variant="release").eval()
     fill(module, lambda name: "dsgim." + release_name(f"dmwla_encoder.dsgim.{name}").removeprefix("DSGIM."))
+    assert_close(module(x), f["output"], 1e-5)
+    assert_close(module(x[1:2]), f["output_single"], 1e-5)
     for parameter in (*module.query.parameters(), *module.key.parameters()):
-        parameter.data *= strength
-    return module
-
-
-def test_dsgim_of_a_batch_and_of_one_image(dsgim):
-    x = synthetic("dsgim.x.input", (3, 384, 14, 14))
-    module = release_dsgim()
-    with torch.inference_mode():
-        assert_close(module(x), dsgim["output"], 1e-5)
-        assert_close(module(x[1:2]), dsgim["output_single"], 1e-5)
-
-
-def test_dsgim_where_tau_passes_one(dsgim):
-    x = synthetic("dsgim.x.input", (3, 384, 14, 14))
-    module = release_dsgim(float(dsgim["strong_factor"]))
-    with torch.inference_mode():
-        assert_close(module(x), dsgim["strong_output"], 1e-4)
-
-
-def test_dsgim_selected_windows_and_decay(dsgim):
-    from networks.dsgim import decay_coefficients, select_windows
-
-    selected = select_windows(synthetic("dsgim.x.input", (3, 384, 14, 14)))
-    expected = torch.zeros(3, 4, dtype=torch.bool).scatter_(1, torch.from_numpy(dsgim["selected"]), True)
-    assert torch.equal(selected, expected)
-    assert_close(decay_coefficients(), dsgim["decay"], 1e-6)
-    assert int(dsgim["gamma_index"]) == 1  # the first position's
+        parameter *= float(f["strong_factor"])  # tau passes one
+    assert_close(module(x), f["strong_output"], 1e-4)
 
 
 def test_decoder():

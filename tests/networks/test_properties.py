@@ -9,11 +9,9 @@ import torch
 from einops import rearrange
 from torch.nn import functional as F
 
-from networks import DMWLA, DSGIM, SCALES, NetworkError, SimMPNet
+from networks import DMWLA, SCALES, SimMPNet
 from networks.maxvit import scale_widths
 from tests.conftest import ROOT
-from tests.networks.conftest import NARROW
-from utils.losses import subset_loss
 
 
 @pytest.fixture
@@ -36,22 +34,6 @@ def test_evaluation_repeats_itself_changes_nothing_and_does_not_depend_on_the_ba
     torch.testing.assert_close(torch.stack(model(images[1:2])), whole[:, 1:2])
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
-
-
-@pytest.mark.parametrize("amp", [False, True])
-@pytest.mark.parametrize(("variant", "in_channels"), [("paper", 3), ("release", 1)])
-def test_every_parameter_gets_a_finite_gradient_and_the_memory_stays_in_float32(
-    tiny_network, variant, in_channels, amp
-):
-    model = tiny_network(steps=2, variant=variant, in_channels=in_channels).train()
-    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-        logits = model(torch.rand(3, in_channels, 64, 64))
-    subset_loss(logits, torch.randint(0, 3, (3, 64, 64))).backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-    for bank in model.memory_banks():
-        assert not bank.in_warmup and bank.pool.dtype == bank.prototypes.dtype == torch.float32
-        assert bank.pool.isfinite().all()
 
 
 def test_k_means_at_the_end_of_the_warm_up_leaves_an_ordered_pool():
@@ -107,15 +89,6 @@ def test_a_warm_up_may_have_more_images_than_the_pool_has_columns():
         assert block(torch.randn(9, 4, 2, 2)).isfinite().all()
 
 
-@pytest.mark.processors
-def test_dsgim_depends_on_no_other_image_and_keeps_statistics_for_each_position(double_precision):
-    module = DSGIM(8, num_positions=3).eval()
-    x = torch.randn(2, 8, 4, 4)
-    torch.testing.assert_close(module(x)[0], module(torch.cat([x[:1], torch.randn(1, 8, 4, 4)]))[0])
-    module.train()(x, position=1)
-    assert [int(s.num_batches_tracked) for s in module.norm1.statistics] == [0, 1, 0]
-
-
 def test_kmeans_works_beside_simple_itk():
     pytest.importorskip("SimpleITK")
     code = (
@@ -157,9 +130,3 @@ def test_the_default_is_the_papers_network():
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(93.49e6, abs=0.005e6)
     banks = list(model.memory_banks())
     assert [tuple(b.pool.shape) for b in banks] == [(9, 100, 256)] * 12 + [(10, 100, 128)] * 4
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 96, 96), (1, 3, 64, 64), (1, 64, 64)])
-def test_an_input_of_a_wrong_shape_is_answered_with_the_right_one(shape, narrow):
-    with pytest.raises(NetworkError, match=r"takes \(B, 1, 64, 64\)"):
-        SimMPNet(3, **NARROW)(torch.rand(shape))

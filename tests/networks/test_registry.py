@@ -25,6 +25,7 @@ ABLATIONS = [
     dict(gate="none"),
     dict(loss="last"),
     dict(attention="plain", dsgim="none", encoders="dmwla", loss="last"),
+    dict(variant="release"),
 ]
 CASES = [dict(network=name) for name in NETWORKS] + ABLATIONS
 
@@ -48,12 +49,15 @@ def make(network: str = "sim_mpnet", in_channels: int = 1, **options) -> torch.n
 @pytest.mark.parametrize("options", CASES, ids=name_of)
 def test_a_network_trains_in_bf16_and_predicts_and_its_config_rebuilds_it(options):
     model = make(in_channels=3, **options).to(memory_format=torch.channels_last).train()
-    for _ in range(3 if any(model.memory_banks()) else 1):  # the third step is past the warm-up
+    for _ in range(4 if any(model.memory_banks()) else 1):  # the last step is past the warm-up
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(torch.rand(2, 3, 64, 64))
     loss = subset_loss(logits, torch.randint(3, (2, 64, 64)))
     loss.backward()
-    assert loss.isfinite() and not any(bank.in_warmup for bank in model.memory_banks())
+    assert loss.isfinite()
+    for bank in model.memory_banks():
+        assert not bank.in_warmup and bank.pool.dtype == bank.prototypes.dtype == torch.float32
+        assert bank.pool.isfinite().all()
     unused = (".phi.weight", ".g.weight") if options.get("attention") == "intra_cluster" else ()
     assert getattr(model, "leaves_parameters_out", False) == bool(unused)  # DistributedDataParallel must know
     for name, parameter in model.named_parameters():
@@ -70,11 +74,13 @@ def test_a_network_trains_in_bf16_and_predicts_and_its_config_rebuilds_it(option
     with torch.no_grad():
         first, second = model.eval()(images), model(images)
     assert [tuple(m.shape) for m in first] == [(2, 3, 64, 64)] * len(first)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    if options.get("variant") != "release":  # its evaluation writes the memory
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert len(first) == (4 if isinstance(model, SimMPNet) and model.config["loss"] == "subset" else 1)
-    with pytest.raises(NetworkError, match=r"takes \(B, 3, 64, 64\)"):
-        model(torch.rand(1, 3, 96, 96))
+    for shape in ((1, 3, 96, 96), (1, 1, 64, 64), (3, 64, 64)):
+        with pytest.raises(NetworkError, match=r"takes \(B, 3, 64, 64\)"):
+            model(torch.rand(shape))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -94,11 +100,7 @@ def test_a_wrong_size_is_answered_with_the_nearest_right_ones(name):
         (dict(network="maxvit_unet", pretrained="a.pth"), ["a.pth", "download", "--pretrained none"]),
         (dict(network="maxvit_unet", model_scale="huge"), ["huge", "pico"]),
         (dict(network="swin_unetr", img_size=32), ["img_size is 32", "64 or more"]),
-        (dict(attention="none"), ["attention", "plain"]),
         (dict(dsgim="manhattan"), ["dsgim", "manhattan", "cosine", "none"]),
-        (dict(encoders="three"), ["encoders", "maxvit"]),
-        (dict(gate="shut"), ["gate", "learned", "none"]),
-        (dict(loss="first"), ["loss", "last"]),
         (dict(encoders="dmwla", pretrained="a.pth"), ["a.pth", "encoders"]),
         (dict(model_scale="huge"), ["huge", "pico", "small"]),
         (dict(img_size_dmwla=7), ["img_size_dmwla", "7", "32"]),
@@ -112,17 +114,6 @@ def test_a_wrong_argument_is_answered_in_one_line(options, words):
     with pytest.raises(NetworkError) as error:
         make(**options)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
-
-
-def test_weights_that_cannot_be_downloaded_say_what_to_do(monkeypatch):
-    encoders = pytest.importorskip("segmentation_models_pytorch.encoders", reason="smp is not installed")
-
-    def no_network(*args, **kwargs):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(encoders, "hf_hub_download", no_network)
-    with pytest.raises(NetworkError, match=r"resnet34.*OSError.*HF_HOME.*--pretrained none"):
-        make("unet", pretrained="hub")
 
 
 def test_every_default_weight_says_where_it_comes_from():

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import timm
@@ -71,13 +72,22 @@ def test_a_file_of_another_scale_is_refused_with_what_to_download(files):
         MaxViTEncoder("small", pretrained=files / "pico.pth")
 
 
-def test_a_hub_out_of_reach_says_what_to_do(monkeypatch):
-    def no_network(*args, **kwargs):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(timm, "create_model", no_network)
-    with pytest.raises(NetworkError, match=r"OSError.*pretrained_pth/maxvit.*--pretrained none"):
-        MaxViTEncoder("small", pretrained="hub")
+@pytest.mark.parametrize(
+    ("network", "download", "words"),
+    [
+        ("sim_mpnet", "timm.create_model", "OSError.*pretrained_pth/maxvit.*--pretrained none"),
+        (
+            "unet",
+            "segmentation_models_pytorch.encoders.hf_hub_download",
+            "resnet34.*HF_HOME.*--pretrained none",
+        ),
+    ],
+)
+def test_a_hub_out_of_reach_says_what_to_do(monkeypatch, network, download, words):
+    pytest.importorskip(download.split(".")[0])
+    monkeypatch.setattr(download, mock.Mock(side_effect=OSError("no route to host")))
+    with pytest.raises(NetworkError, match=words):
+        build(network, num_classes=3, pretrained="hub")
 
 
 def release_state(device: str = "cpu") -> dict[str, torch.Tensor]:
