@@ -16,17 +16,9 @@ pytestmark = [pytest.mark.processors, pytest.mark.usefixtures("double_precision"
 INTRA_CLUSTER = st.sampled_from([dmwla._attend_by_cluster, dmwla._attend_to_own])  # a CPU's way, a GPU's way
 VARIANTS = st.sampled_from(["paper", "release"])
 OFTEN = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+LARGEST = dict(batch=3, channels=10, height=6, width=6, feature_dim=10, num_clusters=6, columns_per_cluster=8)
 SIZES = st.fixed_dictionaries(
-    {
-        "batch": st.integers(1, 3),
-        "channels": st.integers(1, 10),
-        "height": st.integers(1, 6),
-        "width": st.integers(1, 6),
-        "feature_dim": st.integers(1, 10),
-        "num_clusters": st.integers(1, 6),
-        "columns_per_cluster": st.integers(1, 8),
-        "replaced_columns": st.integers(0, 12),
-    }
+    {name: st.integers(1, largest) for name, largest in LARGEST.items()} | {"replaced_columns": st.integers(0, 12)}
 )
 
 
@@ -35,15 +27,8 @@ def block_and_input(
 ) -> tuple[DMWLA, torch.Tensor]:
     """Return a block with a random memory, past its warm-up unless told otherwise, and an input."""
     torch.manual_seed(seed)
-    block = DMWLA(
-        sizes["channels"],
-        sizes["feature_dim"],
-        sizes["num_clusters"],
-        sizes["columns_per_cluster"],
-        replaced_columns=sizes["replaced_columns"],
-        warmup_iterations=warmup_iterations,
-        variant=variant,
-    )
+    of_block = {name: size for name, size in sizes.items() if name not in ("batch", "height", "width")}
+    block = DMWLA(**of_block, warmup_iterations=warmup_iterations, variant=variant)
     block.bank.pool.normal_()
     block.bank.prototypes.normal_()
     block.phi_k.add_(torch.randn_like(block.phi_k), alpha=0.1)
