@@ -13,7 +13,9 @@ import pytest
 from benchmarks import ablation
 from networks import NETWORKS
 from tests.conftest import ROOT
+from tests.mini import DRAWINGS, SPLITS
 from tests.test_scripts import folders
+from utils.arguments import network_arguments, parse_training, training_parser
 from utils.errors import RunError
 
 FEW = "--img_size 64 --batch_size 4 --max_iterations 2 --num_workers 0 --device cpu".split()
@@ -83,9 +85,8 @@ def test_ctrl_c_waits_until_the_training_has_saved(tmp_path):
         "signal.signal(signal.SIGINT, save)\npathlib.Path('started').touch()\ntime.sleep(60)\n"
     )
     code = f"from benchmarks import ablation; ablation._run({str(tmp_path / 'training.py')!r})"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True
-    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env, start_new_session=True)
     while not (tmp_path / "started").exists():
         assert process.poll() is None
         time.sleep(0.05)
@@ -100,28 +101,18 @@ def test_a_flag_that_a_network_does_not_take_is_left_out_of_its_row():
     assert ablation.fitting(flags, "--dsgim none") == flags
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--rows", "wide"], "--rows wide: unknown in parts, choose of whole,"),
-        (["--", "--seed=3"], "--seed after --: each run has its own"),
-    ],
-)
-def test_wrong_flags_are_refused_before_anything_runs(started, monkeypatch, tmp_path, flags, words):
-    with pytest.raises(RunError, match=words):
-        call(monkeypatch, "--preset", "parts", "--output_dir", tmp_path / "out", *flags)
+def test_wrong_flags_are_refused_before_anything_runs(started, monkeypatch, tmp_path):
+    for flags, words in ((["--rows", "wide"], "--rows wide"), (["--", "--seed=3"], "--seed after --")):
+        with pytest.raises(RunError, match=words):
+            call(monkeypatch, "--preset", "parts", "--output_dir", tmp_path / "out", *flags)
     assert not started and not (tmp_path / "out").exists()
 
 
 def test_every_row_is_understood_by_the_training_script():
-    from datasets import acdc
-    from utils.arguments import network_arguments, parse_training, training_parser
-
-    splits = {"val": ("train", "val"), "test": ("trainval", "test")}
     for rows in ablation.PRESETS.values():
         configurations = []
         for flags in rows.values():
-            parser = training_parser("test", acdc.INFO, output_dir=Path("nowhere"))
-            args, _ = parse_training(parser, splits, flags.split())
+            parser = training_parser("test", DRAWINGS, output_dir=Path("nowhere"))
+            args, _ = parse_training(parser, SPLITS, flags.split())
             configurations.append((args.network, args.wld, *network_arguments(args).values()))
         assert len(set(configurations)) == len(rows)

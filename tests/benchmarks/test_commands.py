@@ -34,11 +34,6 @@ def test_speed_prints_a_table(run_script, name):
     assert cell in done.output and "1 threads; PyTorch" in done.output
 
 
-def test_speed_names_its_benchmarks(run_script):
-    done = run_script("benchmarks/speed.py", "nothing")
-    assert done.status == 1 and "'network', 'dmwla'" in done.error
-
-
 @pytest.mark.parametrize("network", ["sim_mpnet", "unet"])
 def test_complexity_counts_part_by_part(run_script, network):
     if network == "unet":
