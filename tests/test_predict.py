@@ -1,19 +1,20 @@
 """Anyone's scan becomes a segmentation on its own grid, by the command and in a notebook."""
 
-import csv
 import tracemalloc
 from pathlib import Path
 
 import nibabel
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from datasets import DATASETS, Preprocessing, read_scan, synapse
+from datasets import Preprocessing, read_scan, synapse
 from datasets.preprocessing import reorient
 from datasets.scan import read_scan_label
 from tests.datasets.test_scan import ORIENTATIONS, places, turn, write_dicom
+from tests.test_scripts import assert_one_line
 from utils import predictor as predictors
 from utils.checkpoint import save_checkpoint
 from utils.evaluation import predict_volume
@@ -90,37 +91,32 @@ def test_a_scan_of_another_size_is_restored_to_its_own(threshold, tmp_path):
     assert 2 * ((prediction == 5) & (label == 5)).sum() > 0.85 * ((prediction == 5).sum() + (label == 5).sum())
 
 
-def script(run_script, *arguments):
-    return run_script("predict.py", *arguments, "--device", "cpu")
+@pytest.fixture
+def predict(threshold, run_script):
+    """Run predict.py with the checkpoint."""
+    return lambda *flags: run_script("predict.py", "--device", "cpu", "--checkpoint", threshold, *flags)
 
 
-def test_one_file_and_what_lies_beside_it(threshold, tmp_path, run_script):
+def test_one_file_and_what_lies_beside_it(predict, tmp_path):
     scan = write_scan(tmp_path / "scans", "scan", "RAS")
     out = tmp_path / "out" / "seg.nii.gz"
-    done = script(run_script, "--checkpoint", threshold, "--input", scan, "--output", out, "--overlays", 2)
+    done = predict("--input", scan, "--output", out, "--overlays", 2)
     assert done.status == 0, done.error
-    names = {path.name for path in out.parent.iterdir()}
-    assert names == {
-        "seg.nii.gz", "seg_overlays", "seg_labels.ctbl", "seg_labels_itksnap.txt", "seg_volumes.csv"
-    }  # fmt: skip
+    names = ("", "_labels.ctbl", "_labels_itksnap.txt", "_overlays", "_volumes.csv")
+    assert {path.name for path in out.parent.iterdir()} == {f"seg{name or '.nii.gz'}" for name in names}
     assert len(list((out.parent / "seg_overlays").glob("*.png"))) == 2
-    saved = nibabel.load(out)
-    assert saved.shape == nibabel.load(scan).shape
-    with open(out.parent / "seg_volumes.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["class"] for row in rows] == list(NAMES)
-    array = np.asarray(saved.dataobj)
-    for c, row in enumerate(rows, 1):
-        assert int(row["voxels"]) == (array == c).sum()
-        assert float(row["millilitres"]) == pytest.approx((array == c).sum() * 0.7 * 0.9 * 4 / 1000, abs=1e-3)
+    array = np.asarray(nibabel.load(out).dataobj)
+    assert array.shape == nibabel.load(scan).shape
+    table = pd.read_csv(out.parent / "seg_volumes.csv")
+    voxels = np.bincount(array.ravel(), minlength=9)[1:]
+    assert (list(table["class"]), list(table["voxels"])) == (list(NAMES), list(voxels))
+    np.testing.assert_allclose(table["millilitres"], voxels * 0.7 * 0.9 * 4 / 1000, atol=1e-3)
 
 
 def test_colour_tables_name_every_label_as_the_two_programs_expect(tmp_path):
     predictors.write_colour_tables(f"{tmp_path}/", NAMES)
-    slicer, itksnap = (
-        [line for line in (tmp_path / name).read_text().splitlines() if line[0] != "#"]
-        for name in ("labels.ctbl", "labels_itksnap.txt")
-    )
+    texts = [(tmp_path / name).read_text() for name in ("labels.ctbl", "labels_itksnap.txt")]
+    slicer, itksnap = ([line for line in text.splitlines() if line[0] != "#"] for text in texts)
     colours = set()
     for c, name in enumerate(("background", *NAMES)):
         number, label, *colour, alpha = slicer[c].split()
@@ -132,60 +128,56 @@ def test_colour_tables_name_every_label_as_the_two_programs_expect(tmp_path):
     assert len(colours) == len(slicer) == len(itksnap) == 9
 
 
-def test_a_folder_a_dicom_series_and_a_bad_file_among_good_ones(threshold, tmp_path, run_script):
+def test_a_folder_a_dicom_series_and_a_bad_file_among_good_ones(predict, tmp_path):
     for name, orientation in (("a", "RAS"), ("b", "PSR")):
         write_scan(tmp_path / "scans", name, orientation)
     (tmp_path / "scans" / "c.nii.gz").write_bytes(b"not a scan")
-    flags = "--checkpoint", threshold, "--input", tmp_path / "scans", "--output", tmp_path / "out"
-    done = script(run_script, *flags)
+    done = predict("--input", tmp_path / "scans", "--output", tmp_path / "out")
     assert done.status == 1 and "c.nii.gz" in done.error and "1 of 5" in done.error
-    assert {path.name for path in (tmp_path / "out").glob("*.nii.gz")} == {
-        "a.nii.gz", "a_label.nii.gz", "b.nii.gz", "b_label.nii.gz"
-    }  # fmt: skip
+    written = sorted(path.name.removesuffix(".nii.gz") for path in (tmp_path / "out").glob("*.nii.gz"))
+    assert written == ["a", "a_label", "b", "b_label"]
     assert len((tmp_path / "out" / "volumes.csv").read_text().splitlines()) == 1 + 4 * 8
 
     write_dicom(tmp_path / "series")
     out = tmp_path / "series.nii.gz"
-    done = script(run_script, "--checkpoint", threshold, "--input", tmp_path / "series", "--output", out)
+    done = predict("--input", tmp_path / "series", "--output", out)
     assert done.status == 0, done.error
     assert nibabel.load(out).shape == (12, 9, 7)
 
 
-def test_what_cannot_be_done_is_said_in_one_line(threshold, tmp_path, run_script):
+def test_what_cannot_be_done_is_said_in_one_line(predict, threshold, tmp_path):
     scan = write_scan(tmp_path / "scans", "scan", "RAS")
     before = scan.read_bytes()
     (tmp_path / "file").write_text("not a folder")
-    for arguments, words in (
-        (("--input", tmp_path / "none.nii.gz", "--output", tmp_path / "o.nii.gz"), ("none.nii.gz", "no such file")),
-        (("--input", scan, "--output", scan), ("would be lost",)),
-        (("--input", scan.parent, "--output", scan.parent), ("would be lost",)),
-        (("--input", scan, "--output", scan.parent), ("would be lost",)),
-        (("--input", scan, "--output", tmp_path / "o.mha"), (".nii.gz",)),
-        (("--input", scan, "--output", tmp_path / "o.nii.gz", "--dataset", "acdc"), ("synapse", "--dataset")),
-        (("--input", scan.parent, "--output", tmp_path / "o.nii.gz"), ("give a folder",)),
-        (("--input", threshold, "--output", tmp_path / "o.nii.gz"), ("best.pth", "not a readable NIfTI")),
-        (("--input", "photo.JPG", "--output", tmp_path / "o.png"), ("a photograph", "scans")),
-        (("--input", scan, "--output", tmp_path / "o.nii.gz", "--batch_size", 0), ("--batch_size 0",)),
-        (("--input", scan, "--output", tmp_path / "file" / "seg.nii.gz"), ("file",)),
+    out = tmp_path / "o.nii.gz"
+    for source, output, flags, words in (
+        (tmp_path / "none.nii.gz", out, [], ["none.nii.gz", "no such file"]),
+        (scan, scan, [], ["would be lost"]),
+        (scan.parent, scan.parent, [], ["would be lost"]),
+        (scan, scan.parent, [], ["would be lost"]),
+        (scan, tmp_path / "o.mha", [], [".nii.gz"]),
+        (scan, out, ["--dataset", "acdc"], ["synapse", "--dataset"]),
+        (scan.parent, out, [], ["give a folder"]),
+        (threshold, out, [], ["best.pth", "not a readable NIfTI"]),
+        ("photo.JPG", tmp_path / "o.png", [], ["a photograph", "scans"]),
+        (scan, out, ["--batch_size", 0], ["--batch_size 0"]),
+        (scan, tmp_path / "file" / "seg.nii.gz", [], ["file"]),
     ):
-        done = script(run_script, "--checkpoint", threshold, *arguments)
-        assert done.status == 1
-        assert len(done.error.strip().splitlines()) == 1
-        assert all(word in done.error for word in words), done.error
-    assert scan.read_bytes() == before
-    assert not (tmp_path / "o.nii.gz").exists()
+        assert_one_line(predict("--input", source, "--output", output, *flags), *words)
+    assert scan.read_bytes() == before and not out.exists()
 
 
-def test_two_scans_are_never_written_to_one_file_and_hidden_files_are_not_read(threshold, tmp_path, run_script):
+def test_two_scans_are_never_written_to_one_file_and_hidden_files_are_not_read(predict, tmp_path):
+    scans = tmp_path / "scans"
     for name in ("a b", "a_b"):
-        write_scan(tmp_path / "scans", name, "RAS")
-    done = script(run_script, "--checkpoint", threshold, "--input", tmp_path / "scans", "--output", tmp_path / "out")
+        write_scan(scans, name, "RAS")
+    done = predict("--input", scans, "--output", tmp_path / "out")
     assert done.status == 1 and "rename" in done.error
-    for path in (tmp_path / "scans").glob("a_b*"):
+    for path in scans.glob("a_b*"):
         path.unlink()
-    (tmp_path / "scans" / "._a b.nii.gz").write_bytes(b"of another system")
-    (tmp_path / "scans" / "a b.nii.gz").rename(tmp_path / "scans" / "A.NII.GZ")
-    done = script(run_script, "--checkpoint", threshold, "--input", tmp_path / "scans", "--output", tmp_path / "out")
+    (scans / "._a b.nii.gz").write_bytes(b"of another system")
+    (scans / "a b.nii.gz").rename(scans / "A.NII.GZ")
+    done = predict("--input", scans, "--output", tmp_path / "out")
     assert done.status == 0, done.error
     assert {path.name for path in (tmp_path / "out").glob("*.nii.gz")} == {"A.nii.gz", "a_b_label.nii.gz"}
 
@@ -194,11 +186,10 @@ def test_preprocessing_comes_from_the_checkpoint(threshold, tmp_path):
     state = torch.load(threshold, weights_only=True)
     state["data"]["preprocessing"] = Preprocessing("RAS", (0.0, 10.0)).to_dict()
     save_checkpoint(tmp_path / "other.pth", state)
-    assert predictors.Predictor(tmp_path / "other.pth").preprocessing == Preprocessing("RAS", (0.0, 10.0))
-    assert predictors.Predictor(threshold).preprocessing == DATASETS["synapse"].preprocessing
+    ours, other = predictors.Predictor(threshold), predictors.Predictor(tmp_path / "other.pth")
+    assert (ours.preprocessing, other.preprocessing) == (synapse.INFO.preprocessing, Preprocessing("RAS", (0.0, 10.0)))
     scan = write_scan(tmp_path, "scan", "LPS")
-    volumes = predictors.Predictor(tmp_path / "other.pth").read(scan), predictors.Predictor(threshold).read(scan)
-    assert not np.array_equal(volumes[0].image[3], volumes[1].image[3])
+    assert not np.array_equal(ours.read(scan).image[3], other.read(scan).image[3])
 
 
 def test_a_scan_s_image_is_read_slice_by_slice(tmp_path):
