@@ -1,13 +1,15 @@
 """Run folders as training and test scripts leave them, with made-up results."""
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import torch
 
 from datasets import DATASETS
+from utils.checkpoint import save_checkpoint
 from utils.evaluation import CaseResult
 from utils.metrics import FOUND, ClassResult, Metrics
 from utils.results import case_table, write_csv
@@ -39,15 +41,22 @@ def write_run(
     args = {"seed": seed, "variant": "paper", "output_dir": str(folder), "list_dir": DATASETS[dataset].list_dir, **args}
     data = {"dataset": dataset, "class_names": list(class_names)}
     (folder / "config.json").write_text(json.dumps({"args": args, "data": data}))
-    with open(folder / "metrics.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, ["epoch", "train_loss", "val_dice"])
-        writer.writeheader()
-        writer.writerows({"epoch": e, "train_loss": 3 / e, "val_dice": "" if e % 2 else 1 - 1 / e} for e in range(1, 7))
+    history = [{"epoch": e, "train_loss": 3 / e, "val_dice": NAN if e % 2 else 1 - 1 / e} for e in range(1, 7)]
+    pd.DataFrame(history).to_csv(folder / "metrics.csv", index=False)
     if results is None:
         results = [CaseResult(case, unit, tuple(map(class_result, values))) for case, values in dice.items()]
     if results:
         write_csv(folder / f"results_{split}" / "cases.csv", case_table(results, class_names, selected_on))
     return folder
+
+
+def save_network(path: Path, model: torch.nn.Module, dataset: str = "acdc", **facts: object) -> Path:
+    """Write a network as the checkpoint of a run on a data set, with further facts of the run."""
+    info = DATASETS[dataset]
+    data = {"dataset": dataset, "class_names": info.class_names, "preprocessing": info.preprocessing.to_dict()}
+    data["selected_on"] = "val"
+    save_checkpoint(path, {"model": model.state_dict(), "network": model.config, "data": data, **facts})
+    return path
 
 
 def random_dice(cases: int, seed: int, centre: float = 0.8, num_classes: int = 3) -> dict[str, list[float]]:

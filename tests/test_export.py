@@ -14,14 +14,16 @@ import export
 from benchmarks.measure import past_warm_up
 from datasets import DATASETS
 from networks import DMWLA, DSGIM, NETWORKS, VARIANTS, build, register
+from tests.comparison_runs import save_network
 from tests.test_predict import write_scan
+from tests.test_scripts import assert_one_line
 from utils.checkpoint import save_checkpoint
 from utils.errors import RunError
 from utils.onnx_network import OnnxNetwork
 from utils.predictor import Predictor
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="requirements-export.txt is not installed")
-pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 
 SIZE = 64
@@ -48,9 +50,6 @@ class Blocks(torch.nn.Module):
 
 
 class Untraceable(Blocks):
-    def memory_banks(self):
-        return iter(())
-
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         return [x.expand(-1, 4, -1, -1) * (1 if x.sum() > 0 else 2)]
 
@@ -77,14 +76,6 @@ def seasoned(network: str, in_use: bool = True, **config) -> torch.nn.Module:
     return model.eval()
 
 
-def save(path: Path, model: torch.nn.Module, dataset: str) -> Path:
-    info = DATASETS[dataset]
-    data = {"dataset": dataset, "class_names": info.class_names, "preprocessing": info.preprocessing.to_dict()}
-    state = {"model": model.state_dict(), "network": model.config, "data": data, "epoch": 7, "git": "abc"}
-    save_checkpoint(path, state)
-    return path
-
-
 def images(model: torch.nn.Module, count: int) -> torch.Tensor:
     return torch.rand(count, model.config["in_channels"], SIZE, SIZE, generator=torch.Generator().manual_seed(1))
 
@@ -101,7 +92,7 @@ def model() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def checkpoint(model, tmp_path_factory) -> Path:
-    return save(tmp_path_factory.mktemp("run") / "best.pth", model, "acdc")
+    return save_network(tmp_path_factory.mktemp("run") / "best.pth", model, epoch=7, git="abc")
 
 
 def run_export(checkpoint: Path, output: Path) -> Path:
@@ -151,7 +142,9 @@ def test_predict_takes_an_onnx_file_in_place_of_a_checkpoint(exported, checkpoin
 @pytest.mark.processors
 def test_a_colour_network_of_the_release_in_warm_up_is_exported_with_warnings(tmp_path, caplog):
     model = seasoned("blocks", in_use=False, num_classes=2, in_channels=3, variant="release")
-    predictor = Predictor(run_export(save(tmp_path / "best.pth", model, "isic"), tmp_path / "model.onnx"), "cpu")
+    predictor = Predictor(
+        run_export(save_network(tmp_path / "best.pth", model, "isic"), tmp_path / "model.onnx"), "cpu"
+    )
     assert predictor.planar and predictor.class_names == DATASETS["isic"].class_names
     assert "warm-up" in predictor.model.metadata["memory"]
     warnings = [record.getMessage() for record in caplog.records if record.name == "export"]
@@ -173,52 +166,32 @@ SMALL = dict(model_scale="pico", img_size_dmwla=SIZE, feature_dim=16, decoder_fe
 )
 def test_whole_networks_ablations_and_baselines_are_exported(tmp_path, options, in_use):
     model = seasoned(**{"network": "sim_mpnet", "in_use": in_use, "num_classes": 4} | options)
-    run_export(save(tmp_path / "best.pth", model, "acdc"), tmp_path / "model.onnx")  # which compares them
+    run_export(save_network(tmp_path / "best.pth", model), tmp_path / "model.onnx")  # which compares them
 
 
 def test_a_file_that_differs_from_pytorch_is_not_written(checkpoint, tmp_path, monkeypatch):
-    class Broken(torch.nn.Module):
-        def forward(self, image):
-            return image.expand(-1, 4, -1, -1) + torch.nan
-
-    batch = {"image": {0: torch.export.Dim.DYNAMIC}}
-    program = torch.export.export(Broken(), (torch.zeros(2, 1, SIZE, SIZE),), dynamic_shapes=batch)
-    monkeypatch.setattr(export, "trace", lambda _: program)
+    trace, broken = export.trace, seasoned("blocks")
+    torch.nn.init.constant_(broken.head.bias, torch.nan)
+    monkeypatch.setattr(export, "trace", lambda _: trace(export.SummedLogits(broken)))
     with pytest.raises(RunError, match="no file was written"):
         run_export(checkpoint, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
-
-
-def one_line(done, *words: str, before: int = 0) -> None:
-    """Check that a script failed with one line that contains these words, after so many lines of progress."""
-    *progress, error = done.error.strip().splitlines()
-    assert done.status == 1 and len(progress) == before, done.error
-    assert error.startswith("error: ") and all(word in error for word in words), done.error
 
 
 def test_what_cannot_be_exported_is_said_in_one_line(checkpoint, tmp_path, run_script, monkeypatch):
     def run(checkpoint, output="m.onnx"):
         return run_script("export.py", *f"--checkpoint {checkpoint} --output {tmp_path}/{output}".split())
 
-    path = save(tmp_path / "best.pth", Untraceable(), "acdc")
+    path = save_network(tmp_path / "best.pth", Untraceable())
     state = torch.load(path, weights_only=True)
     save_checkpoint(path, state | {"network": state["network"] | {"network": "untraceable"}})
-    one_line(run(checkpoint, "m.pt2"), "m.pt2", ".onnx")
-    one_line(run("m.onnx"), "m.onnx", "best.pth")
-    one_line(run(tmp_path / "no.pth"), "no checkpoint at")
-    one_line(run(path), "cannot trace network untraceable", "branch", before=1)
+    assert_one_line(run(checkpoint, "m.pt2"), "m.pt2", ".onnx")
+    assert_one_line(run("m.onnx"), "m.onnx", "best.pth")
+    assert_one_line(run(tmp_path / "no.pth"), "no checkpoint at")
+    assert_one_line(run(path), "cannot trace network untraceable", "branch")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    one_line(run(checkpoint), "onnxscript", "pip install -r")
+    assert_one_line(run(checkpoint), "onnxscript", "pip install -r")
     assert list(tmp_path.iterdir()) == [path]
-
-
-def other_onnx() -> bytes:
-    from onnx import TensorProto, helper
-
-    shape = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
-    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "other", shape[:1], shape[1:])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    return model.SerializeToString()
 
 
 def test_what_cannot_be_predicted_with_is_said_in_one_line(exported, tmp_path, run_script, monkeypatch):
@@ -227,18 +200,17 @@ def test_what_cannot_be_predicted_with_is_said_in_one_line(exported, tmp_path, r
         return run_script("predict.py", *words, *(flags or ("--device", "cpu")))
 
     (tmp_path / "damaged.onnx").write_bytes(b"\x08\x0a\x12")
-    (tmp_path / "other.onnx").write_bytes(other_onnx())
-    for name, *words in (
-        ("none.onnx", "no file at"),
-        ("damaged.onnx", "not an ONNX file"),
-        ("other.onnx", "no metadata", "export.py"),
-    ):
-        one_line(run(tmp_path / name), name, *words)
-    one_line(run(exported, "--amp", "bf16"), "--amp bf16", "float32")
+    other = onnx.load(exported)
+    del other.metadata_props[:]
+    onnx.save(other, tmp_path / "other.onnx")
+    assert_one_line(run(tmp_path / "none.onnx"), "none.onnx", "no file at")
+    assert_one_line(run(tmp_path / "damaged.onnx"), "damaged.onnx", "not an ONNX file")
+    assert_one_line(run(tmp_path / "other.onnx"), "other.onnx", "no metadata", "export.py")
+    assert_one_line(run(exported, "--amp", "bf16"), "--amp bf16", "float32")
     if not torch.cuda.is_available():
-        one_line(run(exported, "--device", "cuda"), "--device cpu")
+        assert_one_line(run(exported, "--device", "cuda"), "--device cpu")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    one_line(run(exported), "onnxruntime", "pip install -r requirements-export.txt")
+    assert_one_line(run(exported), "onnxruntime", "pip install -r requirements-export.txt")
 
 
 def test_auto_falls_back_to_the_cpu_where_the_cuda_provider_does_not_load(exported, model, monkeypatch, caplog):

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from datasets import Picture, Volume
 from tests.comparison_runs import random_dice, write_run
 from tests.utils.test_figures import pixels
 from utils.comparison import compare, read_run
@@ -38,11 +39,8 @@ def test_predictions_stand_in_a_row_for_each_case(runs, tmp_path):
     (comparison,) = compare(runs)
     label = np.zeros((3, 60, 50), np.uint8)
     label[:, 20:40, 15:35] = 1
-    facts = dict(spacing=None, affine=None)
-    volume = SimpleNamespace(name="case", image=label / 2, label=label, planar=False, **facts)
-    image = np.zeros((1, 60, 50, 3), np.uint8)
-    picture = SimpleNamespace(name="$img", image=image, label=label[:1], planar=True, **facts)
-    volumes = type("Volumes", (list,), {"names": ("case", "$img")})([volume, picture])
+    picture = Picture("$img", np.zeros((1, 60, 50, 3), np.uint8), label[:1])
+    volumes = type("Volumes", (list,), {"names": ("case", "$img")})([Volume("case", label / 2, label), picture])
     predictors = {name: SimpleNamespace(segment=lambda volume: volume.label) for name in ("first", "label")}
     draw_predictions(tmp_path / "one.png", comparison, volumes, ["case"], predictors)
     draw_predictions(tmp_path / "two.png", comparison, volumes, ["case", "$img"], predictors)
