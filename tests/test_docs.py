@@ -107,10 +107,7 @@ def added(monkeypatch, tmp_path):
     for old, new, source, target in re.findall(r"^sed 's/(\w+)/(\w+)/g' (\S+) > (\S+)$", page, re.MULTILINE):
         (tmp_path / target).write_text((ROOT / source).read_text(encoding="utf-8").replace(old, new))
     prepare = (ROOT / "prepare_data.py").read_text(encoding="utf-8")
-    for old, new in (
-        ("phantom, segpc,", "phantom, segpc, spleen,"),
-        ("SETS = {\n", f"SETS = {{\n{entry}"),
-    ):
+    for old, new in (("phantom, segpc,", "phantom, segpc, spleen,"), ("SETS = {\n", f"SETS = {{\n{entry}")):
         assert old in prepare
         prepare = prepare.replace(old, new)
     (tmp_path / "prepare_data.py").write_text(prepare)
@@ -130,9 +127,7 @@ def test_the_added_data_set_and_network_are_prepared_checked_trained_and_tested(
             nibabel.save(file, tmp_path / "raw" / folder / f"spleen_{number}.nii.gz")
     out, run = tmp_path / "spleen", tmp_path / "run"
     data = "--volume_path", out / "test_vol_h5", "--list_dir", out / "lists"
-    small = (
-        "--network two_convolutions --width 4 --img_size 32 --max_iterations 2 --batch_size 2 --num_workers 0".split()
-    )
+    small = "--network two_convolutions --width 4 --img_size 32 --max_iterations 2 --num_workers 0".split()
     for script, *flags in (
         (added / "prepare_data.py", "spleen", "--raw", tmp_path / "raw", "--out", out, "--jobs", 1),
         ("utils/verify.py", "spleen", "--root_path", out / "train_npz", *data),
