@@ -22,7 +22,7 @@ SPLITS = {"val": ("train", "val"), "test": ("trainval", "test")}  # --select: li
 def main() -> None:
     info = acdc.INFO
     parser = training_parser(__doc__, info, output_dir="runs/acdc", feature_dim=128)
-    args, checkpoint = parse_training(parser, SPLITS)
+    args, checkpoint = parse_training(parser, info, SPLITS)
     info.require(args.root_path, args.volume_path)
     train_set = SliceDataset(
         args.root_path, args.list_dir, args.train_split, args.num_classes, args.img_size, augment=True, seed=args.seed,

@@ -113,7 +113,7 @@ def _library(module: str, package: str) -> ModuleType:
         return import_module(module)
     except ImportError as error:
         raise NetworkError(
-            f"this network needs {package} ({error}): pip install -r requirements-baselines.txt"
+            f"this network needs {package} ({error}): pip install -r requirements-baselines.txt -c constraints.txt"
         ) from error
 
 

@@ -87,7 +87,7 @@ def parse(folder: Path, *flags: str):
         "--decoder_feature_dim 16 --columns_per_cluster 20 --warmup_iterations 3 --batch_size 2 --max_epochs 2"
     )
     parser = training_parser("test", DRAWINGS, output_dir=folder)
-    return parse_training(parser, SPLITS, [*small.split(), *flags])
+    return parse_training(parser, DRAWINGS, SPLITS, [*small.split(), *flags])
 
 
 def trainer(

@@ -22,7 +22,7 @@ COMMON = (
 
 def parse(tmp_path, *argv):
     parser = training_parser("test", acdc.INFO, output_dir=tmp_path / "run", feature_dim=128)
-    return parse_training(parser, {"val": ("train", "val"), "test": ("trainval", "test")}, list(argv))[0]
+    return parse_training(parser, acdc.INFO, {"val": ("train", "val"), "test": ("trainval", "test")}, list(argv))[0]
 
 
 def test_a_baseline_trains_resumes_tests_and_predicts_like_sim_mpnet(phantom, run_script, tmp_path):

@@ -170,7 +170,7 @@ def _add_shared(group: Any, info: DatasetInfo) -> None:
 
 
 def parse_training(
-    parser: ArgumentParser, splits: Splits, argv: list[str] | None = None
+    parser: ArgumentParser, info: DatasetInfo, splits: Splits, argv: list[str] | None = None
 ) -> tuple[Namespace, dict[str, Any] | None]:
     """Return the merged arguments, and the checkpoint of a resumed run. Precedence: command line, checkpoint, defaults.
 
@@ -187,7 +187,7 @@ def parse_training(
         if args.resume is None:
             logger.info("--resume auto: there is no %s yet, so a new run starts", last)
     if args.resume is not None:
-        args, checkpoint = _resume(parser, argv, args.resume)
+        args, checkpoint = _resume(parser, info, argv, args.resume)
     elif last.exists():
         raise RunError(f"{args.output_dir} holds a run: continue it with --resume auto, or choose another --output_dir")
 
@@ -196,8 +196,10 @@ def parse_training(
     if args.pretrained == "none":
         foreign.discard("pretrained")  # true of a network without pretrained weights
     if foreign:
-        flags = ", ".join(f"--{flag}" for flag in sorted(foreign))
-        raise RunError(f"--network {args.network} does not take {flags}: leave that out")
+        flags, remedy = ", ".join(f"--{flag}" for flag in sorted(foreign)), "leave that out"
+        if args.resume is not None:
+            remedy = f"leave that out to continue {args.resume}, or start a run in another --output_dir"
+        raise RunError(f"--network {args.network} does not take {flags}: {remedy}")
     if args.batch_size % args.accumulate:
         raise RunError(
             f"--accumulate {args.accumulate} does not divide --batch_size {args.batch_size}: change one of them"
@@ -253,7 +255,7 @@ def check_n_gpu(args: Namespace) -> None:
         args.device = "cpu"
 
 
-def _resume(parser: ArgumentParser, argv: list[str], path: Path) -> tuple[Namespace, dict[str, Any]]:
+def _resume(parser: ArgumentParser, info: DatasetInfo, argv: list[str], path: Path) -> tuple[Namespace, dict[str, Any]]:
     """Return the arguments merged with those of the checkpoint at ``path``, and the checkpoint."""
     try:
         checkpoint = load_checkpoint(path)
@@ -263,6 +265,10 @@ def _resume(parser: ArgumentParser, argv: list[str], path: Path) -> tuple[Namesp
         ) from error
     if not {"optimizer", "args", "in_epoch"} <= checkpoint.keys():
         raise RunError(f"{path} is not a training checkpoint: give the last.pth of a run")
+    if (dataset := checkpoint["data"]["dataset"]) != info.name:
+        raise RunError(
+            f"{path} is a run on {dataset}: resume it with train_{dataset}.py, or start a run in another --output_dir"
+        )
     saved = {name: value for name, value in checkpoint["args"].items() if name != "resume"}
     parser.set_defaults(**saved | {"output_dir": str(path.parent)})
     args = parser.parse_args(argv)
@@ -275,7 +281,7 @@ def _resume(parser: ArgumentParser, argv: list[str], path: Path) -> tuple[Namesp
     for name, value in (fixed | {name: saved[name] for name in ("select", "pretrained")}).items():
         given = args.num_classes if name == "num_clusters" and args.num_clusters is None else getattr(args, name)
         if given != value:
-            raise RunError(f"--{name} {given} does not fit {path}, whose run has {value}: leave it out")
+            raise RunError(f"--{name} {given} does not fit {path}, whose run has --{name} {value}: leave it out")
     if Path(args.output_dir).resolve() != path.resolve().parent:
         raise RunError(f"--output_dir {args.output_dir} is not the folder of {path}: leave it out")
     newer = 0

@@ -127,7 +127,12 @@ def drop_untested(runs: Sequence[Run], splits: Sequence[str] | None = None) -> l
     for run in runs:
         tested = dict.fromkeys(split for other in runs if other.dataset == run.dataset for split in other.results)
         for split in [s for s in splits or tested or DATASETS[run.dataset].splits[-1:] if s not in run.results]:
-            command = f"python test_{run.dataset}.py --checkpoint {shlex.quote(str(run.checkpoint))} --split {split}"
+            info = DATASETS[run.dataset]
+            folders = ("root_path" if info.planar else "volume_path", "list_dir")
+            moved = {name: run.args.get(name) for name in folders if run.args.get(name) != getattr(info, name)}
+            flags = {"checkpoint": run.checkpoint, "split": split} | {n: f for n, f in moved.items() if f is not None}
+            words = (word for name, value in flags.items() for word in (f"--{name}", str(value)))
+            command = shlex.join(["python", f"test_{run.dataset}.py", *words])
             logger.warning("%s was not tested on %s; test it with: %s", run.folder, split, command)
     kept = [run for run in runs if any(split in run.results for split in splits or run.results)]
     if not kept:

@@ -113,6 +113,6 @@ def test_every_row_is_understood_by_the_training_script():
         configurations = []
         for flags in rows.values():
             parser = training_parser("test", DRAWINGS, output_dir=Path("nowhere"))
-            args, _ = parse_training(parser, SPLITS, flags.split())
+            args, _ = parse_training(parser, DRAWINGS, SPLITS, flags.split())
             configurations.append((args.network, args.wld, *network_arguments(args).values()))
         assert len(set(configurations)) == len(rows)

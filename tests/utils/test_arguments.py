@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from datasets import acdc
 from tests.mini import DRAWINGS, SPLITS, parse, trainer
 from tests.narrow import use_narrow_pico
 from utils.arguments import parse_training, training_parser
@@ -26,7 +27,7 @@ def run_folder(tmp_path_factory) -> Path:
 
 def test_command_line_wins_over_the_checkpoint_and_that_over_the_defaults(run_folder):
     parser = training_parser("test", DRAWINGS, output_dir="elsewhere")
-    args, _ = parse_training(parser, SPLITS, ["--resume", str(run_folder / "last.pth"), "--base_lr", "3e-4"])
+    args, _ = parse_training(parser, DRAWINGS, SPLITS, ["--resume", str(run_folder / "last.pth"), "--base_lr", "3e-4"])
     assert args.base_lr == 3e-4 and args.batch_size == 2 and args.output_dir == run_folder
 
 
@@ -44,6 +45,12 @@ def test_command_line_wins_over_the_checkpoint_and_that_over_the_defaults(run_fo
 def test_what_does_not_fit_the_resumed_run_is_refused(run_folder, flags):
     with pytest.raises(RunError, match=f"{flags[0]} {flags[1]}"):
         parse(run_folder, "--resume", str(run_folder / "last.pth"), *flags)
+
+
+def test_another_data_sets_script_does_not_resume_a_run(run_folder):
+    flags = ["--output_dir", str(run_folder), "--resume", "auto"]
+    with pytest.raises(RunError, match=r"is a run on drawings: resume it with train_drawings\.py"):
+        parse_training(training_parser("test", acdc.INFO), acdc.INFO, SPLITS, flags)
 
 
 def test_runs_are_not_overwritten(run_folder, tmp_path):

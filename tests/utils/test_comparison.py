@@ -123,10 +123,10 @@ def test_splits_and_classes_have_comparisons_of_their_own(tmp_path):
 
 def test_an_untested_run_is_left_out_with_the_command_that_tests_it(tmp_path, caplog):
     tested = write_run(tmp_path / "a", random_dice(3, 0), split="val")
-    untested = write_run(tmp_path / "b", {}, seed=2)
+    untested = write_run(tmp_path / "b", {}, seed=2, volume_path="my volumes")
     runs = [read_run(tested), read_run(untested)]
     assert [run.folder for run in drop_untested(runs)] == [tested]
-    assert f"python test_acdc.py --checkpoint {untested}/best.pth --split val" in caplog.text
+    assert f"python test_acdc.py --checkpoint {untested}/best.pth --split val --volume_path 'my volumes'" in caplog.text
 
 
 def test_holm_is_as_found_by_hand():
