@@ -6,10 +6,10 @@
 Departure from the release: it has a channel attention at the deepest level that no forward pass uses.
 """
 
-import torch
 from torch import Tensor, nn
 
 from networks.dmwla import attention_block
+from networks.gates import ChannelAttention, SpatialAttention
 from networks.layers import ConvBlock, conv3x3
 
 
@@ -18,7 +18,7 @@ class Decoder(nn.Module):
 
     Args:
         widths: C_1 ... C_4, shallowest first.
-        variant: ``"paper"`` or ``"release"``.
+        variant: ``"paper"``, ``"release"`` or ``"stable"``.
         attention: the kind of block at each level (``attention_block``).
         dmwla_options: further arguments of each ``DMWLA``.
     """
@@ -33,8 +33,8 @@ class Decoder(nn.Module):
         )
         self.conv_blocks = nn.ModuleList(ConvBlock(c, c) for c in (c4, c3, c2, c1))
         self.ups = nn.ModuleList([UpConv(c4, c3), UpConv(c3, c2), UpConv(c2, c1)])
-        self.channel_attentions = nn.ModuleList(ChannelAttention(c) for c in (c3, c2, c1))
-        self.spatial_attention = SpatialAttention()  # shared by the levels
+        self.channel_attentions = nn.ModuleList(ChannelAttention(c, variant) for c in (c3, c2, c1))
+        self.spatial_attention = SpatialAttention(3, variant)  # shared by the levels
 
     def forward(self, skips: list[Tensor]) -> list[Tensor]:
         """Return d_4 ... d_1 of the skips s_1 ... s_4; d_i has the shape of s_i, (B, C_i, H_i, W_i)."""
@@ -45,7 +45,7 @@ class Decoder(nn.Module):
             u = self.ups[i](d)
             v = u + skip
             v = self.channel_attentions[i](v) * v
-            v = self.spatial_attention(v) * v
+            v = self.spatial_attention(v, i) * v
             d = self.conv_blocks[i + 1](self.dmwla[i + 1](u + v))
             outputs.append(d)
         return outputs
@@ -56,31 +56,3 @@ class UpConv(nn.Sequential):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(nn.Upsample(scale_factor=2), *conv3x3(in_channels, out_channels))
-
-
-class ChannelAttention(nn.Module):
-    """Compute CBAM's channel attention: (B, C, H, W) to weights (B, C, 1, 1) in (0, 1)."""
-
-    def __init__(self, channels: int, reduction: int = 16):
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Conv2d(channels, channels // reduction, 1, bias=False),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(channels // reduction, channels, 1, bias=False),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        average, largest = x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
-        return torch.sigmoid(self.mlp(average) + self.mlp(largest))
-
-
-class SpatialAttention(nn.Module):
-    """Compute CBAM's spatial attention: (B, C, H, W) to weights (B, 1, H, W) in (0, 1)."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        average, largest = x.mean(1, keepdim=True), x.amax(1, keepdim=True)
-        return torch.sigmoid(self.conv(torch.cat([average, largest], dim=1)))

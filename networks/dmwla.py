@@ -90,7 +90,8 @@ class DMWLA(PlainAttention):
         warmup_iterations: training steps of plain attention that fill the pool before K-means.
 
     Form:
-        variant: ``"paper"``, or ``"release"``: writes the bank in evaluation too, and samples once more after K-means.
+        variant: ``"paper"`` or ``"stable"``; ``"release"`` writes the bank in evaluation too, and samples once more
+            after K-means.
         attends_globally: whether the global interaction stays after the warm-up, which consists of it.
     """
 

@@ -4,7 +4,8 @@ from torch import Tensor, nn
 
 from networks.dmwla import attention_block
 from networks.dsgim import DSGIM
-from networks.layers import ImageInjection, resize
+from networks.gates import ImageInjection
+from networks.layers import resize
 
 DEPTHS = (2, 2, 6, 2)  # DMW-LA blocks of each stage
 DSGIM_STAGE = 2  # counted from 0: each of its blocks is followed by DS-GIM
@@ -29,7 +30,7 @@ class DMWLAEncoder(nn.Module):
     Args:
         widths: C_1 ... C_4.
         img_size: side in pixels to which the gated image is resized, a multiple of 32.
-        variant: ``"paper"`` or ``"release"``.
+        variant: ``"paper"``, ``"release"`` or ``"stable"``.
         attention: the kind of the blocks (``attention_block``).
         dsgim: the similarities that DS-GIM uses, or ``"none"`` for no DS-GIM.
         dmwla_options: further arguments of each ``DMWLA``.
@@ -55,7 +56,7 @@ class DMWLAEncoder(nn.Module):
         self.dsgim = None
         if dsgim != "none":
             self.dsgim = DSGIM(widths[DSGIM_STAGE], DEPTHS[DSGIM_STAGE], variant, dsgim)
-        self.injection = ImageInjection(widths)
+        self.injection = nn.ModuleList(map(ImageInjection, widths))
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Return e_1 ... e_4, (B, C_i, s / 2^(i+1), s / 2^(i+1)) with s = img_size, of an image (B, 3, S, S)."""
@@ -66,6 +67,6 @@ class DMWLAEncoder(nn.Module):
                 features = block(features)
                 if i == DSGIM_STAGE and self.dsgim is not None:
                     features = self.dsgim(features, position)
-            features = self.injection(features, image, i)
+            features = self.injection[i](features, image)
             outputs.append(features)
         return outputs

@@ -4,7 +4,8 @@
 2. Scores ``T = Q K^T``. The distance between mean scores divides the keys of each row into two branches.
 3. ``out = ConvBlock'(fc((softmax_I(T) + softmax_II(T)) V))``.
 
-The variant ``release`` departs from the paper in four places; a comment marks each. Symbols: B batch, C channels, H W
+The variant ``release`` departs from the paper in four places; a comment marks each. In ``stable`` the ConvBlock's norms
+have no running statistics. Symbols: B batch, C channels, H W
 map, n = H W tokens.
 """
 
@@ -14,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from networks.errors import NetworkError
-from networks.layers import VARIANTS, check_choice, without_autocast
+from networks.layers import VARIANTS, check_choice, normalise, without_autocast
 
 SIMILARITIES = ("both", "cosine", "euclidean")
 EXCLUDED = -100.0  # score of a key that is not in a branch
@@ -29,7 +30,7 @@ class DSGIM(nn.Module):
     Args:
         channels: C, a multiple of 4.
         num_positions: positions of the network that share the module, at most 11.
-        variant: ``"paper"`` or ``"release"``.
+        variant: ``"paper"``, ``"release"`` or ``"stable"``.
         similarities: ``"both"``; ``"cosine"``, windows are decayed, then one softmax over all keys; or
             ``"euclidean"``, keys are divided into two branches, but no window is decayed.
     """
@@ -44,7 +45,7 @@ class DSGIM(nn.Module):
         self.key = nn.Conv2d(channels, channels, 1)
         self.value = nn.Conv2d(channels, channels, 1)
         self.fc = nn.Linear(channels, channels)
-        statistics = num_positions if variant == "paper" else 1
+        statistics = {"paper": num_positions, "release": 1, "stable": 0}[variant]
         self.conv1 = nn.Conv2d(channels, channels // 4, 3, padding=1)
         self.norm1 = PositionalBatchNorm2d(channels // 4, statistics)
         self.conv2 = nn.Conv2d(channels // 4, channels, 3, padding=1)
@@ -69,7 +70,7 @@ class DSGIM(nn.Module):
         value = rearrange(self.value(x), "b c h w -> b (h w) c")
         out = self.fc(attention.to(value.dtype) @ value)
         out = rearrange(out, "b (h w) c -> b c h w", h=height, w=width)
-        statistics = position if self.variant == "paper" else 0
+        statistics = 0 if self.variant == "release" else position
         out = F.relu(self.norm1(self.conv1(out), statistics))
         return F.relu(self.norm2(self.conv2(out), statistics))
 
@@ -80,7 +81,7 @@ class DSGIM(nn.Module):
             return whole, whole
         selected = rearrange(select_windows(x.detach()), "b (r c) -> b 1 r c", r=2)
         selected = selected.repeat_interleave(x.shape[-2] // 2, 2).repeat_interleave(x.shape[-1] // 2, 3)
-        gamma = self.decay[position + 1] if self.variant == "paper" else torch.zeros_like(self.decay[0])
+        gamma = torch.zeros_like(self.decay[0]) if self.variant == "release" else self.decay[position + 1]
         query_scale = torch.where(selected, gamma, 1.0)
         key_scale = torch.where(selected, 1.0, gamma)
         if self.variant == "release":  # it truncates the mask of image 0 of a batch to zero everywhere
@@ -105,7 +106,10 @@ class DSGIM(nn.Module):
 
 
 class PositionalBatchNorm2d(nn.Module):
-    """Apply BatchNorm with one affine map, and with running statistics of its own for each position."""
+    """Apply BatchNorm with one affine map, and with running statistics of its own for each position.
+
+    With no positions it normalises each image by itself, so that no running statistics can lag behind the features.
+    """
 
     def __init__(self, channels: int, num_positions: int):
         super().__init__()
@@ -115,7 +119,8 @@ class PositionalBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor, position: int) -> Tensor:
         """Return (B, C, H, W) normalised with the statistics of ``position``."""
-        return self.statistics[position](x) * self.weight[:, None, None] + self.bias[:, None, None]
+        x = self.statistics[position](x) if self.statistics else normalise(x)
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
 
 
 def decay_coefficients() -> Tensor:

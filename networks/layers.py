@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from networks.errors import NetworkError
 
-VARIANTS = ("paper", "release")
+VARIANTS = ("paper", "release", "stable")
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
@@ -49,6 +49,11 @@ def resize(x: Tensor, size: int | tuple[int, int]) -> Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
+def normalise(x: Tensor) -> Tensor:
+    """Return a map (B, C, H, W) with mean 0 and variance 1 over the whole map of each image; without parameters."""
+    return F.group_norm(x, 1)
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """Return a context without autocast on the device of ``x``, or an empty context if autocast is already off.
 
@@ -68,17 +73,3 @@ class ConvBlock(nn.Sequential):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(*conv3x3(in_channels, out_channels), *conv3x3(out_channels, out_channels))
-
-
-class ImageInjection(nn.ModuleList):
-    """Inject the image after each stage: ``f + sigmoid(f) * conv1x1(image at the size of f)``.
-
-    One 1x1 convolution per stage, from the three image channels to the stage's width.
-    """
-
-    def __init__(self, widths: tuple[int, ...]):
-        super().__init__(nn.Conv2d(3, width, 1) for width in widths)
-
-    def forward(self, features: Tensor, image: Tensor, stage: int) -> Tensor:
-        """Return (B, C, h, w) from ``features`` (B, C, h, w) and ``image`` (B, 3, S, S), S any size."""
-        return features + torch.sigmoid(features) * self[stage](resize(image, features.shape[-2:]))

@@ -13,7 +13,8 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from networks.errors import NetworkError
-from networks.layers import ImageInjection, check_choice
+from networks.gates import ImageInjection
+from networks.layers import check_choice
 
 SCALES = {
     "pico": "maxvit_rmlp_pico_rw_256",
@@ -56,13 +57,13 @@ class MaxViTEncoder(nn.Module):
         self.stem = backbone.stem
         self.stages = backbone.stages
         self.widths = tuple(stage["num_chs"] for stage in backbone.feature_info[1:])
-        self.injection = ImageInjection(self.widths)
+        self.injection = nn.ModuleList(map(ImageInjection, self.widths))
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Return f_1 ... f_4, (B, C_i, S / 2^(i+1), S / 2^(i+1)), of an image (B, 3, S, S)."""
         features, outputs = self.stem(image), []
         for i, stage in enumerate(self.stages):
-            features = self.injection(stage(features), image, i)
+            features = self.injection[i](stage(features), image)
             outputs.append(features)
         return outputs
 

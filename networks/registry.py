@@ -2,12 +2,14 @@
 
 Training, testing and prediction use only this interface, which every network here has: ``forward`` takes images
 (B, in_channels, S, S) and returns a list of logit maps (B, num_classes, S, S), and the arg max of their sum is the
-prediction; ``config`` holds the arguments that rebuild the network; ``memory_banks`` yields its memories, if any.
+prediction; ``config`` holds the arguments that rebuild the network; ``memory_banks`` yields its memories, and
+``gates_observed`` collects its gates, if any; ``parameter_groups`` goes to the optimizer.
 """
 
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,14 @@ class Baseline(nn.Module):
     def memory_banks(self, decoder: bool = True) -> Iterator[nn.Module]:
         """Yield nothing: a baseline has no memory."""
         yield from ()
+
+    def gates_observed(self) -> AbstractContextManager[dict[str, list[Tensor]]]:
+        """Collect nothing: no gate of a baseline is observed."""
+        return nullcontext({})
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return one group, all parameters."""
+        return [{"params": list(self.parameters()), "lr_scale": 1.0}]
 
 
 register(

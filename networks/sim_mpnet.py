@@ -3,13 +3,14 @@
 Tang et al., "Similarity Memory Prior is All You Need for Medical Image Segmentation", ICCV 2025,
 arXiv 2507.00585. The variant ``paper`` is what the paper describes. The variant ``release`` computes what the authors'
 program of December 2025 computes, so that its checkpoints give its numbers; ``docs/architecture.md`` lists the
-differences. Symbols: B batch, S image side, s side of the DMW-LA encoder's image, C_i width of stage i.
+differences. The variant ``stable`` is ``paper`` with gates that read normalised features (``networks/gates.py``).
+Symbols: B batch, S image side, s side of the DMW-LA encoder's image, C_i width of stage i.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from networks.dmwla import ATTENTIONS, DMWLA
 from networks.dmwla_encoder import DMWLAEncoder
 from networks.dsgim import SIMILARITIES, select_windows
 from networks.errors import NetworkError
+from networks.gates import EncoderGate, Gate
 from networks.layers import VARIANTS, check_choice, check_images, check_input, check_size, resize, without_autocast
 from networks.maxvit import SCALES, MaxViTEncoder, scale_widths
 from networks.memory_bank import PrototypeMemoryBank
@@ -44,13 +46,13 @@ class Observation(NamedTuple):
             meaning during the warm-up.
         windows: the windows that DS-GIM selects, bool (B, positions, 4), row by row of 2 x 2; ``None`` if an
             ablation selects none.
-        gate: the gate between the encoders, (B, 1, S / 32, S / 32) in [0, 1]; 0 hides the image from the DMW-LA
-            encoder; ``None`` without a gate.
+        gates: the share that each gate lets through, in [0, 1], by the names of ``SimMPNet.gates``: of ``gate`` and the
+            spatial gates a map (B, 1, h, w), of the others the mean over each image's map, (B, 1, 1, 1).
     """
 
     clusters: dict[str, Tensor]
     windows: Tensor | None
-    gate: Tensor | None
+    gates: dict[str, Tensor]
 
 
 class SimMPNet(nn.Module):
@@ -64,7 +66,7 @@ class SimMPNet(nn.Module):
 
     Network:
         model_scale: ``pico``, ``nano``, ``tiny``, ``small`` (the paper's) or ``base``.
-        variant: ``"paper"`` or ``"release"``.
+        variant: ``"paper"``, ``"release"`` or ``"stable"``.
         feature_dim: memory width d of the encoder's blocks (the paper's: 256, on ACDC 128).
         num_clusters: clusters of the encoder's blocks; ``None`` means ``num_classes``.
         pretrained: a MaxViT weight file, ``"hub"`` (timm's download), or ``None`` for random weights.
@@ -143,7 +145,7 @@ class SimMPNet(nn.Module):
             raise NetworkError(f"pretrained is {pretrained}, but encoders='dmwla' has no MaxViT: omit one of them")
         widths = self.maxvit.widths if self.maxvit is not None else scale_widths(model_scale)
         if encoders == "both" and gate == "learned":
-            self.gate = nn.Conv2d(widths[-1], 1, 1)
+            self.gate = EncoderGate(widths[-1], variant)
         if encoders != "maxvit":
             blocks_of_encoder = blocks | dict(feature_dim=feature_dim, num_clusters=num_clusters)
             self.dmwla_encoder = DMWLAEncoder(widths, img_size_dmwla, variant, dsgim=dsgim, **blocks_of_encoder)
@@ -169,7 +171,7 @@ class SimMPNet(nn.Module):
         if self.maxvit is not None:
             f = self.maxvit(x)  # f_i (B, C_i, S / 2^(i+1), S / 2^(i+1))
             if self.gate is not None:
-                x = x * resize(torch.sigmoid(self.gate(f[-1])), size)
+                x = x * resize(self.gate(f[-1]), size)
             skips = [resize(f_i, self.config["img_size_dmwla"] // 2**i) for i, f_i in enumerate(f, 2)]
         if self.dmwla_encoder is not None:
             e = self.dmwla_encoder(x)  # e_i, of the shape of s_i
@@ -212,16 +214,53 @@ class SimMPNet(nn.Module):
             dsgim = self.dmwla_encoder and self.dmwla_encoder.dsgim
             if dsgim is not None and dsgim.decays_windows:
                 hooks.enter_context(dsgim.register_forward_pre_hook(select))
-            gates = hooks.enter_context(self.gate_observed())
+            gates = hooks.enter_context(self.gates_observed())
             self(x)
-        return Observation(clusters, torch.stack(windows, dim=1) if windows else None, gates[0] if gates else None)
+        return Observation(
+            clusters, torch.stack(windows, dim=1) if windows else None, {name: maps[0] for name, maps in gates.items()}
+        )
+
+    def gates(self) -> Iterator[tuple[str, Gate]]:
+        """Yield name and module of every gate of ``networks/gates.py``.
+
+        ``gate`` is that between the encoders, ``gate_maxvit_i`` and ``gate_dmwla_i`` inject the image after stage i.
+        ``gate_channel_i`` and ``gate_spatial_i`` are the decoder's at level i, where 1 is the shallowest.
+        """
+        if self.gate is not None:
+            yield "gate", self.gate.gate
+        for name, encoder in (("maxvit", self.maxvit), ("dmwla", self.dmwla_encoder)):
+            for i, injection in enumerate(encoder.injection if encoder is not None else (), 1):
+                yield f"gate_{name}_{i}", injection.gate
+        spatial = self.decoder.spatial_attention.gates
+        for i, channel in enumerate(self.decoder.channel_attentions):
+            level = len(spatial) - i
+            yield f"gate_channel_{level}", channel.gate
+            yield f"gate_spatial_{level}", spatial[i]
 
     @contextmanager
-    def gate_observed(self) -> Iterator[list[Tensor]]:
-        """Collect the gate of each forward pass inside the context, as in ``Observation``; nothing without a gate."""
-        gates: list[Tensor] = []
-        if self.gate is None:
-            yield gates
-            return
-        with self.gate.register_forward_hook(lambda *logits: gates.append(logits[-1].float().sigmoid())):
-            yield gates
+    def gates_observed(self) -> Iterator[dict[str, list[Tensor]]]:
+        """Collect, by the names of ``gates``, the gates of each pass inside the context, as in ``Observation``."""
+        seen: dict[str, list[Tensor]] = {name: [] for name, _ in self.gates()}
+
+        def hook(name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
+            def observe(_: nn.Module, __: tuple[Tensor], share: Tensor) -> None:
+                share = share.detach().float()
+                seen[name].append(share if share.shape[1] == 1 else share.mean((1, 2, 3), keepdim=True))
+
+            return observe
+
+        with ExitStack() as hooks:
+            for name, gate in self.gates():
+                hooks.enter_context(gate.register_forward_hook(hook(name)))
+            yield seen
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the parameters for an optimizer; ``lr_scale`` of a group is its share of the learning rate.
+
+        The second group, if there is one, is the gate between the encoders (``networks/gates.py`` says why).
+        """
+        if self.gate is None or self.gate.lr_scale == 1:
+            return [{"params": list(self.parameters()), "lr_scale": 1.0}]
+        others = [parameter for name, parameter in self.named_parameters() if not name.startswith("gate.")]
+        gate = list(self.gate.parameters())
+        return [{"params": others, "lr_scale": 1.0}, {"params": gate, "lr_scale": self.gate.lr_scale}]

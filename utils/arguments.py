@@ -27,6 +27,7 @@ FIRST = "sim_mpnet"
 VARIANT_DEFAULTS = {
     "paper": {"select": "val", "select_from_epoch": 1},
     "release": {"select": "test", "select_from_epoch": 100},  # as the authors' program does
+    "stable": {"select": "val", "select_from_epoch": 1},
 }
 Splits = Mapping[str, tuple[str, str]]
 """For each choice of ``--select``: the list to train on, and the list to choose the best epoch on."""
@@ -34,7 +35,8 @@ NETWORK_HELP = {
     "img_size": "side of the network's input in pixels, a multiple of 32",
     "img_size_dmwla": "side of the DMW-LA encoder's image",
     "model_scale": "size of MaxViT; the paper's is small",
-    "variant": "release: compute what the authors' program computes",
+    "variant": "release: compute what the authors' program computes; stable: gates read normalised features, for "
+    "random weights at rates above the paper's",
     "feature_dim": "memory width d in the encoder",
     "num_clusters": "clusters in the encoder; default: num_classes",
     "decoder_feature_dim": "memory width d in the decoder",

@@ -26,6 +26,7 @@ ABLATIONS = [
     dict(loss="last"),
     dict(attention="plain", dsgim="none", encoders="dmwla", loss="last"),
     dict(variant="release"),
+    dict(variant="stable"),
 ]
 CASES = [dict(network=name) for name in NETWORKS] + ABLATIONS
 

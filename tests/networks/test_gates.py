@@ -1,0 +1,55 @@
+"""Every gate starts half open whatever the seed, every gate is observed, and ``stable`` reads normalised features."""
+
+import pytest
+import torch
+
+from networks import build
+from networks.gates import ChannelAttention, EncoderGate, Gate, SpatialAttention
+from tests.networks.conftest import NARROW
+
+pytestmark = pytest.mark.usefixtures("narrow")
+
+
+def network(variant: str, seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return build(num_classes=3, variant=variant, **NARROW | {"img_size": 64}).eval()
+
+
+@pytest.mark.parametrize("variant", ["paper", "stable", "release"])
+def test_the_gates_of_learned_weights_start_half_open_but_in_release(variant):
+    for seed in range(3):
+        model = network(variant, seed)
+        gates = model.observe(torch.randn(2, 1, 64, 64) * 30).gates
+        injections = ("gate_maxvit", "gate_dmwla")
+        learned = torch.stack([share.mean() for name, share in gates.items() if not name.startswith(injections)])
+        assert len(learned) == 7 and (learned == 0.5).all() == (variant != "release")
+
+
+def test_every_gate_has_a_name_and_is_seen_once_in_each_pass():
+    model = network("paper")
+    assert {gate for _, gate in model.gates()} == {m for m in model.modules() if isinstance(m, Gate)}
+    with model.gates_observed() as seen:
+        for _ in range(2):
+            model(torch.randn(3, 1, 64, 64))
+    assert list(seen) == [name for name, _ in model.gates()] and len(seen) == 15
+    for name, maps in seen.items():
+        sides = {"gate": 2, "gate_spatial_1": 16, "gate_spatial_2": 8, "gate_spatial_3": 4}
+        assert [m.shape for m in maps] == [(3, 1, sides.get(name, 1), sides.get(name, 1))] * 2
+    assert not any(gate._forward_hooks for _, gate in model.gates())
+
+
+@pytest.mark.parametrize("variant", ["paper", "stable"])
+def test_in_stable_the_size_of_the_features_does_not_move_a_gate(variant):
+    torch.manual_seed(0)
+    f = torch.randn(2, 32, 6, 6, dtype=torch.float64)
+    for gate in (EncoderGate(32, variant), ChannelAttention(32, variant), SpatialAttention(1, variant)):
+        for parameter in gate.double().parameters():
+            parameter.data.normal_()
+        level = (0,) if isinstance(gate, SpatialAttention) else ()
+        same = torch.allclose(gate(f, *level), gate(20 * f + 5, *level), atol=1e-4)
+        assert same == (variant == "stable"), type(gate)
+
+
+def test_stable_has_no_running_statistics_in_ds_gim():
+    paper, stable = (dict(network(variant).dmwla_encoder.dsgim.named_buffers()) for variant in ("paper", "stable"))
+    assert "norm1.statistics.0.running_mean" in paper and stable.keys() == {"decay"}
