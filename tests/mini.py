@@ -11,6 +11,7 @@ from torch import nn
 from datasets import DatasetInfo, Preprocessing
 from datasets.training_set import TrainingSet
 from networks import DMWLA
+from networks.registry import Baseline
 from utils.arguments import network_arguments, parse_training, training_parser
 from utils.cli import seed_everything
 from utils.training import Trainer
@@ -79,6 +80,8 @@ class MiniNet(nn.Module):
 
     def memory_banks(self, decoder: bool = True):
         yield self.dmwla.bank
+
+    gates_observed, parameter_groups = Baseline.gates_observed, Baseline.parameter_groups
 
 
 def parse(folder: Path, *flags: str):

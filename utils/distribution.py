@@ -58,8 +58,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     store, own_rank, size = next(rendezvous("env://"))
     # After a restart by torchrun, the store still holds the messages of the processes before.
     store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    # gloo exchanges between GPUs too, more slowly; Windows has no NCCL.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, store=store, rank=own_rank, world_size=size)
         yield

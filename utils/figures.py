@@ -157,15 +157,18 @@ def save_picture_overlay(path: str | Path, image: np.ndarray, mask: np.ndarray) 
 
 
 def save_progress(path: str | Path, history: History) -> None:
-    """Draw the course of a training: losses with the learning rate, validation Dice, K and cluster use.
+    """Draw the course of a training: losses with the learning rate, validation Dice, K, cluster use and gates.
 
-    The columns are ``epoch``, all ``*_loss``, ``val_dice`` in [0, 1], ``k``, ``lr`` and ``cluster_use`` in [0, 1]. A
-    value that is missing, empty or NaN is not drawn.
+    The columns are ``epoch``, all ``*_loss``, ``val_dice`` in [0, 1], ``k``, ``lr``, ``cluster_use`` in [0, 1] and all
+    ``gate*`` in [0, 1]. A value that is missing, empty or NaN is not drawn.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 6.4), layout="constrained")
-    loss, dice, k, use = figure.subplots(2, 2, sharex=True).flat
+    has_gates = any(name.startswith("gate") for row in history for name in row)
+    figure = Figure(figsize=(15 if has_gates else 10, 6.4), layout="constrained")
+    rows = [["loss", "dice"], ["k", "use"]]
+    panels = figure.subplot_mosaic([[*row, "gates"] for row in rows] if has_gates else rows, sharex=True)
+    loss, dice, k, use, *gates = panels.values()
     names = dict.fromkeys(name for row in history for name in row if name.endswith("_loss"))
     for name, colour in zip(names, (COLOURS[6], *COLOURS), strict=False):
         draw_series(loss, "loss", history, name, colour, label=name.removesuffix("_loss"))
@@ -187,9 +190,24 @@ def save_progress(path: str | Path, history: History) -> None:
     draw_series(use, "clusters in use [%]", history, "cluster_use", COLOURS[5], scale=100)
     use.set_ylim(-4, 104)
     k.set_ylim(bottom=0)
-    for axes in (k, use):
+    for axes in gates:
+        draw_gates(axes, history)
+    for axes in (k, use, *gates):
         count_epochs(axes)
     save_figure(figure, path)
+
+
+def draw_gates(axes: "Axes", history: History) -> None:
+    """Draw the mean of every gate (``SimMPNet.gates``) over the epochs; a kind has a colour, a level a line style."""
+    names = dict.fromkeys(name for row in history for name in row if name.startswith("gate"))
+    kinds = list(dict.fromkeys(name.rstrip("_1234") for name in names))
+    for name in names:
+        kind, level = name.rstrip("_1234"), int(name[-1]) if name[-1].isdigit() else 1
+        style = dict(linestyle=("-", "--", "-.", ":")[level - 1], label=name)
+        draw_series(axes, "gates let through [%]", history, name, COLOURS[kinds.index(kind)], scale=100, **style)
+    axes.set_ylim(-4, 104)
+    if names:
+        axes.legend(frameon=False, fontsize="x-small", ncols=2)
 
 
 def dice_name(selected_on: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Look inside a trained network: what its memory has learned, what DS-GIM selects, what the gate lets through.
+"""Look inside a trained network: what its memory has learned, what DS-GIM selects, what the gates let through.
 
     python -m utils.inspection --checkpoint runs/acdc/best.pth
     python -m utils.inspection --checkpoint runs/acdc/best.pth --input scan.nii.gz --slice 5
@@ -9,7 +9,8 @@ Writes into a folder beside the checkpoint, as PNG and for TensorBoard:
     prototypes.png     cosine similarity of the prototypes of each block
     clusters.png       with --input: the cluster of each token over the image, for each block
     windows.png        with --input: the two windows that DS-GIM selects, for each of its positions
-    gate.png           with --input: what the gate lets the DMW-LA encoder see; over the epochs, its mean
+    gates.png          with --input: the gate between the encoders and the decoder's spatial gates over the image, and
+                       the mean of every gate; without it, the means over the epochs
 A cluster has the same colour in clusters.png and in memory_use.png. The two pictures may disagree: training assigns a
 key to the cluster with the largest dot product, a token reads the cluster with the largest cosine.
 """
@@ -32,12 +33,15 @@ from datasets import DATASETS, DataError, Picture, Volume, read_slice, read_volu
 from networks import NetworkError, SimMPNet
 from utils.cli import ArgumentParser, run_script
 from utils.errors import RunError
-from utils.figures import COLOURS, History, count_epochs, draw_series, save_figure, upright_steps
+from utils.figures import COLOURS, History, count_epochs, draw_gates, draw_series, save_figure, upright_steps
 from utils.onnx_network import is_onnx
 from utils.predictor import Predictor
 from utils.run_folder import EventFile
 
 logger = logging.getLogger("inspect")
+
+COURSE = ("k", "k_decoder", "cluster_use")
+"""Columns of ``metrics.csv`` that TensorBoard shows beside the figures, with every gate's."""
 
 
 def inspect(model: SimMPNet, history: History, volume: Volume | Picture | None = None, z: int = 0) -> dict[str, Figure]:
@@ -46,7 +50,7 @@ def inspect(model: SimMPNet, history: History, volume: Volume | Picture | None =
     Args:
         model: on the CPU; is put into evaluation mode, its memory frozen.
         history: rows of ``metrics.csv``, or none.
-        volume: what to look at; without it, clusters, windows and gate are not drawn.
+        volume: what to look at; without it, clusters, windows and gates are not drawn.
         z: the slice of it.
 
     Raises:
@@ -72,12 +76,12 @@ def inspect(model: SimMPNet, history: History, volume: Volume | Picture | None =
             figures["clusters"] = draw_clusters(image, maps, {name: len(banks[name].prototypes) for name in maps})
         if seen.windows is not None:
             figures["windows"] = draw_windows(image, seen.windows[0].numpy().reshape(-1, 2, 2)[:, steps[0], steps[1]])
-        if seen.gate is not None:
-            gate = F.interpolate(seen.gate, volume.image[z].shape[:2], mode="bilinear")[0, 0].numpy()
-            figures["gate"] = draw_gate(image, gate[steps], history)
+        figures["gates"] = draw_gates_of_image(image, {name: m[0, 0].numpy()[steps] for name, m in seen.gates.items()})
+    elif any(name.startswith("gate") for row in history for name in row):
+        figures["gates"] = Figure(figsize=(8, 6), layout="constrained")
+        draw_gates(figures["gates"].subplots(), history)
     if not figures:
-        others = "windows and gate need --input" if volume is None else "there are neither windows nor a gate"
-        raise RunError(f"nothing to draw: no memory is in use, and {others}")
+        raise RunError("nothing to draw: no memory is in use, and windows and gates need --input")
     return figures
 
 
@@ -152,21 +156,22 @@ def draw_windows(image: np.ndarray, windows: np.ndarray) -> Figure:
     return figure
 
 
-def draw_gate(image: np.ndarray, gate: np.ndarray, history: History) -> Figure:
-    """Draw an image, what the gate lets through of it, and the gate's mean over the epochs if it was recorded.
+def draw_gates_of_image(image: np.ndarray, gates: Mapping[str, np.ndarray]) -> Figure:
+    """Draw an image, the gates that are maps over it, and the mean of every gate.
 
-    image: (H, W) or (H, W, 3), not negative; gate: (H, W) in [0, 1].
+    image: (H, W) or (H, W, 3); gates: (h, w) in [0, 1] by name, (1, 1) if only the mean over the image is known.
     """
-    figure, (whole, passed, course) = _panels(3)
-    let_through = image * gate.reshape(gate.shape + (1,) * (image.ndim - 2))
-    _show(whole, image, "image", vmin=image.min(), vmax=image.max())
-    title = f"gate {100 * gate.min():.0f} to {100 * gate.max():.0f} % open"
-    _show(passed, let_through.astype(image.dtype), title, vmin=image.min(), vmax=image.max())
-    points = draw_series(course, "gate open [%]", history, "gate", COLOURS[2], scale=100)
-    course.set_ylim(-4, 104)
-    count_epochs(course)
-    if points.empty:
-        course.remove()
+    maps = {name: gate for name, gate in gates.items() if gate.size > 1 or name == "gate"}
+    figure, (whole, *panels, means) = _panels(len(maps) + 2)
+    _show(whole, image, "image")
+    for axes, (name, gate) in zip(panels, maps.items(), strict=True):
+        percent = 100 * gate
+        _show(axes, percent, f"{name}: {percent.min():.0f} to {percent.max():.0f} %", cmap="viridis", vmin=0, vmax=100)
+    means.barh(list(gates), [100 * gate.mean() for gate in gates.values()], color=COLOURS[2])
+    means.set_xlim(0, 100)
+    means.set_title("mean let through [%]", fontsize=9)
+    means.tick_params(labelsize=6)
+    means.invert_yaxis()
     return figure
 
 
@@ -193,14 +198,14 @@ def _colours(count: int) -> list[tuple[float, float, float]]:
 
 
 def write(folder: Path, figures: Mapping[str, Figure], history: History) -> None:
-    """Write figures as PNG and, with the course of K, cluster use and gate, for TensorBoard; older events go."""
+    """Write figures as PNG and, with the course of K, cluster use and gates, for TensorBoard; older events go."""
     events = EventFile(folder / "events")
     for name, figure in figures.items():
         save_figure(figure, folder / f"{name}.png")
         with Image.open(folder / f"{name}.png") as picture:
             events.add_picture(name, np.asarray(picture.convert("RGB")))
     for row in history:
-        course = {name: row[name] for name in ("k", "k_decoder", "cluster_use", "gate") if name in row}
+        course = {name: value for name, value in row.items() if name in COURSE or name.startswith("gate")}
         events.add({f"memory/{name}": value for name, value in course.items()}, row["epoch"])
     events.flush()
 

@@ -55,9 +55,7 @@ def train(
         set_precision(args.amp)
         model = _build(args, pretrained=checkpoint is None)
         if args.num_workers and multiprocessing.get_start_method() != "fork":
-            logger.info(
-                "nothing is kept in memory, because on this system each worker would hold a copy: use --num_workers 0"
-            )
+            logger.info("nothing is kept in memory: on this system each of --num_workers would hold a copy")
         else:  # reads the files: a damaged one is found before anything is written
             kept = train_set.keep(int(args.cache_gib * 2**30))
             if kept < len(train_set):

@@ -1,5 +1,6 @@
 """The files of a training run: settings, records, curves and checkpoints."""
 
+import fcntl
 import json
 import logging
 import os
@@ -18,7 +19,14 @@ from utils.figures import dice_name, save_progress
 logger = logging.getLogger(__name__)
 
 GATE_SHUT = 0.01
-"""A gate that lets less than this share of an image pass, on average, is reported as shut."""
+"""A gate that lets less than this share pass, on average, is reported as shut."""
+SHUT_GATES = {  # what it means, by the beginning of the gate's name (SimMPNet.gates)
+    "gate_spatial": "the decoder sees almost nothing of this level's skip and sends the encoders almost no gradient",
+    "gate_channel": "the decoder sees almost nothing of this level's skip and sends the encoders almost no gradient",
+    "gate_maxvit": "almost nothing of the image is injected after this stage of MaxViT",
+    "gate_dmwla": "almost nothing of the image is injected after this stage of the DMW-LA encoder",
+    "gate": "the DMW-LA encoder sees almost nothing of the image",
+}
 
 
 class RunFolder:
@@ -63,16 +71,12 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / "train.log", "a", encoding="utf-8")  # noqa: SIM115
         try:
-            import fcntl
-
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:  # systems differ in the error of a lock that is taken
+        except BlockingIOError as error:
             raise RunError(
                 f"{self.path}: another process trains in this folder; wait until it ends, stop it, or choose another "
                 "--output_dir"
             ) from error
-        except (ImportError, OSError):  # Windows, and some network disks
-            logger.info("%s cannot be locked on this system: start no second training in it", self.path)
 
     def record(self, history: Sequence[dict[str, Any]], max_epochs: int) -> None:
         """Write the last epoch to the log and TensorBoard, and all epochs to ``metrics.csv`` and ``progress.png``."""
@@ -98,22 +102,25 @@ class RunFolder:
 
 
 def _log_epoch(history: Sequence[dict[str, Any]], max_epochs: int) -> None:
-    """Write the last epoch to the log, and a warning when the gate has just shut."""
+    """Write the last epoch to the log, and a warning for each gate that has just shut."""
     row = history[-1]
     dice = f", {dice_name(row.get('selected_on'))} {100 * row['val_dice']:.2f} %" if "val_dice" in row else ""
-    gate = f", gate {100 * row['gate']:.0f} % open" if "gate" in row else ""
+    gates = {name: value for name, value in row.items() if name.startswith("gate")}
+    least = min(gates, key=gates.get, default=None)
+    passed = f", gates let through at least {100 * gates[least]:.0f} % ({least})" if gates else ""
     k = f", K {row['k']}" if "k" in row else ""
     logger.info(
         "epoch %d/%d: loss %.4f%s%s%s, lr %.2e, %.0f s",
-        row["epoch"], max_epochs, row["train_loss"], dice, gate, k, row["lr"], row["train_seconds"],
+        row["epoch"], max_epochs, row["train_loss"], dice, passed, k, row["lr"], row["train_seconds"],
     )  # fmt: skip
-    gates = [1.0, *(r["gate"] for r in history if "gate" in r)]
-    if "gate" in row and gates[-1] < GATE_SHUT <= gates[-2]:
-        logger.warning(
-            "the gate between the encoders is shut (%.1e): the DMW-LA encoder sees almost nothing of the image; "
-            "the gate may open again, and --gate none trains without it",
-            row["gate"],
-        )
+    for name, value in gates.items():
+        before = [earlier[name] for earlier in history[:-1] if name in earlier] or [1.0]
+        if value < GATE_SHUT <= before[-1]:
+            logger.warning(
+                "%s is shut (%.1e): %s; it may open again, otherwise start a run with --variant stable or a lower "
+                "--base_lr (docs/training.md)",
+                name, value, next(text for start, text in SHUT_GATES.items() if name.startswith(start)),
+            )  # fmt: skip
 
 
 def _link(source: Path, target: Path) -> None:

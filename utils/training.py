@@ -79,7 +79,8 @@ class Trainer:
         self.banks = list(self.model.memory_banks())
         self.amp_dtype = AMP_DTYPES[args.amp]
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-        self.optimizer = torch.optim.AdamW(model.parameters(), args.base_lr, weight_decay=args.weight_decay, fused=True)
+        groups = self.model.parameter_groups()
+        self.optimizer = torch.optim.AdamW(groups, args.base_lr, weight_decay=args.weight_decay, fused=True)
         self.compiled = False
         self.wld = WeightLossDynamic(math.inf if args.wld == "none" else args.wld_start_epoch, args.replaced_columns)
         self.run = RunFolder(args.output_dir)
@@ -197,7 +198,7 @@ class Trainer:
         """Do one iteration; return the loss and the sums of its cross entropies and Dice losses, (3,) on the device."""
         lr = self.learning_rate(self.iteration)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         image = batch["image"].to(self.device, non_blocking=True)  # (B, C, S, S)
         label = batch["label"].to(self.device, non_blocking=True)  # (B, S, S)
 
@@ -271,10 +272,12 @@ class Trainer:
             raise Stopped(number, f"after iteration {self.iteration}: {again}")
 
     def validate(self) -> dict[str, Any]:
-        """Return the mean Dice of the validation cases at their own resolution, in all and by class, and the gate.
+        """Return the mean Dice of the validation cases at their own resolution, in all and by class, and each gate.
 
         Each rank predicts its share of the cases. In ``release`` evaluation writes the memory, so rank 0 predicts all.
         """
+        import pandas as pd
+
         start = time.perf_counter()
         args = self.args
         share_buffers(self.model)
@@ -282,8 +285,7 @@ class Trainer:
         if self.release:
             cases = range(len(self.val_set)) if self.writes else ()
         dice = {}
-        observed = getattr(self.model, "gate_observed", lambda: nullcontext([]))  # only Sim-MPNet has a gate
-        with out_of_memory(f"lower --eval_batch_size {args.eval_batch_size}"), observed() as gates:
+        with out_of_memory(f"lower --eval_batch_size {args.eval_batch_size}"), self.model.gates_observed() as gates:
             for i in cases:
                 if self.signals.received and not self.release:
                     break
@@ -297,16 +299,17 @@ class Trainer:
         else:
             self.stop_if_asked()
 
-        shares = gather_over_ranks((dice, [x for gate in gates for x in gate.mean((1, 2, 3)).tolist()]))
+        passed = {name: [x for m in maps for x in m.mean((1, 2, 3)).tolist()] for name, maps in gates.items()}
+        shares = gather_over_ranks((dice, pd.DataFrame(passed)))  # of each image
         dice = {i: scores for part, _ in shares for i, scores in part.items()}
-        gate = [x for _, part in shares for x in part]
+        gates = pd.concat([part for _, part in shares]).mean()
         mean, by_class = mean_dice([dice[i] for i in sorted(dice)])
         columns = [f"val_dice_{name.replace(' ', '_')}" for name in self.data["class_names"]]
         return {
             "selected_on": args.selected_on,
             "val_dice": mean,
             **dict(zip(columns, by_class.tolist(), strict=True)),
-            **({"gate": float(np.mean(gate))} if gate else {}),
+            **gates.to_dict(),
             "val_seconds": time.perf_counter() - start,
         }
 
@@ -376,9 +379,12 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint that ``state_dict`` made."""
         self.model.load_state_dict(state["model"])
+        if len(state["optimizer"]["param_groups"]) < len(self.optimizer.param_groups):  # an older run has one group
+            self.optimizer = torch.optim.AdamW([{"params": list(self.model.parameters())}], fused=True)
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self.args.weight_decay  # the user may have changed it
+            group.setdefault("lr_scale", 1.0)  # of an older run
         if state["scaler"]:  # empty unless fp16
             self.scaler.load_state_dict(state["scaler"])
         self.wld.load_state_dict(state["wld"])

@@ -114,7 +114,7 @@ def test_every_series_of_the_progress_shows_as_text_too_and_a_missing_value_does
     """The rows of metrics.csv are text when they are read again."""
     drawn = []
     monkeypatch.setattr(figures, "save_figure", lambda figure, _: drawn.append(figure))
-    values = {"k": 50, "lr": 1e-4, "cluster_use": 0.5, "note": "x"}
+    values = {"k": 50, "lr": 1e-4, "cluster_use": 0.5, "gate": 0.5, "gate_spatial_1": 0.1, "note": "x"}
     rows = [{"epoch": e, "train_loss": 9 / e, "val_dice": 1 - 1 / e, **values} for e in range(1, 7)]
     save_progress("", rows)
     for missing in (None, "", float("nan")):
@@ -122,9 +122,18 @@ def test_every_series_of_the_progress_shows_as_text_too_and_a_missing_value_does
         for written in (rows, [{name: value and str(value) for name, value in row.items()} for row in rows]):
             save_progress("", written)
     whole, *gaps = [[line.get_xydata() for axes in figure.axes for line in axes.lines] for figure in drawn]
-    assert [len(points) for points in whole] == [6, 6, 1, 6, 6, 6]  # loss, Dice with its best, K, clusters, rate
+    assert [len(points) for points in whole] == [
+        6,
+        6,
+        1,
+        6,
+        6,
+        6,
+        6,
+        6,
+    ]  # loss, Dice, best, K, clusters, gates, rate
     for gap in gaps:
-        assert [len(points) for points in gap] == [6, 5, 1, 6, 6, 6]
+        assert [len(points) for points in gap] == [6, 5, 1, 6, 6, 6, 6, 6]
         assert all(np.array_equal(a, b) for a, b in zip(gap, gaps[0], strict=True))
 
 

@@ -64,7 +64,7 @@ def test_observing_shows_every_block_and_changes_nothing(model):
     before = copy.deepcopy(model.state_dict())
     seen = []
     handle = model.dmwla_encoder.dsgim.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    clusters, windows, gate = model.observe(torch.rand(2, 1, SIZE, SIZE))
+    clusters, windows, gates = model.observe(torch.rand(2, 1, SIZE, SIZE))
     handle.remove()
     assert list(clusters) == [name for name, _ in model.memory_blocks()]
     sides = {"encoder 1": 16, "encoder 2": 8, "encoder 3": 4, "encoder 4": 2, "decoder 1": 16, "decoder 4": 2}
@@ -72,7 +72,7 @@ def test_observing_shows_every_block_and_changes_nothing(model):
         assert all(c.shape == (2, side, side) for block, c in clusters.items() if block.startswith(name))
     assert all(c.min() >= 0 and c.max() < (5 if "decoder" in name else 4) for name, c in clusters.items())
     assert max(len(c.unique()) for c in clusters.values()) > 1
-    assert gate.shape == (2, 1, 2, 2) and 0 < gate.min() < gate.max() < 1
+    assert gates["gate"].shape == (2, 1, 2, 2) and all(g.min() > 0 and g.max() < 1 for g in gates.values())
     assert windows.shape == (2, 6, 4) and (windows.sum(-1) == 2).all()
     torch.testing.assert_close(windows, torch.stack([select_windows(x) for x in seen], 1))
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -116,7 +116,7 @@ def test_the_command_writes_every_picture_and_the_same_for_tensorboard(model, tm
     flags = "--checkpoint", checkpoint, "--input", tmp_path / "case.npy.h5", "--slice", 1
     done = run_script("utils/inspection.py", *flags)
     assert done.status == 0, done.error
-    names = {"memory_use", "prototypes", "clusters", "windows", "gate"}
+    names = {"memory_use", "prototypes", "clusters", "windows", "gates"}
     assert {path.stem for path in folder.glob("*.png")} == names
     for path in folder.glob("*.png"):
         with Image.open(path) as picture:
@@ -131,9 +131,9 @@ def test_the_command_writes_every_picture_and_the_same_for_tensorboard(model, tm
     ("ablation", "in_use", "history", "pictures"),
     [
         ({}, True, [], {"memory_use", "prototypes"}),
-        ({}, False, HISTORY, {"memory_use"}),
-        (dict(attention="plain"), True, [], {"windows", "gate"}),
-        (dict(encoders="maxvit"), True, HISTORY, {"memory_use", "prototypes", "clusters"}),
+        ({}, False, HISTORY, {"memory_use", "gates"}),
+        (dict(attention="plain"), True, [], {"windows", "gates"}),
+        (dict(encoders="maxvit"), True, HISTORY, {"memory_use", "prototypes", "clusters", "gates"}),
     ],
     ids=["no image", "warm-up", "plain", "maxvit"],
 )
@@ -145,17 +145,14 @@ def test_what_there_is_is_drawn(model, ablation, in_use, history, pictures):
     assert inspect(ablated, history, volume_of(image) if ablation else None).keys() == pictures
 
 
-def test_without_memory_and_windows_there_is_nothing_to_see(model):
-    ablated = SimMPNet(**model.config | {"attention": "plain", "dsgim": "none", "gate": "none"})
-    with pytest.raises(RunError, match="neither windows nor a gate"):
-        inspect(ablated, HISTORY, volume_of(np.zeros((SIZE, SIZE), np.float32)))
+def test_without_memory_and_image_there_is_nothing_to_see(model):
     with pytest.raises(RunError, match="--input"):
-        inspect(ablated, HISTORY)
+        inspect(SimMPNet(**model.config | {"attention": "plain"}), [])
 
 
 def test_pictures_are_drawn_upright(model, monkeypatch):
     drawn = []
-    for name in ("draw_clusters", "draw_windows", "draw_gate"):
+    for name in ("draw_clusters", "draw_windows", "draw_gates_of_image"):
         monkeypatch.setattr(inspection, name, lambda *what: drawn.append(what))
     image = np.random.default_rng(0).random((SIZE, SIZE), np.float32)
     for y in (-1.0, 1.0):  # rows run to the back, or to the front

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from networks import SimMPNet
+from networks.gates import Gate
 from tests.mini import NAMES, MiniNet, assert_same, drawing, parse, trainer
 from tests.narrow import use_narrow_pico
 from utils.checkpoint import build_network, load_checkpoint
@@ -314,23 +315,38 @@ def test_max_iterations_ends_an_epoch_early_also_in_bf16(tmp_path):
 
 def test_a_gate_that_shuts_is_recorded_and_reported_once(tmp_path, caplog):
     class Gated(MiniNet):
-        """Takes the logit of its gate from a list, one for each validated volume."""
+        """Takes the logit of a gate from a list, one for each validated volume."""
 
         def __init__(self, **config):
             super().__init__(**config)
             self.logits = [-9.0, -9.0, 0.0, -9.0]
-            self.gate = torch.nn.Identity()
+            self.gate = Gate()
 
-        gate_observed = SimMPNet.gate_observed
+        gates_observed = SimMPNet.gates_observed
+
+        def gates(self):
+            yield "gate_spatial_1", self.gate
 
         def forward(self, x):
-            logit = 9.0 if self.training else self.logits.pop(0)
-            return super().forward(x * torch.sigmoid(self.gate(torch.full_like(x, logit))))
+            return super().forward(x * self.gate(torch.full_like(x, 9.0 if self.training else self.logits.pop(0))))
 
     trainer(tmp_path, "--max_epochs", "4", network=Gated).fit()
-    gates = [float(row["gate"]) for row in metrics(tmp_path)]
+    gates = [float(row["gate_spatial_1"]) for row in metrics(tmp_path)]
     assert gates == pytest.approx([1.2e-4, 1.2e-4, 0.5, 1.2e-4], rel=0.1)
-    assert caplog.text.count("the gate between the encoders is shut") == 2
+    assert caplog.text.count("gate_spatial_1 is shut") == 2
+
+
+def test_the_gate_between_the_encoders_learns_at_its_own_rate_and_an_older_run_resumes_at_one(tmp_path):
+    made = trainer(tmp_path, network=SimMPNet, slices=2)
+    (others, gate), scale = made.optimizer.param_groups, made.model.gate.lr_scale
+    made.train_step(next(iter(made.loader)))
+    assert scale == 1 / 16 and gate["lr"] == scale * others["lr"]
+    assert sum(len(group["params"]) for group in made.optimizer.param_groups) == len(list(made.model.parameters()))
+    state = made.state_dict()
+    old = torch.optim.AdamW(made.model.parameters(), fused=True).state_dict()
+    made.load_state_dict(state | {"optimizer": old})
+    made.train_step(next(iter(made.loader)))
+    assert [group["lr_scale"] for group in made.optimizer.param_groups] == [1.0]
 
 
 def test_compiled_steps_start_after_the_warm_up(tmp_path, monkeypatch):
