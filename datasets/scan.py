@@ -51,22 +51,26 @@ def read_scan(path: str | Path, preprocessing: Preprocessing) -> Volume:
 
 
 def read_scan_label(path: str | Path, volume: Volume, num_classes: int | None = None) -> np.ndarray:
-    """Read the label NIfTI of a scan and turn it like the image: uint8 (D, H, W), ids below ``num_classes``.
+    """Read the label NIfTI of a scan and turn its axes to the image's: uint8 (D, H, W), ids below ``num_classes``.
 
-    ``volume.stored_type`` becomes the label's. Raises DataError for a file that is damaged or of another shape, and,
-    where images are turned, for one whose axes run in other directions than the image's.
+    ``volume.stored_type`` becomes the label's. Raises DataError for a file that is damaged, of another shape, or whose
+    axes and spacing do not fit the image's.
     """
     voxels, affine, slope, intercept = _load(Path(path))
     volume.stored_type = voxels.dtype.name
     if (slope, intercept) != (1, 0):
         voxels = voxels * slope + intercept
-    target = volume.image.preprocessing.orientation
-    if target is not None:
-        voxels, affine = reorient(voxels, affine, target)
+    stored, wanted = orientation_of(affine), orientation_of(volume.affine)
+    voxels, affine = reorient(voxels, affine, wanted)
     label = checked_label(path, voxels, volume.image.shape, num_classes)
-    if not np.allclose(affine, volume.affine, atol=0.1):
-        if target is not None and not np.allclose(affine[:3, :3], volume.affine[:3, :3], atol=0.1):
-            raise DataError(f"{path}: its axes run in other directions than its image's; repair one of the headers")
+    between = np.linalg.inv(volume.affine) @ affine  # from the label's voxels to the image's
+    apart = not np.allclose(between[:3, 3], 0, atol=0.1)
+    if not np.allclose(between[:3, :3], np.eye(3), atol=0.1) or (apart and stored != wanted):
+        raise DataError(
+            f"{path}: its axes ({stored}), spacing or position do not fit its image's ({wanted}); resample it, or "
+            "give it its image's affine if their voxels match by index"
+        )
+    if apart:
         logger.warning("%s: has another position in space than its image; voxels are matched by index", path)
     return label
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from datasets import acdc, read_slice, read_volume, volumes
+from datasets.preprocessing import reorient
 from tests.conftest import REAL_ACDC
 from tests.datasets.test_segpc import interrupted
 
@@ -146,14 +147,30 @@ def test_unfit_raw_folders_are_refused(raw, tmp_path, refused):
     assert not (out / "test_vol_h5" / f"{NAMES[1]}.npy.h5").exists()
 
 
-def test_a_missing_frame_and_a_label_elsewhere_in_space_are_logged(tmp_path, caplog):
-    write_patient(tmp_path / "raw", 1, frames=(1,))
-    label = tmp_path / "raw" / "patient001" / "patient001_frame01_gt.nii.gz"
-    nibabel.save(nibabel.Nifti1Image(np.asarray(nibabel.load(label).dataobj), np.eye(4)), label)
+@pytest.mark.parametrize("axes", ["RAS", "LAI", "SPL"])
+def test_a_label_stored_along_other_axes_is_turned_to_its_image(tmp_path, axes):
+    _, label = write_patient(tmp_path / "raw", 1, (1,))[1]
+    path = tmp_path / "raw" / "patient001" / "patient001_frame01_gt.nii.gz"
+    turned, affine = reorient(label.T, AFFINE, axes)
+    nibabel.save(nibabel.Nifti1Image(turned.T, affine), path)
+    acdc.prepare(tmp_path / "raw", tmp_path / "out")
+    case = read_volume(tmp_path / "out" / "test_vol_h5" / f"{NAMES[0]}.npy.h5", 4)
+    np.testing.assert_array_equal(case.label, label.T)
+
+
+def test_a_missing_frame_is_logged_and_a_label_elsewhere_in_space_is_logged_or_refused(tmp_path, caplog, refused):
+    raw = tmp_path / "raw"
+    _, label = write_patient(raw, 1, (1,))[1]
+    path = raw / "patient001" / "patient001_frame01_gt.nii.gz"
+    shifted = AFFINE.copy()
+    shifted[:3, 3] += 9
+    nibabel.save(nibabel.Nifti1Image(label, shifted), path)
     with caplog.at_level(logging.WARNING):
-        acdc.prepare(tmp_path / "raw", tmp_path / "out")
-    assert "patient001 has 1 frames" in caplog.text
-    assert str(label) in caplog.text
+        acdc.prepare(raw, tmp_path / "out")
+    assert "patient001 has 1 frames" in caplog.text and str(path) in caplog.text
+    for affine in (np.eye(4), AFFINE @ np.diag([1, 1, 1.5, 1]), AFFINE @ np.diag([-1, 1, 1, 1])):  # not where it was
+        nibabel.save(nibabel.Nifti1Image(label, affine), path)
+        refused(lambda: acdc.prepare(raw, tmp_path / "out", overwrite=True), path, "affine")
 
 
 @pytest.mark.skipif(not REAL_ACDC.is_dir(), reason="the real ACDC volumes are not beside the checkout")

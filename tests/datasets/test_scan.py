@@ -164,7 +164,7 @@ def test_unfit_files_are_refused(tmp_path, refused):
 
     volume = read_scan(image, CT)
     nibabel.save(nibabel.Nifti1Image(np.zeros((13, 11, 7), np.uint8), np.diag([9, 9, 9, 1.0])), bad)
-    refused(lambda: read_scan_label(bad, volume), bad, "other directions")
+    refused(lambda: read_scan_label(bad, volume), bad, "spacing")
     nibabel.save(nibabel.Nifti1Image(np.zeros((13, 11, 6), np.uint8), nibabel.load(label).affine), bad)
     refused(lambda: read_scan_label(bad, volume), bad, "shape")
 
