@@ -49,7 +49,7 @@ PRESETS = {
     },
     "replaced": {f"K {k}": f"--replaced_columns {k} --wld none" for k in (0, 25, 50, 75, 100)},
     "clusters": {f"{n} clusters": f"--num_clusters {n} --decoder_num_clusters {n}" for n in (2, 4, 8, 16)},
-    "variants": {name: f"--variant {name} --select val --select_from_epoch 1" for name in ("paper", "stable", "release")},
+    "variants": {v: f"--variant {v} --select val --select_from_epoch 1" for v in ("paper", "stable", "release")},
     "networks": {name: f"--network {name}" for name in NETWORKS},
 }
 
