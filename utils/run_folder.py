@@ -149,11 +149,11 @@ class EventFile:
         self._writer = EventsWriter(str(folder / "events"))
 
     def add(self, row: dict[str, Any], step: int) -> None:
-        """Write the numbers of ``row`` as scalars of a step; other values are left out."""
+        """Write the finite numbers of ``row`` as scalars of a step; other values are left out."""
         from tensorboardX.summary import scalar
 
         for name, value in row.items():
-            if isinstance(value, int | float):
+            if isinstance(value, int | float) and np.isfinite(value):
                 self._write(scalar(name, value), step)
 
     def add_picture(self, name: str, picture: np.ndarray) -> None:
