@@ -7,8 +7,6 @@ torchrun --standalone --nproc_per_node 4 train_acdc.py --batch_size 5
 python train_acdc.py --model_scale pico --img_size 128 --img_size_dmwla 96 --pretrained none    # small, on a CPU
 """
 
-from pathlib import Path
-
 from datasets import DataError, SliceDataset, VolumeDataset, acdc
 from networks import NetworkError
 from utils.arguments import parse_training, training_parser
@@ -28,7 +26,7 @@ def main() -> None:
         args.root_path, args.list_dir, args.train_split, args.num_classes, args.img_size, augment=True, seed=args.seed,
     )  # fmt: skip
     val_set = VolumeDataset(args.volume_path, args.list_dir, args.val_split, args.num_classes)
-    quick_check(train_set, val_set, info, Path(args.list_dir, "test.txt"))
+    info = quick_check(train_set, val_set, info, args)
     train(args, checkpoint, info, train_set, val_set)
 
 

@@ -7,8 +7,6 @@ python train_isic.py --network unet --output_dir runs/isic_unet    # another net
 torchrun --standalone --nproc_per_node 4 train_isic.py --batch_size 5
 """
 
-from pathlib import Path
-
 from datasets import DataError, isic
 from datasets.image_sets import training_images
 from networks import NetworkError
@@ -25,7 +23,7 @@ def main() -> None:
     parser = training_parser(__doc__, info, output_dir="runs/isic", feature_dim=256, in_channels=3)
     args, checkpoint = parse_training(parser, info, SPLITS)
     train_set, val_set = training_images(info, args)
-    quick_check(train_set, val_set, info, Path(args.list_dir, "test.txt"))
+    info = quick_check(train_set, val_set, info, args)
     train(args, checkpoint, info, train_set, val_set)
 
 

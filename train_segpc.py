@@ -8,8 +8,6 @@ python train_segpc.py --network unet --output_dir runs/segpc_unet    # another n
 torchrun --standalone --nproc_per_node 4 train_segpc.py --batch_size 5
 """
 
-from pathlib import Path
-
 from datasets import DataError, segpc
 from datasets.image_sets import training_images
 from networks import NetworkError
@@ -26,7 +24,7 @@ def main() -> None:
     parser = training_parser(__doc__, info, output_dir="runs/segpc", feature_dim=256, in_channels=3)
     args, checkpoint = parse_training(parser, info, SPLITS)
     train_set, val_set = training_images(info, args)
-    quick_check(train_set, val_set, info, Path(args.list_dir, "test.txt"))
+    info = quick_check(train_set, val_set, info, args)
     train(args, checkpoint, info, train_set, val_set)
 
 

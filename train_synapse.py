@@ -7,8 +7,6 @@ python train_synapse.py --network unet --output_dir runs/synapse_unet    # anoth
 torchrun --standalone --nproc_per_node 4 train_synapse.py --batch_size 5 --resume auto
 """
 
-from pathlib import Path
-
 from datasets import DataError, SliceDataset, VolumeDataset, synapse
 from networks import NetworkError
 from utils.arguments import parse_training, training_parser
@@ -31,7 +29,7 @@ def main() -> None:
     train_set = SliceDataset(args.root_path, args.list_dir, args.train_split, args.num_classes, args.img_size,
         augment=True, seed=args.seed, label_order=order, without=held_out or ())  # fmt: skip
     val_set = VolumeDataset(val_path, args.list_dir, args.val_split, args.num_classes, order, only=held_out)
-    quick_check(train_set, val_set, info, Path(args.list_dir, "test_vol.txt"))
+    info = quick_check(train_set, val_set, info, args)
     train(args, checkpoint, info, train_set, val_set)
 
 

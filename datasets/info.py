@@ -63,12 +63,6 @@ class DatasetInfo:
             if not Path(folder).is_dir():
                 raise DataError(f"{folder}: no such folder; {self.how_to_get}")
 
-    def doubts(self, label: np.ndarray, num_classes: int) -> list[str]:
-        """Return what looks wrong in a label (D, H, W), one line each; nothing for another number of classes."""
-        if num_classes != self.num_classes:
-            return []
-        return self.doubtful_sizes(np.bincount(label.ravel(), minlength=num_classes)) + self.doubtful_places(label)
-
     def names_for(self, num_classes: int) -> tuple[str, ...]:
         """Return the class names, or numbered names for another number of classes."""
         if num_classes == self.num_classes:

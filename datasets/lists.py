@@ -15,6 +15,13 @@ from datasets.files import atomic_write
 
 ENDINGS = (".npy.h5", ".h5", ".npz")  # extensions of volumes and slices, longest first
 _OTHER_NAMES = {"val": "valid", "valid": "val"}
+_SLICE = re.compile(r"(?P<volume>.+?)_slice(?P<phase>[A-Za-z]*)_?[0-9]+")
+# The names of public data in which several scans belong to one person: patient001_frame01, case_002_volume_ED,
+# sub-01_ses-2. Elsewhere a number is as often that of a scan as that of a person.
+_PERSON = re.compile(r"sub-[A-Za-z0-9]+|(?:patient|case|subject)[-_]?[0-9]+(?![A-Za-z0-9])", re.IGNORECASE)
+
+
+PATTERN_HELP = "regular expression that finds the patient in a name, where several scans belong to one"
 
 
 def data_name(path: str | Path) -> str:
@@ -28,10 +35,44 @@ def natural_key(name: str) -> list:
     return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
-def patient_of(name: str) -> str:
-    """Return the patient of a file or entry: its first word with a number (patient001, case_002, case0005)."""
-    found = re.match(r"[A-Za-z]+_?[0-9]+", name)
-    return found.group() if found else data_name(name)
+def is_slice(path: str | Path) -> bool:
+    """Return whether a file or entry is one slice of a volume, by its name."""
+    return _SLICE.fullmatch(data_name(path)) is not None
+
+
+def volume_name(path: str | Path) -> str:
+    """Return the volume of a file or entry: volume-4 for volume-4.npy.h5 and volume-4_slice012.npz.
+
+    MT-UNet's case_019_sliceED_4.npz belongs to case_019_volume_ED.
+    """
+    found = _SLICE.fullmatch(data_name(path))
+    return "_volume_".join(filter(None, found.group("volume", "phase"))) if found else data_name(path)
+
+
+def patient_of(name: str, pattern: str | None = None) -> str:
+    """Return the patient of a volume, slice or entry.
+
+    pattern: ``--patient_pattern``, a regular expression that finds the patient in the name, as its first group if it
+    has one. None: the person of names such as patient001_frame01, and every other volume is a patient of its own.
+    Raises DataError for a pattern that is not one or does not fit the name.
+    """
+    name = volume_name(name)
+    if pattern is None:
+        found = _PERSON.match(name)
+        return found.group() if found else name
+    try:
+        found = re.search(pattern, name)
+    except re.error as error:
+        raise DataError(f"--patient_pattern {pattern}: not a regular expression ({error})") from error
+    if not found or not found.group(found.re.groups and 1):
+        raise DataError(f"{name}: --patient_pattern {pattern} finds no patient in this name; correct the pattern")
+    return found.group(found.re.groups and 1)
+
+
+def beginnings(name: str) -> list[str]:
+    """Return the names that may stand for this one in a list: its first words, up to each ``_``, and itself."""
+    words = name.split("_")
+    return ["_".join(words[:count]) for count in range(1, len(words) + 1)]
 
 
 def list_path(list_dir: str | Path, split: str) -> Path:
@@ -79,12 +120,12 @@ def select_files(
     """Return the files that a split's list names, entry by entry; those of one entry in natural order.
 
     root: folder of the files; a folder inside it with the split's name takes precedence (MT-UNet's layout). only,
-    without: patients (``case0005``) to keep or to leave out; an entry belongs to the patient that its name begins with.
-    Raises DataError as ``read_list`` does, for a patient that the list does not name, for a missing folder, for entries
-    without a file, and for a file that two entries name.
+    without: names to keep or to leave out, each of an entry's volume or of its first words (``case0005``). Raises
+    DataError as ``read_list`` does, for a name that the list does not have, for a missing folder, for entries without a
+    file, and for a file that two entries name.
     """
     source = list_path(list_dir, split)
-    entries = _of_patients(source, read_list(list_dir, split), only, without)
+    entries = _chosen(source, read_list(list_dir, split), only, without)
     folder = Path(root)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; prepare the data first (prepare_data.py, data/README.md)")
@@ -93,8 +134,7 @@ def select_files(
     files_of: dict[str, list[Path]] = {}  # by every entry that could name a file
     for path in sorted(folder.iterdir(), key=lambda path: natural_key(path.name)):
         if path.name.endswith(tuple(endings)) and not path.name.startswith("."):
-            words = data_name(path).split("_")
-            for entry in {path.name, *("_".join(words[:count]) for count in range(1, len(words) + 1))}:
+            for entry in {path.name, *beginnings(data_name(path))}:
                 files_of.setdefault(entry, []).append(path)
     refuse_missing(source, f"entries have no file ({' or '.join(endings)}) in {folder}", entries, files_of)
     owner: dict[Path, str] = {}
@@ -106,22 +146,23 @@ def select_files(
     return list(owner)
 
 
-def _of_patients(source: Path, entries: list[str], only: Sequence[str] | None, without: Sequence[str]) -> list[str]:
-    """Return the entries of the patients in ``only``, or of all, except those in ``without``; raises DataError."""
-    patients = {patient_of(entry) for entry in entries}
-    unknown = [name for name in (*(only or ()), *without) if name not in patients]
+def _chosen(source: Path, entries: list[str], only: Sequence[str] | None, without: Sequence[str]) -> list[str]:
+    """Return the entries that ``only`` names, or all, except those that ``without`` names; raises DataError."""
+    names = {entry: {entry, *beginnings(volume_name(entry))} for entry in entries}
+    unknown = sorted({*(only or ()), *without}.difference(*names.values()))
     if unknown:
+        patients = sorted({patient_of(entry) for entry in entries}, key=natural_key)
         raise DataError(
-            f"{source}: does not name {', '.join(unknown)}; it has {brief(', '.join(sorted(patients)))}: choose among "
+            f"{source}: does not name {', '.join(unknown)}; it has {brief(', '.join(patients))}: choose among "
             "these (--val_cases to validate in training, --cases to test), or train with --select test"
         )
-    kept = (patients if only is None else set(only)) - set(without)
-    chosen = [entry for entry in entries if patient_of(entry) in kept]
-    if not chosen:
+    kept = [entry for entry in entries if only is None or names[entry] & {*only}]
+    kept = [entry for entry in kept if not names[entry] & {*without}]
+    if not kept:
         raise DataError(
             f"{source}: no entry is left without {', '.join(without)}; hold out fewer (--val_cases, --select)"
         )
-    return chosen
+    return kept
 
 
 def refuse_missing(where: Path, what: str, wanted: Collection[str], there: Container[str]) -> None:

@@ -24,17 +24,23 @@ class Preprocessing:
     # Intensities (Hounsfield units for CT) that become 0 and 1; values outside are clipped. None: the scan's own
     # minimum and maximum.
     window: tuple[float, float] | None = None
+    # Lowest and highest intensity of the training files, where others prepared them in a way that is not known here.
+    stored: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values that a checkpoint stores."""
-        return asdict(self)
+        values = asdict(self)
+        if self.stored is None:  # as earlier versions wrote it
+            del values["stored"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
         """Return the preprocessing that ``to_dict`` described; raises DataError for anything else."""
         try:
-            orientation, window = values["orientation"], values["window"]
+            orientation, window, stored = values["orientation"], values["window"], values.get("stored")
             window = None if window is None else (float(window[0]), float(window[1]))
+            stored = None if stored is None else (float(stored[0]), float(stored[1]))
             if orientation is not None and not is_orientation(orientation):
                 raise ValueError("the orientation is not three letters like RAS")
             if window is not None and not -np.inf < window[0] < window[1] < np.inf:
@@ -43,10 +49,12 @@ class Preprocessing:
             raise DataError(
                 f"the checkpoint's preprocessing {brief(values)} is not valid ({brief(error)}); train again"
             ) from error
-        return cls(orientation, window)
+        return cls(orientation, window, stored)
 
     def described(self, img_size: int) -> str:
         """Return in words how a scan becomes the network's input, for other programs."""
+        if self.stored is not None:
+            return "prepared like the training files, whose intensities run from {:g} to {:g}".format(*self.stored)
         axes = "as stored" if self.orientation is None else f"reoriented to {self.orientation} (x, y, z)"
         ends = "the scan's minimum and maximum" if self.window is None else "{:g} and {:g}".format(*self.window)
         return (

@@ -32,6 +32,11 @@ def read_scan(path: str | Path, preprocessing: Preprocessing) -> Volume:
     describes the axes after preprocessing, ``orientation`` those of the file; ``stored_type`` is its number type.
     Raises DataError for a file that is missing, damaged, too large, not a scan of three axes, or not finite.
     """
+    if preprocessing.stored is not None:
+        raise DataError(
+            f"{path}: the network was trained on intensities from {preprocessing.stored[0]:g} to "
+            f"{preprocessing.stored[1]:g}, and how they were made of scans is not known: train it on files of 0 to 1"
+        )
     voxels, affine, slope, intercept = _load(Path(path))
     orientation, stored_type = orientation_of(affine), voxels.dtype.name
     if preprocessing.orientation is not None:

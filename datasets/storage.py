@@ -35,7 +35,7 @@ def reading(path: str | Path, what: str, remedy: str = PREPARE) -> Iterator[None
     what: what the file should be, for the message. A DataError passes unchanged.
     """
     if not Path(path).exists():
-        raise DataError(f"{path}: no such file; prepare the data (prepare_data.py) or correct the path or list")
+        raise DataError(f"{path}: no such file; correct the path or list, or copy the file there")
     try:
         yield
     except DataError:
@@ -98,6 +98,10 @@ def _read_dataset(path: Path, file: h5py.File, key: str) -> np.ndarray:
     if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
         raise DataError(f"{path}: '{key}' is a link, a group or in another file; expected an array; {PREPARE}")
     check_declared(path, key, dataset.shape, dataset.dtype)
+    creation = dataset.id.get_create_plist()
+    explicit = creation.fill_value_defined() == h5py.h5d.FILL_VALUE_USER_DEFINED
+    if dataset.size and not explicit and dataset.id.get_space_status() != h5py.h5d.SPACE_STATUS_ALLOCATED:
+        raise DataError(f"{path}: parts of '{key}' were never written, and would be read as 0; {PREPARE}")
     if dataset.size > MAX_INFLATION * path.stat().st_size:
         raise DataError(f"{path}: '{key}' declares shape {dataset.shape}, more than the file can hold; {PREPARE}")
     return dataset[()]
@@ -120,8 +124,11 @@ def check_declared(
 def checked_image(path: str | Path, image: np.ndarray, ndim: int) -> np.ndarray:
     """Return the image as finite, contiguous float32 of ``ndim`` axes, none of them empty; raises DataError."""
     if image.ndim != ndim or 0 in image.shape:
-        expected = {2: "(H, W)", 3: "(slices, H, W)"}[ndim]
-        raise DataError(f"{path}: the image has shape {image.shape}; expected {expected}; {PREPARE}")
+        expected, remedy = {2: "(H, W)", 3: "(slices, H, W)"}[ndim], PREPARE
+        if image.ndim > ndim:
+            expected += ", one channel"
+            remedy = "store one channel alone, or colour images as files for train_isic.py (data/README.md)"
+        raise DataError(f"{path}: the image has shape {image.shape}; expected {expected}; {remedy}")
     with np.errstate(over="ignore"):
         image = np.ascontiguousarray(image, np.float32)
     finite = np.isfinite(image)
@@ -146,11 +153,17 @@ def checked_label(
     if low < 0 or high > 255:
         raise DataError(f"{path}: label ids run from {low} to {high}; expected 0 to 255; {PREPARE}")
     if num_classes is not None and high >= num_classes:
-        raise DataError(
-            f"{path}: label id {high} with num_classes {num_classes}; expected ids from 0 to {num_classes - 1}: "
-            "set --num_classes to the number of classes with background, or correct the labels"
-        )
+        raise DataError(f"{path}: {unfit_ids(np.unique(label), num_classes)}")
     return np.ascontiguousarray(label, np.uint8)
+
+
+def unfit_ids(values: np.ndarray, num_classes: int) -> str:
+    """Say that the values of a label, in rising order, are not ids below ``num_classes``, and what to do."""
+    found = f"label id {values[-1]} with {num_classes} classes; expected ids from 0 to {num_classes - 1}"
+    if values[-1] > max(15, 4 * len(values)):  # 0 and 255, or 0, 85, 170 and 255: greys of a picture
+        listed = brief(", ".join(map(str, values)), 60)
+        return f"{found}: the label's values are {listed}; store 0, 1, 2, ... in their place"
+    return f"{found}: correct the labels, or train with --num_classes {values[-1] + 1}"
 
 
 def _words(value: object) -> tuple[str, ...]:
@@ -194,6 +207,13 @@ def checked_facts(path: str | Path, fields: dict[str, Any]) -> dict[str, Any]:
             fit = False
         if not fit:
             raise DataError(f"{path}: {key} is {brief(fields[key])}, not {expected}; {PREPARE}")
+    if {"spacing", "affine"} <= facts.keys():
+        sides = np.linalg.norm(facts["affine"][:3, :3], axis=0)[::-1]
+        if not np.allclose(sides, facts["spacing"], rtol=0.01):
+            raise DataError(
+                f"{path}: its spacing is {facts['spacing']} mm, but by its affine {tuple(sides.tolist())}, of slices, "
+                f"rows and columns; {PREPARE}"
+            )
     return facts
 
 

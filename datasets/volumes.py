@@ -6,7 +6,7 @@ and ``stored_type``.
 """
 
 import io
-import re
+import logging
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,16 +17,17 @@ import h5py
 import numpy as np
 import torch
 
-from datasets.errors import DataError
+from datasets.errors import DataError, brief
 from datasets.files import atomic_write
-from datasets.lists import data_name, list_path, natural_key, patient_of, select_files
+from datasets.lists import data_name, is_slice, list_path, natural_key, select_files, volume_name
 from datasets.preprocessing import nifti_image
 from datasets.storage import PREPARE, LabelOrder, checked_facts, checked_image, checked_label, read_fields, reading
 from datasets.training_set import TrainingSet
 from datasets.transforms import augment, resize_cubic, resize_nearest
 
+logger = logging.getLogger(__name__)
+
 COMPRESSION = 1  # zlib level of prepared files: the fastest
-_SLICE = re.compile(r"(?P<volume>.+)_slice(?P<phase>[A-Za-z]*)_?[0-9]+")
 
 
 @dataclass
@@ -70,30 +71,40 @@ class Volume:
 
 
 def read_volume(
-    path: str | Path, num_classes: int | None = None, label_order: LabelOrder | None = None, ndim: int = 3
-) -> Volume:
-    """Read and check one volume, HDF5 or npz; with ``ndim`` 2 one slice.
+    path: str | Path, num_classes: int | None = None, label_order: LabelOrder | None = None, ndim: int = 3,
+    class_names: tuple[str, ...] | None = None,
+) -> Volume:  # fmt: skip
+    """Read and check one volume, HDF5 or npz; with ``ndim`` 2 one slice, whose arrays are (H, W).
 
-    num_classes, with background, bounds the label ids; label_order translates a file's ids to ours. Raises DataError,
-    which names the file.
+    num_classes, with background, bounds the label ids; label_order translates a file's ids to ours; class_names are
+    those that the file must name, if it names any. Raises DataError, which names the file.
     """
     with reading(path, "npz or HDF5 file"):
         fields = read_fields(path)
         image = checked_image(path, fields["image"], ndim)
         facts = checked_facts(path, fields)
+        named = facts.get("class_names", ())
         if label_order is None:
             label = checked_label(path, fields["label"], image.shape, num_classes)
         else:
-            label = label_order.apply(path, fields["label"], image.shape, facts.get("class_names", ()))
-            facts["class_names"] = label_order.class_names
-        return Volume(data_name(path), image, label, **facts)
+            label = label_order.apply(path, fields["label"], image.shape, named)
+            facts["class_names"] = named = label_order.class_names
+    if named and num_classes and len(named) != num_classes - 1:
+        raise DataError(
+            f"{path}: names {len(named)} classes ({brief(', '.join(named))}); expected {num_classes - 1}: train and "
+            f"check with --num_classes {len(named) + 1}, background included"
+        )
+    if named and class_names and named != class_names:
+        raise DataError(
+            f"{path}: names its classes {', '.join(named)}; expected {', '.join(class_names)}, as in training "
+            "(other files, --class_names or the checkpoint): correct one of them"
+        )
+    return Volume(data_name(path), image, label, **facts)
 
 
-def read_slice(
-    path: str | Path, num_classes: int | None = None, label_order: LabelOrder | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def read_slice(path: str | Path, num_classes: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Read and check one slice as ``read_volume`` does: returns (image float32 (H, W), label uint8 (H, W))."""
-    single = read_volume(path, num_classes, label_order, ndim=2)
+    single = read_volume(path, num_classes, ndim=2)
     return single.image, single.label
 
 
@@ -135,24 +146,20 @@ class VolumeDataset(Sequence[Volume]):
 
     volume_path: folder of ``.npy.h5``, ``.h5`` or ``.npz`` volumes, or of slices, which are stacked to volumes
     (MT-UNet's validation data are slices); a folder inside it with the split's name takes precedence. num_classes
-    counts the background; label_order translates a file's ids to ours; only: patients of the list to keep, or None for
-    all. ``[i]`` returns a Volume; ``names`` are the volumes' names, ``source`` is the list. Raises DataError: for a bad
-    list in the constructor, for a bad file on indexing.
+    counts the background; label_order translates a file's ids to ours; only: names in the list to keep, or None for
+    all. ``[i]`` returns a Volume; ``names`` are the volumes' names, ``source`` is the list, ``class_names`` those that
+    the files must name, if they name any. Raises DataError: for a bad list in the constructor, for a bad file on
+    indexing.
     """
 
     def __init__(
         self, volume_path: str | Path, list_dir: str | Path, split: str, num_classes: int,
         label_order: LabelOrder | None = None, only: Sequence[str] | None = None,
     ):  # fmt: skip
-        self.num_classes, self.label_order = num_classes, label_order
+        self.num_classes, self.label_order, self.class_names = num_classes, label_order, None
         self.source = list_path(list_dir, split)
         self.files = _group_by_volume(select_files(list_dir, split, volume_path, only=only))
         self.names = list(self.files)
-
-    @property
-    def patients(self) -> set[str]:
-        """The patients in this split."""
-        return {patient_of(name) for name in self.names}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -160,26 +167,35 @@ class VolumeDataset(Sequence[Volume]):
     def __getitem__(self, index: int) -> Volume:
         name = self.names[index]
         files = self.files[name]
-        if not _SLICE.fullmatch(data_name(files[0])):
-            return read_volume(files[0], self.num_classes, self.label_order)
-        images, labels = zip(*(read_slice(file, self.num_classes, self.label_order) for file in files), strict=True)
-        for file, image in zip(files, images, strict=True):
-            if image.shape != images[0].shape:
-                raise DataError(f"{file}: shape {image.shape}, but {files[0].name} has {images[0].shape}; {PREPARE}")
-        return Volume(name, np.stack(images), np.stack(labels))
+        ndim = 2 if is_slice(files[0]) else 3
+        parts = [read_volume(file, self.num_classes, self.label_order, ndim, self.class_names) for file in files]
+        if ndim == 3:
+            return parts[0]
+        for file, part in zip(files, parts, strict=True):
+            if part.image.shape != parts[0].image.shape:
+                raise DataError(
+                    f"{file}: shape {part.image.shape}, but {files[0].name} has {parts[0].image.shape}; {PREPARE}"
+                )
+        image, label = (np.stack([getattr(part, key) for part in parts]) for key in ("image", "label"))
+        return Volume(name, image, label, parts[0].spacing, class_names=parts[0].class_names)
 
 
 def _group_by_volume(paths: Sequence[Path]) -> dict[str, list[Path]]:
     """Return the files of each volume by its name, in the order of the list: one file, or all its slices in order."""
     files: dict[str, list[Path]] = {}
     for path in paths:
-        found = _SLICE.fullmatch(data_name(path))
-        name = "_volume_".join(filter(None, found.group("volume", "phase"))) if found else data_name(path)
-        files.setdefault(name, []).append(path)
+        files.setdefault(volume_name(path), []).append(path)
     for name, members in files.items():
-        if len(members) > 1 and not all(_SLICE.fullmatch(data_name(path)) for path in members):
+        if len(members) > 1 and not all(map(is_slice, members)):
             raise DataError(f"{members[0]}: {members[1]} is the same volume {name}; keep one of them")
         members.sort(key=lambda path: natural_key(path.name))
+        numbers = [natural_key(data_name(path))[-2] for path in members if is_slice(path)]
+        missing = [number for number in range(numbers[0], numbers[-1]) if number not in numbers] if numbers else []
+        if missing:
+            logger.warning(
+                "%s: slice %d of %s is missing (%d are), so distances across it are too short; add it, and to the list",
+                members[0].parent, missing[0], name, len(missing),
+            )  # fmt: skip
     return files
 
 
@@ -187,9 +203,10 @@ class SliceDataset(TrainingSet):
     """The slices (npz) that a list names, augmented at their own size and then resized for the network.
 
     root_path: folder of the slices; a folder inside it with the split's name takes precedence. num_classes counts the
-    background; label_order translates a file's ids to ours; without: patients of the list to leave out. ``[i]`` returns
+    background; label_order translates a file's ids to ours; without: names in the list to leave out. ``[i]`` returns
     ``image``, float32 (1, S, S), resized by cubic splines, ``label``, int64 (S, S), nearest neighbour, and ``name``.
-    Raises DataError: for a bad list in the constructor, for a bad file on indexing.
+    ``names`` are the volumes' names; ``source`` and ``class_names`` are those of VolumeDataset. Raises DataError: for a
+    bad list in the constructor, for a bad file on indexing.
     """
 
     def __init__(
@@ -199,20 +216,21 @@ class SliceDataset(TrainingSet):
         super().__init__(seed)
         self.source = list_path(list_dir, split)
         self.files = select_files(list_dir, split, root_path, endings=(".npz",), without=without)
-        self.num_classes, self.label_order = num_classes, label_order
+        self.names = list(dict.fromkeys(map(volume_name, self.files)))
+        self.num_classes, self.label_order, self.class_names = num_classes, label_order, None
         self.img_size, self.augment = img_size, augment
-
-    @property
-    def patients(self) -> set[str]:
-        """The patients in this split."""
-        return {patient_of(file.name) for file in self.files}
 
     def __len__(self) -> int:
         return len(self.files)
 
+    def open(self, index: int) -> Volume:
+        """Return a slice as stored: a Volume whose image and label have the shape (H, W)."""
+        return read_volume(self.files[index], self.num_classes, self.label_order, 2, self.class_names)
+
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return a slice as stored: image, float32 (H, W), and label, uint8 (H, W)."""
-        return read_slice(self.files[index], self.num_classes, self.label_order)
+        """Return the image of ``open``, float32 (H, W), and its label, uint8 (H, W)."""
+        single = self.open(index)
+        return single.image, single.label
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image, label = self.stored(index)

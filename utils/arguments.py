@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from datasets import DatasetInfo
+from datasets.lists import PATTERN_HELP
 from networks import CHOICES, NETWORKS
 from utils.checkpoint import load_checkpoint
 from utils.cli import AMP_DTYPES, ArgumentParser, number
@@ -77,6 +78,8 @@ def training_parser(description: str, info: DatasetInfo, **defaults: Any) -> Arg
     data.add_argument("--train_split", help="list to train on; default: by --select")
     data.add_argument("--val_split", help="list to choose the best epoch on; default: by --select")
     data.add_argument("--num_classes", type=count, help="number of classes, background included")
+    data.add_argument("--class_names", nargs="+", help="names of label ids 1, 2, ..., where no file states them")
+    data.add_argument("--patient_pattern", help=PATTERN_HELP)
     if info.planar:
         data.add_argument("--photometric", action="store_true", help="augment colours, focus and shape too")
     data.add_argument("--num_workers", type=number(int, 0), default=2, help="processes that prepare samples")

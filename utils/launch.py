@@ -25,8 +25,10 @@ from utils.distribution import launched, process_group, rank_device
 from utils.errors import RunError
 from utils.evaluation import evaluate, save_mask, save_nifti
 from utils.figures import save_overlays
+from utils.metrics import ABSENT, SPURIOUS
 from utils.results import case_table, format_summary, summarise, write_csv, write_summary
 from utils.training import Trainer
+from utils.verify import compare_with_checkpoint
 from utils.watch import out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -116,11 +118,11 @@ def test(args: Namespace, info: DatasetInfo, open_cases: Callable[[int], Sequenc
         )
 
     cases = open_cases(num_classes)
-    doubts = [f"{cases[0].name}: {doubt}" for doubt in info.doubts(cases[0].label, num_classes)]
+    class_names, doubts = compare_with_checkpoint(cases, info, data)
     folder = args.test_save_dir or args.checkpoint.parent / f"results_{args.split}"
     setup_logging(folder / "test.log")
     for doubt in doubts:
-        logger.warning("%s", doubt)
+        logger.warning("%s: %s", cases.names[0], doubt)
     if data.get("kind", "") not in ("", getattr(cases, "kind", "")):
         logger.warning(
             "%s was trained on %s, but these are %s: check --root_path", args.checkpoint, data["kind"], cases.kind
@@ -128,7 +130,7 @@ def test(args: Namespace, info: DatasetInfo, open_cases: Callable[[int], Sequenc
     logger.info("%s on %d cases of the list %s, on %s", args.checkpoint, len(cases), args.split, device)
 
     def save(case: Volume | Picture, prediction: np.ndarray) -> None:
-        case.class_names = case.class_names or class_names
+        case.class_names = class_names
         if args.save_predictions and case.planar:
             save_mask(folder / "masks" / f"{file_stem(case.name)}.png", prediction[0])
         elif args.save_predictions:
@@ -147,6 +149,9 @@ def test(args: Namespace, info: DatasetInfo, open_cases: Callable[[int], Sequenc
             device=device,
             amp_dtype=AMP_DTYPES[args.amp],
         )
+    for c, name in enumerate(class_names):
+        if all(result.classes[c].state in (ABSENT, SPURIOUS) for result in results):
+            logger.warning("no case has %s", name)
     table = case_table(results, class_names, data.get("selected_on", "val"))
     summary = summarise(table, sum(result.confusion for result in results) if info.planar else None)
     write_csv(folder / "cases.csv", table)

@@ -1,4 +1,4 @@
-"""Check a prepared data set before a network is trained on it.
+"""Check a prepared data set before a network is trained on it, and print what it holds.
 
     python -m utils.verify acdc
     python -m utils.verify acdc --splits train val              # without the test volumes
@@ -12,129 +12,297 @@ exit status is 1 if an error was found. A warning tells of something that is pro
 """
 
 import logging
+import shlex
 import sys
+from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from datasets import DATASETS, DataError, DatasetInfo, ImageDataset, ImageFolder, SliceDataset, Volume, VolumeDataset
+from datasets import DATASETS, DataError, DatasetInfo, ImageDataset, ImageFolder, SliceDataset, VolumeDataset
+from datasets.errors import brief
 from datasets.image_sets import image_of
-from datasets.images import Picture
-from datasets.lists import patient_of, read_list
+from datasets.images import read_picture
+from datasets.lists import (
+    PATTERN_HELP,
+    beginnings,
+    list_path,
+    natural_key,
+    patient_of,
+    read_list,
+    volume_name,
+)
+from datasets.preprocessing import orientation_of
 from datasets.storage import LabelOrder
+from datasets.volumes import read_volume
 from utils.cli import ArgumentParser, number, run_script
 
 logger = logging.getLogger(__name__)
 
+UNIT = -0.05, 1.05
+"""Intensities of prepared scans: 0 to 1, and some room for what resampling adds."""
 
-@dataclass
+
 class Part:
-    """What was found in one split."""
+    """What was found in the cases of one split that were read.
 
-    source: Path  # its list
-    kind: str  # slices, volumes or images
-    count: int  # of these
-    patients: set[str]  # of a planar set: its images, which may have several crops
-    voxels: np.ndarray  # of each class, (num_classes,)
-    class_names: tuple[str, ...]  # those that the files name, or else those of the data set
-    doubts: Counter[str] = field(default_factory=Counter)  # what is probably wrong, and in how many volumes
+    Args:
+        data: the split.
+        info: the data set.
+        pattern: ``--patient_pattern``.
+    """
+
+    def __init__(
+        self, data: SliceDataset | VolumeDataset | ImageDataset | ImageFolder, info: DatasetInfo,
+        pattern: str | None = None,
+    ):  # fmt: skip
+        self.data, self.info = data, info
+        self.kind = "images" if info.planar else "slices" if isinstance(data, SliceDataset) else "volumes"
+        self.patients = {patient_of(name, pattern) for name in (data.patients if info.planar else data.names)}
+        self.read = 0  # cases
+        self.voxels = np.zeros(data.num_classes, np.int64)  # of each class
+        self.names: tuple[str, ...] = ()  # of the classes, if a file states them
+        self.shapes: dict[tuple[int, ...], Path] = {}  # each with its first file
+        self.spacings: set[tuple[float, ...]] = set()
+        self.low, self.high = np.inf, -np.inf  # intensities
+        self.doubts: Counter[str] = Counter()  # what is probably wrong, and in how many cases
+
+    def add(self, index: int) -> None:
+        """Read and check a case. Raises DataError, also for class names other than those of a case before it."""
+        data, prepared = self.data, self.info.preprocessing
+        if self.kind == "slices":
+            file, case = data.files[index], data.open(index)
+        else:
+            file, *mask = data.files[data.names[index]]
+            case = read_picture(file, *mask, data.num_classes) if isinstance(data, ImageDataset) else data[index]
+        self.read += 1
+        self.voxels += np.bincount(case.label.ravel(), minlength=len(self.voxels))
+        low, high = float(case.image.min()), float(case.image.max())
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.shapes.setdefault(case.label.shape[1:] if self.info.planar else case.image.shape, file)
+        if case.spacing:
+            self.spacings.add(case.spacing)
+        if case.class_names and not self.info.planar:
+            self.names = data.class_names = case.class_names  # from now on no file may name others
+        if self.kind == "volumes":
+            if case.affine is not None and prepared.orientation not in (None, orientation_of(case.affine)):
+                raise DataError(
+                    f"{file}: its axes x, y, z run to {orientation_of(case.affine)}, but predict.py turns scans to "
+                    f"{prepared.orientation}; prepare the data again (prepare_data.py)"
+                )
+            if prepared.window is None and UNIT[0] < low <= high < UNIT[1] and (low > 0.1 or high < 0.9):
+                self.doubts["intensities do not run from 0 to 1 in each volume, as predict.py scales a scan"] += 1
+            if self.has_usual_classes:
+                self.doubts.update(self.info.doubtful_places(case.label))
+
+    @property
+    def has_usual_classes(self) -> bool:
+        """Whether the label ids mean what they usually mean in this data set."""
+        return (self.names or self.info.names_for(len(self.voxels))) == self.info.class_names
+
+    @property
+    def unscaled(self) -> bool:
+        """Whether intensities are not from 0 to 1, as ``prepare_data.py`` writes them."""
+        return not self.info.planar and self.read > 0 and not UNIT[0] < self.low <= self.high < UNIT[1]
+
+    def warnings(self, trained_on: tuple[float, float] | None = None) -> list[str]:
+        """Return what is probably wrong, one line each; trained_on: intensities of a checkpoint, None for 0 to 1."""
+        doubts = self.doubts.copy()
+        if self.unscaled != bool(trained_on):
+            found, expected = ("{:g} to {:g}".format(*ends) for ends in ((self.low, self.high), trained_on or (0, 1)))
+            text = "" if trained_on else " (predict.py scales scans to this, and refuses a network trained on others)"
+            doubts[f"intensities run from {found}; expected {expected}{text}"] = 1
+        if self.has_usual_classes and (self.kind != "slices" or self.read == len(self.data)):
+            doubts.update(self.info.doubtful_sizes(self.voxels))
+        return [doubt + (f" ({count} {self.kind})" if count > 1 else "") for doubt, count in doubts.items()]
+
+    def print(self) -> None:
+        """Print what was found."""
+        unit, axes = ("pixels" if self.info.planar else "voxels"), "slices, rows, columns"
+        listed = brief(", ".join(sorted(self.patients, key=natural_key)), 80)
+        owners = f"{'image' if self.info.planar else 'patient'}{'s' * (len(self.patients) > 1)}"
+        print(f"{self.data.source.stem}: {len(self.data)} {self.kind} of {len(self.patients)} {owners}: {listed}")
+        if not self.read:
+            return
+        print(f"  {'size':<20} {_extent(self.shapes)} ({axes if self.kind == 'volumes' else axes[8:]})")
+        if self.spacings:
+            print(f"  {'spacing':<20} {_extent(self.spacings)} mm ({axes})")
+        print(f"  {'intensities':<20} {self.low:.6g} to {self.high:.6g}")
+        print(f"  {'label ids':<20} {brief(', '.join(map(str, np.flatnonzero(self.voxels))), 80)}")
+        names = self.names or self.info.names_for(len(self.voxels))
+        for name, share in zip(("background", *names), self.voxels / self.voxels.sum(), strict=True):
+            print(f"  {name:<20} {share:8.3%} of {unit}" + ("" if share else f"   warning: no {unit} of this class"))
+        for doubt in self.warnings():
+            print(f"  warning: {doubt}")
+
+
+def _extent(sizes: Collection[tuple[float, ...]]) -> str:
+    """Return sizes as text, of each axis the smallest and the largest: ``8 to 10 x 216 x 256``."""
+    ends = zip(np.min(list(sizes), 0), np.max(list(sizes), 0), strict=True)
+    return " x ".join(f"{low:g}" if low == high else f"{low:g} to {high:g}" for low, high in ends)
 
 
 def quick_check(
-    train_set: SliceDataset | ImageDataset, val_set: VolumeDataset | ImageFolder, info: DatasetInfo, test_list: Path
-) -> None:
-    """Check in seconds what training relies on: no patient in two splits, first and last case of each readable.
+    train_set: SliceDataset | ImageDataset, val_set: VolumeDataset | ImageFolder, info: DatasetInfo, args: Namespace
+) -> DatasetInfo:
+    """Check in seconds what training relies on, and return the facts of the data set as its files state them.
 
-    test_list: the list of the test split, which need not exist. Its patients must be in neither set, unless ``val_set``
-    is this split. Logs what looks wrong in the first volume. Raises DataError for the first error.
+    No patient may be in two splits, also not in the test split unless ``val_set`` is that. Three cases of each set are
+    read. The classes are called as ``--class_names`` says, else the files, else ``info``; from now on no file may call
+    them otherwise. Logs what looks wrong. Raises DataError for the first error.
+
+    args: of the training script.
     """
-    splits = [(train_set.source, train_set.patients), (val_set.source, val_set.patients)]
+    names = tuple(args.class_names or ())
+    if names and not len({*names}) == len(names) == args.num_classes - 1:
+        raise DataError(
+            f"--class_names gives {', '.join(names)}, but there are {args.num_classes} classes with background: give "
+            f"{args.num_classes - 1} different names, or --num_classes {len({*names}) + 1}"
+        )
+    parts = [Part(data, info, args.patient_pattern) for data in (train_set, val_set)]
+    splits = [(part.data.source, part.patients) for part in parts]
+    test_list = list_path(args.list_dir, info.splits[-1])
     if test_list != val_set.source and test_list.is_file():
-        owner = image_of if info.planar else patient_of
-        splits.append((test_list, {owner(name) for name in read_list(test_list.parent, test_list.stem)}))
-    for error in _shared_patients(splits):
+        tested = map(image_of if info.planar else str, read_list(args.list_dir, info.splits[-1]))
+        splits.append((test_list, {patient_of(name, args.patient_pattern) for name in tested}))
+    for error in shared_patients(splits):
         raise DataError(error)
-    for index in (0, -1):
-        _ = train_set[index]
-        volume = _read_volume(val_set, index)
-        if index == 0:
-            for doubt in info.doubts(volume.label, val_set.num_classes):
-                logger.warning("%s: %s", val_set.files[volume.name][0], doubt)
+    for part in parts:
+        part.data.class_names = names or None
+        for index in sorted({0, len(part.data) // 2, len(part.data) - 1}):
+            part.add(index)
+        names = names or part.names
+    for error in differences(parts):
+        raise DataError(error)
+    for part in parts:
+        for doubt in part.warnings():
+            logger.warning("%s: %s", next(iter(part.shapes.values())), doubt)
+    unscaled = [end for part in parts if part.unscaled for end in (part.low, part.high)]
+    if unscaled:
+        info = replace(info, preprocessing=replace(info.preprocessing, stored=(min(unscaled), max(unscaled))))
+    names = names or info.names_for(args.num_classes)
+    train_set.class_names = val_set.class_names = names
+    return replace(info, class_names=names)
+
+
+def compare_with_checkpoint(
+    cases: VolumeDataset | ImageFolder, info: DatasetInfo, data: dict[str, Any]
+) -> tuple[tuple[str, ...], list[str]]:
+    """Compare the first case of a test with what the checkpoint says of its training data.
+
+    data: of the checkpoint. Returns (names of the classes, what is probably wrong, one line each). From now on no file
+    may name other classes. Raises DataError for files that name other classes than the checkpoint.
+    """
+    part, names = Part(cases, info), tuple(data["class_names"])
+    part.add(0)
+    doubts, found = part.warnings(data.get("preprocessing", {}).get("stored")), ", ".join(part.names)
+    if part.names not in ((), names):
+        # Earlier versions stored the usual names, whatever the files said.
+        if names != info.class_names or {*names} & {*part.names}:
+            raise DataError(
+                f"{cases.source}: its files name the classes {found}; expected {', '.join(names)}, as in training: "
+                "test files with these classes, or another checkpoint"
+            )
+        doubts.append(f"names its classes {found}, and the checkpoint {', '.join(names)}; those of the file are used")
+        names = part.names
+    cases.class_names = names
+    return names, doubts
 
 
 def full_check(
     root_path: str | Path, volume_path: str | Path, list_dir: str | Path, splits: Sequence[str], num_classes: int,
-    info: DatasetInfo, label_order: LabelOrder | None = None,
+    info: DatasetInfo, label_order: LabelOrder | None = None, pattern: str | None = None,
 ) -> tuple[list[Part], list[str]]:  # fmt: skip
     """Read every file of every split. Returns (what was found in each readable split, errors, one line each)."""
-    parts, errors = [], []
+    parts, errors, names = [], [], ()
     for index, split in enumerate(splits):
         try:
             if info.planar:
-                kind, data = "images", ImageFolder(root_path, list_dir, split, num_classes, info.names_for(num_classes))
+                data = ImageFolder(root_path, list_dir, split, num_classes, info.names_for(num_classes))
             elif index:
-                kind, data = "volumes", VolumeDataset(volume_path, list_dir, split, num_classes, label_order)
+                data = VolumeDataset(volume_path, list_dir, split, num_classes, label_order)
             else:
-                kind, data = "slices", SliceDataset(root_path, list_dir, split, num_classes, 1, label_order=label_order)
+                data = SliceDataset(root_path, list_dir, split, num_classes, 1, label_order=label_order)
+            part = Part(data, info, pattern)
         except DataError as error:
             errors.append(str(error))
             continue
-        voxels = np.zeros(num_classes, np.int64)
-        part = Part(data.source, kind, len(data), data.patients, voxels, info.names_for(num_classes))
         parts.append(part)
-        for i in tqdm(range(len(data)), desc=f"{split}, {kind}", disable=None, leave=False):
+        data.class_names = names or data.class_names
+        for i in tqdm(range(len(data)), desc=f"{split}, {part.kind}", disable=None, leave=False):
             try:
-                if kind == "slices":
-                    label = data.read(i)[1]
-                else:
-                    volume = _read_volume(data, i)
-                    label, part.class_names = volume.label, volume.class_names or part.class_names
-                    if num_classes == info.num_classes:
-                        part.doubts.update(info.doubtful_places(label))
+                part.add(i)
             except DataError as error:
                 errors.append(str(error))
-            else:
-                voxels += np.bincount(label.ravel(), minlength=num_classes)
-        if num_classes == info.num_classes:
-            part.doubts.update(info.doubtful_sizes(voxels))
-    return parts, errors + _shared_patients((part.source, part.patients) for part in parts)
-
-
-def _read_volume(volumes: VolumeDataset | ImageFolder, index: int) -> Volume | Picture:
-    """Read a volume; raise DataError where it names another number of classes than the data set has."""
-    volume = volumes[index]
-    if volume.class_names and len(volume.class_names) != volumes.num_classes - 1:
-        raise DataError(
-            f"{volumes.files[volume.name][0]}: names {len(volume.class_names)} classes "
-            f"({', '.join(volume.class_names)}), but --num_classes is {volumes.num_classes} with background; "
-            f"set --num_classes {len(volume.class_names) + 1}"
+        names = names or part.names
+    ids = np.flatnonzero(sum(part.voxels for part in parts))
+    if len(ids) and 2 * len(ids) < num_classes:
+        errors.append(
+            f"{list_dir}: {num_classes - len(ids)} of {num_classes} classes are in no label; the ids found are "
+            f"{brief(', '.join(map(str, ids)), 60)}: lower --num_classes, and store 0, 1, 2, ... in place of other ids"
         )
-    return volume
+    return parts, errors + differences(parts) + shared_patients((part.data.source, part.patients) for part in parts)
 
 
-def _shared_patients(splits: Iterable[tuple[Path, set[str]]]) -> list[str]:
-    """Return one line for every patient in two splits, each given as (list, patients)."""
-    errors, first = [], {}
+def differences(parts: Sequence[Part]) -> list[str]:
+    """Return one line for each way in which the slices and the volumes of a set contradict each other."""
+    errors = [
+        f"{other.data.source}: intensities of its {other.kind} run from {other.low:g} to {other.high:g}, those of "
+        f"{one.data.source.name} from {one.low:g} to {one.high:g}; expected the same preparation"
+        for one in parts
+        for other in parts
+        if other.unscaled and not one.unscaled and one.high - one.low > 0.1 and other.high - other.low > 10
+    ]
+    volumes = [(file, shape) for part in parts if part.kind == "volumes" for shape, file in part.shapes.items()]
+    for slices in (part for part in parts if part.kind == "slices" and volumes):
+        errors += [_other_axes(file, shape, slices.shapes) for file, shape in volumes]
+        for plane, file in slices.shapes.items():
+            own = volumes[0][0].with_name(f"{volume_name(file)}.npy.h5")  # the slice's volume, if it is there too
+            if own.is_file():
+                errors.append(_other_axes(own, read_volume(own).image.shape, {plane: file}))
+    return list(filter(None, errors))
+
+
+def _other_axes(path: Path, shape: tuple[int, ...], planes: dict[tuple[int, ...], Path]) -> str | None:
+    """Return the error of a volume whose axes are not (slices, H, W), if the sizes of slices show it.
+
+    path, shape: of the volume; planes: the sizes (H, W) of slices, each with a file.
+    """
+    low, high = min(map(min, planes)) / 3, max(map(max, planes)) * 3
+    others = [shape[:2], shape[1::-1], shape[::2], shape[::-2]]
+    sized = [low <= min(plane) and max(plane) <= high for plane in (shape[1:], *others)]
+    if shape[1:] in planes or not (planes.keys() & {*others} or any(sized) > sized[0]):
+        return None
+    (height, width), file = next(iter(planes.items()))
+    return (
+        f"{path}: its shape {shape} means {shape[0]} slices of {shape[1]} rows and {shape[2]} columns, but "
+        f"{file.name} has {height} rows and {width} columns; store volumes as (slices, rows, columns)"
+    )
+
+
+def shared_patients(splits: Iterable[tuple[Path, set[str]]]) -> list[str]:
+    """Return one line for every patient in two splits, each given as (list, patients).
+
+    A patient p7 is also p7_a and p7_b, as an entry p7 of a list stands for both.
+    """
+    errors: list[str] = []
+    whole: dict[str, Path] = {}  # by every patient, the first list with it
+    begun: dict[str, Path] = {}  # by every beginning of a patient's name
     for source, patients in splits:
         for patient in sorted(patients):
-            other = first.setdefault(patient, source)
-            if other is not source:
+            other = next(filter(None, (begun.get(patient), *map(whole.get, beginnings(patient)))), None)
+            if other:
                 errors.append(f"{source}: {patient} is also in {other.name}; remove it from one of them")
+        for patient in patients:
+            whole.setdefault(patient, source)
+            for beginning in beginnings(patient):
+                begun.setdefault(beginning, source)
     return errors
-
-
-def _print_part(part: Part) -> None:
-    owners, unit = ("images", "pixels") if part.kind == "images" else ("patients", "voxels")
-    print(f"{part.source.stem}: {part.count} {part.kind} of {len(part.patients)} {owners}")
-    shares = part.voxels / max(part.voxels.sum(), 1)
-    for name, share in zip(("background", *part.class_names), shares, strict=True):
-        print(f"  {name:<20} {share:8.3%} of {unit}" + ("" if share else f"   warning: no {unit} of this class"))
-    for doubt, count in part.doubts.items():
-        print(f"  warning: {doubt}" + (f" ({count} {part.kind})" if count > 1 else ""))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,6 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--list_dir", help="folder of the lists")
     parser.add_argument("--num_classes", type=number(int, 2), help="number of classes, background included")
     parser.add_argument("--splits", nargs="+", help="names of the lists; the first is the one to train on")
+    parser.add_argument("--patient_pattern", help=PATTERN_HELP)
     parser.add_argument(
         "--label_order", choices=orders, help="order of the label ids in Synapse's files; default: paper"
     )
@@ -155,16 +324,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     num_classes = args.num_classes or info.num_classes
     folders = args.root_path or info.root_path, args.volume_path or info.volume_path, args.list_dir or info.list_dir
     order = info.label_order(args.label_order, num_classes)
-    parts, errors = full_check(*folders, args.splits or info.splits, num_classes, info, order)
+    parts, errors = full_check(*folders, args.splits or info.splits, num_classes, info, order, args.patient_pattern)
     for part in parts:
-        _print_part(part)
+        part.print()
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
     if errors:
         print(f"{len(errors)} error{'s' if len(errors) > 1 else ''} found", file=sys.stderr)
         return 1
-    labels = f"--label_order {args.label_order}" if args.label_order else f"--num_classes {num_classes}"
-    print(f"no errors found; next: python {info.train_script} {info.flags(*folders)} {labels}")
+    more = f"--label_order {args.label_order}" if args.label_order else f"--num_classes {num_classes}"
+    more += f" --patient_pattern {shlex.quote(args.patient_pattern)}" if args.patient_pattern else ""
+    print(f"no errors found; next: python {info.train_script} {info.flags(*folders)} {more}")
     return 0
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from datasets import acdc
-from datasets.lists import patient_of, read_list, select_files
+from datasets.lists import patient_of, read_list, select_files, volume_name
 
 LISTS = Path(__file__).resolve().parents[2] / "lists"
 
@@ -85,12 +85,40 @@ def test_unusable_lists_are_refused(tmp_path, refused):
     refused(lambda: select_files(tmp_path, "train", tmp_path / "none"), tmp_path / "none", "prepare_data.py")
 
 
-def test_the_patient_of_a_file_is_the_beginning_of_its_name():
-    for name, patient in {
-        "patient001_frame01_slice003.npz": "patient001",
-        "case_002_volume_ED.npz": "case_002",
-        "case_019_sliceES_4": "case_019",
-        "case0005_slice000": "case0005",
-        "something.npy.h5": "something",
-    }.items():
-        assert patient_of(name) == patient
+@pytest.mark.parametrize(
+    ("name", "volume", "patient"),
+    [
+        ("patient001_frame01_slice003.npz", "patient001_frame01", "patient001"),
+        ("patient001_frame01_slice_3.h5", "patient001_frame01", "patient001"),
+        ("case_019_sliceES_4", "case_019_volume_ES", "case_019"),
+        ("case0005_slice000", "case0005", "case0005"),
+        ("BraTS20_Training_001_slice012.npz", "BraTS20_Training_001", "BraTS20_Training_001"),
+        ("volume-4.npy.h5", "volume-4", "volume-4"),
+        ("005_slice000", "005", "005"),
+        ("ct_train_1001", "ct_train_1001", "ct_train_1001"),
+        ("sub-01_ses-2_slice001", "sub-01_ses-2", "sub-01"),
+        ("something.npy.h5", "something", "something"),
+    ],
+)
+def test_a_slice_belongs_to_its_volume_and_a_volume_to_its_patient(name, volume, patient):
+    assert (volume_name(name), patient_of(name)) == (volume, patient)
+
+
+def test_a_pattern_finds_the_patient_in_a_name(refused):
+    assert patient_of("BraTS-GLI-00012-001_slice003.npz", r"GLI-(\d+)") == "00012"
+    assert patient_of("scan7_p003", r"p\d+$") == "p003"
+    refused(lambda: patient_of("scan7", r"p\d+"), "scan7", "--patient_pattern")
+    refused(lambda: patient_of("scan7", "p("), "--patient_pattern p(", "not a regular expression")
+
+
+def test_names_are_kept_or_left_out_with_everything_that_they_begin(tmp_path, refused):
+    entries = ["volume-4", "case_01_sliceED_0.npz", "case_01_sliceED_1.npz", "sub-1_ses-2"]
+    data = _folder(tmp_path, entries, [entry if "." in entry else f"{entry}.npz" for entry in entries])
+
+    def chosen(**names):
+        return [path.stem for path in select_files(tmp_path, "train", data, **names)]
+
+    assert chosen(only=["volume-4", "sub-1"]) == ["volume-4", "sub-1_ses-2"]
+    assert chosen(without=["case_01", "sub-1_ses-2"]) == ["volume-4"]
+    assert len(chosen(only=["case_01_volume_ED"])) == 2
+    refused(lambda: chosen(only=["volume"]), "does not name volume", "volume-4", "--cases")

@@ -32,7 +32,7 @@ def test_it_is_a_valid_data_set_with_its_own_lists(made, volumes):
     assert errors == []
     assert sorted(volume.name for volume in volumes) == sorted(names)
     assert all((part.voxels > 0).all() for part in parts)
-    assert parts[0].count == sum(len(volume.image) for volume in read(out, "train"))
+    assert len(parts[0].data) == sum(len(volume.image) for volume in read(out, "train"))
     assert len({volume.image.shape for volume in volumes}) > 4 and len(names) > 10
     for volume in volumes:
         assert volume.class_names == phantom.INFO.class_names and volume.spacing[0] > 3 * volume.spacing[1]

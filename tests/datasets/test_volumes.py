@@ -83,7 +83,7 @@ def test_unfit_contents_are_refused(tmp_path, refused, case, ending):
 @pytest.mark.parametrize("ending", [".npy.h5", ".npz"])
 def test_unreadable_files_are_refused(tmp_path, refused, ending):
     path = tmp_path / f"v{ending}"
-    refused(lambda: read_volume(path), path, "no such file", "prepare_data.py")
+    refused(lambda: read_volume(path), path, "no such file")
     for content in (b"something else\n" * 100, b""):
         path.write_bytes(content)
         refused(lambda: read_volume(path), path, "prepare_data.py")

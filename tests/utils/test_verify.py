@@ -1,5 +1,7 @@
 """The check finds errors before training does, and its exit status tells of them."""
 
+from argparse import Namespace
+
 import numpy as np
 import pytest
 
@@ -15,7 +17,8 @@ def folders(prepared):
 def quick(prepared, train="train", val="val", num_classes=4):
     root, volumes, lists = folders(prepared)
     train_set = SliceDataset(root, lists, train, num_classes, 32)
-    quick_check(train_set, VolumeDataset(volumes, lists, val, num_classes), acdc.INFO, lists / "test.txt")
+    args = Namespace(list_dir=lists, num_classes=num_classes, class_names=None, patient_pattern=None)
+    return quick_check(train_set, VolumeDataset(volumes, lists, val, num_classes), acdc.INFO, args)
 
 
 def main(prepared, *more):
@@ -26,7 +29,7 @@ def main(prepared, *more):
 def test_a_good_set_passes_and_its_voxels_are_counted(prepared, capsys):
     assert main(prepared) == 0
     lines = capsys.readouterr().out
-    for words in ("train: 12 slices of 2 patients", "val: 2 volumes of 1 patients", "left ventricle"):
+    for words in ("train: 12 slices of 2 patients", "val: 2 volumes of 1 patient", "left ventricle"):
         assert words in lines
     assert "next: python train_acdc.py --root_path" in lines and "warning" not in lines
     parts, errors = full_check(*folders(prepared), ("train", "val"), 4, acdc.INFO)
