@@ -102,7 +102,7 @@ class RunFolder:
 
 
 def _log_epoch(history: Sequence[dict[str, Any]], max_epochs: int) -> None:
-    """Write the last epoch to the log, and a warning for each gate that has just shut."""
+    """Write the last epoch to the log, with a warning of absent classes and of each gate that has just shut."""
     row = history[-1]
     dice = f", {dice_name(row.get('selected_on'))} {100 * row['val_dice']:.2f} %" if "val_dice" in row else ""
     gates = {name: value for name, value in row.items() if name.startswith("gate")}
@@ -113,6 +113,9 @@ def _log_epoch(history: Sequence[dict[str, Any]], max_epochs: int) -> None:
         "epoch %d/%d: loss %.4f%s%s%s, lr %.2e, %.0f s",
         row["epoch"], max_epochs, row["train_loss"], dice, passed, k, row["lr"], row["train_seconds"],
     )  # fmt: skip
+    absent = [name[9:].replace("_", " ") for name, dice in row.items() if name[:9] == "val_dice_" and np.isnan(dice)]
+    if absent and sum("val_dice" in earlier for earlier in history) == 1:  # said once
+        logger.warning("no validation case has %s, so the mean is that of the other classes", ", ".join(absent))
     for name, value in gates.items():
         before = [earlier[name] for earlier in history[:-1] if name in earlier] or [1.0]
         if value < GATE_SHUT <= before[-1]:

@@ -304,9 +304,6 @@ class Trainer:
         dice = {i: scores for part, _ in shares for i, scores in part.items()}
         gates = pd.concat([part for _, part in shares]).mean()
         mean, by_class = mean_dice([dice[i] for i in sorted(dice)])
-        absent = [name for name, dice in zip(self.data["class_names"], by_class, strict=True) if np.isnan(dice)]
-        if absent and not any("val_dice" in row for row in self.history):  # said once
-            logger.warning("no validation case has %s, so the mean is that of the other classes", ", ".join(absent))
         columns = [f"val_dice_{name.replace(' ', '_')}" for name in self.data["class_names"]]
         return {
             "selected_on": args.selected_on,
