@@ -6,16 +6,19 @@ nibabel's axes in reverse order, none of them flipped.
 """
 
 import logging
-import random
+import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from datasets.errors import DataError
-from datasets.info import DatasetInfo
+import numpy as np
+
+from datasets.errors import DataError, brief
+from datasets.info import VOLUME_FOLDER, DatasetInfo
+from datasets.lists import natural_key
 from datasets.preparation import Case, files_by_name, paired, prepare_volumes, read_case
 from datasets.preprocessing import Preprocessing, to_unit
-from datasets.volumes import Volume, read_volume
+from datasets.volumes import Volume, read_slice, read_volume
 
 logger = logging.getLogger(__name__)
 
@@ -34,45 +37,27 @@ INFO = DatasetInfo(
 )
 CLASS_NAMES = INFO.class_names
 
-NUM_PATIENTS = 100
-TEST_PATIENTS = (8, 10, 13, 14, 16, 17, 19, 25, 26, 27, 47, 48, 53, 68, 69, 72, 76, 80, 87, 94)  # of the release
-# First and last patient of each diagnosis: ACDC numbers its patients by diagnosis.
-PATHOLOGY_GROUPS = {"DCM": (1, 20), "HCM": (21, 40), "MINF": (41, 60), "NOR": (61, 80), "RV": (81, 100)}
-
 _FRAME = "(patient[0-9]{3}_frame[0-9]{2})"
-
-
-def split_patients(per_group: int = 2, seed: int = 2222) -> tuple[list[int], list[int]]:
-    """Divide the patients outside the test split into training and validation, the same number from each diagnosis.
-
-    Returns (train, val), sorted patient numbers. ``lists/lists_ACDC`` holds the result of the defaults.
-    """
-    rng = random.Random(seed)
-    val: list[int] = []
-    for first, last in PATHOLOGY_GROUPS.values():
-        val += rng.sample([patient for patient in range(first, last + 1) if patient not in TEST_PATIENTS], per_group)
-    train = set(range(1, NUM_PATIENTS + 1)) - set(TEST_PATIENTS) - set(val)
-    return sorted(train), sorted(val)
+_FOLDERS = ("", "*/", "*/*/", "*/*/*/")  # where the files may be: unpacking may add folders
 
 
 def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = False) -> list[str]:
     """Write ``out/train_npz`` and ``out/test_vol_h5`` for every patient and return the names of the volumes.
 
     raw: the challenge's folders (``patientXXX/patientXXX_frameYY.nii.gz`` and ``..._gt.nii.gz``, also inside
-    ``training`` and ``testing``), or a folder of ``patientXXX_frameYY.h5``. Each volume is scaled to [0, 1] by
-    its own minimum and maximum. jobs, overwrite: as in ``prepare_volumes``. Raises DataError for raw data that are
-    missing or unfit.
+    ``training`` and ``testing``), or ``patientXXX_frameYY.h5`` in it or below it, as SSL4MIS and WSL4MIS provide them;
+    of a frame that has only slices, ``patientXXX_frameYY_slice_Z.h5``, these. Each volume is scaled to [0, 1] by its
+    own minimum and maximum. jobs, overwrite: as in ``prepare_volumes``. Raises DataError for raw data that are missing
+    or unfit.
     """
     raw = Path(raw)
     INFO.require(raw)
-    # Unpacking may add a folder above training/patientXXX.
-    scans = [path for above in ("", "*/", "*/*/", "*/*/*/") for path in raw.glob(f"{above}patient*_frame*.nii*")]
+    scans = [path for above in _FOLDERS for path in raw.glob(f"{above}patient*_frame*.nii*")]
     images = files_by_name(scans, rf"{_FRAME}\.nii(?:\.gz)?")
     labels = files_by_name(scans, rf"{_FRAME}_gt\.nii(?:\.gz)?")
     cases, read = paired(images, labels, "*.nii.gz", "*_gt.nii.gz"), partial(read_case, INFO)
     if not cases:
-        files = files_by_name(raw.glob("*.h5"), rf"{_FRAME}(?:\.npy)?\.h5")
-        cases, read = [Case(name, path) for name, path in files.items()], _read_hdf5
+        cases, read = _hdf5_cases(raw), _read_hdf5
     if not cases:
         raise DataError(
             f"{raw}: holds neither patientXXX/patientXXX_frameYY.nii.gz (the challenge's folders) nor "
@@ -82,12 +67,36 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
     for patient, count in Counter(case.name.split("_")[0] for case in cases).items():
         if count != 2:
             logger.warning("%s: %s has %d frames, not 2; is the archive unpacked completely?", raw, patient, count)
-    prepare_volumes(read, cases, out, jobs, overwrite)
-    return [case.name for case in cases]
+    return prepare_volumes(read, cases, out, jobs, overwrite)
+
+
+def _hdf5_cases(raw: Path) -> list[Case]:
+    """Return the volumes below a folder, and the slices of every frame without a volume; not what is prepared there."""
+    files = [path for above in _FOLDERS for path in raw.glob(f"{above}patient*_frame*.h5")]
+    files = [path for path in files if VOLUME_FOLDER not in path.relative_to(raw).parts]
+    frames = {name: (path,) for name, path in files_by_name(files, rf"{_FRAME}(?:\.npy)?\.h5").items()}
+    slices: dict[str, list[Path]] = {}
+    numbered = files_by_name(files, rf"({_FRAME}_slice_?[0-9]+)\.h5")
+    for name in sorted(numbered, key=natural_key):
+        slices.setdefault(name.partition("_slice")[0], []).append(numbered[name])
+    return [Case(name, tuple(paths)) for name, paths in (slices | frames).items()]
 
 
 def _read_hdf5(case: Case) -> Volume:
-    volume = read_volume(case.image_path, INFO.num_classes)
-    volume.image = to_unit(volume.image)
-    volume.class_names = CLASS_NAMES
+    if _slice_number(case.images[0]) is None:
+        volume = read_volume(case.images[0], INFO.num_classes)
+    else:
+        numbers = [_slice_number(path) for path in case.images]
+        images, labels = zip(*(read_slice(path, INFO.num_classes) for path in case.images), strict=True)
+        if numbers not in (list(range(len(numbers))), list(range(1, len(numbers) + 1))):
+            raise DataError(f"{case.images[0].parent}: {case.name} has the slices {brief(numbers)}; copy those missing")
+        if len({image.shape for image in images}) > 1:
+            raise DataError(f"{case.images[0]}: other slices of {case.name} have another size; copy them again")
+        volume = Volume(case.name, np.stack(images), np.stack(labels))
+    volume.name, volume.image, volume.class_names = case.name, to_unit(volume.image), CLASS_NAMES
     return volume
+
+
+def _slice_number(path: Path) -> int | None:
+    found = re.search(r"_slice_?([0-9]+)\.h5$", path.name)
+    return int(found[1]) if found else None

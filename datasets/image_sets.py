@@ -19,6 +19,7 @@ from datasets.images import (
     MASK_FOLDER,
     ColourPreprocessing,
     Picture,
+    common_bits,
     read_mask,
     read_picture,
     read_shrunk,
@@ -72,7 +73,8 @@ class _Images:
             if not inner.is_dir():
                 raise DataError(f"{inner}: no such folder; prepare the data first (prepare_data.py, data/README.md)")
         files_of: dict[str, list[Path]] = {}  # by every entry that could name a file
-        for name, path in image_files(images).items():
+        files = image_files(images)
+        for name, path in files.items():
             for entry in {path.name, name, image_of(name)}:
                 files_of.setdefault(entry, []).append(path)
         refuse_missing(self.source, f"entries have no image in {images}", entries, files_of)
@@ -83,7 +85,7 @@ class _Images:
             self.files[path.stem] = path, masks / f"{path.stem}.png"
         there = {path.stem for path in masks.glob("*.png")}
         refuse_missing(masks, f"images of {self.source} have no mask", self.files, there)
-        self.names = list(self.files)
+        self.names, self.bits = list(self.files), common_bits(files.values())  # of all splits alike
         kinds = {"single cells" if name != image_of(name) else "whole images" for name in self.names}
         self.kind = " and ".join(sorted(kinds))
 
@@ -116,7 +118,7 @@ class ImageDataset(_Images, TrainingSet):
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the shrunk image, uint8 (h, w, 3), and label, uint8 (h, w), of a sample."""
         file, mask_file = self.files[self.names[index]]
-        image, own_size = read_shrunk(file, self.img_size)
+        image, own_size = read_shrunk(file, self.img_size, self.bits)
         return image, resize_mask(read_mask(mask_file, own_size, self.num_classes), image.shape[:2])
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
@@ -139,7 +141,7 @@ class ImageFolder(_Images, Sequence[Picture]):
 
     def __getitem__(self, index: int) -> Picture:
         image, mask = self.files[self.names[index]]
-        return read_picture(image, mask, self.num_classes, self.class_names, self.preprocessing)
+        return read_picture(image, mask, self.num_classes, self.class_names, self.preprocessing, self.bits)
 
 
 def training_images(info: "DatasetInfo", args: Namespace) -> tuple[ImageDataset, ImageFolder]:

@@ -5,17 +5,16 @@ dataset", Scientific Data 2018. The paper does not publish its division of the 2
 """
 
 import logging
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from datasets.errors import DataError
 from datasets.image_sets import image_files
-from datasets.images import IMAGE_FOLDER, MASK_FOLDER, ColourPreprocessing, check_size, read_grey, read_image
+from datasets.images import ColourPreprocessing, read_grey, read_image, refuse_plateaus
 from datasets.info import DatasetInfo
 from datasets.lists import write_lists
-from datasets.preparation import Case, Pair, paired, prepare_images, split_names
+from datasets.preparation import Case, Pair, paired, prepare_images, ready_made, split_names
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +38,8 @@ IMAGES, TRUTH = "ISIC2018_Task1-2_Training_Input", "ISIC2018_Task1_Training_Grou
 COUNTS = (1815, 259, 520)  # images for training, validation and test
 
 
-def split_images(ids: Sequence[str], seed: int = 2222) -> list[list[str]]:
-    """Divide the images into [train, val, test] by ``split_names``."""
-    return split_names(ids, COUNTS, seed)
-
-
 def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = False) -> list[str]:
-    """Write ``out/images``, ``out/masks`` and, by ``split_images``, ``out/lists``. Return the names of the images.
+    """Write ``out/images``, ``out/masks`` and, by ``split_names``, ``out/lists``. Return the names of the images.
 
     raw: the challenge's two folders (``IMAGES`` with ``<id>.jpg``, ``TRUTH`` with ``<id>_segmentation.png``), or
     ``images/<id>`` with ``masks/<id>.png``. Images are copied. jobs, overwrite: as in ``prepare_images``. Raises
@@ -53,43 +47,42 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
     """
     raw = Path(raw)
     INFO.require(raw)
-    image_folder, mask_folder, ending = _challenge_folder(raw, IMAGES), _challenge_folder(raw, TRUTH), "_segmentation"
-    if not (image_folder.is_dir() or mask_folder.is_dir()):
-        image_folder, mask_folder, ending = raw / IMAGE_FOLDER, raw / MASK_FOLDER, ""
-    if not (image_folder.is_dir() and mask_folder.is_dir()):
-        raise DataError(f"{raw}: must hold {IMAGES} and {TRUTH}, or images and masks; {INFO.how_to_get}")
-    images = {n: path for n, path in image_files(image_folder).items() if not n.endswith("_superpixels")}
-    masks = {n.removesuffix(ending): path for n, path in image_files(mask_folder).items() if n.endswith(ending)}
-    cases = paired(images, masks, f"{image_folder.name}/*.jpg", f"{mask_folder.name}/*{ending}.png")
+    # Some programs unpack an archive into one more folder of its name.
+    folders = [inner / inner.name if (inner / inner.name).is_dir() else inner for inner in (raw / IMAGES, raw / TRUTH)]
+    if any(folder.is_dir() for folder in folders):
+        INFO.require(*folders)
+        images, masks = map(image_files, folders)
+        images = {name: path for name, path in images.items() if not name.endswith("_superpixels")}
+        masks = {n.removesuffix("_segmentation"): path for n, path in masks.items() if n.endswith("_segmentation")}
+        cases = paired(images, masks, f"{IMAGES}/*.jpg", f"{TRUTH}/*_segmentation.png")
+    else:
+        cases = ready_made(raw)
     if not cases:
-        raise DataError(f"{image_folder}: holds no <id>.jpg; {INFO.how_to_get}")
+        raise DataError(f"{raw}: must hold {IMAGES} and {TRUTH}, or images and masks; {INFO.how_to_get}")
     names = prepare_images(read_case, cases, raw, out, jobs, overwrite)
-    write_lists(Path(out) / "lists", dict(zip(INFO.splits, split_images(names), strict=True)))
+    write_lists(Path(out) / "lists", dict(zip(INFO.splits, split_names(names, COUNTS), strict=True)))
     return names
 
 
-def _challenge_folder(raw: Path, name: str) -> Path:
-    # Some programs unpack an archive into one more folder of its name.
-    return raw / name / name if (raw / name / name).is_dir() else raw / name
-
-
-def read_case(case: Case) -> Iterator[Pair]:
+def read_case(case: Case, bits: int | None) -> Pair:
     """Read one image with its mask as a Pair; raises DataError."""
-    shape = read_image(case.image_path).shape[:2]
-    yield case.name, case.image_path, read_lesion(case.label_path, shape)
+    image = read_image(case.images[0], bits)
+    return case.images[0], read_lesion(case.labels[0], image.shape[:2])
 
 
 def read_lesion(path: str | Path, shape: tuple[int, int]) -> np.ndarray:
     """Read a mask in any form (grey, palette, RGB, alpha, 1-bit): uint8 (H, W), 1 where it is brighter than half.
 
     A mask with no grey above 1 already holds class indices. Raises DataError for any other mask that is not black and
-    white, and for a size other than ``shape``, the image's.
+    white up to the fringes of its edges, and for a size other than ``shape``, the image's.
     """
-    grey = read_grey(path)
-    check_size(path, grey.shape, shape)
+    grey = read_grey(path, shape)
     brightest = int(grey.max())
     if brightest == 0:
         logger.warning("%s: an empty mask, no lesion", path)
     if 1 < brightest < 128:
         raise DataError(f"{path}: its brightest grey is {brightest}; expected 0 and 255, or 0 and 1; replace the mask")
-    return grey if brightest <= 1 else (grey > 127).astype(np.uint8)
+    if brightest <= 1:
+        return grey.astype(np.uint8)
+    refuse_plateaus(path, grey, (0, brightest))
+    return (grey > brightest // 2).astype(np.uint8)

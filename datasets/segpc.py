@@ -10,19 +10,17 @@ There are two protocols: whole images with three classes, as in the paper's tabl
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from datasets.errors import DataError, brief
-from datasets.image_sets import image_files
-from datasets.images import IMAGE_FOLDER, MASK_FOLDER, ColourPreprocessing, check_size, read_grey, read_image
+from datasets.image_sets import image_files, image_of
+from datasets.images import ColourPreprocessing, read_grey, read_image, refuse_plateaus
 from datasets.info import DatasetInfo
 from datasets.lists import write_lists
-from datasets.preparation import Pair, paired, prepare_images, split_names
+from datasets.preparation import Case, Pair, prepare_images, ready_made, split_names
 
 logger = logging.getLogger(__name__)
 
@@ -54,30 +52,6 @@ CROP_MINIMUM = 64  # smallest side of a crop, in pixels
 PARTS = {"train": "train", "valid": "test", "validation": "test"}
 
 
-@dataclass(frozen=True)
-class Case:
-    """One image with its masks."""
-
-    name: str
-    image_path: Path
-    masks: dict[int, Path]  # one mask per cell, by the cell's number, or a single mask of the whole image
-    part: str  # train or test
-    crops: bool  # one crop per cell, or the whole image
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the image or of its crops."""
-        return [f"{self.name}_cell{number}" for number in self.masks] if self.crops else [self.name]
-
-
-def split_images(ids: Sequence[str], seed: int = 2222) -> list[list[str]]:
-    """Divide the challenge's training images into [train, val] by ``split_names``.
-
-    ``lists/lists_SegPC`` holds the result for the 298 ids of the challenge.
-    """
-    return split_names(ids, COUNTS, seed)
-
-
 def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = False, crops: bool = False) -> list[str]:
     """Write ``out/images`` and ``out/masks`` for every image with masks, and ``out/lists``. Return all names.
 
@@ -89,44 +63,50 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
     Images are copied, because a BMP is read faster than a PNG. Crops of empty masks are left out. The lists name
     images, also for crops; with all of the challenge's images they equal ``lists/lists_SegPC``.
     """
-    cases = _find_cases(Path(raw), crops)
+    parts = _find_images(Path(raw))
+    cases = [case for part in parts.values() for case in part]
+    if crops:
+        cases = [cell for case in cases for cell in _cells(case)]
     names = prepare_images(read_case, cases, raw, out, jobs, overwrite)
-    train, val = split_images([case.name for case in cases if case.part == "train"])
-    test = [case.name for case in cases if case.part == "test"]
+    ids = {part: [case.name for case in found] for part, found in parts.items()}
+    train, val = split_names(ids["train"], COUNTS)
     # A part that is not in this raw folder may have been prepared before, so its list stays.
-    parts = {"train": train, "val": val, "test": test}
-    write_lists(Path(out) / "lists", {part: found for part, found in parts.items() if found})
+    lists = {"train": train, "val": val, "test": ids["test"]}
+    write_lists(Path(out) / "lists", {part: found for part, found in lists.items() if found})
     return names
 
 
-def read_case(case: Case) -> Iterator[Pair]:
-    """Read one image with its masks and yield it as a Pair, or each of its cells as a Pair; raises DataError."""
-    image = read_image(case.image_path)
-    cells = {number: read_classes(path, image.shape[:2]) for number, path in case.masks.items()}
-    for number, cell in cells.items():
+def read_case(case: Case, bits: int | None) -> Pair | None:
+    """Read one image with its masks as a Pair, cut to the cell if the case is one; None for an empty cell.
+
+    Where cells overlap, the higher index wins: nuclei lie over cytoplasm. Raises DataError.
+    """
+    image = read_image(case.images[0], bits)
+    cells = [read_classes(path, image.shape[:2]) for path in case.labels]
+    for path, cell in zip(case.labels, cells, strict=True):
         if not cell.any():
-            logger.warning("%s: an empty mask, left out", case.masks[number])
-        elif case.crops:
-            yield f"{case.name}_cell{number}", *crop(image, cell)
-    if not case.crops:
-        # Where cells overlap, the higher index wins: nuclei lie over cytoplasm.
-        yield case.name, case.image_path, np.max(list(cells.values()), axis=0)
+            logger.warning("%s: an empty mask, left out", path)
+    mask = np.max(cells, axis=0)
+    if image_of(case.name) == case.name:
+        return case.images[0], mask
+    return crop(image, mask) if mask.any() else None
 
 
 def read_classes(path: str | Path, shape: tuple[int, int]) -> np.ndarray:
     """Read a mask as class indices: uint8 (H, W), the nearest of ``GREYS`` for each grey value.
 
-    The file may have one channel or three, and intermediate greys if it was resampled. A mask with no grey above 2
-    already holds class indices. Raises DataError for other greys and a size other than ``shape``, the image's.
+    The file may have one channel or three, and intermediate greys along the edges if it was resampled. A mask with no
+    grey above 2 already holds class indices. Raises DataError for other greys and a size other than ``shape``, the
+    image's.
     """
-    grey = read_grey(path)
-    check_size(path, grey.shape, shape)
+    grey = read_grey(path, shape)
     if grey.max() <= len(CLASS_NAMES):
-        return grey
+        return grey.astype(np.uint8)
     if grey.max() >= GREYS[2] + 10:
         raise DataError(
             f"{path}: holds the grey value {grey.max()}; expected 0, 20 (cytoplasm) and 40 (nucleus); replace the mask"
         )
+    refuse_plateaus(path, grey, GREYS)
     return np.digitize(grey, [(low + high) / 2 for low, high in pairwise(GREYS)]).astype(np.uint8)
 
 
@@ -153,48 +133,54 @@ def _bounds(mask: np.ndarray) -> list[tuple[int, int]]:
     return [(int(places[0]), int(places[-1]) + 1) for places in (np.flatnonzero(mask.any(axis)) for axis in (1, 0))]
 
 
-def _find_cases(raw: Path, crops: bool) -> list[Case]:
-    """Return the images of a raw folder that have masks, in natural order; raises DataError where there are none."""
+def _find_images(raw: Path) -> dict[str, list[Case]]:
+    """Return the images with masks for train and test; raises DataError where there are none, or two of one name."""
     INFO.require(raw)
     part_of_raw = PARTS.get(raw.resolve().name, "train")
     # Every archive of the challenge holds a folder of its own name.
     inside = [(part, folder) for name, part in PARTS.items() for folder in (raw / name, raw / name / name)]
-    cases: dict[str, Case] = {}
+    parts: dict[str, list[Case]] = {"train": [], "test": []}
     for part, folder in [(part_of_raw, raw), *inside]:
-        for name, (image_path, masks) in (_challenge_masks(folder) if (folder / "x").is_dir() else {}).items():
-            if name in cases:
-                raise DataError(f"{image_path}: {cases[name].image_path} has the same id; remove one of the two")
-            cases[name] = Case(name, image_path, masks, part, crops)
-    if not cases and (raw / IMAGE_FOLDER).is_dir() and (raw / MASK_FOLDER).is_dir():
-        if crops:
-            raise DataError(
-                f"{raw / MASK_FOLDER}: has one mask per image, but --crops needs one per cell, the challenge's "
-                "y/<id>_<k>.bmp; give the challenge's folders or leave out --crops"
-            )
-        images, masks = image_files(raw / IMAGE_FOLDER), image_files(raw / MASK_FOLDER)
-        for ready in paired(images, masks, f"{IMAGE_FOLDER}/*", f"{MASK_FOLDER}/*.png"):
-            cases[ready.name] = Case(ready.name, ready.image_path, {0: ready.label_path}, part_of_raw, crops)
-    if not cases:
+        if (folder / "x").is_dir():
+            parts[part] += _challenge_images(folder)
+    if not any(parts.values()):
+        parts[part_of_raw] = ready_made(raw)
+    if not any(parts.values()):
         raise DataError(
             f"{raw}: holds no x/<id>.bmp with masks y/<id>_<k>.bmp, directly or in train, valid and test, and no "
             f"images/<id> with masks/<id>.png; {INFO.how_to_get}"
         )
-    return list(cases.values())
+    first: dict[str, Path] = {}
+    for case in (case for part in parts.values() for case in part):
+        (path,) = case.images
+        if first.setdefault(case.name, path) != path:
+            raise DataError(f"{path}: {first[case.name]} has the same id; remove one of the two")
+    return parts
 
 
-def _challenge_masks(folder: Path) -> dict[str, tuple[Path, dict[int, Path]]]:
-    """Return (image file, mask files by cell number) of every image with masks; log how many have none."""
+def _challenge_images(folder: Path) -> list[Case]:
+    """Return the images with masks in natural order; log how many have none."""
     images = image_files(folder / "x")
-    masks: dict[str, dict[int, Path]] = {}
+    masks: dict[str, list[Path]] = {}
     for name, path in image_files(folder / "y").items() if (folder / "y").is_dir() else ():
-        found = re.fullmatch(r"(.+)_([0-9]+)", name)
+        found = re.fullmatch(r"(.+)_[0-9]+", name)
         if not found or found[1] not in images:
             raise DataError(f"{path}: x has no image for this mask; unpack the archive again or remove the file")
-        masks.setdefault(found[1], {})[int(found[2])] = path
+        masks.setdefault(found[1], []).append(path)
     missing = [name for name in images if name not in masks]
     if missing:
         logger.warning(
             "%s: %d of %d images have no mask in y and are left out: %s",
             folder, len(missing), len(images), brief(", ".join(missing), 60),
         )  # fmt: skip
-    return {name: (path, masks[name]) for name, path in images.items() if name in masks}
+    return [Case(name, (path,), tuple(masks[name])) for name, path in images.items() if name in masks]
+
+
+def _cells(case: Case) -> list[Case]:
+    """Return a case for every cell of an image; raises DataError where one mask holds all cells."""
+    if case.labels[0].stem == case.name:
+        raise DataError(
+            f"{case.labels[0].parent}: has one mask per image, but --crops needs one per cell, the challenge's "
+            "y/<id>_<k>.bmp; give the challenge's folders or leave out --crops"
+        )
+    return [Case(f"{case.name}_cell{int(path.stem.rpartition('_')[2])}", case.images, (path,)) for path in case.labels]

@@ -5,7 +5,6 @@ split and the file names. Arrays are (z, y, x): x runs to the patient's left, y 
 knowledge BTCV stores its files like this, so slices look like the public ones; other files are reoriented.
 """
 
-import random
 from functools import partial
 from pathlib import Path
 
@@ -36,10 +35,7 @@ FILE_CLASSES = {
 }  # fmt: skip
 LABEL_ORDERS = {name: LabelOrder(name, classes, CLASS_NAMES) for name, classes in FILE_CLASSES.items()}
 
-CASES = (*range(1, 11), *range(21, 41))
-TEST_CASES = (1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38)  # TransUNet's; the other 18 train
-TRAIN_CASES = tuple(case for case in CASES if case not in TEST_CASES)
-
+VALIDATION_CASES = ("case0023", "case0026")  # drawn from the training list: the field has no validation split
 WINDOW = (-125.0, 275.0)  # Hounsfield units that become 0 and 1
 
 # (larger, smaller) organ of healthy adults, by a wide margin.
@@ -49,11 +45,6 @@ _LARGER = (
     ("stomach", "gallbladder"), ("stomach", "pancreas"),
     ("left kidney", "gallbladder"), ("right kidney", "gallbladder"),
 )  # fmt: skip
-
-
-def validation_cases(count: int = 2, seed: int = 2222) -> tuple[str, ...]:
-    """Draw the training cases that validate by default: the field has no validation split for Synapse."""
-    return tuple(f"case{case:04d}" for case in sorted(random.Random(seed).sample(TRAIN_CASES, count)))
 
 
 def doubtful_sizes(voxels: np.ndarray) -> list[str]:
@@ -126,6 +117,6 @@ def prepare(
     numbered = paired(images, labels, "img*.nii.gz", "label*.nii.gz")
     if not numbered:
         raise DataError(f"{folder / 'img'}: holds no files like img0001.nii.gz; {INFO.how_to_get}")
-    cases = [Case(f"case{case.name}", case.image_path, case.label_path) for case in numbered]
-    prepare_volumes(partial(read_case, INFO, label_order=LABEL_ORDERS[label_order]), cases, out, jobs, overwrite)
-    return [case.name for case in cases]
+    cases = [Case(f"case{case.name}", case.images, case.labels) for case in numbered]
+    read = partial(read_case, INFO, label_order=LABEL_ORDERS[label_order])
+    return prepare_volumes(read, cases, out, jobs, overwrite)

@@ -103,6 +103,68 @@ def test_a_mask_has_its_indices_in_every_form(tmp_path, form):
     np.testing.assert_array_equal(read_mask(tmp_path / "mask.png", (20, 30), 3), mask)
 
 
+def test_a_palette_of_greys_is_applied_to_a_mask_and_any_other_is_ignored(tmp_path):
+    indices = np.arange(3, dtype=np.uint8).repeat(4).reshape(3, 4)
+    for palette, expected in (([2, 2, 2, 0, 0, 0, 1, 1, 1], [2, 0, 1]), ([0, 0, 9, 0, 9, 0, 9, 0, 0], [0, 1, 2])):
+        file = Image.fromarray(indices)
+        file.putpalette(palette)
+        file.save(tmp_path / "mask.png")
+        np.testing.assert_array_equal(read_mask(tmp_path / "mask.png", (3, 4), 3)[:, 0], expected)
+
+
+def write_deep(path, image, bits):
+    """Write the values of an 8-bit image in 16 bits, of which ``bits`` are in use."""
+    sitk = pytest.importorskip("SimpleITK")
+    values = image.astype(np.uint16) << bits - 8 | image >> 16 - bits  # what an 8-bit image of it would keep, and more
+    sitk.WriteImage(sitk.GetImageFromArray(values, isVector=image.ndim == 3), str(path))
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+@pytest.mark.parametrize("bits", range(9, 17))
+def test_9_to_16_bits_are_read_like_the_same_picture_of_8(tmp_path, caplog, bits, ending):
+    for image in (scene(20, 30), scene(20, 30)[..., 0]):
+        write_deep(tmp_path / f"a.{ending}", image, bits)
+        expected = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
+        np.testing.assert_array_equal(read_image(tmp_path / f"a.{ending}"), expected)
+        assert (f"{bits} bits" in caplog.text) == (bits < 16)  # no other bits without a word
+
+
+def test_the_bits_in_use_are_those_of_the_whole_set_or_of_the_file_itself(tmp_path, caplog):
+    names = ["bright", "dark", "tagged", "ome"]
+    for kind in ("deep", "plain"):
+        write_set(tmp_path / kind, names)
+    for name in names:
+        image = scene(40, 56, seed=len(name)) // (1 if name == "bright" else 9)
+        Image.fromarray(image).save(tmp_path / "plain/images" / f"{name}.png")
+        (tmp_path / "deep/images" / f"{name}.png").unlink()
+        write_deep(tmp_path / "deep/images" / f"{name}.tif", image, 12)
+    for name, stated in (("tagged", {281: 4095}), ("ome", {270: '<OME><Pixels SignificantBits="12"/></OME>'})):
+        values = scene(40, 56, seed=len(name))[..., 0].astype(np.uint16) // 9
+        Image.fromarray(values << 4).save(tmp_path / "deep/images" / f"{name}.tif", tiffinfo=stated)
+        Image.fromarray(values.astype(np.uint8)).save(tmp_path / "plain/images" / f"{name}.png")
+        assert read_image(tmp_path / "deep/images" / f"{name}.tif").max() == values.max()
+    assert not caplog.text
+    for kind, size in ((ImageDataset, [32]), (ImageFolder, [])):
+        deep, plain = (
+            kind(data, data / "lists", "train", 3, *size) for data in (tmp_path / "deep", tmp_path / "plain")
+        )
+        for one, other in zip(deep, plain, strict=True):
+            image, expected = (item["image"] if size else item.image for item in (one, other))
+            np.testing.assert_array_equal(image, expected)
+
+
+def test_pages_are_refused_by_number_and_a_smaller_copy_of_the_first_is_not_a_page(tmp_path, refused):
+    pages = [Image.fromarray(scene(20, 30, seed)) for seed in range(3)]
+    for ending in ("tif", "png"):
+        pages[0].save(tmp_path / f"a.{ending}", save_all=True, append_images=pages[1:])
+        refused(lambda ending=ending: read_image(tmp_path / f"a.{ending}"), f"a.{ending}", "3 pages")
+    tifffile = pytest.importorskip("tifffile")
+    with tifffile.TiffWriter(tmp_path / "b.tif") as file:
+        file.write(scene(20, 30), photometric="rgb")
+        file.write(scene(10, 15), photometric="rgb", subfiletype=1)
+    np.testing.assert_array_equal(read_image(tmp_path / "b.tif"), scene(20, 30))
+
+
 def test_unfit_files_are_refused_in_one_line(tmp_path, refused):
     image, mask = tmp_path / "image.jpg", tmp_path / "mask.png"
     Image.fromarray(scene(200, 200)).save(image)
@@ -112,12 +174,26 @@ def test_unfit_files_are_refused_in_one_line(tmp_path, refused):
     refused(lambda: read_mask(mask, (30, 20), 8), mask, "20 x 30", "30 x 20")
     refused(lambda: read_picture(image, mask, 8), mask, "200 x 200")
     refused(lambda: read_mask(image), image, "colours")
+    Image.fromarray(np.eye(30, dtype=np.uint8) * 255).save(mask)
+    assert "--num_classes" not in refused(lambda: read_mask(mask, (30, 30), 2), mask, "0, 255", "prepare_data.py isic")
+    Image.merge("LA", [Image.new("L", (30, 30)), Image.open(mask)]).save(mask)
+    refused(lambda: read_mask(mask, (30, 30), 2), mask, "alpha")
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(np.eye(30, dtype=np.uint8)).save(mask, exif=exif)
+    refused(lambda: read_mask(mask, (30, 30), 2), mask, "EXIF orientation 3")
     whole = image.read_bytes()
     for content in (whole[: len(whole) // 2], whole[:10], b"", b"no image at all\n" * 50, b"GIF89a" + bytes(50)):
         image.write_bytes(content)
         refused(lambda: read_image(image), image, "not a readable image")
-    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tif")
-    refused(lambda: read_image(tmp_path / "float.tif"), "float.tif", "floating-point")
+    small, other = np.full((4, 4), 200), tmp_path / "other.tif"
+    for picture, options, word in (
+        (small.astype(np.float32), {}, "floating-point"),
+        (small.astype(np.int32) * 500, {}, "100000"),
+        (small.astype(np.uint16), {"tiffinfo": {262: 0}}, "8 bits"),  # white is 0
+    ):
+        Image.fromarray(picture).save(other, **options)
+        refused(lambda: read_image(other), other, word)
 
 
 def test_normalisation_is_that_of_the_weights_and_survives_a_checkpoint(refused):

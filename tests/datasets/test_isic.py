@@ -1,29 +1,38 @@
 """ISIC's masks mean the same in every form, and its division is reproducible."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from datasets import isic
 from datasets.image_sets import ImageFolder
 from datasets.images import read_mask
 from datasets.lists import read_list
+from datasets.preparation import split_names
 
 REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "ISIC"
 
 LESION = np.zeros((60, 80), np.uint8)
 LESION[20:41, 30:66] = 1
-NOISE = np.random.default_rng(0).integers(0, 90, LESION.shape).astype(np.uint8)
 FORMS = {
     "grey": Image.fromarray(LESION * 255),
     "indices": Image.fromarray(LESION),
     "palette": Image.fromarray(LESION * 255).quantize(2),
     "rgba": Image.fromarray(LESION * 255).convert("RGBA"),
     "16 bits": Image.fromarray(LESION.astype(np.uint16) * 65535),
-    "not quite binary": Image.fromarray(np.where(LESION, 255 - NOISE, NOISE)),
+    "12 of 16 bits": Image.fromarray(LESION.astype(np.uint16) * 4095),
 }
+
+
+def saved(picture, *arguments, **options):
+    """Return a picture as it comes back from a file of a lossy format."""
+    file = io.BytesIO()
+    picture.save(file, *arguments, **options)
+    return Image.open(file)
 
 
 def write_raw(folder, ids, form="grey"):
@@ -75,12 +84,47 @@ def test_the_lists_divide_the_images_reproducibly(tmp_path):
     np.testing.assert_array_equal(test[0].label[0], LESION)
 
 
+BLOB = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(240, 320)), 20) > 0.004
+
+
+@pytest.mark.parametrize("quality", [10, 30, 50, 75, 95])
+def test_the_fringes_that_jpeg_and_resampling_leave_are_tolerated(tmp_path, quality):
+    mask = Image.fromarray(BLOB.astype(np.uint8) * 255)
+    saved(mask.convert("RGB"), "JPEG", quality=quality).convert("L").save(tmp_path / "mask.png")
+    assert (isic.read_lesion(tmp_path / "mask.png", BLOB.shape) != BLOB).mean() < 0.001
+    for method in (Image.Resampling.BILINEAR, Image.Resampling.LANCZOS):
+        mask.resize((1600, 1200), method).resize((320, 240), method).save(tmp_path / "mask.png")
+        assert (isic.read_lesion(tmp_path / "mask.png", BLOB.shape) != BLOB).mean() < 0.01
+
+
+PARTS = BLOB.astype(int) + np.roll(BLOB, 60, 1) + np.roll(BLOB, 60, 0)  # 0 to 3: several classes in one mask
+COLOURS = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [255, 255, 0]], np.uint8)[PARTS]
+
+
+@pytest.mark.parametrize(
+    ("mask", "word"),
+    [
+        (Image.fromarray(COLOURS), "colours"),
+        (Image.fromarray(COLOURS).quantize(4), "colours"),
+        (saved(Image.fromarray(COLOURS), "JPEG", quality=60), "colours"),
+        (Image.fromarray((PARTS * 85).astype(np.uint8)), "grey 85"),
+        (saved(Image.fromarray((PARTS * 85).astype(np.uint8)), "JPEG", quality=40), "area of grey"),
+        (Image.fromarray((PARTS * 1365).astype(np.uint16)), "grey 1365"),
+        (Image.fromarray(PARTS.astype(np.uint8)), "brightest grey is 3"),
+        (Image.merge("LA", [Image.new("L", (320, 240)), Image.fromarray(BLOB.astype(np.uint8) * 255)]), "alpha"),
+    ],
+)
+def test_several_classes_in_one_mask_are_refused(tmp_path, refused, mask, word):
+    mask.save(tmp_path / "mask.png")
+    refused(lambda: isic.read_lesion(tmp_path / "mask.png", BLOB.shape), "mask.png", word)
+
+
 def test_the_official_number_of_images_is_cut_as_specified():
     ids = [f"ISIC_{number:07d}" for number in range(2594)]
-    parts = isic.split_images(ids)
+    parts = split_names(ids, isic.COUNTS)
     assert [len(part) for part in parts] == [1815, 259, 520]
     assert sorted(name for part in parts for name in part) == ids
-    assert isic.split_images(ids[::-1]) == parts != isic.split_images(ids, seed=1)
+    assert split_names(ids[::-1], isic.COUNTS) == parts != split_names(ids, isic.COUNTS, seed=1)
 
 
 def test_unfit_raw_folders_are_refused(tmp_path, refused):

@@ -65,12 +65,13 @@ def test_whole_images_hold_the_union_of_their_cells(tmp_path):
     assert mask[24, 45] == 2 and mask[12, 45] == 1  # the second cell's nucleus on the first one's cytoplasm
 
 
-@pytest.mark.parametrize("form", ["RGB", "P", "L"])
+@pytest.mark.parametrize("form", ["RGB", "P", "L", "I;16"])
 def test_masks_of_other_forms_mean_the_same(tmp_path, form):
     noise = np.random.default_rng(0).integers(-9, 10, SHAPE) if form == "L" else 0
     for mask in CELLS:
-        Image.fromarray(np.abs(mask + noise).astype(np.uint8)).convert(form).save(tmp_path / "mask.bmp")
-        np.testing.assert_array_equal(segpc.read_classes(tmp_path / "mask.bmp", SHAPE), mask // 20)
+        picture = Image.fromarray(np.abs(mask + noise).astype(np.uint16 if form == "I;16" else np.uint8))
+        (picture if form == "I;16" else picture.convert(form)).save(tmp_path / "mask.png")
+        np.testing.assert_array_equal(segpc.read_classes(tmp_path / "mask.png", SHAPE), mask // 20)
 
 
 def test_crops_hold_one_cell_each_around_its_nucleus(tmp_path):
@@ -126,7 +127,6 @@ def test_the_challenges_folders_make_the_lists_and_unlabelled_images_are_logged(
     assert len(names) == 12
     train, val, test = (read_list(tmp_path / "out" / "lists", part) for part in ("train", "val", "test"))
     assert (len(train), len(val), test) == (8, 2, ["7", "70"])
-    assert [train, val] == segpc.split_images([str(number) for number in range(100, 110)])
     for part in ("validation", "train/train"):  # one by one they make the same lists
         segpc.prepare(raw / part, tmp_path / "parts", crops=True)
     assert [read_list(tmp_path / "parts" / "lists", part) for part in ("train", "val", "test")] == [train, val, test]
@@ -191,7 +191,10 @@ def test_unfit_raw_folders_are_refused(tmp_path, refused):
     refused(lambda: segpc.prepare(tmp_path / "none", out), tmp_path / "none", "download")
     (tmp_path / "empty").mkdir()
     refused(lambda: segpc.prepare(tmp_path / "empty", out), tmp_path / "empty", "x/<id>.bmp", "masks/<id>.png")
-    for array, words in ((CELLS[0].T, ("128 x 96", "96 x 128")), (CELLS[0] + 200, ("240", "40 (nucleus)"))):
+    for array, words in (
+        (CELLS[0].T, ("128 x 96", "96 x 128")), (CELLS[0] + 200, ("240", "40 (nucleus)")), (CELLS[0] // 2 * 3, ("60",)),
+        (np.where(CELLS[0] == 20, 30, CELLS[0]), ("area of grey 30", "0, 20, 40")),
+    ):  # fmt: skip
         Image.fromarray(array.copy()).save(mask)
         refused(lambda words=words: segpc.prepare(raw, out), mask, *words)
     mask.write_bytes(mask.read_bytes()[:500])
@@ -208,8 +211,7 @@ def test_the_lists_are_the_challenges_images_divided_by_our_seed():
     train, val, test = (read_list(ROOT / segpc.INFO.list_dir, part) for part in segpc.INFO.splits)
     assert (len(train), len(val), len(test)) == (238, 60, 200)
     assert len({*train, *val, *test}) == 498
-    assert segpc.split_images(reversed([*val, *train])) == [train, val]
-    assert segpc.split_images([*train, *val], seed=1) != [train, val]
+    assert preparation.split_names(reversed([*val, *train]), segpc.COUNTS) == [train, val]
 
 
 @pytest.mark.skipif(not (REAL.is_dir() and REAL_512.is_dir()), reason="the real cells are not beside the checkout")
