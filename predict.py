@@ -31,6 +31,7 @@ import numpy as np
 from datasets import DATASETS, DataError, Picture, Volume
 from datasets.files import atomic_write, check_writable, file_stem
 from datasets.images import ENDINGS as IMAGE_ENDINGS
+from datasets.images import common_bits
 from datasets.scan import NIFTI_ENDINGS, scan_name
 from networks import NetworkError
 from utils.cli import AMP_DTYPES, ArgumentParser, run_script, seed_everything
@@ -117,10 +118,10 @@ def main() -> None:
     inputs = find_inputs(args.input, predictor.planar)
     outputs, beside = name_outputs(inputs, args.output, predictor.planar)
     check_writable(outputs[0].parent)
-    sizes, failed = [], 0
+    sizes, failed, bits = [], 0, common_bits(inputs) if predictor.planar else None
     for number, (source, target) in enumerate(zip(inputs, outputs, strict=True), 1):
         try:
-            volume = predictor.read(source)
+            volume = predictor.read(source, bits)
         except DataError as error:
             if len(inputs) == 1:
                 raise

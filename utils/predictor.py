@@ -100,10 +100,13 @@ class Predictor:
                 "train again"
             )
 
-    def read(self, path: str | Path) -> Volume | Picture:
-        """Open a scan (a NIfTI file or the folder of a DICOM series) or an image, prepared for the network."""
+    def read(self, path: str | Path, bits: int | None = None) -> Volume | Picture:
+        """Open a scan (a NIfTI file or the folder of a DICOM series) or an image, prepared for the network.
+
+        bits: of images, what ``common_bits`` returns for all that are read together.
+        """
         if self.planar:
-            return read_picture(path, class_names=self.class_names, preprocessing=self.preprocessing)
+            return read_picture(path, class_names=self.class_names, preprocessing=self.preprocessing, bits=bits)
         volume = read_scan(path, self.preprocessing)
         volume.class_names = self.class_names
         return volume
