@@ -16,7 +16,7 @@ import shlex
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,17 +28,9 @@ from datasets import DATASETS, DataError, DatasetInfo, ImageDataset, ImageFolder
 from datasets.errors import brief
 from datasets.image_sets import image_of
 from datasets.images import read_picture
-from datasets.lists import (
-    PATTERN_HELP,
-    beginnings,
-    list_path,
-    natural_key,
-    patient_of,
-    read_list,
-    volume_name,
-)
+from datasets.lists import PATTERN_HELP, beginnings, list_path, natural_key, patient_of, read_list, volume_name
 from datasets.preprocessing import orientation_of
-from datasets.storage import LabelOrder
+from datasets.storage import PREPARE, LabelOrder
 from datasets.volumes import read_volume
 from utils.cli import ArgumentParser, number, run_script
 
@@ -49,24 +41,15 @@ UNIT = -0.05, 1.05
 
 
 class Part:
-    """What was found in the cases of one split that were read.
+    """What was found in the cases of one split that were read; ``pattern`` is ``--patient_pattern``."""
 
-    Args:
-        data: the split.
-        info: the data set.
-        pattern: ``--patient_pattern``.
-    """
-
-    def __init__(
-        self, data: SliceDataset | VolumeDataset | ImageDataset | ImageFolder, info: DatasetInfo,
-        pattern: str | None = None,
-    ):  # fmt: skip
+    def __init__(self, data: Any, info: DatasetInfo, pattern: str | None = None):
         self.data, self.info = data, info
         self.kind = "images" if info.planar else "slices" if isinstance(data, SliceDataset) else "volumes"
         self.patients = {patient_of(name, pattern) for name in (data.patients if info.planar else data.names)}
         self.read = 0  # cases
         self.voxels = np.zeros(data.num_classes, np.int64)  # of each class
-        self.names: tuple[str, ...] = ()  # of the classes, if a file states them
+        self.named: tuple[str, ...] = ()  # the classes, if a file names them
         self.shapes: dict[tuple[int, ...], Path] = {}  # each with its first file
         self.spacings: set[tuple[float, ...]] = set()
         self.low, self.high = np.inf, -np.inf  # intensities
@@ -80,30 +63,31 @@ class Part:
         else:
             file, *mask = data.files[data.names[index]]
             case = read_picture(file, *mask, data.num_classes) if isinstance(data, ImageDataset) else data[index]
-        self.read += 1
-        self.voxels += np.bincount(case.label.ravel(), minlength=len(self.voxels))
         low, high = float(case.image.min()), float(case.image.max())
-        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.low, self.high, self.read = min(self.low, low), max(self.high, high), self.read + 1
+        self.voxels += np.bincount(case.label.ravel(), minlength=len(self.voxels))
         self.shapes.setdefault(case.label.shape[1:] if self.info.planar else case.image.shape, file)
-        if case.spacing:
-            self.spacings.add(case.spacing)
+        self.spacings |= {case.spacing} if case.spacing else set()
         if case.class_names and not self.info.planar:
-            self.names = data.class_names = case.class_names  # from now on no file may name others
-        if self.kind == "volumes":
-            if case.affine is not None and prepared.orientation not in (None, orientation_of(case.affine)):
-                raise DataError(
-                    f"{file}: its axes x, y, z run to {orientation_of(case.affine)}, but predict.py turns scans to "
-                    f"{prepared.orientation}; prepare the data again (prepare_data.py)"
-                )
-            if prepared.window is None and UNIT[0] < low <= high < UNIT[1] and (low > 0.1 or high < 0.9):
-                self.doubts["intensities do not run from 0 to 1 in each volume, as predict.py scales a scan"] += 1
-            if self.has_usual_classes:
-                self.doubts.update(self.info.doubtful_places(case.label))
+            self.named = data.class_names = case.class_names  # from now on no file may name others
+        if self.kind != "volumes":
+            return
+        axes = prepared.orientation if case.affine is None else orientation_of(case.affine)
+        if prepared.orientation not in (None, axes):
+            raise DataError(
+                f"{file}: its axes x, y, z run to {axes}, those of a new scan to {prepared.orientation}; {PREPARE}"
+            )
+        if prepared.window is None and UNIT[0] < low <= high < UNIT[1] and (low > 0.1 or high < 0.9):
+            self.doubts["intensities do not run from 0 to 1 in each volume, as predict.py scales a scan"] += 1
+        if case.spacing and case.spacing[0] * 4 < case.spacing[2] and case.image.shape[0] * 4 < case.image.shape[2]:
+            self.doubts["few but thin slices: is the spacing that of slices, rows and columns, in this order?"] += 1
+        if self.names == self.info.class_names:
+            self.doubts.update(self.info.doubtful_places(case.label))
 
     @property
-    def has_usual_classes(self) -> bool:
-        """Whether the label ids mean what they usually mean in this data set."""
-        return (self.names or self.info.names_for(len(self.voxels))) == self.info.class_names
+    def names(self) -> tuple[str, ...]:
+        """The classes as the files name them, or else as the data set does."""
+        return self.named or self.info.names_for(len(self.voxels))
 
     @property
     def unscaled(self) -> bool:
@@ -117,33 +101,33 @@ class Part:
             found, expected = ("{:g} to {:g}".format(*ends) for ends in ((self.low, self.high), trained_on or (0, 1)))
             text = "" if trained_on else " (predict.py scales scans to this, and refuses a network trained on others)"
             doubts[f"intensities run from {found}; expected {expected}{text}"] = 1
-        if self.has_usual_classes and (self.kind != "slices" or self.read == len(self.data)):
+        if self.names == self.info.class_names and (self.kind != "slices" or self.read == len(self.data)):
             doubts.update(self.info.doubtful_sizes(self.voxels))
         return [doubt + (f" ({count} {self.kind})" if count > 1 else "") for doubt, count in doubts.items()]
 
     def print(self) -> None:
         """Print what was found."""
-        unit, axes = ("pixels" if self.info.planar else "voxels"), "slices, rows, columns"
+        owner, unit = ("image", "pixels") if self.info.planar else ("patient", "voxels")
         listed = brief(", ".join(sorted(self.patients, key=natural_key)), 80)
-        owners = f"{'image' if self.info.planar else 'patient'}{'s' * (len(self.patients) > 1)}"
-        print(f"{self.data.source.stem}: {len(self.data)} {self.kind} of {len(self.patients)} {owners}: {listed}")
+        owners = f"{len(self.patients)} {owner}{'s' * (len(self.patients) > 1)}: {listed}"
+        print(f"{self.data.source.stem}: {len(self.data)} {self.kind} of {owners}")
         if not self.read:
             return
-        print(f"  {'size':<20} {_extent(self.shapes)} ({axes if self.kind == 'volumes' else axes[8:]})")
+        axes = "slices, rows, columns" if self.kind == "volumes" else "rows, columns"
+        print(f"  {'size':<20} {_extent(self.shapes)} ({axes})")
         if self.spacings:
-            print(f"  {'spacing':<20} {_extent(self.spacings)} mm ({axes})")
+            print(f"  {'spacing':<20} {_extent(self.spacings)} mm (slices, rows, columns)")
         print(f"  {'intensities':<20} {self.low:.6g} to {self.high:.6g}")
         print(f"  {'label ids':<20} {brief(', '.join(map(str, np.flatnonzero(self.voxels))), 80)}")
-        names = self.names or self.info.names_for(len(self.voxels))
-        for name, share in zip(("background", *names), self.voxels / self.voxels.sum(), strict=True):
+        for name, share in zip(("background", *self.names), self.voxels / self.voxels.sum(), strict=True):
             print(f"  {name:<20} {share:8.3%} of {unit}" + ("" if share else f"   warning: no {unit} of this class"))
         for doubt in self.warnings():
             print(f"  warning: {doubt}")
 
 
-def _extent(sizes: Collection[tuple[float, ...]]) -> str:
+def _extent(sizes: set[tuple[float, ...]]) -> str:
     """Return sizes as text, of each axis the smallest and the largest: ``8 to 10 x 216 x 256``."""
-    ends = zip(np.min(list(sizes), 0), np.max(list(sizes), 0), strict=True)
+    ends = zip(np.min([*sizes], 0), np.max([*sizes], 0), strict=True)
     return " x ".join(f"{low:g}" if low == high else f"{low:g} to {high:g}" for low, high in ends)
 
 
@@ -170,13 +154,13 @@ def quick_check(
     if test_list != val_set.source and test_list.is_file():
         tested = map(image_of if info.planar else str, read_list(args.list_dir, info.splits[-1]))
         splits.append((test_list, {patient_of(name, args.patient_pattern) for name in tested}))
-    for error in shared_patients(splits):
+    for error in shared_patients(splits, info.planar):
         raise DataError(error)
     for part in parts:
         part.data.class_names = names or None
         for index in sorted({0, len(part.data) // 2, len(part.data) - 1}):
             part.add(index)
-        names = names or part.names
+        names = names or part.named
     for error in differences(parts):
         raise DataError(error)
     for part in parts:
@@ -200,16 +184,16 @@ def compare_with_checkpoint(
     """
     part, names = Part(cases, info), tuple(data["class_names"])
     part.add(0)
-    doubts, found = part.warnings(data.get("preprocessing", {}).get("stored")), ", ".join(part.names)
-    if part.names not in ((), names):
+    doubts, found = part.warnings(data.get("preprocessing", {}).get("stored")), ", ".join(part.named)
+    if part.named not in ((), names):
         # Earlier versions stored the usual names, whatever the files said.
-        if names != info.class_names or {*names} & {*part.names}:
+        if names != info.class_names or {*names} & {*part.named}:
             raise DataError(
                 f"{cases.source}: its files name the classes {found}; expected {', '.join(names)}, as in training: "
                 "test files with these classes, or another checkpoint"
             )
         doubts.append(f"names its classes {found}, and the checkpoint {', '.join(names)}; those of the file are used")
-        names = part.names
+        names = part.named
     cases.class_names = names
     return names, doubts
 
@@ -239,25 +223,24 @@ def full_check(
                 part.add(i)
             except DataError as error:
                 errors.append(str(error))
-        names = names or part.names
+        names = names or part.named
     ids = np.flatnonzero(sum(part.voxels for part in parts))
     if len(ids) and 2 * len(ids) < num_classes:
         errors.append(
             f"{list_dir}: {num_classes - len(ids)} of {num_classes} classes are in no label; the ids found are "
             f"{brief(', '.join(map(str, ids)), 60)}: lower --num_classes, and store 0, 1, 2, ... in place of other ids"
         )
-    return parts, errors + differences(parts) + shared_patients((part.data.source, part.patients) for part in parts)
+    patients = [(part.data.source, part.patients) for part in parts]
+    return parts, errors + differences(parts) + shared_patients(patients, info.planar)
 
 
 def differences(parts: Sequence[Part]) -> list[str]:
     """Return one line for each way in which the slices and the volumes of a set contradict each other."""
-    errors = [
-        f"{other.data.source}: intensities of its {other.kind} run from {other.low:g} to {other.high:g}, those of "
-        f"{one.data.source.name} from {one.low:g} to {one.high:g}; expected the same preparation"
-        for one in parts
-        for other in parts
-        if other.unscaled and not one.unscaled and one.high - one.low > 0.1 and other.high - other.low > 10
-    ]
+    errors = []
+    read = sorted((part for part in parts if part.read), key=lambda part: part.high - part.low)
+    if read and read[-1].unscaled and not read[0].unscaled:
+        first, last = (f"{part.low:g} to {part.high:g} ({part.data.source})" for part in (read[0], read[-1]))
+        errors = [f"intensities run from {first} and from {last}; expected one preparation for all splits"]
     volumes = [(file, shape) for part in parts if part.kind == "volumes" for shape, file in part.shapes.items()]
     for slices in (part for part in parts if part.kind == "slices" and volumes):
         errors += [_other_axes(file, shape, slices.shapes) for file, shape in volumes]
@@ -285,23 +268,23 @@ def _other_axes(path: Path, shape: tuple[int, ...], planes: dict[tuple[int, ...]
     )
 
 
-def shared_patients(splits: Iterable[tuple[Path, set[str]]]) -> list[str]:
+def shared_patients(splits: Iterable[tuple[Path, set[str]]], planar: bool) -> list[str]:
     """Return one line for every patient in two splits, each given as (list, patients).
 
-    A patient p7 is also p7_a and p7_b, as an entry p7 of a list stands for both.
+    Unless ``planar``, a patient p7 is also p7_a, because an entry p7 of a list stands for that, too.
     """
     errors: list[str] = []
-    whole: dict[str, Path] = {}  # by every patient, the first list with it
+    first: dict[str, Path] = {}  # by every patient, the first list with it
     begun: dict[str, Path] = {}  # by every beginning of a patient's name
     for source, patients in splits:
         for patient in sorted(patients):
-            other = next(filter(None, (begun.get(patient), *map(whole.get, beginnings(patient)))), None)
+            others = [first.get(patient)]
+            others += [] if planar else [begun.get(patient), *map(first.get, beginnings(patient))]
+            other = next(filter(None, others), None)
             if other:
                 errors.append(f"{source}: {patient} is also in {other.name}; remove it from one of them")
-        for patient in patients:
-            whole.setdefault(patient, source)
-            for beginning in beginnings(patient):
-                begun.setdefault(beginning, source)
+        first |= dict.fromkeys(patients - first.keys(), source)
+        begun |= {name: begun.get(name, source) for patient in patients for name in beginnings(patient)}
     return errors
 
 

@@ -56,7 +56,7 @@ BAD = {
     "no label": ({"image": GOOD["image"]}, "has no 'label'"),
     "unequal shapes": (GOOD | {"label": np.zeros((2, 4, 5), np.uint8)}, "(2, 4, 5)"),
     "too few axes": ({key: array[0] for key, array in GOOD.items()}, "(5, 4)"),
-    "too many axes": ({key: array[None] for key, array in GOOD.items()}, "(1, 2, 5, 4)"),
+    "channels": ({key: np.stack([array] * 4, -1) for key, array in GOOD.items()}, "store one channel alone"),
     "empty": ({key: array[:0] for key, array in GOOD.items()}, "(0, 5, 4)"),
     "NaN": (GOOD | {"image": NAN}, "40 values"),
     "infinite": (GOOD | {"image": NAN * 0 + np.inf}, "40 values"),
@@ -65,6 +65,7 @@ BAD = {
     "NaN label": (GOOD | {"label": NAN}, "whole numbers"),
     "id too high": (GOOD | {"label": np.full((2, 5, 4), 4, np.uint8)}, "--num_classes"),
     "id far too high": (GOOD | {"label": np.full((2, 5, 4), 300)}, "300"),
+    "greys": (GOOD | {"label": np.repeat([[[0] * 4], [[255] * 4]], 5, 1)}, "values are 0, 255; store 0, 1, 2"),
     "negative id": (GOOD | {"label": np.full((2, 5, 4), -1)}, "-1"),
     "complex": (GOOD | {"image": np.zeros((2, 5, 4), complex)}, "complex"),
     "text": (GOOD | {"label": np.full((2, 5, 4), b"a")}, "numbers"),
@@ -80,6 +81,16 @@ def test_unfit_contents_are_refused(tmp_path, refused, case, ending):
     refused(lambda: read_volume(path, 4), path, words)
 
 
+@pytest.mark.parametrize("chunks", [None, (1, 5, 4)])
+def test_an_array_that_was_not_written_to_its_end_is_refused(tmp_path, refused, chunks):
+    _write(tmp_path / "v.h5", label=GOOD["label"])
+    with h5py.File(tmp_path / "v.h5", "a") as file:
+        image = file.create_dataset("image", (2, 5, 4), "f4", chunks=chunks)
+        if chunks:
+            image[0] = 1
+    refused(lambda: read_volume(tmp_path / "v.h5", 4), "never written")
+
+
 @pytest.mark.parametrize("ending", [".npy.h5", ".npz"])
 def test_unreadable_files_are_refused(tmp_path, refused, ending):
     path = tmp_path / f"v{ending}"
@@ -91,7 +102,13 @@ def test_unreadable_files_are_refused(tmp_path, refused, ending):
 
 @pytest.mark.parametrize(
     ("attribute", "value"),
-    [("spacing", (1.0, 2.0)), ("spacing", (1.0, 0.0, 1.0)), ("affine", np.eye(3)), ("class_names", (1, 2, 3))],
+    [
+        ("spacing", (1.0, 2.0)),
+        ("spacing", (1.0, 0.0, 1.0)),
+        ("spacing", (1.25, 1.5, 8.0)),  # of x, y, z, and the affine says otherwise
+        ("affine", np.eye(3)),
+        ("class_names", (1, 2, 3)),
+    ],
 )
 def test_unfit_attributes_are_refused(tmp_path, refused, make_volume, attribute, value):
     path = tmp_path / "v.h5"
@@ -168,7 +185,11 @@ def test_mtunets_files_are_read_as_they_are(mtunet, make_volume):
         assert (test[0].spacing, test[0].affine, test[0].class_names, test[0].label.dtype) == (None, None, (), "u1")
 
 
-def test_slices_of_unequal_shape_are_refused(mtunet, refused):
+def test_slices_of_unequal_shape_are_refused_and_missing_ones_named(mtunet, refused, caplog):
+    entries = (mtunet / "valid.txt").read_text()
+    (mtunet / "valid.txt").write_text(entries.replace("case_019_sliceED_5.npz\n", ""))
+    assert len(VolumeDataset(mtunet, mtunet, "val", 4)[0].image) == 11
+    assert "slice 5 of case_019_volume_ED is missing" in caplog.text
     np.savez(mtunet / "valid" / "case_019_sliceED_7.npz", img=np.zeros((5, 5)), label=np.zeros((5, 5)))
     refused(lambda: VolumeDataset(mtunet, mtunet, "val", 4)[0], "case_019_sliceED_7.npz", "(5, 5)")
 

@@ -254,7 +254,11 @@ def test_absurd_sizes_are_refused_before_anything_is_read(tmp_path):
         ("scan.gz", gzip.compress(bytes(header)), "GiB"),
         ("scan.gz", gzip.compress(nifti(LABEL) + bytes(1)), "continues after"),
         ("slice", zip_of({"image.npy": npy, "label.npy": npy}), "memory"),
-        ("volume", hdf5(lambda file: [file.create_dataset(key, **sparse) for key in ("image", "label")]), "hold"),
+        (
+            "volume",
+            hdf5(lambda file: [file.create_dataset(key, **sparse) for key in ("image", "label")]),
+            "never written",
+        ),
         ("png", bytes(png), "pixels"),
     ):
         assert words in refused_file(tmp_path, kind, content)

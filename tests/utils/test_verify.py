@@ -1,45 +1,70 @@
-"""The check finds errors before training does, and its exit status tells of them."""
+"""The checks find errors before training does, and what a checkpoint says of its data is true of them."""
 
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from datasets import SliceDataset, VolumeDataset, acdc
+from datasets import SliceDataset, Volume, VolumeDataset, acdc, read_scan, synapse, write_slice, write_volume
+from tests.conftest import data_flags
 from utils import verify
-from utils.verify import full_check, quick_check
+from utils.verify import compare_with_checkpoint, full_check, quick_check
 
 
-def folders(prepared):
-    return prepared / "train_npz", prepared / "test_vol_h5", prepared / "lists"
+def folders(data: Path) -> list[str]:
+    return data_flags(data)[1::2]
 
 
-def quick(prepared, train="train", val="val", num_classes=4):
-    root, volumes, lists = folders(prepared)
-    train_set = SliceDataset(root, lists, train, num_classes, 32)
+def quick(data: Path, train: str = "train", val: str = "val", num_classes: int = 4, info=acdc.INFO, **flags):
+    root, volumes, lists = folders(data)
     args = Namespace(list_dir=lists, num_classes=num_classes, class_names=None, patient_pattern=None)
-    return quick_check(train_set, VolumeDataset(volumes, lists, val, num_classes), acdc.INFO, args)
+    vars(args).update(flags)
+    train_set = SliceDataset(root, lists, train, num_classes, 32)
+    return quick_check(train_set, VolumeDataset(volumes, lists, val, num_classes), info, args)
 
 
-def main(prepared, *more):
-    root, volumes, lists = map(str, folders(prepared))
-    return verify.main(["acdc", "--root_path", root, "--volume_path", volumes, "--list_dir", lists, *more])
+def main(data: Path, *more: str) -> int:
+    return verify.main(["acdc", *data_flags(data), *more])
 
 
-def test_a_good_set_passes_and_its_voxels_are_counted(prepared, capsys):
+def write(folder: Path, names: str, in_slices=lambda volume: volume, in_volumes=lambda volume: volume) -> Path:
+    """Write a set of 30 x 40 slices, changed by ``in_...``: the last name tests, the one before it validates."""
+    rng = np.random.default_rng(0)
+    for name in names.split():
+        label = rng.integers(0, 4, (3, 30, 40)).astype(np.uint8)
+        for z in range(3):
+            write_slice(folder / f"train_npz/{name}_slice{z}.npz", in_slices(Volume(name, label / 3, label)), z)
+        write_volume(folder / f"test_vol_h5/{name}.npy.h5", in_volumes(Volume(name, label / 3, label)))
+    *train, val, test = names.split()
+    (folder / "lists").mkdir()
+    for part, entries in (("train", train), ("val", [val]), ("test", [test])):
+        (folder / f"lists/{part}.txt").write_text("\n".join(entries))
+    return folder
+
+
+def brighter(volume: Volume) -> Volume:
+    volume.image = volume.image * 255
+    return volume
+
+
+def test_a_good_set_passes_and_what_it_holds_is_printed(prepared, capsys):
     assert main(prepared) == 0
     lines = capsys.readouterr().out
-    for words in ("train: 12 slices of 2 patients", "val: 2 volumes of 1 patient", "left ventricle"):
+    for words in (
+        "train: 12 slices of 2 patients: patient001, patient002", "val: 2 volumes of 1 patient: patient003",
+        "20 x 14 (rows, columns)", "3 x 20 x 14 (slices, rows, columns)", "8 x 1.5 x 1.25 mm", "to 1\n", "0, 1, 2, 3\n",
+        "left ventricle", "next: python train_acdc.py --root_path",
+    ):  # fmt: skip
         assert words in lines
-    assert "next: python train_acdc.py --root_path" in lines and "warning" not in lines
+    assert "warning" not in lines
     parts, errors = full_check(*folders(prepared), ("train", "val"), 4, acdc.INFO)
-    assert errors == []
     labels = [np.load(path)["label"] for path in (prepared / "train_npz").glob("patient00[12]*")]
     np.testing.assert_array_equal(parts[0].voxels, np.bincount(np.stack(labels).ravel(), minlength=4))
-    assert parts[1].voxels.sum() == 2 * 3 * 20 * 14
+    assert errors == [] and parts[1].voxels.sum() == 2 * 3 * 20 * 14
 
 
-def test_a_class_without_voxels_is_a_warning_not_an_error(prepared, capsys):
+def test_a_class_without_voxels_is_a_warning_and_most_of_them_an_error(tmp_path, prepared, capsys):
     for path in (prepared / "train_npz").iterdir():
         with np.load(path) as file:
             arrays = dict(file)
@@ -48,6 +73,8 @@ def test_a_class_without_voxels_is_a_warning_not_an_error(prepared, capsys):
     assert main(prepared) == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert len(warnings) == 1 and "left ventricle" in warnings[0]
+    assert main(write(tmp_path / "set", "a b c"), "--num_classes", "256") == 1
+    assert "252 of 256 classes are in no label; the ids found are 0, 1, 2, 3" in capsys.readouterr().err
 
 
 def test_all_bad_files_are_listed(prepared, run_script):
@@ -56,33 +83,105 @@ def test_all_bad_files_are_listed(prepared, run_script):
     for path in bad:
         path.write_bytes(b"")
     (prepared / "lists" / "val.txt").write_text("patient003\npatient009\n")
-    root, volumes, lists = folders(prepared)
-    flags = "--root_path", root, "--volume_path", volumes, "--list_dir", lists
-    done = run_script("utils/verify.py", "acdc", *flags)
+    done = run_script("utils/verify.py", "acdc", *data_flags(prepared))
     assert done.status == 1 and "Traceback" not in done.error
     for words in (*bad, "patient009", "4 errors"):
         assert str(words) in done.error
 
 
 @pytest.mark.parametrize("entry", ["patient002", "patient002_frame01", "patient002_frame01.npy.h5"])
-def test_a_patient_in_two_splits_is_found_whatever_the_entry(prepared, refused, capsys, entry):
-    for part in ("val", "test"):
-        path = prepared / "lists" / f"{part}.txt"
-        before = path.read_text()
-        path.write_text(before + entry + "\n")
-        refused(lambda: quick(prepared), path, "patient002", "train.txt")
-        assert main(prepared) == 1
-        assert "patient002 is also in train.txt" in capsys.readouterr().err
-        path.write_text(before)
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_patient_in_two_splits_is_found_whatever_the_entry(prepared, refused, capsys, part, entry):
+    path = prepared / "lists" / f"{part}.txt"
+    path.write_text(f"{path.read_text()}{entry}\n")
+    refused(lambda: quick(prepared), path, "patient002", "train.txt")
+    assert main(prepared) == 1
+    assert "patient002 is also in train.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "names", ["BraTS20_Training_001 BraTS20_Training_002 BraTS20_Training_003", "4 14 40", "p p2 p-3"]
+)
+def test_a_set_of_any_names_is_right_unless_a_list_repeats_one(tmp_path, refused, names):
+    quick(write(tmp_path / "set", names))
+    first, lists = names.split()[0], tmp_path / "set/lists"
+    (lists / "test.txt").write_text(first)
+    refused(lambda: quick(tmp_path / "set"), lists / "test.txt", f"{first} is also in train.txt")
+    (lists / "train.txt").write_text("\n".join(f"{first}_slice{z}" for z in range(3)))
+    refused(lambda: quick(tmp_path / "set"), lists / "test.txt", f"{first} is also in train.txt")
+
+
+def test_the_pattern_says_which_scans_are_of_one_patient(tmp_path, refused, capsys):
+    data = write(tmp_path / "set", "GLI-1-000 GLI-2-000 GLI-1-001")
+    quick(data)
+    refused(lambda: quick(data, patient_pattern=r"GLI-\d+"), "GLI-1 is also in train.txt")
+    assert main(data, "--patient_pattern", r"GLI-(\d+)") == 1
+    assert "1 patient: 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("order", [(1, 2, 0), (2, 1, 0), (1, 0, 2)])
+def test_volumes_with_other_axes_than_their_slices_are_refused(tmp_path, refused, capsys, order):
+    def turned(volume):
+        return Volume(volume.name, volume.image.transpose(order), volume.label.transpose(order))
+
+    data = write(tmp_path / "set", "a b c", in_volumes=turned)
+    refused(lambda: quick(data), "b.npy.h5", "30 rows and 40 columns", "store volumes as (slices, rows, columns)")
+    assert main(data) == 1 and "c.npy.h5" in capsys.readouterr().err
+
+
+def test_other_intensities_than_of_0_to_1_are_in_the_checkpoint_and_no_scan_is_prepared_for_it(
+    tmp_path, refused, caplog, capsys
+):
+    refused(lambda: quick(write(tmp_path / "mixed", "a b c", in_volumes=brighter)), "0 to 1", "0 to 255")
+    data = write(tmp_path / "set", "a b c", brighter, brighter)
+    info = quick(data)
+    assert "intensities run from 0 to 255; expected 0 to 1" in caplog.text
+    assert main(data) == 0 and "intensities run from 0 to 255" in capsys.readouterr().out
+    stored = type(info.preprocessing).from_dict(info.preprocessing.to_dict())
+    refused(lambda: read_scan(tmp_path, stored), tmp_path, "from 0 to 255")
+    test_set = VolumeDataset(*folders(data)[1:], "test", 4)
+    for preprocessing, warned in ((stored.to_dict(), False), ({}, True)):
+        checkpoint = {"class_names": ("x", "y", "z"), "preprocessing": preprocessing}
+        assert bool(compare_with_checkpoint(test_set, acdc.INFO, checkpoint)[1]) == warned
+
+
+def test_axes_that_predict_would_not_make_are_refused(prepared, refused):
+    refused(lambda: quick(prepared, info=synapse.INFO), "run to RAS", "LAS")
+
+
+def named(*names: str):
+    def name(volume: Volume) -> Volume:
+        volume.class_names = names
+        return volume
+
+    return name
+
+
+def test_classes_are_called_as_the_files_say_or_the_user(tmp_path, refused):
+    plain = write(tmp_path / "plain", "a b c")
+    assert quick(plain).class_names == acdc.CLASS_NAMES
+    assert quick(plain, class_names=["x", "y", "z"]).class_names == ("x", "y", "z")
+    refused(lambda: quick(plain, class_names=["x", "y"]), "--class_names gives x, y", "--num_classes 3")
+    data = write(tmp_path / "named", "a b c", in_volumes=named("oedema", "tumour", "core"))
+    assert quick(data).class_names == ("oedema", "tumour", "core")
+    refused(lambda: quick(data, class_names=["x", "y", "z"]), "oedema, tumour, core", "--class_names")
+    refused(lambda: quick(data, num_classes=9), "--num_classes 4", "oedema")
+    other = write(tmp_path / "other", "a b c", named("tumour", "oedema", "core"), named("oedema", "tumour", "core"))
+    refused(lambda: quick(other), "b.npy.h5", "oedema, tumour, core; expected tumour, oedema, core")
+    test_set = VolumeDataset(*folders(data)[1:], "test", 4)
+    for stored, found in ((("oedema", "tumour", "core"), 0), (acdc.CLASS_NAMES, 1)):  # earlier versions stored these
+        names, doubts = compare_with_checkpoint(test_set, acdc.INFO, {"class_names": stored})
+        assert (names, len(doubts)) == (("oedema", "tumour", "core"), found)
+    wrong = {"class_names": ("tumour", "oedema", "core")}
+    refused(lambda: compare_with_checkpoint(test_set, acdc.INFO, wrong), "test.txt", "expected tumour, oedema, core")
 
 
 def test_the_quick_check_finds_the_common_mistakes(prepared, refused):
     root = folders(prepared)[0]
-    refused(lambda: acdc.INFO.require(root, root / "x"), root / "x", "prepare_data.py acdc")
+    refused(lambda: acdc.INFO.require(root, f"{root}/x"), f"{root}/x", "prepare_data.py acdc")
     refused(lambda: quick(prepared, train="val"), "val.txt", "is also in")
     refused(lambda: quick(prepared, num_classes=3), "num_classes")
-    refused(lambda: quick(prepared, num_classes=9), "--num_classes 4", "right ventricle")
     quick(prepared)
-    last = root / "patient002_frame09_slice002.npz"
+    last = Path(root, "patient002_frame09_slice002.npz")
     last.write_bytes(last.read_bytes()[:100])
     refused(lambda: quick(prepared), last)
