@@ -20,8 +20,8 @@ from pathlib import Path
 from benchmarks.measure import machine
 from datasets import DATASETS
 from datasets.files import atomic_write
-from networks import NETWORKS
-from utils.arguments import FIRST, flags_of_others
+from networks import FIRST, NETWORKS
+from utils.arguments import flags_of_others
 from utils.cli import ArgumentParser, run_script
 from utils.comparison import compare, read_run
 from utils.comparison_report import score_rows, score_tables

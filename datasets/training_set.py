@@ -8,11 +8,14 @@ from torch.utils.data import Dataset
 
 
 class TrainingSet(Dataset):
-    """Samples that are read, the same in every epoch, and then augmented at random. A subclass defines ``read``.
+    """Samples that are read, the same in every epoch, and then augmented at random.
 
+    A subclass defines ``read``, and ``names``: of the images, or of the volumes of the slices.
     Sample i of an epoch draws from a generator seeded by (seed, epoch, i), so it does not depend on the number of
     workers or on the order. Call ``set_epoch`` before iterating over the epoch's loader.
     """
+
+    names: list[str]
 
     def __init__(self, seed: int):
         self.seed = seed

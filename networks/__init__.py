@@ -7,14 +7,15 @@ from networks.errors import NetworkError
 from networks.layers import VARIANTS
 from networks.maxvit import SCALES
 from networks.memory_bank import PrototypeMemoryBank
-from networks.registry import NETWORKS, build, default_weights, register
-from networks.release import load_release_state_dict
+from networks.registry import FIRST, NETWORKS, build, default_weights, register
+from networks.release import load_release_state_dict, release_arguments
 from networks.sim_mpnet import CHOICES, SimMPNet
 
 __all__ = [
     "CHOICES",
     "DMWLA",
     "DSGIM",
+    "FIRST",
     "NETWORKS",
     "SCALES",
     "VARIANTS",
@@ -25,4 +26,5 @@ __all__ = [
     "default_weights",
     "load_release_state_dict",
     "register",
+    "release_arguments",
 ]

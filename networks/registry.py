@@ -20,6 +20,8 @@ from networks.layers import check_choice, check_images, check_input, resize
 from networks.maxvit import weights_file
 from networks.sim_mpnet import SIZE_STEP, SimMPNet
 
+FIRST = "sim_mpnet"
+"""The network that is built where none is named."""
 NETWORKS: dict[str, Callable[..., nn.Module]] = {}
 """The builder of each network, by the name in ``--network`` and in checkpoints."""
 _DEFAULT_WEIGHTS: dict[str, Callable[[Mapping[str, Any]], str | Path | None]] = {}
@@ -79,7 +81,7 @@ def register(
     return enter
 
 
-def build(network: str = "sim_mpnet", **options) -> nn.Module:
+def build(network: str = FIRST, **options) -> nn.Module:
     """Return the network of a name, built with these arguments; ``build(**model.config)`` builds the same again.
 
     Raises:
@@ -129,7 +131,7 @@ class Baseline(nn.Module):
 
 
 register(
-    "sim_mpnet",
+    FIRST,
     SIZE_STEP,
     lambda options: None if options["encoders"] == "dmwla" else weights_file(options["model_scale"]),
 )(SimMPNet)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from einops import rearrange
 from torch import Tensor
@@ -43,6 +44,29 @@ BANK = {
 OURS = (".bank.replaced_columns", ".bank.key_counts")
 # Second names of the backbone's tensors, unused layers, and constants.
 IGNORED = re.compile(r"backbone1\.(stem|stages|norm)\.|decoder\.CA4\.|(.*\.)?k$|.*\.pool_structured$")
+
+
+def release_arguments(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the arguments of the network that a state dict of the release belongs to; its scale is always small.
+
+    Raises:
+        NetworkError: the state dict is not one of the release.
+    """
+    weights = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    try:
+        feature_dim, num_clusters = weights["DMWLA_1.0.concept_proto"].shape
+        decoder_feature_dim, decoder_num_clusters = weights["decoder.DMWLA_1.concept_proto"].shape
+        return dict(
+            num_classes=len(weights["out_head1.bias"]),
+            variant="release",
+            feature_dim=feature_dim,
+            num_clusters=num_clusters,
+            decoder_feature_dim=decoder_feature_dim,
+            decoder_num_clusters=decoder_num_clusters,
+            columns_per_cluster=weights["DMWLA_1.0.concept_pool"].shape[1] // num_clusters,
+        )
+    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise NetworkError("not a checkpoint of this project or of the release: give one of either") from error
 
 
 def load_release_state_dict(model: SimMPNet, state_dict: Mapping[str, Tensor]) -> None:

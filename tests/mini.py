@@ -34,14 +34,17 @@ def drawing(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 class Drawings(TrainingSet):
     def __init__(self, count: int):
         super().__init__(seed=0)
-        self.count = count
+        self.names = [str(i) for i in range(count)]
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.names)
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(x.numpy() for x in drawing(index))
 
     def __getitem__(self, index: int) -> dict:
         image, label = drawing(int(self._epoch) * 1000 + index)
-        return {"image": image, "label": label, "name": str(index)}
+        return {"image": image, "label": label, "name": self.names[index]}
 
 
 @dataclass
@@ -61,6 +64,12 @@ class DrawnVolume:
 
     def restore(self, prediction: np.ndarray) -> np.ndarray:
         return prediction
+
+
+class DrawnVolumes(list):
+    @property
+    def names(self) -> list[str]:
+        return [volume.name for volume in self]
 
 
 class MiniNet(nn.Module):
@@ -104,7 +113,7 @@ def trainer(
     args, checkpoint = parse(folder, *flags)
     seed_everything(args.seed, deterministic=True)
     model = network(**network_arguments(args))
-    val_set = [DrawnVolume(str(i)) for i in range(volumes)]
+    val_set = DrawnVolumes(DrawnVolume(str(i)) for i in range(volumes))
     made = Trainer(model, DRAWINGS, Drawings(slices), val_set, args, torch.device(device))
     if checkpoint:
         made.load_state_dict(checkpoint)

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from networks import build
 from tests.conftest import data_flags
 from tests.narrow import use_narrow_pico
+from utils.checkpoint import load_fitting
 from utils.predictor import Predictor
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -52,6 +54,23 @@ def test_an_old_run_resumes(old_run, phantom, run_script):
     assert float(after[-1]["train_loss"]) == pytest.approx(float(before[-1]["train_loss"]), rel=0.5)
     state = torch.load(old_run / "last.pth", weights_only=True)
     assert state["epoch"] == len(before) + 1 and len(state["history"]) == len(after)
+
+
+def test_a_new_run_starts_from_an_old_one_and_makes_anew_what_does_not_fit(old_run, phantom, run_script, tmp_path):
+    flags = ["--init_from", old_run / "best.pth", "--num_clusters", 5, "--base_lr", 0, "--max_iterations", 1]
+    flags += ["--num_workers", 0, "--batch_size", 2, "--output_dir", tmp_path / "new"]
+    done = run_script("train_acdc.py", *flags, *data_flags(phantom))
+    assert done.status == 0, done.error
+    assert done.error.count("new memory: ") == (tmp_path / "new/train.log").read_text().count("new memory: ") == 1
+    old, new = (torch.load(path, weights_only=True) for path in (old_run / "best.pth", tmp_path / "new/last.pth"))
+    assert new["network"] == old["network"] | {"num_clusters": 5}
+    kept = [name for name in new["model"] if name.endswith((".weight", ".bias"))]
+    assert all(torch.equal(new["model"][name], old["model"][name]) for name in kept)
+    model = build(**old["network"] | {"num_classes": 5, "num_clusters": 5})
+    memory, heads = load_fitting(model, old, old_run)
+    assert heads == f"new heads: that of {old_run} does not fit (heads.0, heads.1, heads.2, heads.3)"
+    assert memory.startswith(f"new memory: that of {old_run} does not fit (dmwla_encoder.stages.0.0.bank, ")
+    assert [int(bank.warmup_counter) > 0 for bank in model.memory_banks()] == [False] * 12 + [True] * 4
 
 
 def test_old_runs_are_compared(tmp_path, run_script):

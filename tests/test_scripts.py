@@ -67,15 +67,28 @@ def test_testing_writes_every_file_and_the_same_scores_in_any_order_and_batch(tr
     assert "found" in str(scores) or "spurious" in str(scores)  # something was predicted
 
 
-def test_resume_continues_in_the_same_folder(trained, run_script, tmp_path):
+def test_resume_continues_in_the_same_folder_with_moved_data(trained, data, run_script, tmp_path):
     """Without room to keep all slices in memory, and in bf16."""
     folder = Path(shutil.copytree(trained, tmp_path / "run"))
-    flags = ["--max_iterations", 5, "--cache_gib", "1e-4", "--amp", "bf16"]
+    flags = [*folders(data), "--max_iterations", 5, "--cache_gib", "1e-4", "--amp", "bf16"]
     done = run_script("train_acdc.py", "--resume", folder / "last.pth", *flags)
     assert done.status == 0, done.error
     assert "training samples fit into --cache_gib 0.0001" in done.error
     assert torch.load(folder / "last.pth", weights_only=True)["iteration"] == 5
     assert len((folder / "metrics.csv").read_text().splitlines()) == 3
+
+
+def test_resume_refuses_other_data_and_leaves_the_run_as_it_was(trained, data, run_script, tmp_path):
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    flags = ["--resume", folder / "last.pth", "--max_iterations", 5, *folders(data)]
+    slices = sorted((data / "train_npz").glob("*.npz"))
+    with np.load(slices[0]) as stored:
+        np.savez(slices[0], image=stored["image"] / 2, label=stored["label"])
+    assert_one_line(run_script("train_acdc.py", *flags), "training sample 1 with mean", "--init_from")
+    (data / "lists/train.txt").write_text("patient002\n")
+    assert_one_line(run_script("train_acdc.py", *flags), "training case patient001_frame01 there")
+    assert files == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def first_validation_volume(data: Path) -> Path:

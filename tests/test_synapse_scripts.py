@@ -81,8 +81,8 @@ def test_other_files_need_their_label_order(data, runs, run_script, tmp_path):
     assert done.status == 0 and "--label_order" in done.error and "warning" in done.error
     done = run_script("test_synapse.py", *flags, "--label_order", "transunet")
     assert done.status == 0 and "warning" not in done.error
-    done = run_script("train_synapse.py", "--resume", run / "last.pth", "--select", "val")
-    assert_one_line(done, "--select val")
+    for flag in ("--select val", "--label_order transunet"):
+        assert_one_line(run_script("train_synapse.py", "--resume", run / "last.pth", *flag.split()), flag)
     done = run_script("test_synapse.py", "--checkpoint", "none.pth", "--label_order", "other")
     assert done.status == 1 and "transunet" in done.error
 

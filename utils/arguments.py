@@ -16,15 +16,13 @@ import torch
 
 from datasets import DatasetInfo
 from datasets.lists import PATTERN_HELP
-from networks import CHOICES, NETWORKS
-from utils.checkpoint import load_checkpoint
+from networks import CHOICES, FIRST, NETWORKS
+from utils.checkpoint import load_checkpoint, network_arguments_of
 from utils.cli import AMP_DTYPES, ArgumentParser, number
 from utils.errors import RunError
 
 logger = logging.getLogger(__name__)
 
-FIRST = "sim_mpnet"
-"""The default of ``--network``."""
 VARIANT_DEFAULTS = {
     "paper": {"select": "val", "select_from_epoch": 1},
     "release": {"select": "test", "select_from_epoch": 100},  # as the authors' program does
@@ -91,6 +89,9 @@ def training_parser(description: str, info: DatasetInfo, **defaults: Any) -> Arg
         "--pretrained",
         help="ImageNet weights of the encoder: a file, hub (download), or none (random weights); default: the file of "
         "the scale in pretrained_pth/maxvit, for another network hub or none",
+    )
+    model.add_argument(
+        "--init_from", type=Path, help="checkpoint whose network and weights a new run starts from, such as a best.pth"
     )
     model.add_argument("--wld", default="loss", choices=["loss", "none"], help="W-LD sets K by the loss, or never")
     model.add_argument("--wld_start_epoch", type=int, default=100, help="first epoch in which W-LD sets K")
@@ -177,7 +178,9 @@ def _add_shared(group: Any, info: DatasetInfo) -> None:
 def parse_training(
     parser: ArgumentParser, info: DatasetInfo, splits: Splits, argv: list[str] | None = None
 ) -> tuple[Namespace, dict[str, Any] | None]:
-    """Return the merged arguments, and the checkpoint of a resumed run. Precedence: command line, checkpoint, defaults.
+    """Return the merged arguments, and the checkpoint that the run continues or starts from.
+
+    Precedence: command line, checkpoint, defaults.
 
     Raises:
         RunError: arguments contradict each other or the checkpoint, the checkpoint cannot be read or is no training
@@ -195,6 +198,16 @@ def parse_training(
         args, checkpoint = _resume(parser, info, argv, args.resume)
     elif last.exists():
         raise RunError(f"{args.output_dir} holds a run: continue it with --resume auto, or choose another --output_dir")
+    elif args.init_from is not None:
+        if args.pretrained not in (None, "none"):
+            raise RunError(f"--pretrained and --init_from {args.init_from} both give weights: leave one of them out")
+        checkpoint = load_checkpoint(args.init_from)
+        saved = network_arguments_of(checkpoint, args.init_from)
+        # The data determine these three; by default there is a cluster for each class.
+        parser.set_defaults(
+            **{k: v for k, v in saved.items() if k not in ("num_classes", "in_channels", "num_clusters")}
+        )
+        args = parser.parse_args(argv)
 
     typed = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
     foreign = flags_of_others()[args.network] & typed
@@ -279,14 +292,14 @@ def _resume(parser: ArgumentParser, info: DatasetInfo, argv: list[str], path: Pa
     args = parser.parse_args(argv)
     args.resume = path
 
-    network = checkpoint["network"].get("network", FIRST)
-    if network not in NETWORKS:
-        raise RunError(f"{path} holds an unknown network {network!r}: import its file in networks/__init__.py")
-    fixed = {"network": network} | network_defaults(network) | checkpoint["network"]  # old ones lack new arguments
-    for name, value in (fixed | {name: saved[name] for name in ("select", "pretrained")}).items():
-        given = args.num_classes if name == "num_clusters" and args.num_clusters is None else getattr(args, name)
-        if given != value:
-            raise RunError(f"--{name} {given} does not fit {path}, whose run has --{name} {value}: leave it out")
+    network = network_arguments_of(checkpoint, path)
+    fixed = network_defaults(network["network"]) | network  # an old checkpoint lacks new arguments
+    fixed |= {name: saved.get(name) for name in ("select", "pretrained", "init_from", "label_order")}
+    defaults = {"num_clusters": args.num_classes, "label_order": next(iter(info.label_orders), None)}
+    for name, value in fixed.items():
+        given, before = (defaults.get(name) if x is None else x for x in (getattr(args, name, None), value))
+        if str(given) != str(before):
+            raise RunError(f"--{name} {given} does not fit {path}, whose run has --{name} {before}: leave it out")
     if Path(args.output_dir).resolve() != path.resolve().parent:
         raise RunError(f"--output_dir {args.output_dir} is not the folder of {path}: leave it out")
     newer = 0

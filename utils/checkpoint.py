@@ -3,15 +3,20 @@
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from datasets import Picture, Volume
 from datasets.errors import brief
 from datasets.files import atomic_write
-from networks import build, load_release_state_dict
+from datasets.training_set import TrainingSet
+from networks import FIRST, NETWORKS, NetworkError, build, load_release_state_dict, release_arguments
 from utils.errors import RunError
 
 PACKAGES = ("torch", "timm", "numpy", "scipy", "faiss-gpu", "faiss-cpu", "h5py", "segmentation-models-pytorch", "monai")
@@ -69,11 +74,11 @@ def _has_the_right_types(state: Any) -> bool:
             data = state["data"]
             texts = [*data["class_names"], *(data.get(key, "") for key in ("dataset", "selected_on", "kind"))]
             # A network may not name "pretrained" weights: building it would read or download another file.
-            if "pretrained" in state["network"] or not all(map(str.isprintable, texts)):
+            if "pretrained" in dict(state["network"]) or not all(map(str.isprintable, texts)):
                 return False
         weights = state["release" if "release" in state else "model"]
         return bool(weights) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items())
-    except (AttributeError, KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return False
 
 
@@ -88,18 +93,16 @@ def build_network(checkpoint: dict[str, Any], path: str | Path, release_channels
     Raises:
         RunError: the weights do not fit the network that the checkpoint describes, or are not finite.
     """
+    options = network_arguments_of(checkpoint, path)
     try:
         if "release" in checkpoint:
-            weights = {name.removeprefix("module."): value for name, value in checkpoint["release"].items()}
-            model = build(**_release_arguments(weights, path), in_channels=release_channels)
-            load_release_state_dict(model, weights)
+            model = build(**options, in_channels=release_channels)
+            load_release_state_dict(model, checkpoint["release"])
         else:
             with torch.device("meta"):  # takes no memory, whatever sizes are described
-                build(**checkpoint["network"]).load_state_dict(checkpoint["model"], assign=True)
-            model = build(**checkpoint["network"])
+                build(**options).load_state_dict(checkpoint["model"], assign=True)
+            model = build(**options)
             model.load_state_dict(checkpoint["model"])
-    except RunError:
-        raise
     except Exception as error:  # the description may hold anything
         raise RunError(f"{path}: its weights do not fit the network that it describes, {brief(error)}") from error
     for name, value in model.state_dict().items():
@@ -108,22 +111,58 @@ def build_network(checkpoint: dict[str, Any], path: str | Path, release_channels
     return model.to(memory_format=torch.channels_last)  # as in training, and faster
 
 
-def _release_arguments(weights: dict[str, torch.Tensor], path: str | Path) -> dict[str, Any]:
-    """Return the arguments of the network that a state dict of the release belongs to; its scale is always small."""
+def network_arguments_of(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """Return the arguments of a checkpoint's network, ``network`` among them; raise RunError if it is unknown."""
     try:
-        feature_dim, num_clusters = weights["DMWLA_1.0.concept_proto"].shape
-        decoder_feature_dim, decoder_num_clusters = weights["decoder.DMWLA_1.concept_proto"].shape
-        return dict(
-            num_classes=len(weights["out_head1.bias"]),
-            variant="release",
-            feature_dim=feature_dim,
-            num_clusters=num_clusters,
-            decoder_feature_dim=decoder_feature_dim,
-            decoder_num_clusters=decoder_num_clusters,
-            columns_per_cluster=weights["DMWLA_1.0.concept_pool"].shape[1] // num_clusters,
-        )
-    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise RunError(f"{path} is not a checkpoint of this project or of the release: give one of either") from error
+        release = "release" in checkpoint
+        options = {"network": FIRST} | (release_arguments(checkpoint["release"]) if release else checkpoint["network"])
+    except NetworkError as error:
+        raise RunError(f"{path} is {error}") from error
+    if (name := str(options["network"])) not in NETWORKS:
+        raise RunError(f"{path} holds an unknown network {brief(name)}: import its file in networks/__init__.py")
+    return options
+
+
+def load_fitting(model: torch.nn.Module, checkpoint: dict[str, Any], path: Path) -> list[str]:
+    """Fill a new network with the weights of a trained one, as far as they fit; return what was not filled, in lines.
+
+    A module is filled if all its tensors have their shapes. W-LD starts anew, so K of the memory banks stays as it is.
+
+    Raises:
+        RunError: nothing fits, or the checkpoint is damaged.
+    """
+    weights, own = build_network(checkpoint, path, model.config["in_channels"]).state_dict(), model.state_dict()
+    modules = {name: name.rpartition(".")[0] for name in own}
+    unfit = {modules[name] for name in own if name not in weights or weights[name].shape != own[name].shape}
+    names = [name for name in own if modules[name] not in unfit and not name.endswith(".replaced_columns")]
+    if not names:
+        raise RunError(f"no weights of {path} fit this network: leave out --network and the flags of its sizes")
+    model.load_state_dict({name: weights[name] for name in names}, strict=False)
+    parts: dict[str, list[str]] = {}
+    for name in sorted(unfit):
+        parts.setdefault("memory" if name.endswith(".bank") else name.partition(".")[0], []).append(name)
+    return [f"new {part}: that of {path} does not fit ({brief(', '.join(names))})" for part, names in parts.items()]
+
+
+def describe_data(train_set: TrainingSet, val_set: Sequence[Volume | Picture]) -> list[str]:
+    """Return lines that identify the data of a run: the names of all cases, and what three training samples hold."""
+    lines = [f"training case {name}" for name in train_set.names] + [f"{len(train_set)} training samples"]
+    lines += [f"validation case {name}" for name in val_set.names]
+    for i in (0, len(train_set) // 2, len(train_set) - 1):
+        image, label = train_set.stored(i)
+        pixels = ", ".join(map(str, np.bincount(label.ravel()).tolist()))
+        lines.append(f"training sample {i + 1} with mean {image.mean(dtype=float):.3g}, pixels of its classes {pixels}")
+    return lines
+
+
+def refuse_other_data(path: Path, then: Sequence[str], now: Sequence[str]) -> None:
+    """Raise RunError unless the lines of ``describe_data`` are those of the run of the checkpoint ``path``."""
+    for before, here in zip_longest(then, now, fillvalue="nothing"):
+        if before != here:
+            raise RunError(
+                f"{path} was trained on other data ({before} there, {here} here): give the data and lists of that run, "
+                f"or start a run from its weights with --init_from {path} and another --output_dir"
+            )
 
 
 def provenance() -> dict[str, Any]:

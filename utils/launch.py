@@ -19,7 +19,7 @@ from datasets.training_set import TrainingSet
 from networks import NETWORKS, default_weights
 from networks.ranks import rank
 from utils.arguments import check_n_gpu, network_arguments
-from utils.checkpoint import build_network, load_checkpoint
+from utils.checkpoint import build_network, load_checkpoint, load_fitting, refuse_other_data
 from utils.cli import AMP_DTYPES, pick_device, seed_everything, set_precision, setup_logging
 from utils.distribution import launched, process_group, rank_device
 from utils.errors import RunError
@@ -41,7 +41,7 @@ def train(
     train_set: TrainingSet,
     val_set: Sequence[Volume | Picture],
 ) -> None:
-    """Build the network, load the checkpoint of a resumed run, and train into the run folder.
+    """Build the network, load the checkpoint that the run continues or starts from, and train into the run folder.
 
     Args:
         args, checkpoint: what ``parse_training`` returned.
@@ -56,25 +56,33 @@ def train(
         seed_everything(args.seed, deterministic=bool(args.deterministic))
         set_precision(args.amp)
         model = _build(args, pretrained=checkpoint is None)
+        resumed = args.resume is not None
+        new = load_fitting(model, checkpoint, args.init_from) if checkpoint and not resumed else []
         if args.num_workers and multiprocessing.get_start_method() != "fork":
-            logger.info("nothing is kept in memory: on this system each of --num_workers would hold a copy")
+            logger.info("nothing is kept in memory: on this system each worker would hold a copy; see --num_workers 0")
         else:  # reads the files: a damaged one is found before anything is written
             kept = train_set.keep(int(args.cache_gib * 2**30))
             if kept < len(train_set):
                 logger.info("%d of %d training samples fit into --cache_gib %g", kept, len(train_set), args.cache_gib)
         if rank():
             torch.manual_seed(args.seed + rank())  # equal networks, but random numbers of its own for drop path
-        setup_logging(Path(args.output_dir) / "train.log")
-        if args.selected_on == "test":
-            logger.warning("the best epoch is chosen on the test cases, as the release does: its scores are optimistic")
         trainer = Trainer(model, info, train_set, val_set, args, device)
-        if checkpoint is not None:
+        if resumed:  # an old one does not describe its data
+            refuse_other_data(args.resume, checkpoint.get("described", trainer.described), trainer.described)
             try:
                 trainer.load_state_dict(checkpoint)
             except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 raise RunError(
                     f"cannot resume from {args.resume} ({brief(error)}): give a last.pth of this version"
                 ) from error
+        setup_logging(Path(args.output_dir) / "train.log")
+        if args.selected_on == "test":
+            logger.warning("the best epoch is chosen on the test cases, as the release does: its scores are optimistic")
+        if checkpoint and not resumed:
+            logger.info("the weights are those of %s", args.init_from)
+        for line in new:
+            logger.info("%s", line)
+        if resumed:
             logger.info("continue after epoch %d, iteration %d from %s", trainer.epoch, trainer.iteration, args.resume)
         trainer.fit()
 

@@ -25,7 +25,7 @@ from datasets import DatasetInfo, Picture, Volume
 from datasets.training_set import TrainingSet
 from networks.complexity import count_parameters
 from networks.ranks import rank, world_size
-from utils.checkpoint import provenance, save_checkpoint
+from utils.checkpoint import describe_data, provenance, save_checkpoint
 from utils.cli import AMP_DTYPES, random_state, set_random_state
 from utils.distribution import EpochBatches, distribute, gather_over_ranks, largest_over_ranks, share_buffers
 from utils.errors import RunError, Stopped
@@ -73,6 +73,7 @@ class Trainer:
             "selected_on": args.selected_on,
             "kind": getattr(train_set, "kind", ""),
         }
+        self.described = describe_data(train_set, val_set)
         self.release = args.variant == "release"
         self.model = model.to(device, memory_format=torch.channels_last)
         self.network = distribute(self.model, device)  # the model as a training step calls it
@@ -365,6 +366,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "network": self.model.config,
             "data": self.data,
+            "described": self.described,
             "args": {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.args).items()},
             **{name: getattr(self, name) for name in COUNTED},
             "in_epoch": {name: getattr(self, name) for name in COUNTED_IN_EPOCH},

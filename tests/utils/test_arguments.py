@@ -40,6 +40,7 @@ def test_command_line_wins_over_the_checkpoint_and_that_over_the_defaults(run_fo
         ("--network", "unet"),
         ("--attention", "plain"),
         ("--select", "test"),
+        ("--init_from", "other.pth"),
     ],
 )
 def test_what_does_not_fit_the_resumed_run_is_refused(run_folder, flags):
@@ -51,6 +52,15 @@ def test_another_data_sets_script_does_not_resume_a_run(run_folder):
     flags = ["--output_dir", str(run_folder), "--resume", "auto"]
     with pytest.raises(RunError, match=r"is a run on drawings: resume it with train_drawings\.py"):
         parse_training(training_parser("test", acdc.INFO), acdc.INFO, SPLITS, flags)
+
+
+def test_a_new_run_takes_the_network_of_the_checkpoint_and_no_other_weights(run_folder, tmp_path):
+    flags = ["--init_from", str(run_folder / "best.pth")]
+    args, checkpoint = parse(tmp_path, *flags, "--num_classes", "5", "--columns_per_cluster", "30")
+    given = (args.num_classes, args.num_clusters, args.columns_per_cluster, args.decoder_feature_dim, args.batch_size)
+    assert given == (5, 5, 30, 16, 2) and args.resume is None and "model" in checkpoint
+    with pytest.raises(RunError, match="leave one of them out"):
+        parse(tmp_path, *flags, "--pretrained", "hub")
 
 
 def test_runs_are_not_overwritten(run_folder, tmp_path):
