@@ -28,24 +28,14 @@ class CaseResult:
 
 
 def predict_volume(
-    model: torch.nn.Module,
-    volume: Volume | Picture,
-    img_size: int,
-    batch_size: int = 16,
-    device: torch.device | str = "cpu",
-    amp_dtype: torch.dtype | None = None,
-) -> np.ndarray:
-    """Return the class of every voxel, uint8 (D, H, W).
+    model: torch.nn.Module, volume: Volume | Picture, img_size: int, batch_size: int = 16,
+    device: torch.device | str = "cpu", amp_dtype: torch.dtype | None = None,
+) -> np.ndarray:  # fmt: skip
+    """Return the class of every voxel of a volume of D slices, or of an image (D = 1): uint8 (D, H, W).
 
-    Slices are resized to S x S; the arg max of the summed logit maps is resized back.
-
-    Args:
-        model: on ``device``. It predicts in evaluation mode and keeps the mode that it had.
-        volume: what is predicted, D slices or one image (D = 1).
-        img_size: S.
-        batch_size: slices predicted at a time.
-        device: where to compute.
-        amp_dtype: of autocast, or None for float32.
+    Slices are resized to ``img_size`` squared and predicted ``batch_size`` at a time on ``device``, where the model is;
+    the arg max of the summed logit maps is resized back. The model predicts in evaluation mode and keeps the mode that
+    it had. amp_dtype: of autocast, or None for float32.
     """
     device = torch.device(device)
     amp = torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
@@ -68,21 +58,14 @@ def score_case(volume: Volume | Picture, prediction: np.ndarray, num_classes: in
 
 
 def evaluate(
-    model: torch.nn.Module,
-    volumes: Sequence[Volume | Picture],
-    num_classes: int,
-    on_case: Callable[[Volume | Picture, np.ndarray], None] | None = None,
-    **options: Any,
-) -> list[CaseResult]:
-    """Predict and score every volume, and log a line for each.
+    model: torch.nn.Module, volumes: Sequence[Volume | Picture], num_classes: int,
+    on_case: Callable[[Volume | Picture, np.ndarray], None] | None = None, **options: Any,
+) -> list[CaseResult]:  # fmt: skip
+    """Predict and score every volume, each opened once and in order, and log a line for each.
 
-    A volume is scored in another thread while the next one is predicted, so at most two are in memory.
-
-    Args:
-        volumes: with labels. Each one is opened once, in order.
-        num_classes: with background.
-        on_case: is called with a volume and its prediction after scoring, to save them.
-        options: ``img_size`` and other arguments of ``predict_volume``.
+    A volume is scored in another thread while the next one is predicted, so at most two are in memory. num_classes
+    counts the background; on_case is called with a volume and its prediction after scoring, to save them; options are
+    ``img_size`` and other arguments of ``predict_volume``.
     """
 
     def score(number: int, volume: Volume | Picture, prediction: np.ndarray, seconds: float) -> CaseResult:

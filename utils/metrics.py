@@ -47,15 +47,11 @@ class ClassResult(NamedTuple):
 def class_metrics(
     prediction: np.ndarray, label: np.ndarray, spacing: Spacing = None, volume_shape: tuple[int, ...] | None = None
 ) -> ClassResult:
-    """Compare two masks of one class, bool, 2D or 3D, of the same shape.
+    """Compare two masks of one class, bool, 2D or 3D, of one shape.
 
-    Args:
-        prediction, label: the masks.
-        spacing: size of a voxel in mm along each axis, None if unknown; only strict distances use it.
-        volume_shape: of the volume, if the masks are cut out of it. Its diagonal is the distance of empty masks.
-
-    Raises:
-        RunError: the shapes differ, or a spacing is not positive.
+    spacing: size of a voxel in mm along each axis, None if unknown; only strict distances use it. volume_shape: of the
+    volume, if the masks are cut out of it; its diagonal is the distance of empty masks. Raises RunError for shapes that
+    differ and for a spacing that is not positive.
 
     Source: medpy 0.5.2, ``medpy.metric.binary``; TransUNet's evaluation.
     """
@@ -65,15 +61,11 @@ def class_metrics(
         return _empty_case(n_prediction > 0, n_label > 0, volume_shape or label.shape, spacing)
 
     n_both = int((prediction & label).sum())
-    dice = 2 * n_both / (n_prediction + n_label)
-    jaccard = n_both / (n_prediction + n_label - n_both)
+    dice, jaccard = 2 * n_both / (n_prediction + n_label), n_both / (n_prediction + n_label - n_both)
     borders = _border(prediction), _border(label)
-    hd95, assd = _surface_distances(*borders)
-    voxels = Metrics(dice, hd95, jaccard, assd)
-    if spacing is None:
-        return ClassResult(FOUND, voxels, voxels)
-    hd95, assd = _surface_distances(*(border * spacing for border in borders))
-    return ClassResult(FOUND, voxels, Metrics(dice, hd95, jaccard, assd))
+    voxels = _metrics(dice, jaccard, *borders)
+    strict = voxels if spacing is None else _metrics(dice, jaccard, *(border * spacing for border in borders))
+    return ClassResult(FOUND, voxels, strict)
 
 
 def case_metrics(
@@ -160,10 +152,10 @@ def _border(mask: np.ndarray) -> np.ndarray:
     return np.argwhere(inside & ~binary_erosion(inside)) + [s.start for s in box]
 
 
-def _surface_distances(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """Return HD95 and ASSD: 95th percentile and mean of the distances in both directions, pooled."""
+def _metrics(dice: float, jaccard: float, a: np.ndarray, b: np.ndarray) -> Metrics:
+    """Return the metrics of two borders (n, ndim): the 95th percentile and the mean of both directions' distances."""
     pooled = np.concatenate((cKDTree(b).query(a)[0], cKDTree(a).query(b)[0]))
-    return float(np.percentile(pooled, 95)), float(pooled.mean())
+    return Metrics(dice, float(np.percentile(pooled, 95)), jaccard, float(pooled.mean()))
 
 
 def _check(prediction: np.ndarray, label: np.ndarray, spacing: Spacing = None) -> None:
