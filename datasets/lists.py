@@ -15,7 +15,7 @@ from datasets.files import atomic_write
 
 ENDINGS = (".npy.h5", ".h5", ".npz")  # extensions of volumes and slices, longest first
 _OTHER_NAMES = {"val": "valid", "valid": "val"}
-_SLICE = re.compile(r"(?P<volume>.+?)_slice(?P<phase>[A-Za-z]*)_?[0-9]+")
+_SLICE = re.compile(r"(?P<volume>.+?)_slice(?P<phase>E[DS])?_?[0-9]+")
 # The names of public data in which several scans belong to one person: patient001_frame01, case_002_volume_ED,
 # sub-01_ses-2. Elsewhere a number is as often that of a scan as that of a person.
 _PERSON = re.compile(r"sub-[A-Za-z0-9]+|(?:patient|case|subject)[-_]?[0-9]+(?![A-Za-z0-9])", re.IGNORECASE)

@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--label_order", choices=orders, help="order of the label ids in Synapse's files; default: paper"
     )
+    parser.add_argument("--num_classes", type=number(int, 2), help="number of classes, background included")
     parser.add_argument("--split", default="train", help="list to draw from")
     parser.add_argument("--count", type=number(int, 1), default=16, help="number of samples")
     parser.add_argument("--photometric", action="store_true", help="also change colour, focus and form (colour images)")
@@ -71,16 +72,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("preview.png"), help="PNG to write")
     args = parser.parse_args(argv)
     info = DATASETS[args.dataset]
-    where = args.root_path or info.root_path, args.list_dir or info.list_dir, args.split, info.num_classes
+    num_classes = args.num_classes or info.num_classes
+    where = args.root_path or info.root_path, args.list_dir or info.list_dir, args.split, num_classes
     options = {"img_size": args.img_size, "augment": True, "seed": args.seed}
-    order = info.label_order(args.label_order, info.num_classes)
+    names = info.names_for(num_classes)
     if info.planar:
         samples = ImageDataset(*where, **options, photometric=args.photometric, preprocessing=info.preprocessing)
     elif args.photometric:
         raise DataError(f"--photometric: {info.name} is grey, and this changes colours; leave it out")
     else:
-        samples = SliceDataset(*where, **options, label_order=order)
-    figure = draw(samples, info.class_names, args.count)
+        samples = SliceDataset(*where, **options, label_order=info.label_order(args.label_order, num_classes))
+        names = samples.open(0).class_names or names
+    figure = draw(samples, names, args.count)
     with atomic_write(args.output) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     print(args.output)

@@ -17,6 +17,7 @@ import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -245,9 +246,12 @@ def differences(parts: Sequence[Part]) -> list[str]:
     for slices in (part for part in parts if part.kind == "slices" and volumes):
         errors += [_other_axes(file, shape, slices.shapes) for file, shape in volumes]
         for plane, file in slices.shapes.items():
-            own = volumes[0][0].with_name(f"{volume_name(file)}.npy.h5")  # the slice's volume, if it is there too
-            if own.is_file():
-                errors.append(_other_axes(own, read_volume(own).image.shape, {plane: file}))
+            own = volumes[0][0].with_name(f"{volume_name(file)}.npy.h5")  # the slice's volume, if it is there, too
+            with suppress(DataError):
+                image, volume = read_volume(file, ndim=2).image, read_volume(own).image
+                errors.append(_other_axes(own, volume.shape, {plane: file}))
+                if any(np.array_equal(image.T, z) and not np.array_equal(image, z) for z in volume):
+                    errors.append(f"{own}: its rows are the columns of {file.name}; store both as (rows, columns)")
     return list(filter(None, errors))
 
 

@@ -95,7 +95,7 @@ def test_unusable_lists_are_refused(tmp_path, refused):
         ("005_slice000", "005", "005"),
         ("ct_train_1001", "ct_train_1001", "ct_train_1001"),
         ("sub-01_ses-2_slice001", "sub-01_ses-2", "sub-01"),
-        ("something.npy.h5", "something", "something"),
+        ("my_slices_003.npz", "my_slices_003", "my_slices_003"),
     ],
 )
 def test_a_slice_belongs_to_its_volume_and_a_volume_to_its_patient(name, volume, patient):
