@@ -23,8 +23,7 @@ from networks import NetworkError
 from networks.complexity import count_multiply_adds, count_parameters
 from utils import comparison_report as report
 from utils.cli import ArgumentParser, number, pick_device, run_script
-from utils.comparison import Run, compare, drop_untested, name_methods, paired_tests, read_run, striking_cases
-from utils.comparison_figures import draw_box_plots, draw_curves, draw_predictions, open_volumes
+from utils.comparison import Run, compare, name_methods, paired_tests, read_run, striking_cases
 from utils.errors import RunError
 from utils.predictor import Predictor
 from utils.results import markdown
@@ -35,12 +34,14 @@ logger = logging.getLogger("compare")
 def parse_args() -> Namespace:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", help="run folders, each FOLDER or NAME=FOLDER")
-    parser.add_argument("--split", nargs="+", help="splits to compare on; default: all on which a run was tested")
+    parser.add_argument("--split", nargs="+", default=(), help="splits to compare on; default: all of each run")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/comparison"), help="folder of the results")
     parser.add_argument("--no_published", action="store_true", help="leave out the published rows")
     parser.add_argument("--num_cases", type=number(int, 0), default=3, help="cases in the figure of predictions")
     parser.add_argument("--cases", nargs="+", help="cases in that figure; default: where the methods differ most")
-    parser.add_argument("--volume_path", type=Path, help="folder of the volumes or images; default: as in training")
+    parser.add_argument(
+        "--volume_path", type=Path, help="folder of the test cases of all runs; default: as in training"
+    )
     parser.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda or cuda:1")
     args = parser.parse_args()
     pick_device(args.device)
@@ -48,19 +49,21 @@ def parse_args() -> Namespace:
 
 
 def read_runs(args: Namespace) -> list[Run]:
-    """Read the runs of the command line that were tested; a folder that is not a run or is damaged gets a warning."""
+    """Read the runs of the command line; one that is not a run, or is damaged or not tested gets a warning."""
     runs = []
     for text in args.runs:
         name, folder = text.split("=", 1) if "=" in text and not Path(text).exists() else ("", text)
         if Path(folder).resolve() == args.output_dir.resolve():  # runs/* matches it
             continue
         try:
-            runs.append(read_run(folder, name.strip()))
+            runs.append(read_run(folder, name.strip(), args.split, args.volume_path))
         except RunError as error:
+            if len(args.runs) == 1:
+                raise
             logger.warning("left out: %s", error)
     if not runs:
-        raise RunError(f"no run folder in {' '.join(args.runs)}: give folders that train_<set>.py wrote")
-    return drop_untested(runs, args.split)
+        raise RunError(f"no tested run in {' '.join(args.runs)}: give folders that train_<set>.py wrote, and test them")
+    return runs
 
 
 @cache
@@ -77,9 +80,10 @@ def load_network(checkpoint: Path, dataset: str, device: str) -> tuple[Predictor
 def main() -> None:
     args = parse_args()
     runs = read_runs(args)
-    datasets = dict.fromkeys(run.dataset for run in runs)
-    sets = {dataset: name_methods([run for run in runs if run.dataset == dataset]) for dataset in datasets}
-    comparisons = [comparison for of_set in sets.values() for comparison in compare(of_set, args.split)]
+    by_data = {
+        data: name_methods([run for run in runs if run.data == data]) for data in dict.fromkeys(r.data for r in runs)
+    }
+    comparisons = [comparison for of_data in by_data.values() for comparison in compare(of_data)]
     tested = dict.fromkeys(case for comparison in comparisons for case in comparison.cases["case"])
     for case in [case for case in args.cases or () if case not in tested]:
         raise RunError(f"--cases {case}: no run was tested on it; expected some of {', '.join(list(tested)[:5])}, ...")
@@ -90,33 +94,32 @@ def main() -> None:
         predictors, costs = {}, {}
         for name, seeds in comparison.methods.items():
             try:
-                predictors[name], costs[name] = load_network(seeds[0].checkpoint, comparison.dataset, args.device)
+                checkpoint = seeds[0].folder / "best.pth"
+                predictors[name], costs[name] = load_network(checkpoint, comparison.dataset, args.device)
             except (RunError, NetworkError) as error:
                 logger.warning("%s: its size and its predictions are left out: %s", name, error)
-        rows = report.score_rows(comparison, costs)
+        rows = comparison.scores(costs)
         tests.append(paired_tests(comparison))
         for caption, table in report.score_tables(comparison, rows, tests[-1]).items():
             print(f"{caption}\n\n{markdown(table)}\n")
         scores.append(rows if args.no_published else pd.concat([rows, report.published_rows(comparison)]))
 
-        stem = f"{i}_{file_stem(comparison.dataset)}_{file_stem(comparison.split)}"
-        boxes, predictions = figures / f"{stem}_boxes.png", figures / f"{stem}_predictions.png"
-        pictures = {boxes: draw_box_plots(boxes, comparison)}
-        cases = striking_cases(comparison, args.num_cases)
-        if args.cases:
-            cases = [case for case in args.cases if case in set(comparison.cases["case"])]
+        stem = figures / f"{i}_{comparison.dataset}_{file_stem(comparison.split)}"
+        pictures = report.draw_boxes(stem.with_name(f"{stem.name}_boxes.png"), comparison)
+        cases = [case for case in args.cases or () if case in set(comparison.cases["case"])]
+        cases = cases if args.cases else striking_cases(comparison, args.num_cases)
         if cases and predictors:
             try:
-                volumes = open_volumes(comparison, args.volume_path)
-                pictures[predictions] = draw_predictions(predictions, comparison, volumes, cases, predictors)
+                pictures |= report.draw_predictions(stem, comparison, cases, predictors, args.volume_path)
             except DataError as error:
-                logger.warning("no figure of predictions of %s: %s", comparison.title, error)
+                logger.warning("no figure of predictions of %s, %s: %s", comparison.data, comparison.split, error)
+        section = {"heading": f"{comparison.data}, {comparison.split}", "notes": report.notes(scores[-1])}
         tables = report.score_tables(comparison, scores[-1], tests[-1])
-        sections.append(report.Section(comparison.title, report.notes(scores[-1], tests[-1]), tables, pictures))
-    for dataset, of_set in sets.items():
-        curves = figures / f"{file_stem(dataset)}_training.png"
-        pictures = {curves: draw_curves(curves, of_set)}
-        sections.append(report.Section(f"{dataset}, runs and training", [], report.run_tables(of_set), pictures))
+        sections.append(section | {"tables": tables, "pictures": pictures})
+    for data, of_data in by_data.items():
+        pictures = report.draw_curves(figures / f"{file_stem(data)}_training.png", of_data)
+        section = {"heading": f"{data}, runs and training", "tables": report.run_tables(of_data)}
+        sections.append(section | {"pictures": pictures})
     report.write_csv(args.output_dir, scores, tests)
     report.write_pages(args.output_dir, sections)
     logger.info("wrote %s, tables and figures are beside it", args.output_dir / "comparison.html")

@@ -58,29 +58,33 @@ def measured_rows(path: Path) -> list[list[float]]:
     return sorted([float(n) for n in re.findall(r"[-+]?\d+\.?\d*", line)] for line in lines if "runs/" not in line)
 
 
-def test_from_tested_runs_to_tables_figures_and_the_page(trained, phantom, run_script, tmp_path):
+def test_from_tested_runs_to_tables_figures_and_the_page(trained, run_script, tmp_path):
     out = tmp_path / "runs" / "comparison"
     out.mkdir()
-    runs = f"{HOSTILE}={trained[0]}", *trained[1:], out
+    other = write_run(tmp_path / "other", random_dice(3, 0), network="unet", volume_path="data/other/test_vol_h5")
+    runs = f"{HOSTILE}={trained[0]}", f"{HOSTILE}={trained[1]}", trained[2], other, out
     done = run_script("compare.py", *runs, "--output_dir", out, "--num_cases", 1)
-    assert done.status == 0 and "warning" not in done.error, done.error
+    assert done.status == 0 and done.error.count("warning") == 1, done.error
+    assert "unet: its size and its predictions are left out: no checkpoint at" in done.error
     names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    pictures = {"1_acdc_test_boxes.png", "1_acdc_test_predictions.png", "acdc_training.png"}
+    ours, others = "acdc_in_phantom0_test_vol_h5", "acdc_in_other_test_vol_h5"
+    pictures = ["1_acdc_test_boxes", "1_acdc_test_patient004_frame01", "2_acdc_test_boxes", f"{ours}_training"]
     tables = {"comparison.csv", "paired_tests.csv", "comparison.md", "comparison.tex", "comparison.html"}
-    assert names == tables | {f"figures/{name}" for name in pictures}
+    assert names == tables | {f"figures/{name}.png" for name in [*pictures, f"{others}_training"]}
 
     rows = pd.read_csv(out / "comparison.csv")
     assert set(rows["source"]) == {"measured"}  # the lists are not ACDC's own
+    assert set(rows["dataset"][rows["method"] == "unet"]) == {"acdc in other/test_vol_h5"}
     ours = rows[rows["method"] == HOSTILE]
-    assert set(ours["seeds"]) == {2}
+    assert set(ours["seeds"]) == {2} and set(ours["dataset"]) == {"acdc in phantom0/test_vol_h5"}
     model = SimMPNet(num_classes=4, **SMALL)
     assert set(ours["parameters"]) == {count_parameters(model)}
-    assert set(ours["flops"]) == {2 * count_multiply_adds(model, 64, 1)}
+    assert set(ours["multiply_adds"]) == {count_multiply_adds(model, 64, 1)}
     tests = pd.read_csv(out / "paired_tests.csv")
     assert set(zip(tests["first"], tests["second"], strict=True)) == {(HOSTILE, "sim_mpnet, decoder_feature_dim 8")}
 
     page = (out / "comparison.html").read_text("utf-8")
-    assert "<script" not in page and page.count("<img") == 3 and html.escape(HOSTILE) in page
+    assert "<script" not in page and page.count("<img") == 5 and html.escape(HOSTILE) in page
     links = re.findall(r"""(?:src|href)=["']?([^"'> ]*)""", page)
     assert all(link.startswith(("data:", "#")) for link in links)  # nothing from elsewhere
     texts = [done.output, *((out / name).read_text("utf-8") for name in ("comparison.md", "comparison.tex"))]
@@ -88,47 +92,45 @@ def test_from_tested_runs_to_tables_figures_and_the_page(trained, phantom, run_s
     assert re.search(r"\| decoder_feature_dim +\| +16 \| +8 \|", texts[1])
 
 
-def test_without_data_or_checkpoints_the_tables_are_written_with_warnings(run_script, tmp_path):
+def test_without_data_or_checkpoints_the_tables_are_written_with_warnings(trained, run_script, tmp_path):
     first = write_run(tmp_path / "a", random_dice(8, 0), volume_path="nowhere", selected_on="test")
+    (first / "metrics.csv").unlink()
+    (first / "best.pth").symlink_to(trained[0] / "best.pth")
     second = write_run(tmp_path / "b", random_dice(8, 1), network="unet", volume_path="nowhere")
     out = tmp_path / "out"
-    done = run_script("compare.py", first, second, tmp_path, "--output_dir", out, "--no_published")
-    assert done.status == 0
-    assert done.error.count("no checkpoint at") == 2 and f"left out: {tmp_path} is not a run folder" in done.error
+    done = run_script("compare.py", first, second, tmp_path, "--output_dir", out)
+    assert done.status == 0 and done.error.count("warning:") == 3
+    assert "no checkpoint at" in done.error and f"left out: {tmp_path} is not a run folder" in done.error
+    assert "no figure of predictions of acdc in nowhere, test: nowhere" in done.error
     text = (out / "comparison.md").read_text("utf-8")
-    assert re.search(r"\| sim_mpnet \* \| +1 \| +8 \| +- \| +- \|", text) and "optimistic" in text
-    assert "published" not in text
-    assert not list(out.rglob("*predictions.png")) and (out / "figures/acdc_training.png").is_file()
+    assert re.search(r"\| sim_mpnet \* \| +1 \| +8 \| +\d", text) and "optimistic" in text
+    assert {path.name for path in out.glob("figures/*")} == {"1_acdc_test_boxes.png", "acdc_in_nowhere_training.png"}
 
 
 def test_published_rows_are_beside_the_test_split_with_the_data_sets_own_lists(run_script, tmp_path):
     for split in ("test", "val"):
         run = write_run(tmp_path / "a", random_dice(3, 0), split=split)
-    isic = write_run(tmp_path / "b", random_dice(3, 0, num_classes=1), dataset="isic", class_names=["lesion"])
     two = random_dice(3, 0, num_classes=2)
     other = write_run(tmp_path / "c", two, dataset="segpc", class_names="xy", list_dir="mine")
-    done = run_script("compare.py", run, isic, other, "--output_dir", tmp_path / "out")
+    flags = run, other, "--output_dir", tmp_path / "out"
+    done = run_script("compare.py", *flags)
     assert done.status == 0 and "published" not in done.output
     parts = (tmp_path / "out/comparison.md").read_text("utf-8").split("\n## ")
     published = {part.splitlines()[0]: part.count("| U-Net (published)") for part in parts}
-    assert {name: count for name, count in published.items() if count} == {"acdc, test": 2, "isic, test": 1}
+    assert {name: count for name, count in published.items() if count} == {"acdc, test": 2}
     for name in ("comparison.tex", "comparison.html"):
         assert "U-Net (published)" in (tmp_path / "out" / name).read_text("utf-8")
     rows = pd.read_csv(tmp_path / "out/comparison.csv").query("source == 'published'")
-    assert rows.groupby("dataset")["method"].nunique().to_dict() == {"acdc": 18, "isic": 18}
-
-
-def test_a_figure_without_volumes_is_left_out_with_a_warning(trained, run_script, tmp_path):
-    run = write_run(trained[0], random_dice(3, 0), volume_path=str(tmp_path / "nowhere"))
-    done = run_script("compare.py", run, "--output_dir", tmp_path / "out")
-    assert done.status == 0 and done.error.count("warning:") == 1
-    assert "no figure of predictions of acdc, test" in done.error and "nowhere" in done.error
+    assert rows.groupby("dataset")["method"].nunique().to_dict() == {"acdc": 18}
+    assert run_script("compare.py", *flags, "--no_published").status == 0
+    assert "published" not in (tmp_path / "out/comparison.csv").read_text("utf-8")
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["nowhere"], ["no run folder", "nowhere"]),
+        (["nowhere"], ["nowhere is not a run folder", "config.json"]),
+        (["nowhere", "elsewhere"], ["no tested run in nowhere elsewhere"]),
         (["UNTESTED"], ["python test_acdc.py --checkpoint", "UNTESTED/best.pth --split test"]),
         (["RUN", "--cases", "patient999"], ["patient999", "patient000"]),
         (["RUN", "--split", "val"], ["--split val"]),

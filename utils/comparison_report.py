@@ -1,45 +1,31 @@
-"""Lay comparisons out as tables, and write them as CSV, Markdown, LaTeX and one HTML page."""
+"""Show comparisons: tables, box plots, training curves and predictions, as CSV, Markdown, LaTeX and one HTML page."""
 
 import base64
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
+import seaborn
+from matplotlib import pyplot, rc_context
 
-from datasets import DATASETS
-from datasets.files import atomic_write
-from utils.comparison import MEAN, NAMES, TESTED, Comparison, Run, by_method, differing_settings
+from datasets import DATASETS, DataError, VolumeDataset
+from datasets.files import atomic_write, file_stem
+from datasets.image_sets import images_of
+from utils.comparison import MEAN, NAMES, TESTED, Comparison, Run, by_method
+from utils.figures import draw_masks, save_figure
 from utils.metrics import MISSED, SPURIOUS
+from utils.predictor import Predictor
 from utils.results import CONVENTIONS, OPTIMISTIC, markdown
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "docs" / "published_results.csv"
 CSV_COLUMNS = (
     "dataset split source method chosen_on seeds cases convention class metric unit mean sd_over_seeds sd_over_cases "
-    "parameters multiply_adds flops"
+    "parameters multiply_adds"
 ).split()
-
-
-@dataclass
-class Section:
-    """One part of the page: notes, below them tables of text by their caption, and pictures with their caption."""
-
-    heading: str
-    notes: list[str]
-    tables: dict[str, pd.DataFrame]
-    pictures: dict[Path, str]
-
-
-def score_rows(comparison: Comparison, costs: Mapping[str, tuple[int, int]]) -> pd.DataFrame:
-    """Return the scores of a comparison as rows of `comparison.csv`.
-
-    costs: parameters, and multiply-adds of one image, of those methods where they are known.
-    """
-    rows = comparison.scores()
-    for i, column in enumerate(("parameters", "multiply_adds")):
-        rows[column] = rows["method"].map({method: cost[i] for method, cost in costs.items()}).astype(float)
-    return rows.assign(dataset=comparison.dataset, split=comparison.split, source="measured")
+plain_text = rc_context({"text.parse_math": False})  # a `$` in a name is not a formula
 
 
 def published_rows(comparison: Comparison) -> pd.DataFrame:
@@ -48,9 +34,8 @@ def published_rows(comparison: Comparison) -> pd.DataFrame:
     There are none unless all runs were tested on the data set's own test list and classes.
     """
     info = DATASETS[comparison.dataset]
-    lists = [run.args.get("list_dir", info.list_dir) for runs in comparison.methods.values() for run in runs]
-    own = all(Path(folder).resolve() == Path(info.list_dir).resolve() for folder in lists)
-    if not own or comparison.split != info.splits[-1] or comparison.class_names != info.class_names:
+    lists = {Path(run.args["list_dir"]).resolve() for runs in comparison.methods.values() for run in runs}
+    if lists != {Path(info.list_dir).resolve()} or comparison.split != info.splits[-1] or comparison.data != info.name:
         return pd.DataFrame()
     names = {"dsc": (MEAN, "dice", "%"), "hd95": (MEAN, "hd95", "as printed")}
     names |= {f"class{i}": (name, "dice", "%") for i, name in enumerate(info.class_names, 1)}
@@ -64,7 +49,7 @@ def published_rows(comparison: Comparison) -> pd.DataFrame:
 def score_tables(comparison: Comparison, rows: pd.DataFrame, tests: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return for each convention the means, Dice and HD95 of each class, and the paired tests, by their caption.
 
-    rows: those of `score_rows`, and those of `published_rows` if they are to stand below.
+    rows: `comparison.scores`, and those of `published_rows` if they are to stand below.
     """
     marks = rows["source"].replace({"measured": "", "published": " (published)"})
     marks += rows["chosen_on"].map({"test": " *"}).fillna("")
@@ -72,34 +57,31 @@ def score_tables(comparison: Comparison, rows: pd.DataFrame, tests: pd.DataFrame
     rows = rows.assign(method=rows["method"] + marks, text=_text(rows["mean"], "{:.2f}") + deviations)
     tables = {}
     for convention, part in rows.groupby("convention", sort=False):
-        where = f"{comparison.title}, {convention} convention"
-        units = part.drop_duplicates("metric").set_index("metric")["unit"]
-        headings = {metric: f"{name} [{units[metric]}]" for metric, name in NAMES.items()}
-        means, classes = part[part["class"] == MEAN], part[part["class"] != MEAN]
-        facts = means.drop_duplicates("method").set_index("method")
+        where = f"{comparison.data}, {comparison.split}, {convention} convention"
+        headings = {m: f"{NAMES[m]} [{unit}]" for m, unit in part.groupby("metric")["unit"].first().items()}
+        cells = part.pivot(index="method", columns=["class", "metric"], values="text")
+        facts = part.drop_duplicates("method").set_index("method")
+        cells = cells.reindex(facts.index).fillna("-")
         table = pd.DataFrame({name: _text(facts[name], "{:.0f}") for name in ("seeds", "cases")})
         if convention == "strict":
             for state in (MISSED, SPURIOUS):
                 table[f"{state} per seed"] = _text(facts[state], "{:.3g}")
         table["parameters [M]"] = _text(facts["parameters"] / 1e6, "{:.2f}")
         table["multiply-adds [G]"] = _text(facts["multiply_adds"] / 1e9, "{:.2f}")
-        scores = means.pivot(index="method", columns="metric", values="text")
-        table[list(headings.values())] = scores.reindex(index=table.index, columns=list(NAMES)).fillna("-")
-        tables[f"{where}, means over classes."] = table.reset_index()
+        means = cells[MEAN][list(NAMES)].rename(columns=headings)
+        tables[f"{where}, means over classes."] = table.join(means).reset_index()
         for metric in TESTED if len(comparison.class_names) > 1 else ():
-            table = classes[classes["metric"] == metric].pivot(index="method", columns="class", values="text")
-            table = table.reindex(index=facts.index.intersection(table.index), columns=list(comparison.class_names))
+            table = cells.xs(metric, axis=1, level="metric")[list(comparison.class_names)]
+            table = table[(table != "-").any(axis=1)]
             tables[f"{where}, {headings[metric]} of each class."] = table.reset_index()
         for metric in TESTED if len(tests) else ():
             family = tests[(tests["convention"] == convention) & (tests["metric"] == metric)]
-            table = family[["first", "second", "shared_cases", "left_out_cases"]]
-            table = table.set_axis(["first", "second", "cases", "left out"], axis=1)
             unit = family["unit"].iloc[0].replace("%", "points")
+            table = family[["first", "second"]].assign(cases=family["shared_cases"], left_out=family["left_out_cases"])
             table[f"median of first - second [{unit}]"] = _text(family["median_difference"], "{:+.2f}")
-            for column, name in (("p", "p"), ("p_holm", "p, Holm")):
-                table[name] = _text(family[column], "{:.4f}").mask(family[column] < 1e-4, "< 0.0001")
-            table["why no p"] = family["note"]
-            tables[f"{where}, paired tests of {NAMES[metric]}."] = table
+            for column in ("p", "p_holm"):
+                table[column] = _text(family[column], "{:.4f}").mask(family[column] < 1e-4, "< 0.0001")
+            tables[f"{where}, paired tests of {NAMES[metric]}."] = table.assign(note=family["note"])
     return tables
 
 
@@ -109,27 +91,16 @@ def _text(numbers: pd.Series, form: str, unknown: str = "-") -> pd.Series:
 
 def run_tables(runs: Sequence[Run]) -> dict[str, pd.DataFrame]:
     """Return a table of the runs, and one of the settings in which the methods differ, by their caption."""
-    rows = [(run.method, str(run.args.get("seed", "-")), str(run.folder)) for run in runs]
+    rows = [(run.method, str(run.args["seed"]), str(run.folder)) for run in runs]
+    settings = pd.DataFrame({name: members[0].settings for name, members in by_method(runs).items()}).fillna("-")
+    differing = settings[settings.nunique(axis=1) > 1].rename_axis("argument").reset_index()
     tables = {"The runs.": pd.DataFrame(rows, columns=["method", "seed", "run folder"])}
-    settings = pd.DataFrame({name: members[0].settings for name, members in by_method(runs).items()})
-    if differing := differing_settings([members[0] for members in by_method(runs).values()]):
-        settings = settings.loc[differing].fillna("-").rename_axis("argument").reset_index()
-        tables["Training arguments in which the methods differ."] = settings
-    return tables
+    return tables | ({"Training arguments in which the methods differ.": differing} if len(differing) else {})
 
 
-def notes(rows: pd.DataFrame, tests: pd.DataFrame) -> list[str]:
-    """Return what a reader of the tables must know. rows, tests: those of `score_tables`."""
-    said = [
-        "Cells: mean ± standard deviation (SD) over seeds (SD over cases). Means are over cases, then over classes, "
-        "then over seeds; the SD over cases is taken after averaging seeds. A multiply-add is two FLOPs.",
-        *(f"Convention {name}: {meaning}." for name, meaning in CONVENTIONS.items()),
-    ]
-    if len(tests):
-        said.append(
-            "Paired tests: Wilcoxon's signed-rank test, two-sided, over the cases of both methods (averaged over "
-            "classes and seeds), corrected by Holm over the pairs of a table. They do not say what another seed gives."
-        )
+def notes(rows: pd.DataFrame) -> list[str]:
+    """Return what is special about the scores in `rows`."""
+    said = []
     if (rows["chosen_on"] == "test").any():
         said.append(f"Methods marked with *: {OPTIMISTIC}")
     if rows["cases"].nunique() > 1:
@@ -139,41 +110,105 @@ def notes(rows: pd.DataFrame, tests: pd.DataFrame) -> list[str]:
     return said
 
 
+@plain_text
+def draw_boxes(path: Path, comparison: Comparison) -> dict[Path, str]:
+    """Draw the strict Dice and HD95 of the cases, for each class and method, as boxes and dots; return the caption."""
+    values = comparison.per_case().query("convention == 'strict' and `class` != @MEAN and metric in @TESTED").dropna()
+    values = values.assign(metric=values["metric"].map(NAMES) + " [" + values["unit"] + "]")
+    boxes = dict(x="class", y="value", col="metric", col_wrap=1, kind="boxen", aspect=3, sharey=False)
+    return _draw(
+        path, seaborn.catplot, values, boxes,
+        f"{comparison.data}, {comparison.split}: Dice and HD95 of each class, strict convention, seeds averaged first. "
+        "Lines are medians over cases, the widest boxes hold half of the cases, further boxes and dots the rest.",
+    )  # fmt: skip
+
+
+@plain_text
+def draw_curves(path: Path, runs: Sequence[Run]) -> dict[Path, str]:
+    """Draw loss and validation Dice over the epochs, a line per run with a `metrics.csv`; return the caption."""
+    history = pd.concat([run.history.assign(method=run.method, run=str(run.folder)) for run in runs])
+    history = history.reindex(columns=["method", "run", "epoch", "train_loss", "val_dice"])
+    history = history.melt(["method", "run", "epoch"], var_name="metric").dropna()
+    lines = dict(x="epoch", y="value", col="metric", kind="line", units="run", estimator=None, marker=".")
+    return _draw(
+        path, seaborn.relplot, history, lines | {"facet_kws": {"sharey": False}},
+        "Training loss, and the Dice in [0, 1] on which the best epoch is chosen, one line per run. Losses are "
+        "comparable only between methods that are trained with the same loss.",
+    )  # fmt: skip
+
+
+def _draw(
+    path: Path, plot: Callable[..., seaborn.FacetGrid], data: pd.DataFrame, style: dict[str, Any], caption: str
+) -> dict[Path, str]:
+    """Write a figure with a colour for each method; return its path and caption, or nothing without data."""
+    if data.empty:
+        return {}
+    grid = plot(data, hue="method", palette="colorblind", height=3.5, **style)
+    save_figure(grid.set_titles("{col_name}").set_ylabels("").figure, path)
+    pyplot.close(grid.figure)
+    return {path: caption}
+
+
+def draw_predictions(
+    stem: Path,
+    comparison: Comparison,
+    cases: Sequence[str],
+    predictors: Mapping[str, Predictor],
+    volume_path: Path | None,
+) -> dict[Path, str]:
+    """Draw the label and each method's prediction of some cases into ``<stem>_<case>.png``; return the captions.
+
+    volume_path: folder of the volumes or images, by default that of the first run. Raises DataError for data that
+    cannot be used, or without one of the cases.
+    """
+    info, args = DATASETS[comparison.dataset], next(iter(comparison.methods.values()))[0].args
+    folder, num_classes = (
+        volume_path or args["root_path" if info.planar else "volume_path"],
+        len(comparison.class_names) + 1,
+    )
+    if info.planar:
+        volumes = images_of(info, folder, args["list_dir"], comparison.split, num_classes)
+    else:
+        info.require(folder)
+        order = info.label_order(args.get("label_order"), num_classes)
+        volumes = VolumeDataset(folder, args["list_dir"], comparison.split, num_classes, order)
+    pictures = {}
+    for case in cases:
+        if case not in volumes.names:
+            raise DataError(f"{volumes.source} has no {case}: leave out --cases, or test again on this list")
+        volume = volumes[volumes.names.index(case)]
+        volume.class_names = comparison.class_names
+        predictions = {name: predictor.segment(volume) for name, predictor in predictors.items()}
+        wrong = np.array([(prediction != volume.label).sum((1, 2)) for prediction in predictions.values()])
+        # The slice in which the methods differ most; at a tie the one with most label.
+        z = np.lexsort((-(volume.label > 0).sum((1, 2)), wrong.min(0) - wrong.max(0)))[0]
+        path = stem.with_name(f"{stem.name}_{file_stem(case)}.png")
+        draw_masks(path, volume, z, {name: prediction[z] for name, prediction in predictions.items()})
+        pictures[path] = f"{case}, first seed of each method. Of a volume, the slice in which the errors differ most."
+    return pictures
+
+
 def write_csv(folder: Path, rows: Sequence[pd.DataFrame], tests: Sequence[pd.DataFrame]) -> None:
     """Write `comparison.csv` and `paired_tests.csv`; Dice and Jaccard are in percent, unknown cells are empty."""
-    scores = pd.concat(rows, ignore_index=True).assign(flops=lambda table: 2 * table["multiply_adds"])[CSV_COLUMNS]
-    counts = ["seeds", "cases", "parameters", "multiply_adds", "flops"]
-    scores[counts] = scores[counts].astype(float).round().astype("Int64")
-    for name, frame in (("comparison", scores), ("paired_tests", pd.concat(tests))):
+    for name, frame in (("comparison", pd.concat(rows)[CSV_COLUMNS]), ("paired_tests", pd.concat(tests))):
         with atomic_write(folder / f"{name}.csv") as temporary:
-            frame.to_csv(temporary, index=False, float_format="%.6g")
+            frame.to_csv(temporary, index=False, float_format="%.12g")
 
 
-def write_pages(folder: Path, sections: Sequence[Section]) -> None:
-    """Write the sections as `comparison.md` and `comparison.html`, and their tables as `comparison.tex`."""
-    from jinja2 import Environment, FileSystemLoader
+def write_pages(folder: Path, sections: Sequence[Mapping[str, Any]]) -> None:
+    """Write the sections as `comparison.md` and `comparison.html`, and their tables as `comparison.tex`.
 
-    text, tex = ["# Comparison of runs"], ["% needs the packages booktabs and graphicx, and fontenc with T1"]
-    for section in sections:
-        text += [f"## {section.heading}", *section.notes]
-        for caption, table in section.tables.items():
-            text += [caption, markdown(table)]
-            tex.append(_latex(caption, table))
-        for path, caption in section.pictures.items():
-            text += [f"![figure]({path.relative_to(folder).as_posix()})", caption]
-    pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    A section has a `heading`, `notes`, and by their captions `tables`, and by their paths the captions of `pictures`.
+    """
+    from jinja2 import Environment, FileSystemLoader, select_autoescape
+
+    templates = FileSystemLoader(Path(__file__).parent)
+    pages = Environment(loader=templates, autoescape=select_autoescape(["html.j2"]), trim_blocks=True)
     pages.filters["base64"] = lambda content: base64.b64encode(content).decode()
-    with pd.option_context("display.max_colwidth", None):  # pandas would cut long cells
-        page = pages.get_template("comparison.html.j2").render(title="Comparison of runs", sections=sections)
-    for ending, content in (("md", "\n\n".join(text) + "\n"), ("tex", "\n".join(tex)), ("html", page)):
+    pages.filters["latex"] = lambda text: re.sub(r"([&%$#_{}])", r"\\\1", text)
+    pages.filters["markdown"] = markdown
+    for ending in ("html", "md", "tex"):
+        with pd.option_context("display.max_colwidth", None):  # pandas would cut long cells
+            page = pages.get_template(f"comparison.{ending}.j2").render(sections=sections, conventions=CONVENTIONS)
         with atomic_write(folder / f"comparison.{ending}") as temporary:
-            temporary.write_text(content, encoding="utf-8")
-
-
-def _latex(caption: str, table: pd.DataFrame) -> str:
-    """Return a table as LaTeX, shrunk to the width of the text."""
-    cells = table.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
-    caption = re.sub(r"([&%$#_{}])", r"\\\1", caption)
-    shrunk = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
-    tabular = cells.to_latex(hrules=True).strip()
-    return f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n{shrunk}\n{tabular}}}\n\\end{{table}}\n"
+            temporary.write_text(page, encoding="utf-8")

@@ -1,5 +1,6 @@
 """Pictures of a run and of its predictions, as PNG files."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,94 +38,64 @@ def save_overlays(folder: str | Path, volume: Volume | Picture, prediction: np.n
     """Draw image, label and prediction side by side for up to ``count`` slices; return the paths.
 
     The files are ``<case>_slice<z>.png``. With a label they show the slices with most wrong voxels, worst first (of
-    equal ones those with the larger label), and the legend has each class's strict Dice in the slice. Without a label
-    they are spread evenly over the slices with classes. If the affine is known, the front is at the top and the
-    patient's right at the left.
+    equal ones those with the larger label). Without a label they are spread evenly over the slices with classes.
 
     prediction: class indices (D, H, W).
     """
-    paths = []
-    for z in _slices_to_draw(volume, prediction, count):
-        stem, title = f"{file_stem(volume.name)}_slice{z:03d}", f"{volume.name}, slice {z}"
-        if volume.planar:
-            stem, title = file_stem(volume.name), volume.name
-        if volume.label is not None:
-            title += f", {(prediction[z] != volume.label[z]).sum()} wrong {'pixels' if volume.planar else 'voxels'}"
-        paths.append(Path(folder) / f"{stem}.png")
-        save_figure(_overlay(volume, prediction[z], z, title), paths[-1])
-    return paths
-
-
-def _slices_to_draw(volume: Volume | Picture, prediction: np.ndarray, count: int) -> np.ndarray:
     if volume.label is None:
         found = np.flatnonzero(prediction.any((1, 2)))
         found = found if len(found) else np.arange(len(prediction))
-        return np.unique(found[np.linspace(0, len(found) - 1, count + 2).round().astype(int)[1:-1]])
-    wrong = (prediction != volume.label).sum((1, 2))
-    size = (volume.label > 0).sum((1, 2))
-    return np.lexsort((-size, -wrong))[:count]
+        slices = np.unique(found[np.linspace(0, len(found) - 1, count + 2).round().astype(int)[1:-1]])
+    else:
+        wrong = (prediction != volume.label).sum((1, 2))
+        slices = np.lexsort((-(volume.label > 0).sum((1, 2)), -wrong))[:count]
+    stem = file_stem(volume.name)
+    paths = [Path(folder) / (f"{stem}.png" if volume.planar else f"{stem}_slice{z:03d}.png") for z in slices]
+    for path, z in zip(paths, slices, strict=True):
+        draw_masks(path, volume, z, {"prediction": prediction[z]})
+    return paths
 
 
-def _overlay(volume: Volume | Picture, prediction: np.ndarray, z: int, title: str) -> "Figure":
-    from matplotlib.figure import Figure
+def draw_masks(path: str | Path, volume: Volume | Picture, z: int, predictions: Mapping[str, np.ndarray]) -> None:
+    """Draw slice ``z`` of a volume, its label if it has one, and predictions (H, W) by their names, side by side.
 
-    masks = {"image": None, "prediction": prediction}
-    last = int(prediction.max())
-    if volume.label is not None:
-        masks = {"image": None, "label": volume.label[z], "prediction": prediction}
-        last = max(last, int(volume.label.max()))
-    names = [*volume.class_names, *(f"class {c}" for c in range(len(volume.class_names) + 1, last + 1))]
-    if volume.label is not None:
-        dice = dice_only(prediction, volume.label[z], len(names) + 1)
-        names = [f"{n}: absent" if np.isnan(d) else f"{n}: Dice {100 * d:.1f} %" for n, d in zip(names, dice)]  # noqa: B905
-    aspect, steps, limits = pixel_aspect(volume), upright_steps(volume), grey_limits(volume)
-    height, width = volume.image[z].shape[:2]
-    size = 3.67 * len(masks), min(3.6 * aspect * height / width, 7.2) + 1.1
-    figure = Figure(figsize=size, layout="constrained")
-    for axes, (name, mask) in zip(figure.subplots(1, len(masks)), masks.items(), strict=True):
-        show_slice(axes, volume.image[z][steps], None if mask is None else mask[steps], limits, aspect)
-        axes.set_title(name, fontsize=11)
-    figure.suptitle(title, fontsize=12).set_parse_math(False)
-    class_legend(figure, names)
-    return figure
-
-
-def show_slice(
-    axes: "Axes", image: np.ndarray, mask: np.ndarray | None, limits: tuple[float, float], aspect: float
-) -> None:
-    """Draw an image, (H, W) or (H, W, 3), with its classes (H, W) over it.
-
-    limits: the values drawn black and white; aspect: a pixel's height divided by its width.
+    With a label, the strict Dice of each class in the slice, and the number of wrong voxels, are below a prediction.
+    Grey values are shown from their 0.5th to their 99.5th percentile. If the affine is known, the front is at the top
+    and the patient's right at the left.
     """
-    axes.imshow(image, "gray", vmin=limits[0], vmax=limits[1], aspect=aspect)
-    if mask is not None:
-        axes.imshow(coloured(mask), aspect=aspect, interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.spines[:].set_visible(False)
-
-
-def class_legend(figure: "Figure", texts: Sequence[str]) -> None:
-    """Write the colours of the classes below a figure, with ``texts`` beside them."""
+    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
+    label = None if volume.label is None else volume.label[z]
+    masks = {"image": None} | ({} if label is None else {"label": label}) | predictions
+    last = max(int(mask.max()) for mask in masks.values() if mask is not None)
+    names = [*volume.class_names, *(f"class {c}" for c in range(len(volume.class_names) + 1, last + 1))]
+    some, steps = volume.image[:: max(1, len(volume.image) // 16)], upright_steps(volume)
+    low, high = (0, 255) if volume.planar else np.percentile(some, (0.5, 99.5))
+    height, width = volume.image[z].shape[:2]
+    aspect = 1.0 if volume.spacing is None else volume.spacing[1] / volume.spacing[2]  # a pixel's height by its width
+    figure = Figure(figsize=(3.67 * len(masks), min(3.6 * aspect * height / width, 7.2) + 1.4), layout="constrained")
+    for axes, (name, mask) in zip(figure.subplots(1, len(masks)), masks.items(), strict=True):
+        axes.imshow(volume.image[z][steps], "gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect)
+        if mask is not None:
+            axes.imshow(coloured(mask[steps]), aspect=aspect, interpolation="nearest")
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        axes.set_title(
+            textwrap.fill(name, 36), fontsize=11, parse_math=False
+        )  # a `$` in a name does not begin a formula
+        if name in predictions and label is not None:
+            dice = dice_only(mask, label, len(names) + 1)
+            text = ", ".join("absent" if np.isnan(share) else f"{100 * share:.1f}" for share in dice)
+            wrong = f"{(mask != label).sum()} wrong {'pixels' if volume.planar else 'voxels'}"
+            axes.set_xlabel(f"{textwrap.fill(f'Dice [%] {text}', 46)}\n{wrong}", fontsize=9)
+    title = volume.name if volume.planar else f"{volume.name}, slice {z}"
+    figure.suptitle(title, fontsize=12).set_parse_math(False)
     style = dict(edgecolor="black", linewidth=0.5)
-    handles = [Patch(facecolor=class_colour(c), label=text, **style) for c, text in enumerate(texts, 1)]
+    handles = [Patch(facecolor=class_colour(c), label=name, **style) for c, name in enumerate(names, 1)]
     for text in figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False).get_texts():
-        text.set_parse_math(False)  # a `$` in a name does not begin a formula
-
-
-def grey_limits(volume: Volume | Picture) -> tuple[float, float]:
-    """Return the values that are drawn black and white; of an image 0 and 255."""
-    if volume.planar:
-        return 0, 255
-    low, high = np.percentile(volume.image[:: max(1, len(volume.image) // 16)], (0.5, 99.5))
-    return low, max(high, low + 1e-6)
-
-
-def pixel_aspect(volume: Volume | Picture) -> float:
-    """Return a pixel's height divided by its width."""
-    return 1.0 if volume.spacing is None else volume.spacing[1] / volume.spacing[2]
+        text.set_parse_math(False)
+    save_figure(figure, path)
 
 
 def upright_steps(volume: Volume | Picture) -> tuple[slice, slice]:
@@ -179,9 +150,8 @@ def save_progress(path: str | Path, history: History) -> None:
     rate.grid(False)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     rate.set_ylim(bottom=0)
-    selected_on = {row.get("selected_on") for row in history}
-    title = f"{dice_name('test' if 'test' in selected_on else 'val')} [%]"
-    points = draw_series(dice, title, history, "val_dice", COLOURS[2], scale=100)
+    selected_on = "test" if any(row.get("selected_on") == "test" for row in history) else "val"
+    points = draw_series(dice, f"{dice_name(selected_on)} [%]", history, "val_dice", COLOURS[2], scale=100)
     if len(points):
         epoch, best = points.loc[points["val_dice"].idxmax()]
         dice.plot(epoch, best, "*", color="black", markersize=12)
@@ -221,8 +191,7 @@ def draw_series(
     """Draw one column over the epochs; return the points with a finite number, columns ``epoch`` and ``key``."""
     import pandas as pd
 
-    rows = [{name: row.get(name) for name in ("epoch", key)} for row in history]
-    points = pd.DataFrame(rows, columns=["epoch", key]).apply(pd.to_numeric, errors="coerce").astype(float)
+    points = pd.DataFrame(list(history), columns=["epoch", key]).apply(pd.to_numeric, errors="coerce").astype(float)
     points = points[np.isfinite(points).all(axis=1)]
     points[key] *= scale
     axes.plot(points["epoch"], points[key], color=colour, marker="." if len(points) < 40 else None, **style)
