@@ -1,12 +1,11 @@
-"""Train and test configurations over several seeds, one table row each: ``python -m benchmarks.ablation``.
+"""Train, test and compare configurations over several seeds: ``python -m benchmarks.ablation``.
 
 Every part of the paper left out in turn, on ACDC; what follows ``--`` goes to every training:
     python -m benchmarks.ablation --preset parts --seeds 2222 1 2 --output_dir runs/parts -- --amp bf16
 The networks to compare with, or some of them, on another set:
     python -m benchmarks.ablation --preset networks --rows sim_mpnet unet --dataset isic --output_dir runs/networks
-A row does not get the flags that its network does not take.
 The same command resumes: it trains what is not finished and tests what is not tested. The folder holds each run with
-its results (``<row>/seed_<seed>``) and the means of all (``table.md``).
+its results (``<row>/seed_<seed>``) and what ``compare.py`` writes about all of them (``comparison``).
 """
 
 import json
@@ -14,19 +13,13 @@ import logging
 import shlex
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
-from benchmarks.measure import machine
 from datasets import DATASETS
 from datasets.files import atomic_write
-from networks import FIRST, NETWORKS
-from utils.arguments import flags_of_others
+from networks import NETWORKS
 from utils.cli import ArgumentParser, run_script
-from utils.comparison import compare, read_run
-from utils.comparison_report import score_rows, score_tables
 from utils.errors import RunError
-from utils.results import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 # For each choice of --preset its rows: their name in the table, and the flags of train_<set>.py.
@@ -54,40 +47,21 @@ PRESETS = {
 }
 
 
-def fitting(flags: list[str], row: str) -> list[str]:
-    """Return those of the flags, each with its values, that the network of a row takes."""
-    words, kept, takes = [*flags, *shlex.split(row)], [], True
-    network = words[words.index("--network") + 1] if "--network" in words else FIRST
-    for word in flags:
-        if word.startswith("--"):
-            takes = word[2:].split("=")[0] not in flags_of_others().get(network, ())
-        if takes:
-            kept.append(word)
-    return kept
-
-
-def flags_of(row: str, seed: object, args: Namespace) -> str:
-    """Return the flags of a row's training, except its folder."""
-    flags = PRESETS[args.preset][row]
-    return shlex.join([*fitting(args.flags, flags), *shlex.split(flags), "--seed", str(seed)])
-
-
-def train_and_test(folder: Path, flags: str, args: Namespace) -> None:
+def train_and_test(folder: Path, dataset: str, split: str, flags: list[str]) -> None:
     """Train and test one run from where an earlier call stopped; raises RunError if it was trained with other flags."""
-    typed, last = folder / "flags.txt", folder / "last.pth"
-    if typed.exists() and (before := typed.read_text(encoding="utf-8")) != flags:
-        raise RunError(f"{folder} was trained with {before}, not {flags}: choose another --output_dir")
-    if (folder / f"results_{args.split}" / "summary.json").exists():
+    typed, last, text = folder / "flags.txt", folder / "last.pth", shlex.join(flags)
+    if typed.exists() and (before := typed.read_text(encoding="utf-8")) != text:
+        raise RunError(f"{folder} was trained with {before}, not {text}: choose another --output_dir")
+    if (folder / f"results_{split}" / "summary.json").exists():
         return
     with atomic_write(typed) as temporary:
-        temporary.write_text(flags, encoding="utf-8")
-    new = [*shlex.split(flags), "--output_dir", folder]
-    _run(f"train_{args.dataset}.py", *(["--resume", last] if last.exists() else new))
+        temporary.write_text(text, encoding="utf-8")
+    _run(f"train_{dataset}.py", *(["--resume", last] if last.exists() else [*flags, "--output_dir", folder]))
     trained = json.loads((folder / "config.json").read_text(encoding="utf-8"))["args"]
     data = "volume_path" if "volume_path" in trained else "root_path"
     names = (data, "list_dir", "label_order", "device", "n_gpu", "amp")
     same = [word for name in names if trained.get(name) is not None for word in (f"--{name}", trained[name])]
-    _run(f"test_{args.dataset}.py", "--checkpoint", folder / "best.pth", "--split", args.split, *same)
+    _run(f"test_{dataset}.py", "--checkpoint", folder / "best.pth", "--split", split, *same)
 
 
 def _run(script: str, *flags: object) -> None:
@@ -103,23 +77,6 @@ def _run(script: str, *flags: object) -> None:
         raise RunError(f"{script} ended with status {status} for the reason above: correct it and repeat the command")
 
 
-def write_table(args: Namespace) -> str:
-    """Write ``table.md`` of all runs with these flags, of earlier calls too; return it."""
-    runs = []
-    for row in PRESETS[args.preset]:
-        for path in sorted(args.output_dir.glob(f"{row.replace(' ', '_')}/seed_*/results_{args.split}/summary.json")):
-            folder = path.parents[1]
-            if (folder / "flags.txt").read_text(encoding="utf-8") == flags_of(row, folder.name[5:], args):
-                runs.append(read_run(folder, method=row))
-    text = [f"{args.dataset}, {args.split}. Mean ± standard deviation over seeds (over cases). {machine()}"]
-    for comparison in compare(runs, [args.split]):
-        for caption, table in score_tables(comparison, score_rows(comparison, {}), tests=()).items():
-            text += [caption, markdown(table.drop(columns=["parameters [M]", "multiply-adds [G]"], errors="ignore"))]
-    with atomic_write(args.output_dir / "table.md") as temporary:
-        temporary.write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    return "\n\n".join(text)
-
-
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--preset", required=True, choices=PRESETS, help="which rows")
@@ -128,20 +85,21 @@ def main() -> None:
     parser.add_argument("--dataset", default="acdc", choices=sets, help="the data set")
     parser.add_argument("--seeds", nargs="+", type=int, default=[2222], help="seeds with which each row is trained")
     parser.add_argument("--split", help="list to test on; default: the test list")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the runs and the table")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the runs and the comparison")
     parser.add_argument("flags", nargs="*", help="after --: flags of every training")
     args = parser.parse_args()
-    args.split = args.split or DATASETS[args.dataset].splits[-1]
-    rows = PRESETS[args.preset]
+    split, rows = args.split or DATASETS[args.dataset].splits[-1], PRESETS[args.preset]
     if unknown := set(args.rows or ()) - set(rows):
         raise RunError(f"--rows {', '.join(sorted(unknown))}: unknown in {args.preset}, choose of {', '.join(rows)}")
     if taken := {"--seed", "--output_dir", "--resume"} & {flag.split("=")[0] for flag in args.flags}:
         raise RunError(f"{', '.join(sorted(taken))} after --: each run has its own, use --seeds and --output_dir")
-    for seed in args.seeds:  # first one seed of every row, so that early tables have all rows
-        for row in args.rows or rows:
-            train_and_test(args.output_dir / row.replace(" ", "_") / f"seed_{seed}", flags_of(row, seed, args), args)
-            table = write_table(args)
-    print(table)
+    for seed in args.seeds:  # first one seed of every row, so that an interrupted call has all rows
+        for name in args.rows or rows:
+            row, folder = shlex.split(rows[name]), args.output_dir / name.replace(" ", "_") / f"seed_{seed}"
+            train_and_test(folder, args.dataset, split, [*args.flags, *row, "--seed", str(seed)])
+    folders = {name: sorted(args.output_dir.glob(f"{name.replace(' ', '_')}/seed_*")) for name in rows}
+    runs = [f"{name}={folder}" for name in rows for folder in folders[name]]  # those of earlier calls too
+    _run("compare.py", *runs, "--split", split, "--output_dir", args.output_dir / "comparison")
 
 
 if __name__ == "__main__":

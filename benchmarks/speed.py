@@ -6,7 +6,7 @@ Each benchmark runs both sides in turn in one process, and prints the machine an
 
 import inspect
 import tempfile
-from collections.abc import Callable
+from argparse import Namespace
 from itertools import combinations
 from pathlib import Path
 
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks import plain
+from benchmarks.gpu import Form
 from benchmarks.measure import Sides, machine, past_warm_up, peak_memory, time_sides
 from datasets import SliceDataset, Volume, read_volume
 from datasets.volumes import write_slice, write_volume
-from networks import DMWLA, SimMPNet
+from networks import DMWLA
 from utils.cli import ArgumentParser, run_script
 from utils.evaluation import evaluate
 from utils.losses import subset_loss
@@ -46,31 +47,11 @@ def network(model_scale="small", num_classes=9, img_size=256, img_size_dmwla=224
 
     In evaluation the plain side takes one image at a time. Its AdamW is PyTorch's default, ours the fused one.
     """
-    ours = SimMPNet(num_classes, model_scale=model_scale, img_size=img_size, img_size_dmwla=img_size_dmwla)
-    ours = ours.to(memory_format=torch.channels_last)
-    past_warm_up(ours)
-    plainly = plain.plain_copy(ours)
-    images = torch.rand(batch_size, 1, img_size, img_size)
-    label = torch.randint(num_classes, (batch_size, img_size, img_size))
-
-    @torch.inference_mode()
-    def predict(model: nn.Module, size: int) -> None:
-        model.eval()
-        for part in images.split(size):
-            model(part)
-
-    def step(model: nn.Module, loss_of: Callable, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss_of(model.train()(images), label).backward()
-        optimizer.step()
-
-    adamw, fused = (torch.optim.AdamW(m.parameters(), lr=1e-5, fused=m is ours) for m in (plainly, ours))
-    evaluation = {"plain": lambda: predict(plainly, 1), "ours": lambda: predict(ours, batch_size)}
-    training = {
-        "plain": lambda: step(plainly, plain.subset_loss, adamw),
-        "ours": lambda: step(ours, subset_loss, fused),
-    }
-    return compare({"evaluation": evaluation, "training step": training}, repeats)
+    args = Namespace(**locals())
+    forms = {side: Form(name, args, torch.device("cpu")) for side, name in (("plain", "plain"), ("ours", "float32"))}
+    evaluation = compare({"evaluation": {side: form.evaluation() for side, form in forms.items()}}, repeats)
+    training = compare({"training step": {side: form.training_step() for side, form in forms.items()}}, repeats)
+    return pd.concat([evaluation, training])
 
 
 def dmwla(channels=96, feature_dim=256, side=56, batch_size=4, repeats=9):
