@@ -5,6 +5,7 @@ encoders of smp start from ImageNet weights, as Sim-MPNet's does; for grey image
 are summed over the three colours. MONAI's two networks start from random weights: no others were published.
 """
 
+from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from networks.errors import NetworkError
 from networks.layers import check_choice
-from networks.maxvit import SCALES, load_weights, weights_file, where_from
+from networks.maxvit import SCALES, downloading, load_weights, weights_file, where_from
 from networks.registry import register
 
 Weights = str | Path | None
@@ -85,17 +86,10 @@ def _smp(
     of_timm = encoder.startswith("tu-")  # timm's encoders are built for one size, and accept only True for weights
     weights = None if pretrained is None else True if of_timm else "imagenet"
     options = {"img_size": img_size} if of_timm else {}
-    try:
-        with _NumbersOnTheCPU():
-            return getattr(smp, architecture)(
-                encoder, encoder_weights=weights, in_channels=in_channels, classes=num_classes, **options
-            )
-    except Exception as error:  # no connection, no such weights, a broken cache: the libraries raise many kinds
-        if pretrained is None:
-            raise
-        raise NetworkError(
-            f"cannot load weights ({pretrained}) for {encoder.removeprefix('tu-')} ({type(error).__name__}); {remedy}"
-        ) from error
+    with downloading(encoder.removeprefix("tu-"), remedy) if pretrained else nullcontext(), _NumbersOnTheCPU():
+        return getattr(smp, architecture)(
+            encoder, encoder_weights=weights, in_channels=in_channels, classes=num_classes, **options
+        )
 
 
 class _NumbersOnTheCPU(TorchFunctionMode):

@@ -4,6 +4,9 @@ MaxViT: Tu et al., ECCV 2022. The ``rmlp`` models and their ImageNet weights are
 strictly here, because timm loads a file of another model with only a warning.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -43,16 +46,10 @@ class MaxViTEncoder(nn.Module):
     def __init__(self, scale: str = "small", img_size: int = 256, pretrained: str | Path | None = None):
         super().__init__()
         check_choice("model_scale", scale, SCALES)
-        name, from_hub = SCALES[scale], pretrained == "hub"
-        try:
-            backbone = timm.create_model(name, pretrained=from_hub, img_size=img_size, num_classes=0)
-        except Exception as error:  # no network, no such weights, a broken cache: timm raises many kinds
-            if not from_hub:
-                raise
-            raise NetworkError(
-                f"timm could not fetch the weights of {name} ({type(error).__name__}); {where_from(scale)}"
-            ) from error
-        if pretrained is not None and not from_hub:
+        with downloading(SCALES[scale], where_from(scale)) if pretrained == "hub" else nullcontext():
+            options = {"img_size": img_size, "num_classes": 0}
+            backbone = timm.create_model(SCALES[scale], pretrained=pretrained == "hub", **options)
+        if pretrained not in (None, "hub"):
             load_weights(backbone, pretrained, scale)
         self.stem = backbone.stem
         self.stages = backbone.stages
@@ -122,6 +119,17 @@ def load_weights(backbone: nn.Module, path: str | Path, scale: str) -> None:
         )
     for name, value in own.items():
         value.copy_(weights[name])
+
+
+@contextmanager
+def downloading(weights: str, remedy: str) -> Iterator[None]:
+    """Turn every error of the block, which downloads ``weights``, into a NetworkError of one line with a remedy."""
+    for name in ("timm", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # they report each attempt, ten of them without a connection
+    try:
+        yield
+    except Exception as error:  # no connection, no such weights, a broken cache: the libraries raise many kinds
+        raise NetworkError(f"cannot download the weights of {weights} ({type(error).__name__}); {remedy}") from error
 
 
 def where_from(scale: str) -> str:
