@@ -214,7 +214,8 @@ def test_what_cannot_be_predicted_with_is_said_in_one_line(exported, tmp_path, r
 
 
 def test_auto_falls_back_to_the_cpu_where_the_cuda_provider_does_not_load(exported, model, monkeypatch, caplog):
-    monkeypatch.setattr("utils.onnx_network._providers", lambda *_: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr("utils.onnx_network._providers", lambda _, device: both[device == "cpu" :])
     if "CUDAExecutionProvider" in onnxruntime.InferenceSession(exported).get_providers():
         pytest.skip("the CUDA provider loads here")
     network = OnnxNetwork(exported, "auto")
@@ -222,8 +223,22 @@ def test_auto_falls_back_to_the_cpu_where_the_cuda_provider_does_not_load(export
     x = images(model, 1)
     with torch.inference_mode():
         assert_close(sum(network(x)), sum(model(x)))
-    with pytest.raises(RunError, match="--device cpu"):
+    with pytest.raises(RunError, match=r"onnxruntime-gpu\[cuda,cudnn\]', or use --device cpu"):
         OnnxNetwork(exported, "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    export.check(exported, export.SummedLogits(model))  # no error: the file has passed on the CPU
+    session = onnxruntime.InferenceSession
+
+    def raises(*arguments, providers):
+        if "CUDAExecutionProvider" in providers:
+            raise RuntimeError("libcurand.so.10: cannot open shared object file")
+        return session(*arguments, providers=providers)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", raises)
+    caplog.clear()
+    OnnxNetwork(exported, "auto")
+    assert "runs on the CPU" in caplog.text
 
 
 @pytest.mark.gpu

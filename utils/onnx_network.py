@@ -19,6 +19,7 @@ KEY = "sim_mpnet"
 """Name of the file's metadata, a JSON object."""
 
 INPUT, OUTPUT = "image", "logits"
+CUDA_REMEDY = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
 FACTS = ("num_classes", "in_channels", "img_size", "dataset", "class_names", "preprocessing", "checkpoint")
 """Metadata that prediction needs."""
 
@@ -48,7 +49,10 @@ class OnnxNetwork(nn.Module):
         options.log_severity_level = 3  # errors
         options.intra_op_num_threads = torch.get_num_threads()
         try:
-            self.session = runtime.InferenceSession(str(path), options, providers=providers)
+            try:
+                self.session = runtime.InferenceSession(str(path), options, providers=providers)
+            except Exception:  # some versions raise where the CUDA provider does not load
+                self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the exceptions of onnxruntime have no common class
             raise RunError(
                 f"{path} is not an ONNX file that onnxruntime {runtime.__version__} can open ({type(error).__name__}): "
@@ -59,8 +63,8 @@ class OnnxNetwork(nn.Module):
         if len(providers) > 1 and self.session.get_providers()[0] != "CUDAExecutionProvider":
             problem = f"onnxruntime {runtime.__version__} could not load its CUDA provider"
             if device != "auto":
-                raise RunError(f"--device {device}: {problem}: install the CUDA it was built for, or use --device cpu")
-            logger.warning("%s and runs on the CPU", problem)
+                raise RunError(f"--device {device}: {problem}: {CUDA_REMEDY}, or use --device cpu")
+            logger.warning("%s and runs on the CPU: %s", problem, CUDA_REMEDY)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         # onnxruntime itself copies the images to its device.
@@ -89,8 +93,8 @@ def _providers(runtime: ModuleType, device: str) -> list[Any]:
     has_cuda = "CUDAExecutionProvider" in runtime.get_available_providers()
     if device.startswith("cuda") and not has_cuda:
         raise RunError(
-            f"--device {device}: onnxruntime {runtime.__version__} has no CUDA provider: use --device cpu, or replace "
-            "the package onnxruntime by onnxruntime-gpu"
+            f"--device {device}: onnxruntime {runtime.__version__} has no CUDA provider: use --device cpu, or "
+            f"pip uninstall onnxruntime and then {CUDA_REMEDY}"
         )
     place = pick_device("cpu" if device == "auto" and not has_cuda else device)
     if place.type == "cpu":
