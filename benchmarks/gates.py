@@ -33,13 +33,14 @@ KINDS = {
 def train(args: Namespace, steps: int) -> pd.DataFrame:
     """Return loss per combination and the mean of each gate for each of the first ``steps`` steps of a training."""
     seed_everything(args.seed)
-    set_precision(args.amp)
+    device = pick_device(args.device)
+    set_precision(args.amp, device)
     model = NETWORKS[args.network](**network_arguments(args))
     train_set = SliceDataset(
         args.root_path, args.list_dir, args.train_split, args.num_classes, args.img_size, augment=True, seed=args.seed
     )
     train_set.keep(int(args.cache_gib * 2**30))
-    trainer = Trainer(model, acdc.INFO, train_set, [], args, pick_device(args.device))
+    trainer = Trainer(model, acdc.INFO, train_set, [], args, device)
     combinations = 2 ** len(model.heads) - 1
     rows = []
     model.train()

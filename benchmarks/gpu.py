@@ -34,7 +34,7 @@ from benchmarks import plain
 from benchmarks.measure import add_network, machine, past_warm_up, synchronize, time_sides
 from networks import SimMPNet
 from networks.complexity import flop_counter
-from utils.cli import ArgumentParser, pick_device, run_script, set_precision
+from utils.cli import ArgumentParser, pick_device, run_script, seed_everything, set_precision
 from utils.losses import subset_loss
 from utils.results import markdown
 
@@ -53,7 +53,8 @@ class Form:
     def network(self) -> SimMPNet:
         """Return the network in training mode, after its warm-up."""
         torch.manual_seed(0)
-        set_precision(self.name)
+        set_precision(self.name, self.device)
+        torch.backends.cudnn.allow_tf32 |= self.name == "plain"  # PyTorch's default, which the release has
         a = self.args
         model = SimMPNet(a.num_classes, img_size=a.img_size, img_size_dmwla=a.img_size_dmwla, model_scale=a.model_scale)
         past_warm_up(model)
@@ -186,11 +187,12 @@ def main() -> None:
     add_network(parser)
     parser.add_argument("--batch_size", type=int, default=20, help="slices in a batch")
     parser.add_argument("--repeats", type=int, default=20, help="timed calls; the table shows their median")
+    parser.add_argument("--deterministic", type=int, default=0, choices=[0, 1], help="1: repeatable, as in training")
     parser.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu or cuda")
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="folder for the results")
     args = parser.parse_args()
     device = pick_device(args.device)
-    torch.backends.cudnn.benchmark = True
+    seed_everything(0, deterministic=bool(args.deterministic))
     args.output.mkdir(parents=True, exist_ok=True)
 
     flops, rows = operations(args), []
@@ -201,7 +203,7 @@ def main() -> None:
         except Exception as error:  # the other forms are still measured
             rows.append({"": f"{name} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"})
         print(*rows[-1].values(), flush=True)
-    sizes = f"{args.model_scale}, {args.img_size} / {args.img_size_dmwla}, batch {args.batch_size}"
+    sizes = f"{args.model_scale}, {args.img_size} / {args.img_size_dmwla}, batch {args.batch_size}, deterministic {args.deterministic}"
     work = f"{flops[0] / 2e9:.1f} G multiply-adds in a training step, {flops[1] / 2e9:.1f} G in evaluation"
     text = f"{machine(device)}\n\n{sizes}; ours per image: {work}; ceiling {peak_rate / 1e12:.1f} TFLOP/s (bf16)\n\n"
     text += markdown(pd.DataFrame(rows).fillna("-"))

@@ -21,7 +21,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from networks.errors import NetworkError
-from networks.layers import VARIANTS, check_choice, without_autocast
+from networks.layers import VARIANTS, check_choice, in_full_precision
 from networks.memory_bank import PrototypeMemoryBank
 
 ATTENTIONS = ("dmwla", "plain", "intra_cluster")
@@ -128,7 +128,8 @@ class DMWLA(PlainAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the attended map (B, C, H, W) of ``x`` (B, C, H, W), and write the bank in training mode."""
-        tokens = rearrange(x, "b c h w -> b (h w) c")  # (B, N, C)
+        # Fused kernels for attention need the channels side by side; a map that is channels-last is not copied.
+        tokens = rearrange(x, "b c h w -> b (h w) c").contiguous()  # (B, N, C)
         writes = (self.training or self.written_in_evaluation) and self.bank.writable
         in_warmup = self.bank.in_warmup
         update = self.global_interaction(tokens) if in_warmup or self.attends_globally else 0
@@ -159,7 +160,7 @@ class DMWLA(PlainAttention):
 
     def assign(self, tokens: Tensor) -> Tensor:
         """Return the cluster, int64 (B, N), whose prototype has the largest cosine with theta of each token."""
-        with without_autocast(tokens):
+        with in_full_precision(tokens):
             prototypes = F.normalize(self.bank.prototypes, dim=1)
             prototypes = prototypes @ self.theta.weight.detach().to(prototypes.dtype)  # (P, C)
             # The length of theta_n is the same for all clusters, so the arg max does not need it.
@@ -167,7 +168,7 @@ class DMWLA(PlainAttention):
 
     @torch.no_grad()
     def _update_memory(self, tokens: Tensor) -> None:
-        with without_autocast(tokens):
+        with in_full_precision(tokens):
             self.bank.update(F.linear(tokens.to(self.phi_k.dtype).flatten(0, 1), self.phi_k))
             self.phi_k.lerp_(self.phi.weight.detach().to(self.phi_k.dtype), 1 - self.phi_k_momentum)
 
@@ -205,8 +206,9 @@ def _attend_to_own(query: Tensor, key: Tensor, value: Tensor, cluster: Tensor) -
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     out_of_reach = 2.0**15 if dtype == torch.float16 else 2.0**60  # takes a logit out of a softmax in that precision
     query = torch.cat([query, (own - 1).to(query.dtype) * out_of_reach], dim=-1)
-    key = torch.cat([key.flatten(0, 1), column_cluster], dim=-1)  # (P M, width + coordinates)
-    value = F.pad(value.flatten(0, 1), (0, coordinates))
+    # Cast before they are repeated for each image: autocast would cast the repeated ones.
+    key = torch.cat([key.flatten(0, 1), column_cluster], dim=-1).to(dtype)  # (P M, width + coordinates)
+    value = F.pad(value.flatten(0, 1), (0, coordinates)).to(dtype)
     batch = query.shape[0]  # len() would fix the batch size of an exported program
     return _attend(query, key.expand(batch, -1, -1), value.expand(batch, -1, -1))[..., :width]
 

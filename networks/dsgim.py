@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from networks.errors import NetworkError
-from networks.layers import VARIANTS, check_choice, normalise, without_autocast
+from networks.layers import VARIANTS, check_choice, in_full_precision, normalise
 
 SIMILARITIES = ("both", "cosine", "euclidean")
 EXCLUDED = -100.0  # score of a key that is not in a branch
@@ -58,7 +58,7 @@ class DSGIM(nn.Module):
         if height % 2 or width % 2:
             raise NetworkError(f"the map is {height} x {width}; DS-GIM cuts it into 2 x 2 windows: use even sides")
         query_scale, key_scale = self._decays(x, position)  # (B, 1, H, W) each
-        with without_autocast(x):  # bf16 rounding must not decide on which side of a threshold a key is
+        with in_full_precision(x):  # rounding must not decide on which side of a threshold a key is
             exact = x.to(self.query.weight.dtype)
             query = rearrange(self.query(exact * query_scale), "b c h w -> b (h w) c")
             key = rearrange(self.key(exact * key_scale), "b c h w -> b (h w) c")

@@ -1,7 +1,7 @@
 """Checks of arguments, and small layers that both encoders and the decoder share."""
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -54,13 +54,29 @@ def normalise(x: Tensor) -> Tensor:
     return F.group_norm(x, 1)
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager:
-    """Return a context without autocast on the device of ``x``, or an empty context if autocast is already off.
+def in_full_precision(x: Tensor) -> AbstractContextManager:
+    """Return a context in which the device of ``x`` rounds no product to half precision or TensorFloat-32.
 
-    torch.export splits a program at every change of autocast, so there must be none without need.
+    torch.export splits a program at every change of autocast, and torch.compile at every change of TensorFloat-32, so
+    the context is empty where nothing would be rounded.
     """
     kind = x.device.type
+    if kind == "cuda" and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32):
+        return _without_tf32()
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
 
 
 def conv3x3(in_channels: int, out_channels: int) -> list[nn.Module]:

@@ -21,7 +21,7 @@ from networks.dmwla_encoder import DMWLAEncoder
 from networks.dsgim import SIMILARITIES, select_windows
 from networks.errors import NetworkError
 from networks.gates import EncoderGate, Gate
-from networks.layers import VARIANTS, check_choice, check_images, check_input, check_size, resize, without_autocast
+from networks.layers import VARIANTS, check_choice, check_images, check_input, check_size, in_full_precision, resize
 from networks.maxvit import SCALES, MaxViTEncoder, scale_widths
 from networks.memory_bank import PrototypeMemoryBank
 
@@ -165,7 +165,7 @@ class SimMPNet(nn.Module):
         """
         check_input(x, self.config["in_channels"], self.config["img_size"])
         size = x.shape[-1]
-        with without_autocast(x):  # bf16 would round the image's contrast away
+        with in_full_precision(x):  # bf16 would round the image's contrast away
             x = self.stem(x)  # (B, 3, S, S)
         skips = []  # s_i (B, C_i, s / 2^(i+1), s / 2^(i+1)), s = img_size_dmwla
         if self.maxvit is not None:

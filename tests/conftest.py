@@ -44,6 +44,19 @@ def phantom(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def full_precision():
+    """Let float32 mean float32 on a GPU too, and restore after the test what it was before."""
+    import torch
+
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.backends.cudnn.allow_tf32 = before[0]
+    torch.set_float32_matmul_precision(before[1])
+
+
 @dataclass
 class Outcome:
     """What a script printed and how it ended."""

@@ -121,16 +121,18 @@ def pick_device(name: str = "auto") -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RunError(f"device {name!r}: PyTorch {torch.__version__} finds no GPU: use --device cpu")
-    if device.index is not None and device.index >= torch.cuda.device_count():
-        raise RunError(f"device {name!r}: there are {torch.cuda.device_count()} GPUs, numbered from cuda:0")
+    if device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise RunError(f"device {name!r}: there are {torch.cuda.device_count()} GPUs, numbered from cuda:0")
+        torch.cuda.set_device(device)  # for what names no device, such as an event or a stream
     return device
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
     """Seed Python, NumPy and PyTorch, on every device.
 
-    If ``deterministic``, cuDNN and PyTorch use only algorithms that repeat exactly, and warn if there is none;
-    otherwise cuDNN chooses the fastest.
+    If ``deterministic``, cuDNN and PyTorch use only algorithms that repeat exactly, and an operation that has none
+    raises a RuntimeError; otherwise cuDNN chooses the fastest.
 
     Raises:
         RunError: the seed is not in [0, 2^32).
@@ -143,7 +145,8 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
     # use_deterministic_algorithms does the same and imports the compiler first, which takes seconds.
-    torch.set_deterministic_debug_mode("warn" if deterministic else "default")
+    torch.set_deterministic_debug_mode("error" if deterministic else "default")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory that it did not write
     if deterministic:
         # cuBLAS reads this when it starts, so it has to be set before the first product on the GPU.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -164,9 +167,19 @@ def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> No
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def set_precision(amp: str) -> None:
-    """Let the GPU multiply float32 matrices as TensorFloat-32 where ``--amp`` says ``tf32``."""
+def set_precision(amp: str, device: torch.device) -> None:
+    """Let a GPU round products and convolutions of float32 to TensorFloat-32 only where ``--amp`` says ``tf32``.
+
+    Raises:
+        RunError: the GPU has no bfloat16. PyTorch would emulate it, slowly and with attention matrices in memory.
+    """
     torch.set_float32_matmul_precision("high" if amp == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = amp == "tf32"
+    if device.type == "cuda":
+        if amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise RunError(f"--amp bf16: {torch.cuda.get_device_name(device)} has no bfloat16: use --amp fp16 or none")
+        # Older versions may return NaN as gradient for some numbers of keys (pytorch#196678).
+        torch.backends.cuda.enable_cudnn_sdp((torch.backends.cudnn.version() or 0) >= 92600)
 
 
 class _LineFormatter(logging.Formatter):

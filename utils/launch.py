@@ -54,7 +54,7 @@ def train(
         raise RunError("--sync_bn needs GPUs, and this run is on the CPU: leave --sync_bn out")
     with process_group(device):
         seed_everything(args.seed, deterministic=bool(args.deterministic))
-        set_precision(args.amp)
+        set_precision(args.amp, device)
         model = _build(args, pretrained=checkpoint is None)
         resumed = args.resume is not None
         new = load_fitting(model, checkpoint, args.init_from) if checkpoint and not resumed else []
@@ -112,7 +112,7 @@ def test(args: Namespace, info: DatasetInfo, open_cases: Callable[[int], Sequenc
         raise RunError("testing uses one process: run it without torchrun")
     device = pick_device(args.device)
     seed_everything(args.seed, deterministic=bool(args.deterministic))
-    set_precision(args.amp)
+    set_precision(args.amp, device)
     checkpoint = load_checkpoint(args.checkpoint)
     # The authors chose the checkpoints of the release on the test volumes.
     data = checkpoint.get("data", {"dataset": info.name, "class_names": info.class_names, "selected_on": "test"})

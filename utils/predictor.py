@@ -62,7 +62,6 @@ class Predictor:
         dataset: str | None = None,
     ):
         self.batch_size, self.amp_dtype = batch_size, AMP_DTYPES[amp]
-        set_precision(amp)
         if is_onnx(checkpoint):
             if amp != "none":
                 raise RunError(f"--amp {amp}: {checkpoint} computes in float32 only: leave out --amp")
@@ -71,6 +70,7 @@ class Predictor:
             state: dict[str, Any] = self.model.metadata["checkpoint"] | {"data": self.model.metadata}
         else:
             self.device = pick_device(device)
+            set_precision(amp, self.device)
             state = load_checkpoint(checkpoint)
         data = state.get("data", {})  # a checkpoint of the release has none
         if dataset is not None and data.get("dataset", dataset) != dataset:

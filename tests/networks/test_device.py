@@ -13,8 +13,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from networks import DMWLA, PrototypeMemoryBank, SimMPNet
+from networks import DMWLA, DSGIM, PrototypeMemoryBank, SimMPNet
 from tests.networks.conftest import NARROW
+from utils.cli import set_precision
 from utils.losses import subset_losses
 
 GPU = torch.device("cuda", 0)
@@ -84,18 +85,54 @@ def test_what_does_ask_is_found_out():
             torch.rand(2).to(GPU)
 
 
+class Rounding(TorchDispatchMode):
+    """Counts products and convolutions that may be rounded to TensorFloat-32, and those that may not."""
+
+    def __init__(self):
+        super().__init__()
+        self.rounded, self.exact = set(), set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        output = function(*arguments, **(options or {}))
+        convolution = function is torch.ops.aten.convolution.default
+        if convolution or function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            flags = torch.backends.cudnn.allow_tf32 if convolution else torch.backends.cuda.matmul.allow_tf32
+            (self.rounded if flags else self.exact).add(tuple(output.shape))
+        return output
+
+
+@pytest.mark.usefixtures("full_precision")
+def test_tf32_rounds_no_score_no_assignment_and_no_key():
+    set_precision("tf32", torch.device("cpu"))
+    dsgim, block = DSGIM(8).train(), DMWLA(8, 16, num_clusters=3).train()
+    with FakeTensorMode(), Rounding() as seen:
+        move(dsgim)
+        dsgim(torch.rand(2, 8, 6, 6, device=GPU))
+    assert (2, 36, 36) in seen.exact and (2, 8, 6, 6) in seen.exact & seen.rounded and (2, 2, 6, 6) in seen.rounded
+    with FakeTensorMode(), Rounding() as seen:
+        move(block)
+        leave_of_the_warm_up(block, 0)
+        block(torch.rand(2, 8, 6, 6, device=GPU))
+    assert seen.exact >= {(72, 3), (72, 16)} and (72, 8) in seen.rounded
+    assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
+
+
 @pytest.mark.parametrize("num_clusters", [4, 9, 10])
 @pytest.mark.parametrize("feature_dim", [128, 256])
-def test_attention_has_widths_that_fused_kernels_take(num_clusters, feature_dim, monkeypatch):
-    """A multiple of 8 and the same for all three, or PyTorch writes the whole matrix down."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_has_widths_and_strides_that_fused_kernels_take(num_clusters, feature_dim, dtype, monkeypatch):
+    """A multiple of 8, the same for all three, side by side, or PyTorch writes the whole matrix down."""
     attention = mock.Mock(wraps=nn.functional.scaled_dot_product_attention)
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attention)
     for channels in (96, 192, 384, 768):
         block = DMWLA(channels, feature_dim, num_clusters).eval()
-        with FakeTensorMode():
+        with FakeTensorMode(), torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
             move(block)
             leave_of_the_warm_up(block, 0)
             block(torch.rand(2, channels, 7, 7, device=GPU))
-    widths = {tuple(t.shape[-1] for t in call.args[:3]) for call in attention.call_args_list}
+    calls = [call.args[:3] for call in attention.call_args_list]
+    assert all(t.stride(-1) == 1 for call in calls for t in call)
+    assert all(t.dtype == dtype or t.stride(0) for call in calls for t in call)  # cast before it is repeated
+    widths = {tuple(t.shape[-1] for t in call) for call in calls}
     assert len(widths) > 1
     assert all(query % 8 == 0 and query == key == value for query, key, value in widths)

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 from tests.mini import assert_same, trainer
 from utils.checkpoint import load_checkpoint
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("full_precision")]
 
 SMALL = dict(num_classes=4, model_scale="pico", img_size=128, img_size_dmwla=96, feature_dim=32, decoder_feature_dim=32)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.cli import ArgumentParser, pick_device, run_script, seed_everything, setup_logging
+from utils.cli import AMP_DTYPES, ArgumentParser, pick_device, run_script, seed_everything, set_precision, setup_logging
 from utils.errors import RunError
 
 
@@ -135,7 +135,9 @@ def test_the_device_is_the_one_asked_for(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         assert pick_device("auto").type == kind
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert pick_device("cuda:1") == torch.device("cuda", 1)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert [pick_device("cuda:1")] == chosen == [torch.device("cuda", 1)]
     with pytest.raises(RunError, match="2 GPUs"):
         pick_device("cuda:2")
 
@@ -145,6 +147,23 @@ def test_another_device_is_an_error(name, words, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RunError, match=words):
         pick_device(name)
+
+
+@pytest.mark.usefixtures("full_precision")
+def test_the_precision_is_the_one_asked_for_and_what_a_card_cannot_do_is_said(monkeypatch):
+    for amp in AMP_DTYPES:
+        set_precision(amp, torch.device("cpu"))
+        assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == (amp == "tf32")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    with pytest.raises(RunError, match="T4 has no bfloat16: use --amp fp16"):
+        set_precision("bf16", torch.device("cuda"))
+    kept = torch.backends.cuda.cudnn_sdp_enabled()
+    for version, usable in ((None, False), (92500, False), (92600, True)):
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda version=version: version)
+        set_precision("fp16", torch.device("cuda"))
+        assert torch.backends.cuda.cudnn_sdp_enabled() == usable
+    torch.backends.cuda.enable_cudnn_sdp(kept)
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -163,6 +182,7 @@ def test_the_same_seed_gives_the_same_numbers(deterministic, monkeypatch):
         assert numbers(2222) == first
         assert all(a != b for a, b in zip(numbers(1), first, strict=True))
         assert torch.are_deterministic_algorithms_enabled() is deterministic
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
         with pytest.raises(RunError, match="seed"):
             seed_everything(-1)
     finally:
