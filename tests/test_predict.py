@@ -64,7 +64,7 @@ def write_scan(folder: Path, name: str, orientation: str, degrees: float = 0.0, 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_what_is_predicted_lies_on_the_patient(threshold, tmp_path, orientation):
     scan = write_scan(tmp_path / "scans", "scan", orientation, degrees=20)
-    segmentation = predictors.Predictor(threshold)(scan)
+    segmentation = predictors.Predictor(threshold, "cpu")(scan)
     nibabel.save(segmentation, tmp_path / "seg.nii.gz")
     truth = scan.with_name("scan_label.nii.gz")
     for program in ("nibabel", "SimpleITK"):
@@ -80,7 +80,7 @@ def test_what_is_predicted_lies_on_the_patient(threshold, tmp_path, orientation)
 
 def test_a_scan_of_another_size_is_restored_to_its_own(threshold, tmp_path):
     scan = write_scan(tmp_path, "scan", "PSR", 20, plane=(48, 41))
-    predictor = predictors.Predictor(threshold)
+    predictor = predictors.Predictor(threshold, "cpu")
     volume = predictor.read(scan)
     label = read_scan_label(scan.with_name("scan_label.nii.gz"), volume)
     prediction = predictor.segment(volume)
@@ -186,7 +186,7 @@ def test_preprocessing_comes_from_the_checkpoint(threshold, tmp_path):
     state = torch.load(threshold, weights_only=True)
     state["data"]["preprocessing"] = Preprocessing("RAS", (0.0, 10.0)).to_dict()
     save_checkpoint(tmp_path / "other.pth", state)
-    ours, other = predictors.Predictor(threshold), predictors.Predictor(tmp_path / "other.pth")
+    ours, other = predictors.Predictor(threshold, "cpu"), predictors.Predictor(tmp_path / "other.pth", "cpu")
     assert (ours.preprocessing, other.preprocessing) == (synapse.INFO.preprocessing, Preprocessing("RAS", (0.0, 10.0)))
     scan = write_scan(tmp_path, "scan", "LPS")
     assert not np.array_equal(ours.read(scan).image[3], other.read(scan).image[3])

@@ -103,6 +103,13 @@ def test_memory_that_cannot_be_allocated_is_one_line():
     words = r"the memory is full .allocating \d+ bytes.: lower --batch_size"
     with pytest.raises(RunError, match=words), out_of_memory("lower --batch_size"):
         torch.empty(2**56, dtype=torch.uint8)
+    for text in (
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    ):
+        with pytest.raises(RunError, match="the GPU's memory is full: lower"), out_of_memory("lower --batch_size"):
+            raise RuntimeError(text)
     with pytest.raises(RuntimeError, match="another error"), out_of_memory("lower --batch_size"):
         raise RuntimeError("another error")
 

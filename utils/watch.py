@@ -16,6 +16,8 @@ from torch import Tensor
 from utils.distribution import gather_over_ranks
 from utils.errors import RunError
 
+GPU_MEMORY_FULL = re.compile("CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_[A-Z_]*ALLOC")
+"""What CUDA, cuBLAS and cuDNN say when the GPU's memory is full; PyTorch's allocator raises OutOfMemoryError."""
 MAX_OVERFLOWS = 30
 """Overflows in a row that end a run: GradScaler halves its scale, 2^16 at first, at each, so the cause is another."""
 
@@ -126,7 +128,7 @@ def out_of_memory(remedy: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         text = str(error)
         wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError) or GPU_MEMORY_FULL.search(text):
             where = "the GPU's memory is full"
         elif isinstance(error, MemoryError) or "can't allocate memory" in text or "bad_alloc" in text:
             where = "the memory is full"
