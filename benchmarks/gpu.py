@@ -203,7 +203,8 @@ def main() -> None:
         except Exception as error:  # the other forms are still measured
             rows.append({"": f"{name} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"})
         print(*rows[-1].values(), flush=True)
-    sizes = f"{args.model_scale}, {args.img_size} / {args.img_size_dmwla}, batch {args.batch_size}, deterministic {args.deterministic}"
+    sizes = f"{args.model_scale}, {args.img_size} / {args.img_size_dmwla}, batch {args.batch_size}"
+    sizes += f", deterministic {args.deterministic}"
     work = f"{flops[0] / 2e9:.1f} G multiply-adds in a training step, {flops[1] / 2e9:.1f} G in evaluation"
     text = f"{machine(device)}\n\n{sizes}; ours per image: {work}; ceiling {peak_rate / 1e12:.1f} TFLOP/s (bf16)\n\n"
     text += markdown(pd.DataFrame(rows).fillna("-"))
