@@ -1,6 +1,5 @@
 """The files of a training run: settings, records, curves and checkpoints."""
 
-import fcntl
 import json
 import logging
 import os
@@ -71,12 +70,16 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / "train.log", "a", encoding="utf-8")  # noqa: SIM115
         try:
+            import fcntl
+
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        except (BlockingIOError, PermissionError) as error:  # systems differ in the error of a lock that is taken
             raise RunError(
                 f"{self.path}: another process trains in this folder; wait until it ends, stop it, or choose another "
                 "--output_dir"
             ) from error
+        except (ImportError, OSError):  # Windows, and some network disks
+            logger.info("%s cannot be locked on this system: start no second training in it", self.path)
 
     def record(self, history: Sequence[dict[str, Any]], max_epochs: int) -> None:
         """Write the last epoch to the log and TensorBoard, and all epochs to ``metrics.csv`` and ``progress.png``."""

@@ -56,14 +56,9 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        info: DatasetInfo,
-        train_set: TrainingSet,
-        val_set: Sequence[Volume | Picture],
-        args: Namespace,
-        device: torch.device,
-    ):
+        self, model: nn.Module, info: DatasetInfo, train_set: TrainingSet, val_set: Sequence[Volume | Picture],
+        args: Namespace, device: torch.device,
+    ):  # fmt: skip
         self.args, self.device = args, device
         self.train_set, self.val_set = train_set, val_set
         self.data = {  # what the checkpoint says about its data
