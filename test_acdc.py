@@ -1,6 +1,6 @@
 """Test a checkpoint on ACDC volumes: Dice, HD95, Jaccard and ASSD per class, under both conventions.
 
-    python test_acdc.py --checkpoint runs/acdc/best.pth
+    python test_acdc.py    # the best checkpoint of train_acdc.py
     python test_acdc.py --checkpoint runs/acdc/best.pth --is_savenii --overlays 3 --test_save_dir results
 A checkpoint of the authors' release:
     python test_acdc.py --checkpoint pretrained_pth/release_acdc.pth

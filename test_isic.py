@@ -1,6 +1,6 @@
 """Test a checkpoint on ISIC-2018: Dice, HD95, Jaccard and ASSD per image, and the scores over all pixels.
 
-python test_isic.py --checkpoint runs/isic/best.pth
+python test_isic.py    # the best checkpoint of train_isic.py
 python test_isic.py --checkpoint runs/isic/best.pth --split val --save_masks --overlays 1
 """
 

@@ -1,6 +1,6 @@
 """Test a checkpoint on SegPC-2021: Dice, HD95, Jaccard and ASSD per image, and the scores over all pixels.
 
-python test_segpc.py --checkpoint runs/segpc/best.pth
+python test_segpc.py    # the best checkpoint of train_segpc.py
 python test_segpc.py --checkpoint runs/segpc/best.pth --split val --save_masks --overlays 1
 python test_segpc.py --checkpoint runs/segpc_crops/best.pth --root_path data/SegPC_crops
 """

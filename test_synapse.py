@@ -1,6 +1,6 @@
 """Test a checkpoint on Synapse volumes: Dice, HD95, Jaccard and ASSD per organ, under both conventions.
 
-    python test_synapse.py --checkpoint runs/synapse/best.pth
+    python test_synapse.py    # the best checkpoint of train_synapse.py
     python test_synapse.py --checkpoint runs/synapse/best.pth --is_savenii --overlays 3 --test_save_dir results
 The two cases on which the best epoch was chosen:
     python test_synapse.py --checkpoint runs/synapse/best.pth --split train --cases case0023 case0026

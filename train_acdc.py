@@ -19,7 +19,7 @@ SPLITS = {"val": ("train", "val"), "test": ("trainval", "test")}  # --select: li
 
 def main() -> None:
     info = acdc.INFO
-    parser = training_parser(__doc__, info, output_dir="runs/acdc", feature_dim=128)
+    parser = training_parser(__doc__, info, feature_dim=128)
     args, checkpoint = parse_training(parser, info, SPLITS)
     info.require(args.root_path, args.volume_path)
     train_set = SliceDataset(

@@ -19,7 +19,7 @@ SPLITS = {"val": ("train", "train"), "test": ("train", "test_vol")}  # --select:
 
 def main() -> None:
     info = synapse.INFO
-    parser = training_parser(__doc__, info, output_dir="runs/synapse", feature_dim=256)
+    parser = training_parser(__doc__, info, feature_dim=256)
     parser.add_argument("--val_cases", nargs="+", default=synapse.VALIDATION_CASES, help="held out for --select val")
     args, checkpoint = parse_training(parser, info, SPLITS)
     order = info.label_order(args.label_order, args.num_classes)

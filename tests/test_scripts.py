@@ -196,6 +196,18 @@ def test_unfit_checkpoints_are_one_line(phantom, run_script, tmp_path):
         assert_one_line(done, tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["acdc", "isic", "segpc", "synapse"])
+def test_without_arguments_the_best_checkpoint_is_tested_or_its_training_is_named(
+    trained, phantom, run_script, tmp_path, monkeypatch, name
+):
+    monkeypatch.setattr("utils.arguments.run_folder", lambda info: str(tmp_path / info.name))
+    assert_one_line(run_script(f"test_{name}.py"), tmp_path / name / "best.pth", f"train_{name}.py", "--checkpoint")
+    if name == "acdc":
+        shutil.copytree(trained, tmp_path / name)
+        done = run_script("test_acdc.py", *volume_folders(phantom))
+        assert done.status == 0 and str(tmp_path / name / "best.pth") in done.error
+
+
 def test_odd_volumes_are_no_error_and_damaged_ones_leave_no_results(trained, data, run_script):
     path = first_validation_volume(data)
     rewrite(path, image=np.random.rand(1, 70, 41).astype(np.float32), label=np.zeros((1, 70, 41), np.uint8))

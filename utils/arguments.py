@@ -136,14 +136,21 @@ def training_parser(description: str, info: DatasetInfo, **defaults: Any) -> Arg
             model.add_argument(f"--{name}", type=kind, default=default, choices=CHOICES.get(name), help=text)
             known.add(name)
     folders = {"root_path": info.root_path, "volume_path": info.volume_path, "list_dir": info.list_dir}
-    parser.set_defaults(**{"in_channels": 1, "num_classes": info.num_classes, **folders, **defaults})
+    own = {"in_channels": 1, "num_classes": info.num_classes, "output_dir": run_folder(info)}
+    parser.set_defaults(**own | folders | defaults)
     return parser
+
+
+def run_folder(info: DatasetInfo) -> str:
+    """Return the folder that a data set's training writes to and its test reads from, if no flag says otherwise."""
+    return f"runs/{info.name}"
 
 
 def testing_parser(description: str, info: DatasetInfo) -> ArgumentParser:
     """Return the parser of a test script."""
     parser = ArgumentParser(description=description)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="best.pth of a run, or one of the release")
+    best = Path(run_folder(info), "best.pth")
+    parser.add_argument("--checkpoint", type=Path, default=best, help="best.pth of a run, or one of the release")
     parser.add_argument("--list_dir", type=Path, default=info.list_dir, help="folder of the lists")
     parser.add_argument("--split", default=info.splits[-1], help="list to test on")
     if info.planar:

@@ -113,6 +113,9 @@ def test(args: Namespace, info: DatasetInfo, open_cases: Callable[[int], Sequenc
     device = pick_device(args.device)
     seed_everything(args.seed, deterministic=bool(args.deterministic))
     set_precision(args.amp, device)
+    if not args.checkpoint.is_file():
+        remedy = f"train one with python {info.train_script}, or give another with --checkpoint"
+        raise RunError(f"no checkpoint at {args.checkpoint}: {remedy}")
     checkpoint = load_checkpoint(args.checkpoint)
     # The authors chose the checkpoints of the release on the test volumes.
     data = checkpoint.get("data", {"dataset": info.name, "class_names": info.class_names, "selected_on": "test"})
