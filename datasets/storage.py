@@ -145,17 +145,13 @@ def checked_label(
     if low < 0 or high > 255:
         raise DataError(f"{path}: label ids run from {low} to {high}; expected 0 to 255; {PREPARE}")
     if num_classes is not None and high >= num_classes:
-        raise DataError(f"{path}: {unfit_ids(np.unique(label), num_classes)}")
+        values, remedy = np.unique(label), f"correct the labels, or train with --num_classes {high + 1}"
+        if high > max(15, 4 * len(values)):  # 0 and 255, or 0, 85, 170 and 255: greys of a picture
+            remedy = f"its values are {brief(', '.join(map(str, values)), 60)}; store 0, 1, 2, ... in their place"
+        raise DataError(
+            f"{path}: label id {high} with {num_classes} classes; expected ids from 0 to {num_classes - 1}: {remedy}"
+        )
     return np.ascontiguousarray(label, np.uint8)
-
-
-def unfit_ids(values: np.ndarray, num_classes: int) -> str:
-    """Say that the values of a label, in rising order, are not ids below ``num_classes``, and what to do."""
-    found = f"label id {values[-1]} with {num_classes} classes; expected ids from 0 to {num_classes - 1}"
-    if values[-1] > max(15, 4 * len(values)):  # 0 and 255, or 0, 85, 170 and 255: greys of a picture
-        listed = brief(", ".join(map(str, values)), 60)
-        return f"{found}: the label's values are {listed}; store 0, 1, 2, ... in their place"
-    return f"{found}: correct the labels, or train with --num_classes {values[-1] + 1}"
 
 
 def _words(value: object) -> tuple[str, ...]:

@@ -67,8 +67,13 @@ def train(
         if rank():
             torch.manual_seed(args.seed + rank())  # equal networks, but random numbers of its own for drop path
         trainer = Trainer(model, info, train_set, val_set, args, device)
-        if resumed:  # an old one does not describe its data
-            refuse_other_data(args.resume, checkpoint.get("described", trainer.described), trainer.described)
+        if resumed and "described" in checkpoint:  # an old one does not describe its data
+            then, now = (
+                [*lines, *(f"class {name}" for name in data["class_names"])]
+                for lines, data in ((checkpoint["described"], checkpoint["data"]), (trainer.described, trainer.data))
+            )
+            refuse_other_data(args.resume, then, now)
+        if resumed:
             try:
                 trainer.load_state_dict(checkpoint)
             except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:

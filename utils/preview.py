@@ -17,8 +17,9 @@ import numpy as np
 
 from datasets import DATASETS, DataError, ImageDataset, SliceDataset
 from datasets.files import atomic_write
-from utils.cli import ArgumentParser, number, run_script
+from utils.cli import number, run_script
 from utils.figures import class_colour
+from utils.verify import data_parser
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,15 +56,7 @@ def draw(dataset: SliceDataset | ImageDataset, class_names: Sequence[str], count
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the sheet that the command line asks for."""
-    parser = ArgumentParser(prog="python -m utils.preview", description=__doc__)
-    orders = [order for info in DATASETS.values() for order in info.label_orders]
-    parser.add_argument("dataset", choices=DATASETS)
-    parser.add_argument("--root_path", help="folder of the slices, or of images and masks")
-    parser.add_argument("--list_dir", help="folder of the lists")
-    parser.add_argument(
-        "--label_order", choices=orders, help="order of the label ids in Synapse's files; default: paper"
-    )
-    parser.add_argument("--num_classes", type=number(int, 2), help="number of classes, background included")
+    parser = data_parser("python -m utils.preview", __doc__)
     parser.add_argument("--split", default="train", help="list to draw from")
     parser.add_argument("--count", type=number(int, 1), default=16, help="number of samples")
     parser.add_argument("--photometric", action="store_true", help="also change colour, focus and form (colour images)")

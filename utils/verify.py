@@ -292,20 +292,24 @@ def shared_patients(splits: Iterable[tuple[Path, set[str]]], planar: bool) -> li
     return errors
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the full check from the command line; returns the exit status."""
-    parser = ArgumentParser(prog="python -m utils.verify", description=__doc__)
+def data_parser(prog: str, description: str) -> ArgumentParser:
+    """Return a parser with the flags that say which data are looked at."""
+    parser = ArgumentParser(prog=prog, description=description)
     orders = [order for info in DATASETS.values() for order in info.label_orders]
     parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("--root_path", help="folder of the slices, or of images and masks")
-    parser.add_argument("--volume_path", help="folder of the volumes")
     parser.add_argument("--list_dir", help="folder of the lists")
     parser.add_argument("--num_classes", type=number(int, 2), help="number of classes, background included")
+    parser.add_argument("--label_order", choices=orders, help="order of label ids in Synapse's files; default: paper")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the full check from the command line; returns the exit status."""
+    parser = data_parser("python -m utils.verify", __doc__)
+    parser.add_argument("--volume_path", help="folder of the volumes")
     parser.add_argument("--splits", nargs="+", help="names of the lists; the first is the one to train on")
     parser.add_argument("--patient_pattern", help=PATTERN_HELP)
-    parser.add_argument(
-        "--label_order", choices=orders, help="order of the label ids in Synapse's files; default: paper"
-    )
     args = parser.parse_args(argv)
     info = DATASETS[args.dataset]
     num_classes = args.num_classes or info.num_classes
