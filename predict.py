@@ -1,6 +1,6 @@
 """Segment scans or photographs of your own with a trained checkpoint.
 
-One NIfTI file, the folder of a DICOM series, or a folder of NIfTI files:
+A scan, a DICOM series (its folder, one of its files, or a DICOMDIR), or a folder of scans:
     python predict.py --checkpoint runs/synapse/best.pth --input scan.nii.gz --output seg.nii.gz
     python predict.py --checkpoint runs/synapse/best.pth --input dicom_folder --output seg.nii.gz
     python predict.py --checkpoint runs/synapse/best.pth --input scans --output segmentations --overlays 3
@@ -8,17 +8,8 @@ An image (JPG, PNG, BMP, TIFF) or a folder of them, with a checkpoint of a colou
     python predict.py --checkpoint runs/isic/best.pth --input photo.jpg --output mask.png --overlays 1
 With an ONNX file of export.py in place of the checkpoint:
     python predict.py --checkpoint model.onnx --input scan.nii.gz --output seg.nii.gz
-In a notebook:
-    from utils.predictor import Predictor
-    predictor = Predictor("runs/synapse/best.pth")
-    segmentation = predictor("scan.nii.gz")    # a nibabel image on the scan's grid; of a photograph an array (H, W)
 
-The segmentation of a scan has its affine, spacing, orientation and, if that is an integer type, its number type. Beside
-it are written the colours and names of its labels (for 3D Slicer and ITK-SNAP) and the volume of each organ in
-millilitres. The segmentation of an image is a PNG of its size whose grey values are class indices; beside it is written
-the area of each class.
-Memory: the scan as it is stored (a DICOM series twice while it is read), twice its class indices, and one batch of
-slices.
+docs/own_scans.md lists the formats, what is written, and what is refused. utils/predictor.py is for notebooks.
 """
 
 import logging
@@ -32,7 +23,7 @@ from datasets import DATASETS, DataError, Picture, Volume
 from datasets.files import atomic_write, check_writable, file_stem
 from datasets.images import ENDINGS as IMAGE_ENDINGS
 from datasets.images import common_bits
-from datasets.scan import NIFTI_ENDINGS, scan_name
+from datasets.scan import FOLDER_ENDINGS, LABEL_ENDINGS, SCAN_ENDINGS, label_ending, scan_name, write_segmentation
 from networks import NetworkError
 from utils.cli import AMP_DTYPES, ArgumentParser, run_script, seed_everything
 from utils.errors import RunError
@@ -48,7 +39,10 @@ def parse_args() -> Namespace:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="best.pth, one of the release, or an ONNX file")
     parser.add_argument("--input", type=Path, required=True, help="scan or image, or a folder of them")
-    parser.add_argument("--output", type=Path, required=True, help="file (.nii.gz, .png), or a folder")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="file (.nii.gz, .nrrd, .mha, .mgz, .png), or a folder"
+    )
+    parser.add_argument("--time_point", type=int, help="which volume of a scan with several, from 0")
     parser.add_argument("--overlays", type=int, default=0, help="PNGs per scan, of slices with classes; of an image 1")
     parser.add_argument("--dataset", choices=DATASETS, help="what a checkpoint of the release was trained on")
     parser.add_argument("--batch_size", type=int, default=20, help="slices predicted at a time")
@@ -62,7 +56,7 @@ def parse_args() -> Namespace:
 
 def find_inputs(source: Path, planar: bool) -> list[Path]:
     """Return the scans or images that --input names: those in a folder, or the one file or DICOM series."""
-    endings, other = (IMAGE_ENDINGS, NIFTI_ENDINGS) if planar else (NIFTI_ENDINGS, IMAGE_ENDINGS)
+    endings, other = (IMAGE_ENDINGS, SCAN_ENDINGS) if planar else (FOLDER_ENDINGS, IMAGE_ENDINGS)
     if source.name.lower().endswith(other):
         found, expected = ("scan", "photographs") if planar else ("photograph", "scans")
         raise RunError(
@@ -77,16 +71,16 @@ def find_inputs(source: Path, planar: bool) -> list[Path]:
 
 def name_outputs(inputs: list[Path], target: Path, planar: bool) -> tuple[list[Path], str]:
     """Return which file each input is segmented to, and what the names of all other files begin with."""
-    other_files = (*NIFTI_ENDINGS, *IMAGE_ENDINGS, ".gz", ".mha", ".mhd", ".nrrd", ".dcm", ".gif", ".webp")
-    written, stem = ((".png",), lambda path: path.stem) if planar else (NIFTI_ENDINGS, scan_name)
+    written = (".png",) if planar else LABEL_ENDINGS
+    stem, ending = (lambda path: path.stem, lambda path: ".png") if planar else (scan_name, label_ending)
     if target.name.lower().endswith(written):
         if len(inputs) > 1:
             raise RunError(f"--output {target} is one file, but there are {len(inputs)} inputs: give a folder")
         outputs, beside = [target], f"{target.parent / stem(target)}_"
-    elif target.suffix.lower() in other_files and not target.is_dir():
-        raise RunError(f"--output {target}: expected a name that ends in {' or '.join(written)}, or a folder")
+    elif target.suffix.lower() in (*SCAN_ENDINGS, *IMAGE_ENDINGS, ".gz", ".gif", ".webp") and not target.is_dir():
+        raise RunError(f"--output {target}: expected a name that ends in {', '.join(written)}, or a folder")
     else:
-        outputs, beside = [target / f"{file_stem(stem(path))}{written[0]}" for path in inputs], f"{target}/"
+        outputs, beside = [target / f"{file_stem(stem(path))}{ending(path)}" for path in inputs], f"{target}/"
     originals = {path.resolve() for path in inputs}
     for output, count in Counter(outputs).items():
         if output.resolve() in originals:
@@ -103,10 +97,8 @@ def save(target: Path, volume: Volume | Picture, prediction: np.ndarray, overlay
         if overlays:
             save_picture_overlay(f"{beside}overlays/{target.stem}.png", volume.image[0], prediction[0])
         return
-    import nibabel
-
     with atomic_write(target) as temporary:
-        nibabel.save(volume.to_nifti(prediction), temporary)
+        write_segmentation(temporary, volume, prediction)
     if overlays:
         save_overlays(f"{beside}overlays", volume, prediction, overlays)
 
@@ -121,7 +113,7 @@ def main() -> None:
     sizes, failed, bits = [], 0, common_bits(inputs) if predictor.planar else None
     for number, (source, target) in enumerate(zip(inputs, outputs, strict=True), 1):
         try:
-            volume = predictor.read(source, bits)
+            volume = predictor.read(source, args.time_point, bits)
         except DataError as error:
             if len(inputs) == 1:
                 raise

@@ -133,6 +133,12 @@ def orientation_of(affine: np.ndarray) -> str:
     return "".join(letter or "?" for letter in aff2axcodes(affine))
 
 
+def is_rigid(affine: np.ndarray) -> bool:
+    """Return whether the axes of an affine are at right angles; those of a CT with a tilted gantry are not."""
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    return np.allclose(axes.T @ axes, np.eye(3), atol=1e-4)
+
+
 def reorient(array: np.ndarray, affine: np.ndarray, orientation: str) -> tuple[np.ndarray, np.ndarray]:
     """Swap and reverse the axes of an array so that they have the given directions.
 
@@ -165,9 +171,12 @@ def nifti_image(
     if orientation is not None:
         array, affine = reorient(array, affine, orientation)
     image = nibabel.Nifti1Image(np.asarray(array).T, affine, dtype=array.dtype)
-    # Both forms, because some programs read only one of them; a qform cannot express axes that are not at right angles.
-    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    # Both forms, because some programs read only one of them. A qform cannot express axes that are not at right angles;
+    # it gets rows and columns as they are and slices at right angles to them, as ITK reads a tilted DICOM series.
+    axes, sides = np.linalg.qr(affine[:3, :3])
+    upright = affine.copy()
+    upright[:3, :3] = axes * np.sign(np.diag(sides)) * np.linalg.norm(affine[:3, :3], axis=0)
     image.set_sform(affine, code=1)
-    image.set_qform(affine, code=int(np.allclose(axes.T @ axes, np.eye(3), atol=1e-4)))
+    image.set_qform(upright, code=1)
     image.header.set_xyzt_units("mm")
     return image

@@ -1,78 +1,159 @@
-"""Read scans as scanners and hospitals export them: NIfTI files and folders of a DICOM series."""
+"""Read scans as scanners, hospitals and other programs store them, and write segmentations on their grid."""
 
 import gzip
-import io
 import logging
 import math
+import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from datasets.dicom import TO_RAS, choose, itk, load_dicom
 from datasets.errors import DataError, brief
-from datasets.preprocessing import Preprocessing, ScanImage, is_affine, orientation_of, reorient
-from datasets.storage import MAX_INFLATION, check_declared, checked_label, reading
+from datasets.lists import data_name
+from datasets.preprocessing import Preprocessing, ScanImage, is_affine, is_rigid, orientation_of, reorient
+from datasets.storage import (
+    MAX_INFLATION,
+    check_declared,
+    checked_facts,
+    checked_image,
+    checked_label,
+    read_fields,
+    reading,
+)
 from datasets.volumes import Volume
 
 logger = logging.getLogger(__name__)
 
-NIFTI_ENDINGS = (".nii.gz", ".nii")
-SPACING_TOLERANCE = 0.01  # largest relative difference between the distance of two DICOM slices and the mean
+_ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
+_PREPARED = (".npy.h5", ".h5", ".npz")
+_DICOM = (".dcm", ".ima")
+_IMG = (".img.gz", ".img")  # second files of .hdr
+FOLDER_ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr.gz", ".hdr", *_ITK, *_PREPARED)
+"""Extensions of the files that are a scan each where a folder of scans is given."""
+SCAN_ENDINGS = (*FOLDER_ENDINGS, *_DICOM, *_IMG)
+LABEL_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mgz")  # of segmentations
+_FORMS = "qform_code sform_code quatern_b quatern_c quatern_d qoffset_x qoffset_y qoffset_z srow_x srow_y srow_z pixdim"
+_MILLIMETRES = {1: 1000.0, 3: 0.001}  # in a metre and a micrometre, by NIfTI's codes; a missing unit is taken for mm
+
+
+@dataclass
+class Scan(Volume):
+    """A Volume that was read from a scan.
+
+    header: the NIfTI header whose qform, sform and units a segmentation repeats, or None. Without a voxel size in the
+    file ``spacing`` is None, and ``affine`` holds a guess of the directions, in voxels.
+    """
+
+    header: Any = None
+
+    def to_nifti(self, array: np.ndarray):
+        """Return a nibabel image of an array (D, H, W), with the axes and the forms of the scan's file."""
+        import nibabel
+
+        image = super().to_nifti(array)
+        if self.header is None:
+            return image
+        kind = nibabel.Nifti2Image if self.header.sizeof_hdr == 540 else nibabel.Nifti1Image
+        header = kind.header_class.from_header(image.header)
+        keys = [*_FORMS.split(), "xyzt_units"]
+        if not is_rigid(self.affine) and not self.header["qform_code"]:  # keep the upright qform, for ITK's programs
+            keys = [key for key in keys if key[0] not in "qp"]
+        for key in keys:
+            header[key] = self.header[key]
+        return kind(image.dataobj, header.get_best_affine(), header)
+
+
+class _Stored(NamedTuple):
+    """Voxels as stored, (z, y, x), and what a file says of them; affine: None where it gives no voxel size."""
+
+    voxels: np.ndarray
+    affine: np.ndarray | None
+    slope: float = 1.0
+    intercept: float = 0.0
+    header: Any = None  # NIfTI's; both codes 0 where the file does not say how the scan lies
 
 
 def scan_name(path: str | Path) -> str:
     """Return the name of a scan: its folder's, or its file's without the ending."""
     name = Path(path).absolute().name
-    return next((name[: -len(ending)] for ending in NIFTI_ENDINGS if name.lower().endswith(ending)), name)
+    return next((name[: -len(ending)] for ending in SCAN_ENDINGS if name.lower().endswith(ending)), name)
 
 
-def read_scan(path: str | Path, preprocessing: Preprocessing) -> Volume:
-    """Read a scan, a NIfTI file or a folder with one DICOM series, as a Volume without a label.
+def label_ending(path: str | Path) -> str:
+    """Return the extension of a scan's segmentation: of the same format if that is one file and holds a label map."""
+    alike = {".nrrd": ".nrrd", ".nhdr": ".nrrd", ".mha": ".mha", ".mhd": ".mha", ".mgz": ".mgz", ".mgh": ".mgz"}
+    return alike.get(Path(path).suffix.lower(), ".nii.gz")
 
-    The voxels stay in memory as stored; ``image`` (a ScanImage) scales them to [0, 1] slice by slice. ``affine``
-    describes the axes after preprocessing, ``orientation`` those of the file; ``stored_type`` is its number type.
-    Raises DataError for a file that is missing, damaged, too large, not a scan of three axes, or not finite.
+
+def read_scan(path: str | Path, preprocessing: Preprocessing, time_point: int | None = None) -> Volume:
+    """Read a scan of any format of ``SCAN_ENDINGS`` or a DICOM series, as a Volume without a label.
+
+    time_point: the wanted one, from 0, where the scan has several. The voxels stay in memory as stored; ``image`` (a
+    ScanImage) scales them to [0, 1] slice by slice; a prepared volume is taken as it is. ``affine`` describes the axes
+    after preprocessing, ``orientation`` those of the file; ``stored_type`` is its number type. Raises DataError for a
+    file that is missing, damaged, too large, not one scan of three axes, or not finite.
     """
+    path = Path(path)
+    if path.name.lower().endswith(_PREPARED):
+        return _read_prepared(path, preprocessing)
     if preprocessing.stored is not None:
         raise DataError(
             f"{path}: the network was trained on intensities from {preprocessing.stored[0]:g} to "
             f"{preprocessing.stored[1]:g}, and how they were made of scans is not known: train it on files of 0 to 1"
         )
-    voxels, affine, slope, intercept = _load(Path(path))
+    voxels, affine, slope, intercept, header = _load(path, time_point)
+    measured = affine is not None
+    if header is not None and not (header["qform_code"] or header["sform_code"]):
+        logger.warning(
+            "%s: its header does not give the orientation in the patient%s; left and right may be exchanged",
+            path, "" if measured else " nor the size of a voxel, so no volume in millilitres is written",
+        )  # fmt: skip
+    affine = affine if measured else TO_RAS
+    if not is_rigid(affine):
+        logger.warning(
+            "%s: its axes are not at right angles (tilted gantry); a NIfTI segmentation has them as its sform, and a "
+            "qform without the tilt for programs that need right angles (ITK, 3D Slicer, ITK-SNAP)", path,
+        )  # fmt: skip
     orientation, stored_type = orientation_of(affine), voxels.dtype.name
     if preprocessing.orientation is not None:
         voxels, affine = reorient(voxels, affine, preprocessing.orientation)
-    spacing = tuple(np.linalg.norm(affine[:3, :3], axis=0)[::-1].tolist())
+    spacing = tuple(np.linalg.norm(affine[:3, :3], axis=0)[::-1].tolist()) if measured else None
     image = ScanImage(voxels, slope, intercept, preprocessing)
     low, high = image.extent
     if not np.isfinite([low, high]).all():
         raise DataError(f"{path}: the image has values that are NaN or infinite; repair the file")
-    if preprocessing.window is not None and preprocessing.window[0] < 0 <= low:
-        logger.warning(
-            "%s: its values run from %g to %g, but Hounsfield units of air are negative; if a constant was added, "
-            "subtract it, because the window [%g, %g] would miss the organs",
-            path, low, high, *preprocessing.window,
-        )  # fmt: skip
-    return Volume(scan_name(path), image, None, spacing, affine, (), orientation, stored_type)
+    if preprocessing.window is not None:
+        bottom, top = preprocessing.window
+        if bottom < 0 <= low or min(high, top) - max(low, bottom) < 0.25 * (top - bottom):
+            logger.warning(
+                "%s: its values run from %g to %g, but the network expects Hounsfield units (air: -1000), of which it "
+                "sees %g to %g; convert the scan, or do not trust the segmentation", path, low, high, bottom, top,
+            )  # fmt: skip
+    return Scan(scan_name(path), image, None, spacing, affine, (), orientation, stored_type, header)
 
 
 def read_scan_label(path: str | Path, volume: Volume, num_classes: int | None = None) -> np.ndarray:
-    """Read the label NIfTI of a scan and turn its axes to the image's: uint8 (D, H, W), ids below ``num_classes``.
+    """Read the label of a scan and turn its axes to the image's: uint8 (D, H, W), ids below ``num_classes``.
 
     ``volume.stored_type`` becomes the label's. Raises DataError for a file that is damaged, of another shape, or whose
     axes and spacing do not fit the image's.
     """
-    voxels, affine, slope, intercept = _load(Path(path))
+    stored = _load(Path(path))
+    voxels, affine = stored.voxels, TO_RAS if stored.affine is None else stored.affine
     volume.stored_type = voxels.dtype.name
-    if (slope, intercept) != (1, 0):
-        voxels = voxels * slope + intercept
-    stored, wanted = orientation_of(affine), orientation_of(volume.affine)
+    if (stored.slope, stored.intercept) != (1, 0):
+        voxels = voxels * stored.slope + stored.intercept
+    found, wanted = orientation_of(affine), orientation_of(volume.affine)
     voxels, affine = reorient(voxels, affine, wanted)
     label = checked_label(path, voxels, volume.image.shape, num_classes)
     between = np.linalg.inv(volume.affine) @ affine  # from the label's voxels to the image's
     apart = not np.allclose(between[:3, 3], 0, atol=0.1)
-    if not np.allclose(between[:3, :3], np.eye(3), atol=0.1) or (apart and stored != wanted):
+    if not np.allclose(between[:3, :3], np.eye(3), atol=0.1) or (apart and found != wanted):
         raise DataError(
-            f"{path}: its axes ({stored}), spacing or position do not fit its image's ({wanted}); resample it, or "
+            f"{path}: its axes ({found}), spacing or position do not fit its image's ({wanted}); resample it, or "
             "give it its image's affine if their voxels match by index"
         )
     if apart:
@@ -80,118 +161,153 @@ def read_scan_label(path: str | Path, volume: Volume, num_classes: int | None = 
     return label
 
 
-def _load(path: Path) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Return (voxels as stored, (z, y, x); affine of the indices (x, y, z); slope; intercept), checked."""
-    if path.is_dir():
-        with reading(path, "DICOM series", "export it again"):
-            loaded = _load_dicom(path)
-    else:
-        with reading(path, "NIfTI file", "copy or unpack it again"):
-            loaded = _load_nifti(path)
-    affine = loaded[1]
-    if not is_affine(affine) or "?" in orientation_of(affine):
-        raise DataError(f"{path}: its affine does not say how the three axes run in mm; repair the header")
-    return loaded
+def write_segmentation(path: Path, volume: Volume, prediction: np.ndarray) -> None:
+    """Write class indices, uint8 (D, H, W), on the volume's grid as NIfTI, .mgz, .nrrd or .mha, as ``path`` ends."""
+    import nibabel
 
-
-def _load_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, float, float]:
-    from nibabel import Nifti1Image, Nifti2Image
-
-    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # it prints what the errors below say
-    with open(path, "rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    with (gzip.open if packed else open)(path, "rb") as stream:
-        start = stream.read(540)
-        kind = Nifti2Image if 540 in (int.from_bytes(start[:4], order) for order in ("little", "big")) else Nifti1Image
-        header = kind.header_class.from_fileobj(io.BytesIO(start))
-        shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
-        check_declared(path, "image", shape, dtype, remedy="convert or crop it")
-        if len(shape) < 3 or shape[3:] not in ((), (1,)) or 0 in shape or not header["magic"].item().startswith(b"n+"):
-            raise DataError(f"{path}: has shape {brief(shape)}; expected one scan with three axes")
-        end, size = offset + math.prod(shape) * dtype.itemsize, path.stat().st_size
-        if end > size * MAX_INFLATION if packed else end != size:
-            raise ValueError(f"{size} bytes, its header declares {end}{' unpacked' if packed else ''}")
-        stream.seek(0)
-        voxels = np.asanyarray(kind.from_stream(stream).dataobj.get_unscaled()).reshape(shape[:3], order="F")
-        stream.seek(end)
-        if stream.read(1):  # At the end of the stream gzip compares the checksum; nibabel does not read that far.
-            raise ValueError(f"it continues after the {end} bytes that its header declares")
-    slope, intercept = header.get_slope_inter()
-    if not (header["sform_code"] or header["qform_code"]):
-        logger.warning(
-            "%s: its header does not give the orientation in the patient; left and right may be exchanged", path
-        )
-    voxels = voxels.astype(dtype.newbyteorder("="), copy=False)
-    return voxels.T, np.array(header.get_best_affine(), float), float(slope or 1), float(intercept or 0)
-
-
-def _load_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Return what ``_load_nifti`` does, for the one DICOM series of a folder."""
+    ending = path.suffix.lower()
+    if ending in (".nii", ".gz"):
+        nibabel.save(volume.to_nifti(prediction), path)
+        return
+    image = Volume.to_nifti(volume, prediction)
+    if ending == ".mgz":
+        nibabel.save(nibabel.MGHImage(np.asarray(image.dataobj, np.uint8), image.affine), path)
+        return
     import SimpleITK
 
-    names = SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-    series = {name: SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), name) for name in names}
-    if len(series) != 1:
-        found = brief(", ".join(f"{name}: {len(files)} files" for name, files in series.items()))
-        found = f"{len(series)} DICOM series ({found})" if series else "no .nii, no .nii.gz and no DICOM series"
-        raise DataError(f"{folder}: holds {found}; expected one series: give a folder with one series only")
-    (files,) = series.values()
-    _check_left_over(folder, {Path(file).name for file in files})
-    slices = []
-    for file in files:
-        slices.append(SimpleITK.ImageFileReader())
-        slices[-1].SetFileName(file)
-        with reading(file, "DICOM file", "export the series again"):
-            slices[-1].ReadImageInformation()
-    first = slices[0]
-    if first.GetNumberOfComponents() != 1:
-        raise DataError(f"{folder}: is in colour; expected a scan of grey values")
-    width, height, *depth = first.GetSize()
-    if math.prod(depth) != 1:
-        raise DataError(f"{files[0]}: holds {depth} slices; expected one per DICOM file: convert it to NIfTI")
-    dtype = SimpleITK.GetArrayFromImage(SimpleITK.Image(1, 1, first.GetPixelID())).dtype
-    check_declared(folder, "image", (len(files), height, width), dtype, remedy="crop it")
-    affine = _dicom_affine(folder, files, slices)
-    reader = SimpleITK.ImageSeriesReader()
-    reader.SetFileNames(files)
-    return SimpleITK.GetArrayFromImage(reader.Execute()), affine, 1.0, 0.0
+    affine = TO_RAS @ image.affine
+    sides = np.linalg.norm(affine[:3, :3], axis=0)
+    written = SimpleITK.GetImageFromArray(np.asarray(image.dataobj).T)
+    written.SetSpacing(sides.tolist())
+    written.SetDirection((affine[:3, :3] / sides).ravel().tolist())
+    written.SetOrigin(affine[:3, 3].tolist())
+    SimpleITK.WriteImage(written, str(path), True)
 
 
-def _check_left_over(folder: Path, files: set[str]) -> None:
-    """Raise DataError for a file that has the series' extension but is not part of it: it may be its last slice."""
-    endings = {Path(file).suffix for file in files} - {""}
-    others = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name[0] != "." and p.name not in files)
-    for name in others:
-        if Path(name).suffix in endings:
-            raise DataError(f"{folder / name}: cannot be read as a slice of the series in this folder; export it again")
-    if others:
-        logger.warning(
-            "%s: not part of the series: %s; check that none of them is a slice", folder, brief(", ".join(others))
+def _read_prepared(path: Path, preprocessing: Preprocessing) -> Volume:
+    """Read the image of a prepared volume, with or without a label, whose intensities are those of the network."""
+    with reading(path, "npz or HDF5 file"):
+        fields = read_fields(path, ("image",))
+        volume = Volume(data_name(path), checked_image(path, fields["image"], 3), **checked_facts(path, fields))
+    low, high, (bottom, top) = volume.image.min(), volume.image.max(), preprocessing.stored or (0.0, 1.0)
+    if low < bottom - 0.1 * (top - bottom) or high > top + 0.1 * (top - bottom) or high < bottom + 0.1 * (top - bottom):
+        raise DataError(
+            f"{path}: its intensities run from {low:g} to {high:g}, but the network was trained on {bottom:g} to "
+            f"{top:g}; prepare it like the training data"
         )
+    found = None if volume.affine is None else orientation_of(volume.affine)
+    if found and preprocessing.orientation not in (None, found):
+        raise DataError(
+            f"{path}: its axes run {found}, the training data {preprocessing.orientation}; prepare it like them"
+        )
+    return volume
 
 
-def _dicom_affine(folder: Path, files: tuple[str, ...], slices: list) -> np.ndarray:
-    """Return the affine, to the patient's right, anterior and superior, from the slices' own positions.
+def _load(path: Path, time_point: int | None = None) -> _Stored:
+    """Read a scan's voxels and geometry, and check them."""
+    name = path.name.lower()
+    with reading(path, "scan", "copy, unpack or export it again"):
+        if path.is_dir() or name.endswith(_DICOM) or name == "dicomdir" or _starts_as_dicom(path):
+            stored = _Stored(*load_dicom(path, time_point))
+        elif name.endswith(_ITK):
+            stored = _load_itk(path, time_point)
+        else:
+            stored = _load_nibabel(path, time_point)
+    affine = stored.affine
+    if affine is None:
+        from nibabel import Nifti1Header
 
-    slices: SimpleITK's readers of the files, in order. Raises DataError where the slices do not form a regular grid.
-    """
-    axes = np.array([np.reshape(s.GetDirection(), (3, 3))[:, :2] * s.GetSpacing()[:2] for s in slices])
-    for file, found, single in zip(files, axes, slices, strict=True):
-        if not np.allclose(found, axes[0], rtol=1e-5, atol=1e-3) or single.GetSize() != slices[0].GetSize():
-            raise DataError(
-                f"{file}: differs from the first slice in direction, spacing or size; export the series again"
-            )
-    positions = np.array([s.GetOrigin() for s in slices])
-    step = np.cross(*axes[0].T / np.linalg.norm(axes[0], axis=0)[:, None]) * slices[0].GetSpacing()[2]
-    if len(files) > 1:
-        steps = np.diff(positions, axis=0)
-        step = steps.mean(0)
-        worst = int(np.abs(steps - step).max(1).argmax())
-        if np.linalg.norm(steps[worst] - step) > SPACING_TOLERANCE * np.linalg.norm(step):
-            raise DataError(
-                f"{folder}: {Path(files[worst + 1]).name} lies {np.linalg.norm(steps[worst]):.2f} mm from the slice "
-                f"before, {np.linalg.norm(step):.2f} mm on average; a slice is missing or doubled: export it again"
-            )
+        return stored._replace(header=Nifti1Header())
+    if not is_affine(affine) or "?" in orientation_of(affine):
+        raise DataError(f"{path}: its affine does not say how the three axes run in mm; repair the header")
+    return stored
+
+
+def _starts_as_dicom(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def _load_itk(path: Path, time_point: int | None) -> _Stored:
+    """Load an NRRD or MetaImage file; channels count as time points."""
+    import SimpleITK
+    from nibabel import Nifti1Header
+
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(str(path))
+    with itk():
+        reader.ReadImageInformation()
+    shape = (*reader.GetSize(), reader.GetNumberOfComponents())
+    count = math.prod(shape[3:])
+    if len(shape) < 4 or 1 not in (shape[-1], count // shape[-1]):
+        raise DataError(f"{path}: has shape {brief(shape)}; expected one scan with three axes")
+    check_declared(path, "image", shape, np.dtype(np.float32), remedy="convert or crop it")
+    chosen = choose(path, count, time_point, "volumes")
+    with itk():
+        image = reader.Execute()
+    array = SimpleITK.GetArrayFromImage(image)  # (t, z, y, x) or (z, y, x, t)
+    if count > 1:
+        array = array[..., chosen] if shape[-1] > 1 else array[chosen]
+    array = array.reshape(shape[2::-1])
+    with open(path, "rb") as file:
+        text = file.read(2**16)
+
+    def says(words: bytes) -> bool:
+        return re.search(rb"^(%s)" % words, text, re.MULTILINE | re.IGNORECASE) is not None
+
+    dims = image.GetDimension()
     affine = np.eye(4)
-    affine[:3, :2], affine[:3, 2], affine[:3, 3] = axes[0], step, positions[0]
-    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # DICOM's axes run to the left and to the back
+    affine[:3, :3] = np.reshape(image.GetDirection(), (dims, dims))[:3, :3] * image.GetSpacing()[:3]
+    affine[:3, 3] = image.GetOrigin()[:3]
+    header = None
+    if not says(b"space: *(left|right)-|space: *[LR]|TransformMatrix|Orientation|Rotation"):
+        header = Nifti1Header()
+        header["pixdim"][1:4] = image.GetSpacing()[:3]
+    sized = says(b"spacings:|space directions:|ElementSpacing|ElementSize")
+    return _Stored(array, TO_RAS @ affine if sized else None, header=header)
+
+
+def _load_nibabel(path: Path, time_point: int | None) -> _Stored:
+    """Load NIfTI (one file or two), Analyze or FreeSurfer's MGH."""
+    import nibabel
+
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # it prints what the errors below say
+    name = path.name.lower()
+    image, data, is_mgh = None, path, name.endswith((".mgz", ".mgh"))
+    if name.removesuffix(".gz").endswith((".hdr", ".img")):
+        image = nibabel.load(path)
+        data = Path(image.file_map["image"].filename)
+    with open(data, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    with (gzip.open if packed else open)(data, "rb") as stream:
+        if image is None:
+            start = stream.read(4)
+            stream.seek(0)
+            is_second = 540 in (int.from_bytes(start, order) for order in ("little", "big"))
+            kind = nibabel.MGHImage if is_mgh else nibabel.Nifti2Image if is_second else nibabel.Nifti1Image
+            image = kind.from_stream(stream)
+            if not is_mgh and not image.header["magic"].item().startswith(b"n+"):
+                raise ValueError("its header is that of a pair of files, .hdr and .img")
+        header, proxy, shape, dtype = image.header, image.dataobj, image.shape, image.get_data_dtype()
+        check_declared(path, "image", shape, dtype, remedy="convert or crop it")
+        if len(shape) < 3 or 0 in shape or sum(length > 1 for length in shape[3:]) > 1:
+            raise DataError(f"{path}: has shape {brief(shape)}; expected one scan with three axes")
+        chosen = choose(path, math.prod(shape[3:]), time_point, "volumes")
+        end, size = proxy.offset + math.prod(shape) * dtype.itemsize, data.stat().st_size
+        if end > size * (MAX_INFLATION if packed else 1):
+            raise ValueError(f"{size} bytes, its header declares {end}{' unpacked' if packed else ''}")
+        voxels = np.asanyarray(proxy.get_unscaled()).reshape((*shape[:3], -1), order="F")[..., chosen]
+        stream.seek(end)
+        # At the end of the stream gzip compares the checksum; nibabel does not read that far. MGH continues with facts.
+        if stream.read(2**20) and not is_mgh:
+            raise ValueError(f"it continues after the {end} bytes that its header declares")
+    voxels = voxels.astype(dtype.newbyteorder("="), copy=False).T
+    if isinstance(header, nibabel.Nifti1Header):
+        affine = np.diag([*[_MILLIMETRES.get(int(header["xyzt_units"]) & 7, 1.0)] * 3, 1]) @ header.get_best_affine()
+        return _Stored(voxels, affine, proxy.slope, proxy.inter, header)
+    if is_mgh and header["goodRASFlag"]:
+        return _Stored(voxels, np.array(image.affine, float))
+    forms = nibabel.Nifti1Header()
+    forms.set_data_shape(shape[:3])
+    forms.set_zooms(header.get_zooms()[:3])
+    return _Stored(voxels, forms.get_best_affine(), proxy.slope, proxy.inter, forms)

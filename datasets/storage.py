@@ -49,8 +49,8 @@ def reading(path: str | Path, what: str, remedy: str = PREPARE) -> Iterator[None
         ) from error
 
 
-def read_fields(path: str | Path) -> dict[str, Any]:
-    """Return ``image``, ``label`` and the facts (keys of ``FACTS``) of a file; call it within ``reading``.
+def read_fields(path: str | Path, wanted: tuple[str, ...] = ("image", "label")) -> dict[str, Any]:
+    """Return the wanted arrays and the facts (keys of ``FACTS``) of a file; call it within ``reading``.
 
     path: npz where it ends in ``.npz``, else HDF5, whose facts are attributes. An image called ``img`` is returned as
     ``image``. Raises DataError for a missing key, for what is not numeric, for absurd sizes, and for arrays that are
@@ -60,22 +60,22 @@ def read_fields(path: str | Path) -> dict[str, Any]:
     if path.suffix == ".npz":
         with zipfile.ZipFile(path) as archive:
             found = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-            keys = _array_keys(path, found) | {key: key for key in FACTS if key in found}
+            keys = _array_keys(path, found, wanted) | {key: key for key in FACTS if key in found}
             return {name: _read_member(path, archive, key) for name, key in keys.items()}
     with h5py.File(path, "r") as file:
-        arrays = {name: _read_dataset(path, file, key) for name, key in _array_keys(path, list(file)).items()}
+        arrays = {name: _read_dataset(path, file, key) for name, key in _array_keys(path, list(file), wanted).items()}
         return arrays | {key: file.attrs[key] for key in FACTS if key in file.attrs}
 
 
-def _array_keys(path: Path, found: list[str]) -> dict[str, str]:
-    """Return the file's own names of ``image`` and ``label``."""
+def _array_keys(path: Path, found: list[str], wanted: tuple[str, ...]) -> dict[str, str]:
+    """Return the file's own names of the wanted arrays."""
     image = next((key for key in ("image", "img") if key in found), None)  # TransUNet's and MT-UNet's
-    if image is None or "label" not in found:
+    if image is None or not {*wanted} - {"image"} <= {*found}:
         raise DataError(
             f"{path}: has no '{'label' if image else 'image'}', only {brief(', '.join(sorted(found))) or 'nothing'}; "
             f"expected 'image' (or 'img') and 'label'; {PREPARE}"
         )
-    return {"image": image, "label": "label"}
+    return {key: image if key == "image" else key for key in wanted}
 
 
 def _read_member(path: Path, archive: zipfile.ZipFile, key: str) -> np.ndarray:

@@ -13,7 +13,8 @@ from torch import nn
 from datasets import Preprocessing, read_scan, synapse
 from datasets.preprocessing import reorient
 from datasets.scan import read_scan_label
-from tests.datasets.test_scan import ORIENTATIONS, places, turn, write_dicom
+from tests.datasets.test_dicom import write_dicom
+from tests.datasets.test_scan import ORIENTATIONS, places, turn
 from tests.test_scripts import assert_one_line
 from utils import predictor as predictors
 from utils.checkpoint import save_checkpoint
@@ -155,10 +156,10 @@ def test_what_cannot_be_done_is_said_in_one_line(predict, threshold, tmp_path):
         (scan, scan, [], ["would be lost"]),
         (scan.parent, scan.parent, [], ["would be lost"]),
         (scan, scan.parent, [], ["would be lost"]),
-        (scan, tmp_path / "o.mha", [], [".nii.gz"]),
+        (scan, tmp_path / "o.mhd", [], [".nii.gz", ".mha"]),
         (scan, out, ["--dataset", "acdc"], ["synapse", "--dataset"]),
         (scan.parent, out, [], ["give a folder"]),
-        (threshold, out, [], ["best.pth", "not a readable NIfTI"]),
+        (threshold, out, [], ["best.pth", "not a readable scan"]),
         ("photo.JPG", tmp_path / "o.png", [], ["a photograph", "scans"]),
         (scan, out, ["--batch_size", 0], ["--batch_size 0"]),
         (scan, tmp_path / "file" / "seg.nii.gz", [], ["file"]),

@@ -100,14 +100,15 @@ class Predictor:
                 "train again"
             )
 
-    def read(self, path: str | Path, bits: int | None = None) -> Volume | Picture:
-        """Open a scan (a NIfTI file or the folder of a DICOM series) or an image, prepared for the network.
+    def read(self, path: str | Path, time_point: int | None = None, bits: int | None = None) -> Volume | Picture:
+        """Open a scan or an image, prepared for the network.
 
-        bits: of images, what ``common_bits`` returns for all that are read together.
+        time_point: of a scan with several volumes, from 0; bits: of images, what ``common_bits`` returns for all that
+        are read together.
         """
         if self.planar:
             return read_picture(path, class_names=self.class_names, preprocessing=self.preprocessing, bits=bits)
-        volume = read_scan(path, self.preprocessing)
+        volume = read_scan(path, self.preprocessing, time_point)
         volume.class_names = self.class_names
         return volume
 
@@ -146,13 +147,14 @@ def write_colour_tables(stem: str | Path, class_names: Sequence[str]) -> None:
 def class_sizes(volume: Volume | Picture, prediction: np.ndarray) -> list[dict[str, Any]]:
     """Return the size of every class without background, a row each.
 
-    prediction: class indices (D, H, W). Of a scan voxels and millilitres, which are NaN where the scan has no affine;
-    of an image pixels and their share of the image.
+    prediction: class indices (D, H, W). Of a scan voxels and millilitres, which are NaN where its file gives no voxel
+    size; of an image pixels and their share of the image.
     """
     # Plane by plane, because bincount takes 8 bytes per voxel.
     counts = sum(np.bincount(plane.ravel(), minlength=len(volume.class_names) + 1) for plane in prediction)[1:]
     rows = zip(volume.class_names, counts.tolist(), strict=True)
     if volume.planar:
         return [{"image": volume.name, "class": c, "pixels": n, "share": n / prediction.size} for c, n in rows]
-    millilitres = np.nan if volume.affine is None else abs(np.linalg.det(volume.affine[:3, :3])) / 1000
+    known = volume.spacing is not None and volume.affine is not None
+    millilitres = abs(np.linalg.det(volume.affine[:3, :3])) / 1000 if known else np.nan
     return [{"scan": volume.name, "class": c, "voxels": n, "millilitres": n * millilitres} for c, n in rows]

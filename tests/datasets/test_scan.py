@@ -1,11 +1,12 @@
 """A scan of any orientation is brought to one and its segmentation back, voxel by voxel to the same place."""
 
+import h5py
 import numpy as np
 import pytest
 
 from datasets import Preprocessing, read_scan, read_volume, write_volume
 from datasets.preprocessing import nifti_image, orientation_of, reorient
-from datasets.scan import read_scan_label
+from datasets.scan import label_ending, read_scan_label, write_segmentation
 from utils.evaluation import save_nifti
 
 nibabel = pytest.importorskip("nibabel")
@@ -136,8 +137,8 @@ def test_scaled_integers_are_what_their_header_says(tmp_path):
     np.testing.assert_allclose(np.asarray(volume.image), (values.T + 1000) / 2600, atol=1e-4)
 
 
-def test_a_single_slice_a_fourth_axis_of_one_and_a_constant_scan_are_no_error(tmp_path):
-    for shape in ((6, 5, 1), (6, 5, 4, 1)):
+def test_a_single_slice_more_axes_of_one_and_a_constant_scan_are_no_error(tmp_path):
+    for shape in ((6, 5, 1), (6, 5, 4, 1), (6, 5, 4, 1, 1)):
         nibabel.save(nibabel.Nifti1Image(np.full(shape, 7, np.int16), np.eye(4)), tmp_path / "scan.nii.gz")
         volume = read_scan(tmp_path / "scan.nii.gz", Preprocessing("LAS"))
         assert volume.image.shape == (shape[2], 5, 6)
@@ -149,9 +150,11 @@ def test_unfit_files_are_refused(tmp_path, refused):
     refused(lambda: read_scan(tmp_path / "none.nii.gz", CT), "none.nii.gz", "no such file")
     bad = tmp_path / "bad.nii.gz"
     bad.write_bytes(image.read_bytes()[:900])
-    refused(lambda: read_scan(bad, CT), bad, "not a readable NIfTI")
+    refused(lambda: read_scan(bad, CT), bad, "not a readable scan")
     for array, word in (
-        (np.zeros((4, 4, 4, 2), np.int16), "(4, 4, 4, 2)"),
+        (np.zeros((4, 4), np.int16), "expected one scan with three axes"),
+        (np.zeros((4, 4, 4, 2), np.int16), "--time_point 0 to 1"),
+        (np.zeros((4, 4, 4, 2, 3), np.int16), "(4, 4, 4, 2, 3)"),
         (np.full((4, 4, 4), np.nan, np.float32), "NaN"),
         (np.zeros((4, 4, 4), np.complex64), "expected numbers"),
     ):
@@ -177,72 +180,129 @@ def test_a_doubtful_header_is_reported(tmp_path, caplog):
     assert not caplog.text
     read_scan(path, CT)
     assert "Hounsfield" in caplog.text
+    caplog.clear()
+    nibabel.save(nibabel.Nifti1Image(np.linspace(-1, 1, 64, dtype=np.float32).reshape(4, 4, 4), np.eye(4)), path)
+    read_scan(path, CT)
+    assert "Hounsfield" in caplog.text
     nibabel.save(nibabel.Nifti1Image(np.full((4, 4, 4), -900, np.int16), None), path)
     read_scan(path, CT)
     assert "left and right may be exchanged" in caplog.text
 
 
-def write_dicom(folder, positions=(0, 1, 2, 3, 4, 5, 6), degrees=0.0, series="1.2.3.4"):
-    """Write a series, its files in no order, stored shifted by a rescale intercept; return its SimpleITK image."""
-    rng = np.random.default_rng(2)
-    image = SimpleITK.GetImageFromArray(rng.integers(-1000, 1500, (len(positions), 9, 12)).astype(np.int16))
-    direction = turn(degrees)
-    image.SetDirection(direction.ravel().tolist())
-    image.SetSpacing((0.75, 0.8, 2.5))
-    image.SetOrigin((-120.5, -80.25, 33.0))
-    folder.mkdir(parents=True)
-    writer = SimpleITK.ImageFileWriter()
-    writer.KeepOriginalImageUIDOn()
-    for z, position in enumerate(positions):
-        plane = image[:, :, z]
-        tags = {
-            "0008|0060": "CT", "0008|0016": "1.2.840.10008.5.1.4.1.1.2", "0008|0018": f"{series}.{z + 1}",
-            "0020|000e": series, "0020|000d": "1.2.3", "0020|0013": str(z), "0028|1052": "-1024", "0028|1053": "1",
-            "0020|0037": "\\".join(f"{v:.9f}" for v in direction.T.ravel()[:6]),
-            "0020|0032": "\\".join(
-                f"{v:.6f}" for v in np.array(image.GetOrigin()) + direction[:, 2] * 2.5 * position
-            ),
-        }  # fmt: skip
-        for tag, value in tags.items():
-            plane.SetMetaData(tag, value)
-        writer.SetFileName(str(folder / f"{(z * 5) % 7}.dcm"))
-        writer.Execute(plane)
-    return image
+SHEARED = np.array([[-1.5, 0, 0, 40], [0, 1.5, 1.2, -20], [0, 0, 4, 7], [0, 0, 0, 1.0]])
+STRAIGHT = np.diag([-1.5, 1.5, 4, 1.0])
+MOVED = STRAIGHT + np.array([[0, 0, 0, 42.5], [0] * 4, [0, 0, 0, 30], [0] * 4])
+FORMS = {
+    "agree": (STRAIGHT, 1, STRAIGHT, 1),
+    "differ": (STRAIGHT, 1, MOVED, 2),
+    "qform": (MOVED, 2, None, 0),
+    "sform": (None, 0, MOVED, 4),
+    "absent": (STRAIGHT, 0, STRAIGHT, 0),
+    "sheared": (STRAIGHT, 1, SHEARED, 2),
+    "sheared sform": (None, 0, SHEARED, 2),
+}
 
 
-@pytest.mark.parametrize("degrees", [0, 25])
-def test_a_dicom_series_is_the_scan_that_its_nifti_is(tmp_path, degrees):
-    image = write_dicom(tmp_path / "series", degrees=degrees)
-    SimpleITK.WriteImage(image, str(tmp_path / "scan.nii.gz"))
-    series, nifti = (read_scan(tmp_path / name, CT) for name in ("series", "scan.nii.gz"))
-    np.testing.assert_allclose(np.asarray(series.image), np.asarray(nifti.image), atol=1e-6)
-    np.testing.assert_allclose(series.affine, nifti.affine, atol=1e-3)
-    assert series.name == "series"
-    mask = (np.asarray(series.image) > 0.5).astype(np.uint8)
-    nibabel.save(series.to_nifti(mask), tmp_path / "seg.nii.gz")
-    saved = SimpleITK.ReadImage(str(tmp_path / "seg.nii.gz"))
-    assert saved.GetSize() == image.GetSize()
-    np.testing.assert_allclose(saved.GetOrigin(), image.GetOrigin(), atol=1e-3)
-    np.testing.assert_allclose(saved.GetDirection(), image.GetDirection(), atol=1e-5)
-    np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(saved), SimpleITK.GetArrayFromImage(image) > 75)
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+@pytest.mark.parametrize("units", ["mm", "micron", "unknown"])
+@pytest.mark.parametrize("forms", FORMS)
+def test_a_segmentation_has_the_forms_of_its_scan(tmp_path, forms, units, kind):
+    """So that every program, whichever form it prefers, shows both on one place."""
+    voxels = np.random.default_rng(0).permutation(6 * 5 * 4).reshape(6, 5, 4).astype(np.int16)
+    scan = kind(voxels, None)
+    qform, q_code, sform, s_code = FORMS[forms]
+    scan.set_qform(qform, q_code)
+    scan.set_sform(sform, s_code)
+    scan.header.set_xyzt_units(units, "sec")
+    paths = [tmp_path / "scan.nii", tmp_path / "seg.nii.gz"]
+    nibabel.save(scan, paths[0])
+    for target in (None, "LAS", "PIR"):
+        volume = read_scan(paths[0], Preprocessing(target))
+        assert abs(abs(np.linalg.det(volume.affine)) / (9 * (1e-9 if units == "micron" else 1)) - 1) < 1e-5
+        write_segmentation(paths[1], volume, np.rint(255 * np.asarray(volume.image)).astype(np.uint8))
+        one, other = (nibabel.load(path) for path in paths)
+        np.testing.assert_allclose(np.asarray(other.dataobj), 255 * voxels / 119, atol=0.51)
+        parts = ["sform_code", "xyzt_units", "srow_x", "srow_y", "srow_z"]
+        if forms != "sheared sform":  # which gets a qform, because ITK reads neither form of the scan
+            parts += ["qform_code", "pixdim", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_z"]
+        for key in parts:
+            np.testing.assert_array_equal(other.header[key], one.header[key])
+        np.testing.assert_allclose(other.affine, one.affine, atol=1e-5)
+        if kind is nibabel.Nifti2Image:  # which ITK does not read
+            continue
+        as_itk = [SimpleITK.ReadImage(str(path)) for path in paths[forms == "sheared sform" :]]
+        for fact in ("GetOrigin", "GetSpacing", "GetDirection"):
+            np.testing.assert_allclose(getattr(as_itk[-1], fact)(), getattr(as_itk[0], fact)(), atol=1e-6)
 
 
-def test_a_folder_without_one_whole_series_is_refused(tmp_path, refused):
-    (tmp_path / "empty").mkdir()
-    refused(lambda: read_scan(tmp_path / "empty", CT), "empty", "no DICOM series")
-    write_dicom(tmp_path / "gap", positions=(0, 1, 2, 4, 5, 6, 7))
-    refused(lambda: read_scan(tmp_path / "gap", CT), "gap", "missing")
-    write_dicom(tmp_path / "both", series="1.2.3.4")
-    write_dicom(tmp_path / "other", series="1.2.3.5")
-    for path in (tmp_path / "other").iterdir():
-        path.rename(tmp_path / "both" / f"other_{path.name}")
-    refused(lambda: read_scan(tmp_path / "both", CT), "both", "2 DICOM series", "1.2.3.4: 7 files")
-    write_dicom(tmp_path / "damaged")
-    for name in ("0.dcm", "1.dcm"):  # the first slice, and one in the middle
-        file = tmp_path / "damaged" / name
-        whole = file.read_bytes()
-        file.write_bytes(whole[:100])
-        refused(lambda: read_scan(tmp_path / "damaged", CT), "damaged", "export")
-        file.write_bytes(whole)
-    (tmp_path / "damaged" / "notes.txt").touch()
-    assert read_scan(tmp_path / "damaged", CT).image.shape[0] == 7
+@pytest.mark.parametrize(
+    ("ending", "written"),
+    [(".nrrd", ".nrrd"), (".nhdr", ".nrrd"), (".mha", ".mha"), (".mhd", ".mha"), (".mgz", ".mgz"), (".mgh", ".mgz"),
+     (".nii", ".nii.gz"), (".hdr", ".nii.gz"), (".img", ".nii.gz")],
+)  # fmt: skip
+def test_a_scan_of_any_format_gives_a_segmentation_of_that_format_on_its_place(tmp_path, ending, written):
+    image, _ = write_phantom(tmp_path, "PSR", 25)
+    expected, path = read_scan(image, CT), tmp_path / f"scan{ending}"
+    if ending in (".nrrd", ".nhdr", ".mha", ".mhd"):
+        SimpleITK.WriteImage(SimpleITK.ReadImage(str(image)), str(path))
+    else:
+        kind = nibabel.MGHImage if "mg" in ending else nibabel.Nifti1Image if ending == ".nii" else nibabel.Nifti1Pair
+        nibabel.save(kind(np.asarray(nibabel.load(image).dataobj), nibabel.load(image).affine), path)
+    volume = read_scan(path, CT)
+    np.testing.assert_array_equal(volume.image, expected.image)
+    np.testing.assert_allclose(volume.affine, expected.affine, atol=1e-4)
+    assert (volume.name, volume.orientation, label_ending(path)) == ("scan", "PSR", written)
+    mask = (np.asarray(volume.image) > 0.5).astype(np.uint8)
+    for target in (tmp_path / f"seg{written}", tmp_path / "seg.nii"):
+        write_segmentation(target, volume, mask)
+        again = read_scan(target, Preprocessing("LAS"))
+        np.testing.assert_array_equal(again.image, mask)
+        np.testing.assert_allclose(again.affine, expected.affine, atol=1e-4)
+        assert again.orientation == "PSR"
+
+
+def test_one_of_several_volumes_is_chosen(tmp_path, refused):
+    array = np.random.default_rng(0).integers(0, 99, (3, 4, 5, 6)).astype(np.int16)  # (t, z, y, x)
+    nibabel.save(nibabel.Nifti1Image(array.T, np.eye(4)), tmp_path / "a.nii")
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array, isVector=False), str(tmp_path / "a.nrrd"))
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(np.moveaxis(array, 0, 3), isVector=True), str(tmp_path / "b.nrrd"))
+    for name in ("a.nii", "a.nrrd", "b.nrrd"):
+        refused(lambda name=name: read_scan(tmp_path / name, Preprocessing()), name, "3 volumes", "--time_point 0 to 2")
+        np.testing.assert_array_equal(read_scan(tmp_path / name, Preprocessing(), 1).image.voxels, array[1])
+        refused(lambda name=name: read_scan(tmp_path / name, Preprocessing(), 3), name, "no time point 3")
+
+
+NRRD = "NRRD0004\ntype: int16\ndimension: 3\nsizes: 6 5 4\nencoding: raw\nendian: little\n"
+MHA = "ObjectType = Image\nNDims = 3\nDimSize = 6 5 4\nElementType = MET_SHORT\nElementDataFile = LOCAL\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "spacing"),
+    [("a.nrrd", f"{NRRD}\n", None), ("b.nrrd", f"{NRRD}spacings: 1.5 1.5 5\n\n", (5, 1.5, 1.5)), ("a.mha", MHA, None)],
+)
+def test_what_the_header_does_not_say_is_not_invented(tmp_path, caplog, refused, capfd, name, header, spacing):
+    path = tmp_path / name
+    path.write_bytes(header.encode() + np.arange(120, dtype=np.int16).tobytes())
+    volume = read_scan(path, Preprocessing("LAS"))
+    assert volume.spacing == spacing and "left and right may be exchanged" in caplog.text
+    saved = volume.to_nifti(np.zeros((4, 5, 6), np.uint8))
+    assert (saved.header["qform_code"], saved.header["sform_code"]) == (0, 0)
+    path.write_bytes(path.read_bytes()[:-20])
+    refused(lambda: read_scan(path, Preprocessing()), path, "not a readable scan")
+    assert not capfd.readouterr().err  # ITK's libraries write there
+
+
+def test_a_prepared_volume_is_taken_as_it_is(tmp_path, refused, make_volume):
+    volume, path = make_volume(), tmp_path / "a.npy.h5"
+    write_volume(path, volume)
+    with h5py.File(path, "a") as file:
+        del file["label"]
+    read = read_scan(path, Preprocessing(None, (-125.0, 275.0)))
+    np.testing.assert_array_equal(read.image, volume.image)
+    assert (read.name, read.spacing, read.label) == ("a", volume.spacing, None)
+    refused(lambda: read_scan(path, Preprocessing("LPS")), path, "its axes run RAS")
+    refused(lambda: read_scan(path, Preprocessing(stored=(0.0, 255.0))), path, "0 to 255")
+    volume.image = 255 * volume.image
+    write_volume(path, volume)
+    refused(lambda: read_scan(path, Preprocessing()), path, "to 255")
+    np.testing.assert_array_equal(read_scan(path, Preprocessing(stored=(0.0, 250.0))).image, volume.image)

@@ -118,7 +118,7 @@ def test_unfit_raw_folders_are_refused(tmp_path, refused):
     file.unlink()
     refused(lambda: synapse.prepare(raw, tmp_path / "out"), "img0005.nii.gz", "label0005.nii.gz is missing")
     file.write_bytes(content[:200])
-    refused(lambda: synapse.prepare(raw, tmp_path / "out"), file, "not a readable NIfTI")
+    refused(lambda: synapse.prepare(raw, tmp_path / "out"), file, "not a readable scan")
     affine = nibabel.load(raw / "img" / "img0005.nii.gz").affine
     nibabel.save(nibabel.Nifti1Image(np.full(SHAPE[::-1], 14, np.uint8), affine), file)
     refused(lambda: synapse.prepare(raw, tmp_path / "out"), file, "label id 14", "btcv13")

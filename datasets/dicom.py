@@ -1,0 +1,276 @@
+"""Read one DICOM series: pydicom reads the headers, SimpleITK decodes the pixels.
+
+A file holds one slice, or many as frames (enhanced multi-frame). Until ``load_dicom`` returns, axes are those of DICOM:
+x, y and z run to the patient's left, posterior and superior.
+"""
+
+import logging
+import os
+import re
+import sys
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datasets.errors import DataError, brief
+from datasets.storage import check_declared, reading
+
+logger = logging.getLogger(__name__)
+
+TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # from the axes of DICOM and ITK to those of NIfTI, and back
+JITTER = 0.05  # how far a slice may lie off its place, of the distance between two slices
+_FOREIGN = "not DICOM"
+_TIMES = ("TemporalPositionIndex", "TemporalPositionIdentifier", "TriggerTime", "AcquisitionNumber", "InstanceNumber")
+
+
+def load_dicom(path: Path, time_point: int | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return (real values (z, y, x); float64 (4, 4) from the indices (x, y, z) to mm in NIfTI's space, or None).
+
+    path: a folder with one series in it or below it, one file of the series, or a DICOMDIR; time_point: which image of
+    each position, in the order of time, where there are several. The affine is None where the headers have no
+    positions. Raises DataError for anything but one complete series on a regular grid.
+    """
+    slices: list[Slice] = []
+    for file, header in _find_series(path).items():
+        with reading(file, "DICOM file", "export the series again"):
+            slices += _slices_of(file, header)
+    first = slices[0]
+    for single in slices:
+        if single.size != first.size or not np.allclose(single.axes, first.axes, rtol=1e-5, atol=1e-3, equal_nan=True):
+            raise DataError(
+                f"{single.file}: differs from {first.file.name} in size, spacing or direction, but both are of one "
+                "series; expected one stack of slices: move the files of other stacks, such as localizers, elsewhere"
+            )
+    check_declared(path, "image", (len(slices), *first.size), np.dtype(np.int32), remedy="crop it")
+    slices, affine = _stack(path, slices, time_point)
+    return _pixels(slices), affine
+
+
+def choose(path: Path, count: int, time_point: int | None, what: str) -> int:
+    """Return the index of the wanted one of ``count`` volumes; raises DataError if that is not clear."""
+    if time_point is None and count > 1:
+        raise DataError(f"{path}: has {count} {what}; choose one (predict.py: --time_point 0 to {count - 1})")
+    if not 0 <= (time_point or 0) < count:
+        raise DataError(f"{path}: has no time point {time_point}, but {count} {what}; the first one is 0")
+    return time_point or 0
+
+
+@contextmanager
+def itk() -> Iterator[None]:
+    """Keep off the screen what ITK's libraries write to it, and shorten their errors to the cause."""
+    sys.stderr.flush()
+    screen = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    except RuntimeError as error:
+        raise ValueError(str(error).rpartition("ERROR: ")[2]) from error
+    finally:
+        os.dup2(screen, 2)
+        os.close(screen)
+
+
+def _find_series(path: Path) -> dict[Path, Any]:
+    """Return the headers of the one series that ``path`` means, by file, and log what is left out."""
+    whole = path.is_dir() or path.name.upper() == "DICOMDIR"
+    folder = path if path.is_dir() else path.parent
+    files = [file for file in sorted(folder.rglob("*") if whole else folder.iterdir()) if file.is_file()]
+    headers = {file: _header(file) for file in files if not file.name.startswith(".")}
+    others = {file: kind for file, header in headers.items() if (kind := _kind(header))}
+    if path in others and not whole:
+        raise DataError(f"{path}: is {others[path]}; expected an image of a series")
+    series = defaultdict(list)
+    for file, header in headers.items():
+        if file not in others:
+            series[header.get("SeriesInstanceUID")].append(file)
+    if not whole:
+        series = {0: series[headers[path].get("SeriesInstanceUID")]}
+    left_out = brief(", ".join(f"{file.relative_to(folder)} ({kind})" for file, kind in others.items()))
+    if not series:
+        raise DataError(
+            f"{path}: contains no DICOM series and no other scan{': ' * bool(left_out)}{left_out}; "
+            "give a file or folder as in docs/own_scans.md"
+        )
+    if len(series) > 1:
+        found = brief("; ".join(
+            f"{headers[files[0]].get('SeriesDescription', 'unnamed')}, {len(files)} files such as "
+            f"{files[0].relative_to(folder)}" for files in series.values()
+        ))  # fmt: skip
+        raise DataError(f"{path}: contains {len(series)} DICOM series ({found}); expected one: give one of its files")
+    (files,) = series.values()
+    for file, kind in others.items():  # it may be the last slice
+        if kind == _FOREIGN and file.parent == files[0].parent and file.suffix == files[0].suffix != "":
+            raise DataError(f"{file}: cannot be read as a slice of the series in this folder; export it again")
+    if left_out and whole:
+        logger.warning("%s: left out, because they are not images: %s", folder, left_out)
+    if not whole or files[0].parent != folder:
+        logger.info("%s: read as the series of %d files in %s", path, len(files), files[0].parent)
+    return {file: headers[file] for file in files}
+
+
+def _header(file: Path) -> Any:
+    """Return a file's pydicom data set without its pixels, or None if it is not DICOM."""
+    import pydicom
+
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # a slip in a name is no error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return pydicom.dcmread(file, defer_size=1024, force=file.suffix.lower() in ("", ".dcm", ".ima"))
+    except Exception:  # of many kinds
+        return None
+
+
+def _kind(header: Any) -> str:
+    """Return what a file is, in words: nothing for an image."""
+    from pydicom.uid import UID
+
+    if not header:
+        return _FOREIGN
+    uid = UID(header.get("SOPClassUID") or header.get("file_meta", {}).get("MediaStorageSOPClassUID") or "")
+    if uid.name == uid:  # of no known kind
+        return "" if "Rows" in header else uid.name or _FOREIGN
+    is_image = "Image Storage" in uid.name and not re.search("^RT|Non-Image", uid.name)
+    return "" if is_image else uid.name.removesuffix(" Storage")
+
+
+class Slice:
+    """One slice, and what its header says of it.
+
+    size: (H, W); position: of the first pixel in mm, (3,); axes: mm from a pixel to the next along x and along y,
+    (2, 3); both are NaN where the header does not have them. rounding: largest error of a coordinate in mm, as its
+    decimals show; thickness: in mm, or None; rescale: slope and intercept, or None where SimpleITK applies them, as it
+    does where all frames of a file have the same; time: what orders the images of one position.
+    """
+
+    def __init__(self, file: Path, frame: int, header: Any):
+        self.file, self.frame, self.size = file, frame, (int(header.Rows), int(header.Columns))
+        groups = [
+            *(header.get("PerFrameFunctionalGroupsSequence") or ())[frame : frame + 1],
+            *(header.get("SharedFunctionalGroupsSequence") or ()),
+        ]
+        places = [item.value[0] for group in groups for item in group if item.VR == "SQ" and item.value]
+
+        def find(key: str, default: Any = None) -> Any:
+            values = (place[key].value for place in (*places, header) if key in place)
+            return next((value for value in values if value not in (None, "")), default)
+
+        position, cosines, sides = map(find, ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"))
+        self.position, self.axes, self.rounding = np.full(3, np.nan), np.full((2, 3), np.nan), 0.0
+        if position and cosines and sides:
+            self.position, directions = np.array(position, float), np.reshape(np.array(cosines, float), (2, 3))
+            with np.errstate(invalid="ignore"):
+                self.axes = (
+                    directions / np.linalg.norm(directions, axis=1)[:, None] * np.array(sides, float)[::-1, None]
+                )
+            decimals = max(-Decimal(str(number)).as_tuple().exponent for number in position)
+            self.rounding = 0.5 * 10.0 ** -max(decimals, 0)
+        self.thickness = find("SpacingBetweenSlices") or find("SliceThickness")
+        self.rescale: tuple[float, float] | None = float(find("RescaleSlope", 1)), float(find("RescaleIntercept", 0))
+        self.time = (*(float(find(key, 0)) for key in _TIMES), frame)
+
+
+def _slices_of(file: Path, header: Any) -> list[Slice]:
+    """Return the slices of one file; raises DataError for missing pixels and for what is no grey image."""
+    if header.get("SamplesPerPixel", 1) != 1 or not header.PhotometricInterpretation.startswith("MONOCHROME"):
+        raise DataError(f"{file}: is in colour; expected a scan of grey values")
+    if header.get("ModalityLUTSequence"):
+        raise DataError(f"{file}: gives its values by a table, which is not supported; convert it to NIfTI")
+    count = int(header.get("NumberOfFrames") or 1)
+    if count > 1 and len(header.get("PerFrameFunctionalGroupsSequence") or ()) != count:
+        raise DataError(
+            f"{file}: has {count} frames without positions; expected a slice or a stack: convert it to NIfTI"
+        )
+    pixels = header.get_item("PixelData", keep_deferred=True)
+    length = 0 if pixels is None else pixels.length if pixels.value is None else len(pixels.value)
+    expected = count * header.Rows * header.Columns * header.BitsAllocated // 8
+    syntax = header.file_meta.get("TransferSyntaxUID")
+    if length < (1 if syntax and syntax.is_encapsulated else expected):
+        raise DataError(f"{file}: has {length} bytes of pixels, expected {expected}; export the series again")
+    slices = [Slice(file, frame, header) for frame in range(count)]
+    if len({single.rescale for single in slices}) == 1:
+        for single in slices:
+            single.rescale = None
+    return slices
+
+
+def _stack(path: Path, slices: list[Slice], time_point: int | None) -> tuple[list[Slice], np.ndarray | None]:
+    """Return the slices of one time in order, and their affine; raises DataError where they are not a regular grid."""
+    x, y = slices[0].axes
+    normal = np.cross(x, y) / np.linalg.norm(np.cross(x, y))
+    slices = sorted(slices, key=lambda single: single.time)
+    if np.isnan(normal).any():
+        choose(path, 1, time_point, "stack without positions")
+        return slices, None
+    at = defaultdict(list)
+    for single in slices:
+        at[tuple(single.position.round(4))].append(single)
+    counts = {len(group) for group in at.values()}
+    if len(counts) > 1:
+        raise DataError(
+            f"{path}: has {min(counts)} to {max(counts)} images at each of its {len(at)} positions; expected equally "
+            "many: some are missing or doubled: export the series again"
+        )
+    where = "one position" if len(at) == 1 else f"each of {len(at)} positions"
+    chosen = choose(path, *counts, time_point, f"images at {where} (several times, phases or echoes)")
+    slices = sorted((group[chosen] for group in at.values()), key=lambda single: single.position @ normal)
+    positions = np.array([single.position for single in slices])
+    if len(slices) == 1:
+        if not slices[0].thickness:
+            return slices, None
+        step = normal * float(slices[0].thickness)
+    else:
+        step = (positions[-1] - positions[0]) / (len(slices) - 1)
+        allowed = JITTER * np.linalg.norm(step) + 2 * 3**0.5 * max(single.rounding for single in slices)
+        off = np.linalg.norm(positions - positions[0] - np.arange(len(slices))[:, None] * step, axis=1)
+        _check_gaps(path, slices, np.linalg.norm(np.diff(positions, axis=0), axis=1), off.max() <= allowed)
+        lean = step - normal * (step @ normal)
+        if np.linalg.norm(lean) * (len(slices) - 1) <= allowed:  # no tilt, but rounding
+            step = step - lean
+    affine = np.eye(4)
+    y = np.cross(normal, x) / np.linalg.norm(x) * np.linalg.norm(y)  # at right angles to x, in spite of rounding
+    affine[:3] = np.stack([x, y, step, positions[0]], axis=1)
+    return slices, TO_RAS @ affine
+
+
+def _check_gaps(path: Path, slices: list[Slice], gaps: np.ndarray, is_regular: bool) -> None:
+    """Raise DataError unless slices are on a regular grid; gaps: mm from each to the next, (n - 1,)."""
+    usual, wide = np.median(gaps), int(gaps.argmax())
+    ratios = gaps / usual
+    if is_regular and np.abs(ratios - 1).max() <= 0.5:
+        return
+    found = ", ".join(f"{gap:g} mm ({n} times)" for gap, n in Counter(gaps.round(2).tolist()).most_common(4))
+    if np.abs(ratios - ratios.round()).max() < 2 * JITTER:
+        what = "a slice is missing", "export the series again"
+    else:
+        what = "the distance of its slices changes", "resample it, or move the slices of another distance elsewhere"
+    raise DataError(
+        f"{path}: {what[0]}: {found}, {gaps[wide]:.2f} mm after {slices[wide].file.name}; expected one distance: "
+        f"{what[1]}"
+    )
+
+
+def _pixels(slices: list[Slice]) -> np.ndarray:
+    """Decode the slices, each with its own rescaling: returns (D, H, W) in a type that holds all their values."""
+    import pydicom
+    import SimpleITK
+
+    frames = {}
+    for single in slices:
+        if single.file not in frames:
+            with reading(single.file, "DICOM file", "export the series again"), itk():
+                if single.rescale is None:
+                    array = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(single.file)))
+                else:
+                    array = pydicom.dcmread(single.file).pixel_array
+                frames[single.file] = array.reshape(-1, *single.size)
+    planes = [frames[single.file][single.frame] for single in slices]
+    scales = [single.rescale for single in slices]
+    return np.stack([p if s is None else p * s[0] + s[1] for p, s in zip(planes, scales, strict=True)])
