@@ -5,7 +5,6 @@ python test_isic.py --checkpoint runs/isic/best.pth --split val --save_masks --o
 """
 
 from datasets import DataError, ImageFolder, isic
-from datasets.image_sets import images_of
 from networks import NetworkError
 from utils.arguments import testing_parser
 from utils.cli import run_script
@@ -17,7 +16,7 @@ def main() -> None:
     args = testing_parser(__doc__, info).parse_args()
 
     def open_images(num_classes: int) -> ImageFolder:
-        return images_of(info, args.root_path, args.list_dir, args.split, num_classes)
+        return ImageFolder(info, args.root_path, args.list_dir, args.split, num_classes)
 
     test(args, info, open_images)
 

@@ -6,7 +6,6 @@ python test_segpc.py --checkpoint runs/segpc_crops/best.pth --root_path data/Seg
 """
 
 from datasets import DataError, ImageFolder, segpc
-from datasets.image_sets import images_of
 from networks import NetworkError
 from utils.arguments import testing_parser
 from utils.cli import run_script
@@ -18,7 +17,7 @@ def main() -> None:
     args = testing_parser(__doc__, info).parse_args()
 
     def open_images(num_classes: int) -> ImageFolder:
-        return images_of(info, args.root_path, args.list_dir, args.split, num_classes)
+        return ImageFolder(info, args.root_path, args.list_dir, args.split, num_classes)
 
     test(args, info, open_images)
 

@@ -5,6 +5,7 @@ A crop of an image is called ``<id>_cell<k>``. An entry of a list is an ``<id>``
 
 import re
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,20 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from datasets import images
 from datasets.errors import DataError
-from datasets.images import (
-    ENDINGS,
-    IMAGE_FOLDER,
-    MASK_FOLDER,
-    ColourPreprocessing,
-    Picture,
-    common_bits,
-    read_mask,
-    read_picture,
-    read_shrunk,
-    resize_image,
-    resize_mask,
-)
+from datasets.images import ENDINGS, IMAGE_FOLDER, MASK_FOLDER, Picture
 from datasets.lists import list_path, natural_key, read_list, refuse_missing
 from datasets.photometric import photometric
 from datasets.training_set import TrainingSet
@@ -42,12 +32,16 @@ def image_of(name: str) -> str:
 
 
 def image_files(folder: str | Path) -> dict[str, Path]:
-    """Return the images of a folder by name, in natural order; raises DataError where two files have one name."""
+    """Return the images of a folder by name, in natural order.
+
+    Raises DataError for a missing folder, and where two files have one name.
+    """
+    if not Path(folder).is_dir():
+        raise DataError(f"{folder}: no such folder; prepare the data first (prepare_data.py, data/README.md)")
     files: dict[str, Path] = {}
     for path in sorted(Path(folder).iterdir(), key=lambda path: natural_key(path.name)):
-        if path.suffix.lower() not in ENDINGS or path.name.startswith("."):
-            continue
-        if files.setdefault(path.stem, path) != path:
+        found = path.suffix.lower() in ENDINGS and not path.name.startswith(".")
+        if found and files.setdefault(path.stem, path) != path:
             raise DataError(f"{path}: {files[path.stem].name} has the same name; remove one of the two")
     return files
 
@@ -55,37 +49,30 @@ def image_files(folder: str | Path) -> dict[str, Path]:
 class _Images:
     """The images that a split's list names.
 
-    folder: holds ``images`` and ``masks``; num_classes counts the background, class_names does not. ``source`` is the
-    list, ``names`` the images' names, ``files`` their (image file, mask file) by name, ``kind`` what they show: whole
-    images, single cells, or both. Raises DataError at once for a bad list, a missing folder, entries without an image,
-    images without a mask, and an image that two entries name, and for a bad file when it is read.
+    info: facts of the data set; folder: holds ``images`` and ``masks``; num_classes counts the background. ``source``
+    is the list, ``names`` the images' names, ``files`` their (image file, mask file) by name, ``kind`` what they show:
+    whole images, single cells, or both. Raises DataError at once for a bad list, a missing folder, entries without an
+    image, images without a mask, and an image that two entries name, and for a bad file when it is read.
     """
 
-    def __init__(
-        self, folder: str | Path, list_dir: str | Path, split: str, num_classes: int,
-        class_names: tuple[str, ...] = (), preprocessing: ColourPreprocessing | None = None,
-    ):  # fmt: skip
-        self.num_classes, self.class_names = num_classes, class_names
-        self.preprocessing = preprocessing or ColourPreprocessing()
+    def __init__(self, info: "DatasetInfo", folder: str | Path, list_dir: str | Path, split: str, num_classes: int):
+        info.require(folder)
+        self.num_classes, self.class_names = num_classes, info.names_for(num_classes)
+        self.preprocessing = info.preprocessing
         entries, self.source = read_list(list_dir, split), list_path(list_dir, split)
-        images, masks = Path(folder) / IMAGE_FOLDER, Path(folder) / MASK_FOLDER
-        for inner in (images, masks):
-            if not inner.is_dir():
-                raise DataError(f"{inner}: no such folder; prepare the data first (prepare_data.py, data/README.md)")
-        files_of: dict[str, list[Path]] = {}  # by every entry that could name a file
-        files = image_files(images)
+        files, masks = (image_files(Path(folder) / inner) for inner in (IMAGE_FOLDER, MASK_FOLDER))
+        named: dict[str, list[str]] = {}  # images by every entry that could name them
         for name, path in files.items():
             for entry in {path.name, name, image_of(name)}:
-                files_of.setdefault(entry, []).append(path)
-        refuse_missing(self.source, f"entries have no image in {images}", entries, files_of)
-        self.files: dict[str, tuple[Path, Path]] = {}
-        for path in (path for entry in entries for path in files_of[entry]):
-            if path.stem in self.files:
-                raise DataError(f"{self.source}: two entries name {path.name}; keep one of them")
-            self.files[path.stem] = path, masks / f"{path.stem}.png"
-        there = {path.stem for path in masks.glob("*.png")}
-        refuse_missing(masks, f"images of {self.source} have no mask", self.files, there)
-        self.names, self.bits = list(self.files), common_bits(files.values())  # of all splits alike
+                named.setdefault(entry, []).append(name)
+        refuse_missing(self.source, f"entries have no image in {Path(folder) / IMAGE_FOLDER}", entries, named)
+        self.names = [name for entry in entries for name in named[entry]]
+        for name, count in Counter(self.names).items():
+            if count > 1:
+                raise DataError(f"{self.source}: two entries name {files[name].name}; keep one of them")
+        refuse_missing(Path(folder) / MASK_FOLDER, f"images of {self.source} have no mask", self.names, masks)
+        self.files = {name: (files[name], masks[name]) for name in self.names}
+        self.bits = images.common_bits(files.values())  # of all splits alike
         kinds = {"single cells" if name != image_of(name) else "whole images" for name in self.names}
         self.kind = " and ".join(sorted(kinds))
 
@@ -97,6 +84,11 @@ class _Images:
     def __len__(self) -> int:
         return len(self.names)
 
+    def open(self, index: int) -> Picture:
+        """Return an image with its mask as stored, checked."""
+        image, mask = self.files[self.names[index]]
+        return images.read_picture(image, mask, self.num_classes, self.class_names, self.preprocessing, self.bits)
+
 
 class ImageDataset(_Images, TrainingSet):
     """The images of a split for training, augmented and resized to the network's square.
@@ -107,19 +99,19 @@ class ImageDataset(_Images, TrainingSet):
     """
 
     def __init__(
-        self, folder: str | Path, list_dir: str | Path, split: str, num_classes: int, img_size: int,
-        augment: bool = False, photometric: bool = False, seed: int = 2222,
-        preprocessing: ColourPreprocessing | None = None,
+        self, info: "DatasetInfo", folder: str | Path, list_dir: str | Path, split: str, num_classes: int,
+        img_size: int, augment: bool = False, photometric: bool = False, seed: int = 2222,
     ):  # fmt: skip
-        _Images.__init__(self, folder, list_dir, split, num_classes, preprocessing=preprocessing)
+        _Images.__init__(self, info, folder, list_dir, split, num_classes)
         TrainingSet.__init__(self, seed)
         self.img_size, self.augment, self.photometric = img_size, augment, photometric
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the shrunk image, uint8 (h, w, 3), and label, uint8 (h, w), of a sample."""
         file, mask_file = self.files[self.names[index]]
-        image, own_size = read_shrunk(file, self.img_size, self.bits)
-        return image, resize_mask(read_mask(mask_file, own_size, self.num_classes), image.shape[:2])
+        image, own_size = images.read_shrunk(file, self.img_size, self.bits)
+        mask = images.read_mask(mask_file, own_size, self.num_classes)
+        return image, images.resize_mask(mask, image.shape[:2])
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
         image, label = self.stored(index)
@@ -130,8 +122,8 @@ class ImageDataset(_Images, TrainingSet):
             image, label = photometric(image, label, rng)
         size = (self.img_size, self.img_size)
         return {
-            "image": torch.from_numpy(self.preprocessing.normalise(resize_image(image, size))),
-            "label": torch.from_numpy(resize_mask(label, size).astype(np.int64)),
+            "image": torch.from_numpy(self.preprocessing.normalise(images.resize_image(image, size))),
+            "label": torch.from_numpy(images.resize_mask(label, size).astype(np.int64)),
             "name": self.names[index],
         }
 
@@ -140,26 +132,13 @@ class ImageFolder(_Images, Sequence[Picture]):
     """The images of a split for validation and testing: ``[i]`` reads and checks one and returns a Picture."""
 
     def __getitem__(self, index: int) -> Picture:
-        image, mask = self.files[self.names[index]]
-        return read_picture(image, mask, self.num_classes, self.class_names, self.preprocessing, self.bits)
+        return self.open(index)
 
 
 def training_images(info: "DatasetInfo", args: Namespace) -> tuple[ImageDataset, ImageFolder]:
-    """Return the images to train on and to validate on, as a training script's arguments name them.
-
-    Raises DataError for a folder or list that is missing or unfit.
-    """
-    info.require(args.root_path)
+    """Return the images to train on and to validate on, as a training script's arguments name them."""
     train_set = ImageDataset(
-        args.root_path, args.list_dir, args.train_split, args.num_classes, args.img_size, augment=True,
-        photometric=args.photometric, seed=args.seed, preprocessing=info.preprocessing,
+        info, args.root_path, args.list_dir, args.train_split, args.num_classes, args.img_size, augment=True,
+        photometric=args.photometric, seed=args.seed,
     )  # fmt: skip
-    return train_set, images_of(info, args.root_path, args.list_dir, args.val_split, args.num_classes)
-
-
-def images_of(
-    info: "DatasetInfo", root_path: str | Path, list_dir: str | Path, split: str, num_classes: int
-) -> ImageFolder:
-    """Return the images of a split for validation or testing; raises DataError as ``training_images`` does."""
-    info.require(root_path)
-    return ImageFolder(root_path, list_dir, split, num_classes, info.names_for(num_classes), info.preprocessing)
+    return train_set, ImageFolder(info, args.root_path, args.list_dir, args.val_split, args.num_classes)

@@ -11,9 +11,8 @@ import pandas as pd
 import seaborn
 from matplotlib import pyplot, rc_context
 
-from datasets import DATASETS, DataError, VolumeDataset
+from datasets import DATASETS, DataError, ImageFolder, VolumeDataset
 from datasets.files import atomic_write, file_stem
-from datasets.image_sets import images_of
 from utils.comparison import MEAN, NAMES, TESTED, Comparison, Run, by_method
 from utils.figures import draw_masks, save_figure
 from utils.metrics import MISSED, SPURIOUS
@@ -167,7 +166,7 @@ def draw_predictions(
         len(comparison.class_names) + 1,
     )
     if info.planar:
-        volumes = images_of(info, folder, args["list_dir"], comparison.split, num_classes)
+        volumes = ImageFolder(info, folder, args["list_dir"], comparison.split, num_classes)
     else:
         info.require(folder)
         order = info.label_order(args.get("label_order"), num_classes)

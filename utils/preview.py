@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = {"img_size": args.img_size, "augment": True, "seed": args.seed}
     names = info.names_for(num_classes)
     if info.planar:
-        samples = ImageDataset(*where, **options, photometric=args.photometric, preprocessing=info.preprocessing)
+        samples = ImageDataset(info, *where, **options, photometric=args.photometric)
     elif args.photometric:
         raise DataError(f"--photometric: {info.name} is grey, and this changes colours; leave it out")
     else:

@@ -28,7 +28,6 @@ from tqdm import tqdm
 from datasets import DATASETS, DataError, DatasetInfo, ImageDataset, ImageFolder, SliceDataset, VolumeDataset
 from datasets.errors import brief
 from datasets.image_sets import image_of
-from datasets.images import read_picture
 from datasets.lists import PATTERN_HELP, beginnings, list_path, natural_key, patient_of, read_list, volume_name
 from datasets.preprocessing import orientation_of
 from datasets.storage import PREPARE, LabelOrder
@@ -62,8 +61,8 @@ class Part:
         if self.kind == "slices":
             file, case = data.files[index], data.open(index)
         else:
-            file, *mask = data.files[data.names[index]]
-            case = read_picture(file, *mask, data.num_classes) if isinstance(data, ImageDataset) else data[index]
+            file = data.files[data.names[index]][0]
+            case = data.open(index) if isinstance(data, ImageDataset) else data[index]
         low, high = float(case.image.min()), float(case.image.max())
         self.low, self.high, self.read = min(self.low, low), max(self.high, high), self.read + 1
         self.voxels += np.bincount(case.label.ravel(), minlength=len(self.voxels))
@@ -208,7 +207,7 @@ def full_check(
     for index, split in enumerate(splits):
         try:
             if info.planar:
-                data = ImageFolder(root_path, list_dir, split, num_classes, info.names_for(num_classes))
+                data = ImageFolder(info, root_path, list_dir, split, num_classes)
             elif index:
                 data = VolumeDataset(volume_path, list_dir, split, num_classes, label_order)
             else:

@@ -16,6 +16,7 @@ from datasets.images import (
     resize_mask,
     shrunk_size,
 )
+from datasets.segpc import INFO
 from tests.datasets.test_volumes import assert_samples_depend_on_epoch_and_seed_alone
 
 
@@ -86,7 +87,7 @@ def test_every_format_is_read_upright_by_its_exif_orientation(tmp_path, orientat
     np.testing.assert_allclose(read_image(path).astype(int), upright, atol=16 if ending.startswith("j") else 0)
     Image.fromarray(upright[..., 0] // 128).save(tmp_path / "masks" / "a.png")
     (tmp_path / "train.txt").write_text("a\n")
-    sample = ImageDataset(tmp_path, tmp_path, "train", 2, 32)[0]
+    sample = ImageDataset(INFO, tmp_path, tmp_path, "train", 2, 32)[0]
     expected = ColourPreprocessing().normalise(resize_image(upright, (32, 32)))
     assert np.abs(sample["image"].numpy() - expected).max() < 0.15
 
@@ -145,9 +146,8 @@ def test_the_bits_in_use_are_those_of_the_whole_set_or_of_the_file_itself(tmp_pa
         assert read_image(tmp_path / "deep/images" / f"{name}.tif").max() == values.max()
     assert not caplog.text
     for kind, size in ((ImageDataset, [32]), (ImageFolder, [])):
-        deep, plain = (
-            kind(data, data / "lists", "train", 3, *size) for data in (tmp_path / "deep", tmp_path / "plain")
-        )
+        folders = tmp_path / "deep", tmp_path / "plain"
+        deep, plain = (kind(INFO, data, data / "lists", "train", 3, *size) for data in folders)
         for one, other in zip(deep, plain, strict=True):
             image, expected = (item["image"] if size else item.image for item in (one, other))
             np.testing.assert_array_equal(image, expected)
@@ -253,8 +253,8 @@ def test_training_and_testing_see_the_same(tmp_path, ending):
     data = write_set(tmp_path, ["1", "2"], (700, 900), ending)
     for shape in ((700, 900), (30, 20)):
         write_set(tmp_path, ["1", "2"], shape, ending)
-        train = ImageDataset(data, data / "lists", "train", 3, 48)
-        test = ImageFolder(data, data / "lists", "train", 3)
+        train = ImageDataset(INFO, data, data / "lists", "train", 3, 48)
+        test = ImageFolder(INFO, data, data / "lists", "train", 3)
         for sample, picture in zip((train[0], train[1]), test, strict=True):
             difference = np.abs(sample["image"].numpy() - picture.network_input(48)[0])
             # Only a JPEG is read at a fraction of its size; in grey levels of 255:
@@ -267,7 +267,7 @@ def test_a_large_photograph_costs_little_memory(tmp_path):
     data = write_set(tmp_path, ["large"], (60, 80), ".jpg", 2)
     Image.fromarray(scene(400, 600)).resize((6000, 4000)).save(data / "images" / "large.jpg")
     Image.fromarray(np.ones((4000, 6000), np.uint8)).save(data / "masks" / "large.png", compress_level=1)
-    dataset = ImageDataset(data, data / "lists", "train", 2, 256, augment=True)
+    dataset = ImageDataset(INFO, data, data / "lists", "train", 2, 256, augment=True)
     tracemalloc.start()
     sample = dataset[0]
     peak = tracemalloc.get_traced_memory()[1]
@@ -287,11 +287,11 @@ def test_an_entry_names_its_image_or_its_crops_and_no_other(tmp_path):
         "106_cell10": ["106_cell10"],
     }.items():
         (data / "lists" / "val.txt").write_text(entries)
-        folder = ImageFolder(data, data / "lists", "val", 3, ("a", "b"))
+        folder = ImageFolder(INFO, data, data / "lists", "val", 3)
         assert [picture.name for picture in folder] == folder.names == found
-        assert folder[0].class_names == ("a", "b")
+        assert folder[0].class_names == INFO.class_names
         assert folder.patients == {image_of(entry) for entry in entries.split()}
-        dataset = ImageDataset(data, data / "lists", "val", 3, 32)
+        dataset = ImageDataset(INFO, data, data / "lists", "val", 3, 32)
         assert (dataset.names, dataset.patients, dataset.source) == (found, folder.patients, folder.source)
 
 
@@ -300,7 +300,10 @@ def test_unusable_folders_are_refused(tmp_path, refused):
     lists = data / "lists"
 
     def refuse(*words):
-        for kind in (lambda: ImageDataset(data, lists, "train", 3, 32), lambda: ImageFolder(data, lists, "train", 3)):
+        for kind in (
+            lambda: ImageDataset(INFO, data, lists, "train", 3, 32),
+            lambda: ImageFolder(INFO, data, lists, "train", 3),
+        ):
             refused(kind, *words)
 
     (lists / "train.txt").write_text("1\n4\n5\n")
@@ -312,16 +315,16 @@ def test_unusable_folders_are_refused(tmp_path, refused):
     refuse(data / "masks", "1 of 3", "2;")
     Image.fromarray(scene(5, 5)).save(data / "images" / "1.bmp")
     refuse("1.bmp", "1.png", "same name")
-    refused(lambda: ImageFolder(tmp_path / "none", lists, "train", 3), tmp_path / "none", "prepare_data.py")
+    refused(lambda: ImageFolder(INFO, tmp_path / "none", lists, "train", 3), tmp_path / "none", "prepare_data.py")
     (data / "images" / "1.bmp").unlink()
     write_set(tmp_path, ["2"])
     (lists / "train.txt").write_text("2\n")
-    refused(lambda: ImageDataset(data, lists, "train", 2, 32)[0], "2.png", "class index 2", "--num_classes")
+    refused(lambda: ImageDataset(INFO, data, lists, "train", 2, 32)[0], "2.png", "class index 2", "--num_classes")
 
 
 def test_samples_do_not_depend_on_workers_but_on_epoch_and_seed(tmp_path):
     pytest.importorskip("imgaug")
     data = write_set(tmp_path, map(str, range(9)))
     assert_samples_depend_on_epoch_and_seed_alone(
-        lambda seed: ImageDataset(data, data / "lists", "train", 3, 32, augment=True, photometric=True, seed=seed)
+        lambda seed: ImageDataset(INFO, data, data / "lists", "train", 3, 32, augment=True, photometric=True, seed=seed)
     )

@@ -79,7 +79,7 @@ def test_the_lists_divide_the_images_reproducibly(tmp_path):
     parts = [read_list(lists, part) for part in isic.INFO.splits]
     assert [len(part) for part in parts] == [7, 1, 2]
     assert sorted(name for part in parts for name in part) == IDS
-    test = ImageFolder(tmp_path / "one", lists, "test", 2, isic.CLASS_NAMES)
+    test = ImageFolder(isic.INFO, tmp_path / "one", lists, "test", 2)
     assert test.patients == set(parts[2])
     np.testing.assert_array_equal(test[0].label[0], LESION)
 
@@ -150,7 +150,7 @@ def test_unfit_raw_folders_are_refused(tmp_path, refused):
 def test_the_real_photographs_pass_through(tmp_path):
     names = isic.prepare(REAL, tmp_path)
     assert len(names) == 150
-    parts = [ImageFolder(tmp_path, tmp_path / "lists", part, 2) for part in isic.INFO.splits]
+    parts = [ImageFolder(isic.INFO, tmp_path, tmp_path / "lists", part, 2) for part in isic.INFO.splits]
     assert [len(part) for part in parts] == [105, 15, 30]
     assert len({name for part in parts for name in part.names}) == 150
     for i in range(3):

@@ -130,7 +130,8 @@ def test_the_challenges_folders_make_the_lists_and_unlabelled_images_are_logged(
     for part in ("validation", "train/train"):  # one by one they make the same lists
         segpc.prepare(raw / part, tmp_path / "parts", crops=True)
     assert [read_list(tmp_path / "parts" / "lists", part) for part in ("train", "val", "test")] == [train, val, test]
-    parts = [ImageFolder(tmp_path / "out", tmp_path / "out" / "lists", part, 3) for part in ("train", "val", "test")]
+    out = tmp_path / "out"
+    parts = [ImageFolder(segpc.INFO, out, out / "lists", part, 3) for part in ("train", "val", "test")]
     assert sorted(name for part in parts for name in part.names) == sorted(names)
 
 
@@ -217,7 +218,7 @@ def test_the_lists_are_the_challenges_images_divided_by_our_seed():
 @pytest.mark.skipif(not (REAL.is_dir() and REAL_512.is_dir()), reason="the real cells are not beside the checkout")
 def test_the_real_raw_layout_gives_the_ready_made_masks(tmp_path):
     lists = ROOT / segpc.INFO.list_dir
-    train, val = (ImageFolder(REAL_512, lists, part, 3, segpc.CLASS_NAMES) for part in ("train", "val"))
+    train, val = (ImageFolder(segpc.INFO, REAL_512, lists, part, 3) for part in ("train", "val"))
     assert (len(train), len(val)) == (238, 60)
     assert set(train.names) | set(val.names) == {path.stem for path in (REAL_512 / "images").iterdir()}
     names = segpc.prepare(REAL, tmp_path / "whole")
