@@ -207,23 +207,35 @@ def _is_grey_palette(file: Image.Image) -> bool:
     return not np.ptp(colours, axis=1).any() and len(np.unique(colours[:, 0])) == len(colours)
 
 
-def refuse_plateaus(path: str | Path, grey: np.ndarray, levels: Sequence[int]) -> None:
-    """Raise DataError for an area of one grey that is none of the ``levels``, which would be another class.
+def read_classes(path: str | Path, shape: tuple[int, int], greys: Sequence[int]) -> np.ndarray:
+    """Read a mask that shows each class in one of ``greys``, in rising order: class indices, uint8 (H, W).
 
-    Resampling and JPEG leave other greys too, but only along the edges, where they differ from pixel to pixel.
+    The nearest grey decides, because resampling and JPEG leave others along the edges. Of two classes the second may
+    have any grey above 127. A mask with no grey above the last index already holds indices. Raises DataError as
+    ``read_grey`` does, and for an area of another grey, which would be another class.
     """
-    step = min(np.diff(levels))
-    greys = np.unique(grey).astype(float)
-    others = greys[np.abs(greys[:, None] - levels).min(1) > step / 8]
-    if not len(others):
-        return
-    flat = ndimage.maximum_filter(grey, 3) - ndimage.minimum_filter(grey, 3) <= step / 32
-    found, count = np.unique(grey[flat & np.isin(grey, others)], return_counts=True)
-    if count.sum() > 8:
+    grey = read_grey(path, shape)
+    high, wanted = int(grey.max()), ", ".join(map(str, greys))
+    if high == 0:
+        logger.warning("%s: an empty mask", path)
+    if high < len(greys):
+        return grey.astype(np.uint8)
+    if len(greys) == 2 and high > 127:
+        greys = 0, high
+    step = greys[1] - greys[0]
+    if not greys[0] + step / 2 <= high < greys[-1] + step / 2:
+        raise DataError(f"{path}: its brightest grey is {high}; expected {wanted}; replace the mask")
+    found = np.unique(grey).astype(float)
+    others = found[np.abs(found[:, None] - greys).min(1) > step / 8]
+    # On an edge neighbours differ; in an area they do not.
+    flat = ndimage.maximum_filter(grey, 3) - ndimage.minimum_filter(grey, 3) <= step / 32 if len(others) else False
+    areas = grey[flat & np.isin(grey, others)]
+    if areas.size > 8:
         raise DataError(
-            f"{path}: holds an area of grey {found[count.argmax()]} besides {', '.join(map(str, levels))}; expected no "
-            "other class: write class indices 0, 1, 2, ... in place of greys (docs/adding_a_data_set.md)"
+            f"{path}: holds an area of grey {int(np.median(areas))}; expected {wanted}: write class indices 0, 1, 2, "
+            "... in place of greys (docs/adding_a_data_set.md)"
         )
+    return np.digitize(grey, np.add(greys[1:], greys[:-1]) / 2).astype(np.uint8)
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -4,19 +4,14 @@ Codella et al., "Skin lesion analysis toward melanoma detection 2018", arXiv 190
 dataset", Scientific Data 2018. The paper does not publish its division of the 2594 training images; this one is ours.
 """
 
-import logging
 from pathlib import Path
-
-import numpy as np
 
 from datasets.errors import DataError
 from datasets.image_sets import image_files
-from datasets.images import ColourPreprocessing, read_grey, read_image, refuse_plateaus
+from datasets.images import ColourPreprocessing, read_classes, read_image
 from datasets.info import DatasetInfo
 from datasets.lists import write_lists
 from datasets.preparation import Case, Pair, paired, prepare_images, ready_made, split_names
-
-logger = logging.getLogger(__name__)
 
 INFO = DatasetInfo(
     name="isic",
@@ -67,22 +62,4 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
 def read_case(case: Case, bits: int | None) -> Pair:
     """Read one image with its mask as a Pair; raises DataError."""
     image = read_image(case.images[0], bits)
-    return case.images[0], read_lesion(case.labels[0], image.shape[:2])
-
-
-def read_lesion(path: str | Path, shape: tuple[int, int]) -> np.ndarray:
-    """Read a mask in any form (grey, palette, RGB, alpha, 1-bit): uint8 (H, W), 1 where it is brighter than half.
-
-    A mask with no grey above 1 already holds class indices. Raises DataError for any other mask that is not black and
-    white up to the fringes of its edges, and for a size other than ``shape``, the image's.
-    """
-    grey = read_grey(path, shape)
-    brightest = int(grey.max())
-    if brightest == 0:
-        logger.warning("%s: an empty mask, no lesion", path)
-    if 1 < brightest < 128:
-        raise DataError(f"{path}: its brightest grey is {brightest}; expected 0 and 255, or 0 and 1; replace the mask")
-    if brightest <= 1:
-        return grey.astype(np.uint8)
-    refuse_plateaus(path, grey, (0, brightest))
-    return (grey > brightest // 2).astype(np.uint8)
+    return case.images[0], read_classes(case.labels[0], image.shape[:2], (0, 255))

@@ -7,8 +7,8 @@ names and lists are as for ACDC. Each patient has one or two frames; in the seco
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
@@ -37,17 +37,13 @@ INFO = DatasetInfo(
 )
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """One frame of one simulated patient."""
 
+    name: str
     patient: int
     contracted: bool
     seed: int
-
-    @property
-    def name(self) -> str:
-        return f"patient{self.patient:03d}_frame{8 if self.contracted else 1:02d}"
 
 
 def write_phantom(
@@ -64,15 +60,14 @@ def write_phantom(
             f"--num_patients {' '.join(map(str, num_patients))} --seed {seed}; expected three numbers of at least 1, "
             "and a seed of at least 0"
         )
-    patients = range(1, sum(num_patients) + 1)
+    patients = {number: f"patient{number:03d}" for number in range(1, sum(num_patients) + 1)}
     cases = [
-        Case(patient, contracted, seed)
-        for patient in patients
-        for contracted in (False, True)[: 1 + int(np.random.default_rng((seed, patient)).integers(2))]
+        Case(f"{name}_frame{frame:02d}", patient, frame > 1, seed)
+        for patient, name in patients.items()
+        for frame in (1, 8)[: 1 + int(np.random.default_rng((seed, patient)).integers(2))]
     ]
     prepare_volumes(make_volume, cases, out, jobs, overwrite=True)
-    names = [f"patient{patient:03d}" for patient in patients]
-    train, val = num_patients[0], sum(num_patients[:2])
+    names, train, val = list(patients.values()), num_patients[0], sum(num_patients[:2])
     parts = {"train": names[:train], "val": names[train:val], "test": names[val:], "trainval": names[:val]}
     write_lists(Path(out) / "lists", parts)
     return [case.name for case in cases]

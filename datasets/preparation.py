@@ -9,7 +9,7 @@ import multiprocessing
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from datasets.errors import DataError
+from datasets.errors import DataError, brief
 from datasets.files import atomic_write
 from datasets.image_sets import image_files, image_of
 from datasets.images import ENDINGS, IMAGE_FOLDER, MASK_FOLDER, common_bits
@@ -113,15 +113,15 @@ def prepare_volumes(
     """Write the slices and the volume of every case and return the names.
 
     read: returns the Volume of a case (which has a ``name``), can be pickled; jobs: processes; overwrite: also write
-    finished cases again. Raises the first error; finished cases stay.
+    finished cases again. Raises the first error; finished cases stay. Logs how many have no voxel spacing.
     """
-    waiting = [case for case in cases if overwrite or not _volume_file(out, case.name).is_file()]
-    measured = _run(partial(_prepare_volume, read, out), waiting, len(cases), "volumes", jobs)
-    if not all(measured):
-        without = [case.name for case, spacing in zip(waiting, measured, strict=True) if not spacing]
+    finished = [case.name for case in cases if not overwrite and _volume_file(out, case.name).is_file()]
+    done = _run(partial(_prepare_volume, read, out), cases, finished, "volumes", jobs)
+    unmeasured = [name for name, spacing in done.items() if spacing is None]
+    if unmeasured:
         logger.warning(
-            "%s: %d volumes (%s, ...) have no voxel spacing in their files: distances will be in voxels, not in mm",
-            out, len(without), without[0],
+            "%d volumes have no voxel spacing in their files, so distances will be in voxels, not in mm: %s",
+            len(unmeasured), brief(", ".join(unmeasured), 60),
         )  # fmt: skip
     return [case.name for case in cases]
 
@@ -130,18 +130,17 @@ def write_prepared(volume: Volume, out: str | Path) -> None:
     """Write the slices of a volume and then the volume."""
     target = _volume_file(out, volume.name)
     target.unlink(missing_ok=True)
-    for old in (Path(out) / SLICE_FOLDER).glob(f"{volume.name}_slice*.npz"):
+    for old in Path(out, SLICE_FOLDER).glob(f"{volume.name}_slice*.npz"):
         old.unlink()
     for index in range(len(volume.image)):
         write_slice(Path(out, SLICE_FOLDER, f"{volume.name}_slice{index:03d}.npz"), volume, index)
     write_volume(target, volume)
 
 
-def _prepare_volume(read: Callable[[Any], Volume], out: str | Path, case: Any) -> bool:
-    """Write a case; return whether its spacing is known."""
+def _prepare_volume(read: Callable[[Any], Volume], out: str | Path, case: Any) -> tuple[float, ...] | None:
     volume = read(case)
     write_prepared(volume, out)
-    return volume.spacing is not None
+    return volume.spacing
 
 
 def _volume_file(out: str | Path, name: str) -> Path:
@@ -156,13 +155,9 @@ Pair = tuple[np.ndarray | Path, np.ndarray]
 
 
 def prepare_images(
-    read: Callable[[Case, int | None], Pair | None],
-    cases: Sequence[Case],
-    raw: str | Path,
-    out: str | Path,
-    jobs: int = 1,
-    overwrite: bool = False,
-) -> list[str]:
+    read: Callable[[Case, int | None], Pair | None], cases: Sequence[Case], raw: str | Path, out: str | Path,
+    jobs: int = 1, overwrite: bool = False,
+) -> list[str]:  # fmt: skip
     """Write the image and the mask of every case and return the names of all that are there.
 
     read: takes a case and the ``common_bits`` of all, returns its Pair, or None to leave it out; can be pickled; raw:
@@ -172,17 +167,17 @@ def prepare_images(
     out = Path(out)
     if Path(raw).resolve() == out.resolve():
         raise DataError(f"{out}: this is the raw folder, and its masks would be overwritten; give another --out")
-    there = image_files(out / IMAGE_FOLDER) if (out / IMAGE_FOLDER).is_dir() else ()
     names = [case.name for case in cases]
+    there = image_files(out / IMAGE_FOLDER) if (out / IMAGE_FOLDER).is_dir() else ()
     kinds = {name != image_of(name): name for name in (*names, *there)}  # one name of each kind
     if len(kinds) > 1:
         raise DataError(
             f"{out / IMAGE_FOLDER}: {kinds[False]} is a whole image and {kinds[True]} a crop; they must not be mixed: "
             "give another --out"
         )
-    waiting = [case for case in cases if overwrite or not _mask_file(out, case.name).is_file()]
+    finished = [name for name in names if not overwrite and _mask_file(out, name).is_file()]
     bits = common_bits({case.images[0] for case in cases})
-    _run(partial(_prepare_image, read, bits, out), waiting, len(cases), "images", jobs)
+    _run(partial(_prepare_image, read, bits, out), cases, finished, "images", jobs)
     return [name for name in names if _mask_file(out, name).is_file()]
 
 
@@ -191,13 +186,14 @@ def _prepare_image(read: Callable[[Case, int | None], Pair | None], bits: int | 
     if pair is None:
         return
     (image, mask), mask_file = pair, _mask_file(out, case.name)
-    for old in (mask_file, *(out / IMAGE_FOLDER / f"{case.name}{ending}" for ending in ENDINGS)):
+    stem = out / IMAGE_FOLDER / case.name
+    for old in (mask_file, *(Path(f"{stem}{ending}") for ending in ENDINGS)):
         old.unlink(missing_ok=True)
     if isinstance(image, Path):
-        with atomic_write(out / IMAGE_FOLDER / f"{case.name}{image.suffix.lower()}") as temporary:
+        with atomic_write(f"{stem}{image.suffix.lower()}") as temporary:
             shutil.copyfile(image, temporary)
     else:
-        _write_png(out / IMAGE_FOLDER / f"{case.name}.png", image)
+        _write_png(Path(f"{stem}.png"), image)
     _write_png(mask_file, mask)
 
 
@@ -211,21 +207,20 @@ def _mask_file(out: Path, name: str) -> Path:
     return out / MASK_FOLDER / f"{name}.png"
 
 
-def _run(work: Callable[[Any], Any], waiting: Sequence[Any], total: int, what: str, jobs: int) -> list[Any]:
-    """Return what ``work`` returns for every waiting case, and show the progress; raises the first error."""
-    if len(waiting) < total:
-        done = total - len(waiting)
-        logger.info("%d of %d %s are already prepared; --overwrite prepares them again", done, total, what)
-
-    def progress(results: Iterable[Any]) -> Iterator[Any]:
-        return tqdm(results, total=len(waiting), desc=what, disable=None)
-
+def _run(
+    work: Callable[[Any], Any], cases: Sequence[Any], finished: Collection[str], what: str, jobs: int
+) -> dict[str, Any]:
+    """Return what ``work`` returns for every case that is not finished, by its name; raises the first error."""
+    waiting = {case.name: case for case in cases if case.name not in finished}
+    if finished:
+        logger.info("%d of %d %s are already prepared; --overwrite does them again", len(finished), len(cases), what)
+    progress = partial(tqdm, total=len(waiting), desc=what, disable=None)
     if jobs <= 1 or len(waiting) <= 1:
-        return list(progress(map(work, waiting)))
+        return {name: work(case) for name, case in progress(waiting.items())}
     # Spawned, not forked: this process may already run threads (torch, HDF5).
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(min(jobs, len(waiting)), mp_context=context) as pool:
-            return list(progress(pool.map(work, waiting)))
+            return dict(zip(waiting, progress(pool.map(work, waiting.values())), strict=True))
     except BrokenProcessPool as error:
         raise DataError("a worker process was killed, probably for lack of memory: lower --jobs") from error

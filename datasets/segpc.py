@@ -10,14 +10,14 @@ There are two protocols: whole images with three classes, as in the paper's tabl
 import logging
 import math
 import re
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from scipy import ndimage
 
 from datasets.errors import DataError, brief
 from datasets.image_sets import image_files, image_of
-from datasets.images import ColourPreprocessing, read_grey, read_image, refuse_plateaus
+from datasets.images import ColourPreprocessing, read_classes, read_image
 from datasets.info import DatasetInfo
 from datasets.lists import write_lists
 from datasets.preparation import Case, Pair, prepare_images, ready_made, split_names
@@ -82,32 +82,10 @@ def read_case(case: Case, bits: int | None) -> Pair | None:
     Where cells overlap, the higher index wins: nuclei lie over cytoplasm. Raises DataError.
     """
     image = read_image(case.images[0], bits)
-    cells = [read_classes(path, image.shape[:2]) for path in case.labels]
-    for path, cell in zip(case.labels, cells, strict=True):
-        if not cell.any():
-            logger.warning("%s: an empty mask, left out", path)
-    mask = np.max(cells, axis=0)
+    mask = np.max([read_classes(path, image.shape[:2], GREYS) for path in case.labels], axis=0)
     if image_of(case.name) == case.name:
         return case.images[0], mask
     return crop(image, mask) if mask.any() else None
-
-
-def read_classes(path: str | Path, shape: tuple[int, int]) -> np.ndarray:
-    """Read a mask as class indices: uint8 (H, W), the nearest of ``GREYS`` for each grey value.
-
-    The file may have one channel or three, and intermediate greys along the edges if it was resampled. A mask with no
-    grey above 2 already holds class indices. Raises DataError for other greys and a size other than ``shape``, the
-    image's.
-    """
-    grey = read_grey(path, shape)
-    if grey.max() <= len(CLASS_NAMES):
-        return grey.astype(np.uint8)
-    if grey.max() >= GREYS[2] + 10:
-        raise DataError(
-            f"{path}: holds the grey value {grey.max()}; expected 0, 20 (cytoplasm) and 40 (nucleus); replace the mask"
-        )
-    refuse_plateaus(path, grey, GREYS)
-    return np.digitize(grey, [(low + high) / 2 for low, high in pairwise(GREYS)]).astype(np.uint8)
 
 
 def crop(image: np.ndarray, cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -116,33 +94,22 @@ def crop(image: np.ndarray, cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     image: uint8 (H, W, 3); cell: uint8 (H, W), the classes of one cell. The centre is that of the nucleus's bounding
     box, or of the cell's where no nucleus is marked. Returns (image (S, S, 3), label (S, S)).
     """
-    bounds, nucleus = _bounds(cell > 0), cell == 1 + CLASS_NAMES.index("nucleus")
-    side = max(CROP_MINIMUM, math.ceil(CROP_SCALE * max(end - start for start, end in bounds)))
-    centred_on = _bounds(nucleus) if nucleus.any() else bounds
-    rows, columns = (np.arange(side) + (start + end - side) // 2 for start, end in centred_on)
-    known = (rows >= 0) & (rows < cell.shape[0]), (columns >= 0) & (columns < cell.shape[1])
-    square, inside = np.ix_(*known), np.ix_(rows[known[0]], columns[known[1]])
+    (box,) = ndimage.find_objects(np.minimum(cell, 1))
+    side = max(CROP_MINIMUM, math.ceil(CROP_SCALE * max(part.stop - part.start for part in box)))
+    _, nucleus = ndimage.find_objects(cell, max_label=len(CLASS_NAMES))
+    square = tuple(slice(first, first + side) for first in ((p.start + p.stop + side) // 2 for p in nucleus or box))
     # Black like the corners after a rotation; repeating the border's pixels would draw a nucleus without a label.
-    image_out, label_out = np.zeros((side, side, 3), np.uint8), np.zeros((side, side), np.uint8)
-    image_out[square], label_out[square] = image[inside], cell[inside]
-    return image_out, label_out
-
-
-def _bounds(mask: np.ndarray) -> list[tuple[int, int]]:
-    """Return (first, last + 1) of the rows and of the columns in which the mask is set."""
-    return [(int(places[0]), int(places[-1]) + 1) for places in (np.flatnonzero(mask.any(axis)) for axis in (1, 0))]
+    return np.pad(image, ((side, side), (side, side), (0, 0)))[square], np.pad(cell, side)[square]
 
 
 def _find_images(raw: Path) -> dict[str, list[Case]]:
     """Return the images with masks for train and test; raises DataError where there are none, or two of one name."""
     INFO.require(raw)
     part_of_raw = PARTS.get(raw.resolve().name, "train")
-    # Every archive of the challenge holds a folder of its own name.
-    inside = [(part, folder) for name, part in PARTS.items() for folder in (raw / name, raw / name / name)]
     parts: dict[str, list[Case]] = {"train": [], "test": []}
-    for part, folder in [(part_of_raw, raw), *inside]:
-        if (folder / "x").is_dir():
-            parts[part] += _challenge_images(folder)
+    for part, folder in [(part_of_raw, raw), *((part, raw / name) for name, part in PARTS.items())]:
+        for inner in (folder, folder / folder.name):  # every archive of the challenge holds a folder of its own name
+            parts[part] += _challenge_images(inner) if (inner / "x").is_dir() else []
     if not any(parts.values()):
         parts[part_of_raw] = ready_made(raw)
     if not any(parts.values()):
@@ -152,9 +119,8 @@ def _find_images(raw: Path) -> dict[str, list[Case]]:
         )
     first: dict[str, Path] = {}
     for case in (case for part in parts.values() for case in part):
-        (path,) = case.images
-        if first.setdefault(case.name, path) != path:
-            raise DataError(f"{path}: {first[case.name]} has the same id; remove one of the two")
+        if first.setdefault(case.name, case.images[0]) != case.images[0]:
+            raise DataError(f"{case.images[0]}: {first[case.name]} has the same id; remove one of the two")
     return parts
 
 

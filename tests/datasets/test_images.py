@@ -300,11 +300,8 @@ def test_unusable_folders_are_refused(tmp_path, refused):
     lists = data / "lists"
 
     def refuse(*words):
-        for kind in (
-            lambda: ImageDataset(INFO, data, lists, "train", 3, 32),
-            lambda: ImageFolder(INFO, data, lists, "train", 3),
-        ):
-            refused(kind, *words)
+        for kind, size in ((ImageDataset, [32]), (ImageFolder, [])):
+            refused(lambda kind=kind, size=size: kind(INFO, data, lists, "train", 3, *size), *words)
 
     (lists / "train.txt").write_text("1\n4\n5\n")
     refuse(lists / "train.txt", "2 of 3", "4, 5", "prepare_data.py")

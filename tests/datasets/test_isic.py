@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from datasets import isic
 from datasets.image_sets import ImageFolder
-from datasets.images import read_mask
+from datasets.images import read_classes, read_mask
 from datasets.lists import read_list
 from datasets.preparation import split_names
 
@@ -91,10 +91,10 @@ BLOB = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(240, 320)),
 def test_the_fringes_that_jpeg_and_resampling_leave_are_tolerated(tmp_path, quality):
     mask = Image.fromarray(BLOB.astype(np.uint8) * 255)
     saved(mask.convert("RGB"), "JPEG", quality=quality).convert("L").save(tmp_path / "mask.png")
-    assert (isic.read_lesion(tmp_path / "mask.png", BLOB.shape) != BLOB).mean() < 0.001
+    assert (read_classes(tmp_path / "mask.png", BLOB.shape, (0, 255)) != BLOB).mean() < 0.001
     for method in (Image.Resampling.BILINEAR, Image.Resampling.LANCZOS):
         mask.resize((1600, 1200), method).resize((320, 240), method).save(tmp_path / "mask.png")
-        assert (isic.read_lesion(tmp_path / "mask.png", BLOB.shape) != BLOB).mean() < 0.01
+        assert (read_classes(tmp_path / "mask.png", BLOB.shape, (0, 255)) != BLOB).mean() < 0.01
 
 
 PARTS = BLOB.astype(int) + np.roll(BLOB, 60, 1) + np.roll(BLOB, 60, 0)  # 0 to 3: several classes in one mask
@@ -116,7 +116,7 @@ COLOURS = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [255, 255, 0]], np.uint
 )
 def test_several_classes_in_one_mask_are_refused(tmp_path, refused, mask, word):
     mask.save(tmp_path / "mask.png")
-    refused(lambda: isic.read_lesion(tmp_path / "mask.png", BLOB.shape), "mask.png", word)
+    refused(lambda: read_classes(tmp_path / "mask.png", BLOB.shape, (0, 255)), "mask.png", word)
 
 
 def test_the_official_number_of_images_is_cut_as_specified():

@@ -12,7 +12,7 @@ from PIL import Image
 from datasets import preparation, segpc
 from datasets.files import atomic_write
 from datasets.image_sets import ImageFolder
-from datasets.images import read_image, read_mask
+from datasets.images import read_classes, read_image, read_mask
 from datasets.lists import read_list
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,7 +71,7 @@ def test_masks_of_other_forms_mean_the_same(tmp_path, form):
     for mask in CELLS:
         picture = Image.fromarray(np.abs(mask + noise).astype(np.uint16 if form == "I;16" else np.uint8))
         (picture if form == "I;16" else picture.convert(form)).save(tmp_path / "mask.png")
-        np.testing.assert_array_equal(segpc.read_classes(tmp_path / "mask.png", SHAPE), mask // 20)
+        np.testing.assert_array_equal(read_classes(tmp_path / "mask.png", SHAPE, segpc.GREYS), mask // 20)
 
 
 def test_crops_hold_one_cell_each_around_its_nucleus(tmp_path):
@@ -193,7 +193,7 @@ def test_unfit_raw_folders_are_refused(tmp_path, refused):
     (tmp_path / "empty").mkdir()
     refused(lambda: segpc.prepare(tmp_path / "empty", out), tmp_path / "empty", "x/<id>.bmp", "masks/<id>.png")
     for array, words in (
-        (CELLS[0].T, ("128 x 96", "96 x 128")), (CELLS[0] + 200, ("240", "40 (nucleus)")), (CELLS[0] // 2 * 3, ("60",)),
+        (CELLS[0].T, ("128 x 96", "96 x 128")), (CELLS[0] + 200, ("240", "0, 20, 40")), (CELLS[0] // 2 * 3, ("60",)),
         (np.where(CELLS[0] == 20, 30, CELLS[0]), ("area of grey 30", "0, 20, 40")),
     ):  # fmt: skip
         Image.fromarray(array.copy()).save(mask)
