@@ -21,8 +21,8 @@ import numpy as np
 
 from datasets import DATASETS, DataError, Picture, Volume
 from datasets.files import atomic_write, check_writable, file_stem
-from datasets.images import ENDINGS as IMAGE_ENDINGS
-from datasets.images import common_bits
+from datasets.image_files import ENDINGS as IMAGE_ENDINGS
+from datasets.image_files import common_bits
 from datasets.scan import FOLDER_ENDINGS, LABEL_ENDINGS, SCAN_ENDINGS, label_ending, scan_name, write_segmentation
 from networks import NetworkError
 from utils.cli import AMP_DTYPES, ArgumentParser, run_script, seed_everything

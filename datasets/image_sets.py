@@ -1,9 +1,8 @@
 """The colour images of a split, for training and for testing.
 
-A crop of an image is called ``<id>_cell<k>``. An entry of a list is an ``<id>`` and names the image or all its crops.
+An entry of a list is an ``<id>`` and names the image or all its crops ``<id>_cell<k>``.
 """
 
-import re
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
@@ -13,37 +12,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from datasets import images
 from datasets.errors import DataError
-from datasets.images import ENDINGS, IMAGE_FOLDER, MASK_FOLDER, Picture
-from datasets.lists import list_path, natural_key, read_list, refuse_missing
+from datasets.image_files import (
+    IMAGE_FOLDER,
+    MASK_FOLDER,
+    common_bits,
+    image_files,
+    image_of,
+    read_drafted,
+    read_mask,
+)  # fmt: skip
+from datasets.images import Picture, read_picture, resize_image, resize_mask, shrunk_size
+from datasets.lists import list_path, read_list, refuse_missing
 from datasets.photometric import photometric
 from datasets.training_set import TrainingSet
 from datasets.transforms import augment
 
 if TYPE_CHECKING:
     from datasets.info import DatasetInfo
-
-
-def image_of(name: str) -> str:
-    """Return the image of a file, a crop or an entry: 106 for 106.png, 106_cell3 and 106_cell3.png."""
-    path = Path(name)
-    return re.sub(r"_cell[0-9]+$", "", path.stem if path.suffix.lower() in ENDINGS else path.name)
-
-
-def image_files(folder: str | Path) -> dict[str, Path]:
-    """Return the images of a folder by name, in natural order.
-
-    Raises DataError for a missing folder, and where two files have one name.
-    """
-    if not Path(folder).is_dir():
-        raise DataError(f"{folder}: no such folder; prepare the data first (prepare_data.py, data/README.md)")
-    files: dict[str, Path] = {}
-    for path in sorted(Path(folder).iterdir(), key=lambda path: natural_key(path.name)):
-        found = path.suffix.lower() in ENDINGS and not path.name.startswith(".")
-        if found and files.setdefault(path.stem, path) != path:
-            raise DataError(f"{path}: {files[path.stem].name} has the same name; remove one of the two")
-    return files
 
 
 class _Images:
@@ -72,7 +58,7 @@ class _Images:
                 raise DataError(f"{self.source}: two entries name {files[name].name}; keep one of them")
         refuse_missing(Path(folder) / MASK_FOLDER, f"images of {self.source} have no mask", self.names, masks)
         self.files = {name: (files[name], masks[name]) for name in self.names}
-        self.bits = images.common_bits(files.values())  # of all splits alike
+        self.bits = common_bits(files.values())  # of all splits alike
         kinds = {"single cells" if name != image_of(name) else "whole images" for name in self.names}
         self.kind = " and ".join(sorted(kinds))
 
@@ -87,7 +73,7 @@ class _Images:
     def open(self, index: int) -> Picture:
         """Return an image with its mask as stored, checked."""
         image, mask = self.files[self.names[index]]
-        return images.read_picture(image, mask, self.num_classes, self.class_names, self.preprocessing, self.bits)
+        return read_picture(image, mask, self.num_classes, self.class_names, self.preprocessing, self.bits)
 
 
 class ImageDataset(_Images, TrainingSet):
@@ -109,9 +95,9 @@ class ImageDataset(_Images, TrainingSet):
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the shrunk image, uint8 (h, w, 3), and label, uint8 (h, w), of a sample."""
         file, mask_file = self.files[self.names[index]]
-        image, own_size = images.read_shrunk(file, self.img_size, self.bits)
-        mask = images.read_mask(mask_file, own_size, self.num_classes)
-        return image, images.resize_mask(mask, image.shape[:2])
+        image, own_size = read_drafted(file, self.img_size, self.bits)
+        size = shrunk_size(own_size, self.img_size)
+        return resize_image(image, size), resize_mask(read_mask(mask_file, own_size, self.num_classes), size)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
         image, label = self.stored(index)
@@ -122,8 +108,8 @@ class ImageDataset(_Images, TrainingSet):
             image, label = photometric(image, label, rng)
         size = (self.img_size, self.img_size)
         return {
-            "image": torch.from_numpy(self.preprocessing.normalise(images.resize_image(image, size))),
-            "label": torch.from_numpy(images.resize_mask(label, size).astype(np.int64)),
+            "image": torch.from_numpy(self.preprocessing.normalise(resize_image(image, size))),
+            "label": torch.from_numpy(resize_mask(label, size).astype(np.int64)),
             "name": self.names[index],
         }
 

@@ -7,8 +7,8 @@ dataset", Scientific Data 2018. The paper does not publish its division of the 2
 from pathlib import Path
 
 from datasets.errors import DataError
-from datasets.image_sets import image_files
-from datasets.images import ColourPreprocessing, read_classes, read_image
+from datasets.image_files import image_files, read_classes, read_image
+from datasets.images import ColourPreprocessing
 from datasets.info import DatasetInfo
 from datasets.lists import write_lists
 from datasets.preparation import Case, Pair, paired, prepare_images, ready_made, split_names

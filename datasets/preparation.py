@@ -23,8 +23,7 @@ from tqdm import tqdm
 
 from datasets.errors import DataError, brief
 from datasets.files import atomic_write
-from datasets.image_sets import image_files, image_of
-from datasets.images import ENDINGS, IMAGE_FOLDER, MASK_FOLDER, common_bits
+from datasets.image_files import ENDINGS, IMAGE_FOLDER, MASK_FOLDER, common_bits, image_files, image_of
 from datasets.info import SLICE_FOLDER, VOLUME_FOLDER, DatasetInfo
 from datasets.lists import natural_key
 from datasets.scan import read_scan, read_scan_label

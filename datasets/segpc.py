@@ -16,8 +16,8 @@ import numpy as np
 from scipy import ndimage
 
 from datasets.errors import DataError, brief
-from datasets.image_sets import image_files, image_of
-from datasets.images import ColourPreprocessing, read_classes, read_image
+from datasets.image_files import image_files, image_of, read_classes, read_image
+from datasets.images import ColourPreprocessing
 from datasets.info import DatasetInfo
 from datasets.lists import write_lists
 from datasets.preparation import Case, Pair, prepare_images, ready_made, split_names

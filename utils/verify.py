@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from datasets import DATASETS, DataError, DatasetInfo, ImageDataset, ImageFolder, SliceDataset, VolumeDataset
 from datasets.errors import brief
-from datasets.image_sets import image_of
+from datasets.image_files import image_of
 from datasets.lists import PATTERN_HELP, beginnings, list_path, natural_key, patient_of, read_list, volume_name
 from datasets.preprocessing import orientation_of
 from datasets.storage import PREPARE, LabelOrder

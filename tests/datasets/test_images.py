@@ -6,16 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.image_sets import ImageDataset, ImageFolder, image_of
-from datasets.images import (
-    ColourPreprocessing,
-    read_image,
-    read_mask,
-    read_picture,
-    resize_image,
-    resize_mask,
-    shrunk_size,
-)
+from datasets.image_files import image_of, read_image, read_mask
+from datasets.image_sets import ImageDataset, ImageFolder
+from datasets.images import ColourPreprocessing, read_picture, resize_image, resize_mask, shrunk_size
 from datasets.segpc import INFO
 from tests.datasets.test_volumes import assert_samples_depend_on_epoch_and_seed_alone
 

@@ -9,8 +9,8 @@ from PIL import Image
 from scipy import ndimage
 
 from datasets import isic
+from datasets.image_files import read_classes, read_mask
 from datasets.image_sets import ImageFolder
-from datasets.images import read_classes, read_mask
 from datasets.lists import read_list
 from datasets.preparation import split_names
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 from datasets import DataError, Preprocessing, Volume, read_scan, read_slice, read_volume, write_slice, write_volume
 from datasets.acdc import CLASS_NAMES
-from datasets.images import read_image, read_mask
+from datasets.image_files import read_image, read_mask
 from datasets.lists import read_list
 from datasets.scan import read_scan_label
 from networks import NetworkError, SimMPNet

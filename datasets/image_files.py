@@ -1,0 +1,258 @@
+"""Read the files of images and masks.
+
+On disk: ``images/<id>`` with one of ``ENDINGS`` and ``masks/<id>.png`` of the same size, whose grey values are class
+indices. A crop of an image is called ``<id>_cell<k>``.
+"""
+
+import logging
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, ImageSequence
+from scipy import ndimage
+
+from datasets.errors import DataError
+from datasets.lists import natural_key
+from datasets.storage import reading
+
+logger = logging.getLogger(__name__)
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")  # extensions of image files, in lower case
+MAX_PIXELS = 80_000_000  # of the largest image that is decoded, over three times 6000 x 4000
+IMAGE_FOLDER, MASK_FOLDER = "images", "masks"
+_FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # no others: Pillow starts programs for some of them
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+# Numbers of TIFF's tags.
+_NEW_SUBFILE_TYPE, _BITS_PER_SAMPLE, _PHOTOMETRIC, _DESCRIPTION, _MAX_SAMPLE_VALUES = 254, 258, 262, 270, (281, 341)
+
+
+def image_of(name: str) -> str:
+    """Return the image of a file, a crop or an entry: 106 for 106.png, 106_cell3 and 106_cell3.png."""
+    path = Path(name)
+    return re.sub(r"_cell[0-9]+$", "", path.stem if path.suffix.lower() in ENDINGS else path.name)
+
+
+def image_files(folder: str | Path) -> dict[str, Path]:
+    """Return the images of a folder by name, in natural order.
+
+    Raises DataError for a missing folder, and where two files have one name.
+    """
+    if not Path(folder).is_dir():
+        raise DataError(f"{folder}: no such folder; prepare the data first (prepare_data.py, data/README.md)")
+    files: dict[str, Path] = {}
+    for path in sorted(Path(folder).iterdir(), key=lambda path: natural_key(path.name)):
+        found = path.suffix.lower() in ENDINGS and not path.name.startswith(".")
+        if found and files.setdefault(path.stem, path) != path:
+            raise DataError(f"{path}: {files[path.stem].name} has the same name; remove one of the two")
+    return files
+
+
+@contextmanager
+def _opened(path: str | Path, checksums: bool = True) -> Iterator[Image.Image]:
+    """Open an image file; every error of the block, which decodes it, becomes a DataError."""
+    with reading(path, f"image ({', '.join(ENDINGS)})", "replace the file"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about damaged tags, and about sizes that are refused here
+        with Image.open(path, formats=_FORMATS) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise DataError(
+                    f"{path}: declares {file.width} x {file.height} pixels; at most {MAX_PIXELS // 10**6} million are "
+                    "read: replace the file by a smaller one"
+                )
+            if file.mode == "F":
+                raise DataError(f"{path}: holds floating-point numbers; expected 8 or 16 bits: convert it")
+            if file.format in ("PNG", "TIFF") and getattr(file, "n_frames", 1) > 1:  # in a JPEG they are previews
+                kinds = [_tags(page).get(_NEW_SUBFILE_TYPE, 0) for page in ImageSequence.Iterator(file)]
+                pages = sum(not kind & 1 for kind in kinds)  # 1: a smaller copy of another page
+                if pages > 1:
+                    raise DataError(f"{path}: holds {pages} pages; expected one image per file: save them one by one")
+                file.seek(0)
+            if file.format == "PNG" and checksums:
+                with Image.open(path, formats=("PNG",)) as twin:
+                    twin.verify()  # compares the checksums, which decoding ignores
+            yield file
+
+
+def _tags(file: Image.Image) -> dict[int, Any]:
+    return getattr(file, "tag_v2", {})  # only a TIFF has them
+
+
+def _deep_values(path: str | Path, file: Image.Image) -> np.ndarray | None:
+    """Return the values of an image with more than 8 bits per channel, (H, W) or (H, W, 3); None for another image."""
+    depth = max(_tags(file).get(_BITS_PER_SAMPLE, (1,)))
+    if depth <= 8 and not (file.format == "PNG" and ";16" in str(file.tile[0][3])):
+        return None
+    values = np.asarray(file) if file.mode.startswith("I") else None
+    if file.mode in ("RGB", "RGBA"):  # Pillow keeps only 8 bits of a colour
+        import SimpleITK
+
+        SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+        values = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
+        values = values[..., :3] if values.dtype == np.uint16 else None
+    if values is None or _tags(file).get(_PHOTOMETRIC) == 0:  # white is 0
+        raise DataError(f"{path}: is of a kind that is read with 8 bits only ({file.mode}): convert it to 8 bits")
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise DataError(f"{path}: its values run from {low} to {high}; expected 0 to 65535: convert it to 16 or 8 bits")
+    return values
+
+
+def _bits_in_use(file: Image.Image, high: int) -> tuple[int, bool]:
+    """Return how many of its 16 bits an image with values up to ``high`` uses, and whether the file says so itself."""
+    needed, tags = max(8, high.bit_length()), _tags(file)
+    stated = [tags.get(_BITS_PER_SAMPLE, (16,))[0]]
+    stated += map(int, re.findall(r'SignificantBits="([0-9]+)"', str(tags.get(_DESCRIPTION))))
+    for tag in _MAX_SAMPLE_VALUES:
+        stated += [int(value).bit_length() for value in np.atleast_1d(tags.get(tag, ()))]
+    fitting = [bits for bits in stated if needed <= bits < 16]
+    return min(fitting, default=needed), bool(fitting)
+
+
+def common_bits(paths: Iterable[Path]) -> int | None:
+    """Return how many bits the images in 16-bit files use which do not say it themselves; None without such files.
+
+    Cameras of 10 to 14 bits store their values unscaled. The bits are those of the largest value of the whole data set,
+    because a dark image alone seems to use fewer. Damaged files are left out; they are refused when they are read.
+    """
+    found = []
+    for path in (path for path in paths if path.suffix.lower() in (".png", ".tif", ".tiff")):
+        with suppress(DataError), _opened(path, checksums=False) as file:
+            values = _deep_values(path, file)
+            bits, stated = (0, True) if values is None else _bits_in_use(file, int(values.max()))
+            found += [] if stated else [bits]
+    if not found:
+        return None
+    logger.info("%d images in 16-bit files are read as %d bits, as their largest value needs", len(found), max(found))
+    return max(found)
+
+
+def read_image(path: str | Path, bits: int | None = None) -> np.ndarray:
+    """Read an image and apply its EXIF orientation: uint8 (H, W, 3).
+
+    Grey becomes RGB, palettes are applied, alpha is dropped. Of 16 bits the highest 8 in use are kept: as the file says
+    itself, or ``bits`` (of ``common_bits``), or as its largest value needs, which is logged. Raises DataError for a
+    file that is missing, damaged, no image, larger than ``MAX_PIXELS``, of several pages or of floating-point numbers.
+    """
+    with _opened(path) as file:
+        return _upright_rgb(path, file, bits)
+
+
+def _upright_rgb(path: str | Path, file: Image.Image, common: int | None) -> np.ndarray:
+    values = _deep_values(path, file)
+    if values is None:
+        return np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
+    high = int(values.max())
+    bits, stated = _bits_in_use(file, high)
+    if not stated and common is None and bits < 16:
+        logger.warning("%s: its largest value is %d of 65535, so it is read as %d bits", path, high, bits)
+    values = (values >> (max(bits, 0 if stated else common or 0) - 8)).astype(np.uint8)
+    image = Image.fromarray(values).convert("RGB")
+    image.getexif()[ExifTags.Base.Orientation] = file.getexif().get(ExifTags.Base.Orientation, 1)
+    return np.asarray(ImageOps.exif_transpose(image))
+
+
+def read_drafted(path: Path, side: int, bits: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
+    """Read an image that will be shrunk to a shorter side of ``side``: returns (uint8 (h, w, 3), its own (H, W)).
+
+    A JPEG larger than twice that is decoded at 1/2, 1/4 or 1/8, several times faster; the result differs from shrinking
+    the whole image by about a grey level. bits: as in ``read_image``.
+    """
+    with _opened(path) as file:
+        size = file.height, file.width
+        drafted = file.draft(None, (2 * side, 2 * side))  # only a JPEG is
+        sideways = drafted and file.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
+        image = _upright_rgb(path, file, bits)
+    return image, (size[::-1] if sideways else size) if drafted else image.shape[:2]
+
+
+def read_mask(path: str | Path, shape: tuple[int, int] | None = None, num_classes: int | None = None) -> np.ndarray:
+    """Read a mask of class indices: uint8 (H, W).
+
+    shape: of its image, (H, W); num_classes: with background, bounds the indices. A palette of greys is applied, the
+    colours of any other palette are ignored. Raises DataError as ``read_grey`` does, and for a wrong index.
+    """
+    mask = read_grey(path, shape, indices=True)
+    low, high = int(mask.min()), int(mask.max())
+    bound = 256 if num_classes is None else num_classes
+    if low < 0 or high >= bound:
+        remedy = "write 0, 1, 2, ... in place of these greys (prepare_data.py isic does it for black and white)"
+        if high < 64:  # greys of a picture are brighter
+            remedy = f"train with --num_classes {high + 1} if there are that many, background included, or {remedy}"
+        greys = ", ".join(str(grey) for grey in np.unique(mask)[:5])
+        raise DataError(f"{path}: holds {greys}, so class index {high}; expected 0 to {bound - 1}: {remedy}")
+    return mask.astype(np.uint8)
+
+
+def read_grey(path: str | Path, shape: tuple[int, int] | None, indices: bool = False) -> np.ndarray:
+    """Read a mask, in any form that ``read_image`` reads, as the greys that are stored: uint8 or uint16 (H, W).
+
+    shape: of its image, (H, W); indices: take the indices of a coloured palette, not its colours. Raises DataError as
+    ``read_image`` does, for another size, for colours, for a drawing in the alpha channel, and for an EXIF orientation.
+    """
+    with _opened(path) as file:
+        bands = _deep_values(path, file)
+        turned = file.getexif().get(ExifTags.Base.Orientation, 1)
+        if turned != 1:
+            raise DataError(f"{path}: has the EXIF orientation {turned}; expected a mask that is stored upright")
+        if bands is None and indices and (file.mode == "1" or (file.mode == "P" and not _is_grey_palette(file))):
+            bands = np.asarray(file)
+        elif bands is None:
+            bands = np.asarray(file.convert("L" if file.mode in ("L", "1") else "RGBA"))
+    if bands.ndim == 3:
+        colours, alpha = bands[..., :3], bands[..., 3:]
+        if alpha.size and alpha.min() < alpha.max() and colours.min() == colours.max():
+            raise DataError(f"{path}: is drawn in its alpha channel; expected a grey picture: convert it")
+        # JPEG leaves traces of colour.
+        coloured = np.ptp(colours, axis=2) > (0 if indices else 32)
+        if coloured.any():
+            colour = tuple(colours[coloured][0].tolist())
+            raise DataError(
+                f"{path}: holds colours such as {colour}; expected greys, one for each class: write the class indices "
+                "0, 1, 2, ... in place of the colours (docs/adding_a_data_set.md)"
+            )
+        bands = bands[..., 0]
+    if shape is not None and bands.shape != tuple(shape):
+        mask, image = (f"{height} x {width}" for height, width in (bands.shape, shape))
+        raise DataError(f"{path}: the mask is {mask}, its image {image}; expected the same size: replace one of them")
+    return bands
+
+
+def _is_grey_palette(file: Image.Image) -> bool:
+    """Return whether the colours that a mask's palette gives its indices are greys, each another."""
+    colours = np.reshape(file.getpalette("RGB"), (-1, 3))[np.unique(np.asarray(file))]
+    return not np.ptp(colours, axis=1).any() and len(np.unique(colours[:, 0])) == len(colours)
+
+
+def read_classes(path: str | Path, shape: tuple[int, int], greys: Sequence[int]) -> np.ndarray:
+    """Read a mask that shows each class in one of ``greys``, in rising order: class indices, uint8 (H, W).
+
+    The nearest grey decides, because resampling and JPEG leave others along the edges. Of two classes the second may
+    have any grey above 127. A mask with no grey above the last index already holds indices. Raises DataError as
+    ``read_grey`` does, and for an area of another grey, which would be another class.
+    """
+    grey = read_grey(path, shape)
+    high, wanted = int(grey.max()), ", ".join(map(str, greys))
+    if high == 0:
+        logger.warning("%s: an empty mask", path)
+    if high < len(greys):
+        return grey.astype(np.uint8)
+    if len(greys) == 2 and high > 127:
+        greys = 0, high
+    step = greys[1] - greys[0]
+    if not greys[0] + step / 2 <= high < greys[-1] + step / 2:
+        raise DataError(f"{path}: its brightest grey is {high}; expected {wanted}; replace the mask")
+    found = np.unique(grey).astype(float)
+    others = found[np.abs(found[:, None] - greys).min(1) > step / 8]
+    # On an edge neighbours differ; in an area they do not.
+    flat = ndimage.maximum_filter(grey, 3) - ndimage.minimum_filter(grey, 3) <= step / 32 if len(others) else False
+    areas = grey[flat & np.isin(grey, others)]
+    if areas.size > 8:
+        raise DataError(
+            f"{path}: holds an area of grey {int(np.median(areas))}; expected {wanted}: write class indices 0, 1, 2, "
+            "... in place of greys (docs/adding_a_data_set.md)"
+        )
+    return np.digitize(grey, np.add(greys[1:], greys[:-1]) / 2).astype(np.uint8)
