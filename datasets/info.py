@@ -83,7 +83,7 @@ class DatasetInfo:
                 f"{'choose one of these' if known else 'leave it out'}"
             )
         if num_classes != self.num_classes:
-            raise DataError(f"--label_order {name} gives {self.num_classes} classes; leave out --num_classes")
+            raise DataError(f"--label_order {name} gives {self.num_classes} classes, not {num_classes}; leave it out")
         return self.label_orders[name or next(iter(self.label_orders))]
 
     def flags(self, root_path: object, volume_path: object, list_dir: object) -> str:

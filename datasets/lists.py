@@ -152,16 +152,15 @@ def _chosen(source: Path, entries: list[str], only: Sequence[str] | None, withou
     unknown = sorted({*(only or ()), *without}.difference(*names.values()))
     if unknown:
         patients = sorted({patient_of(entry) for entry in entries}, key=natural_key)
+        among = "with --val_cases, or train with --select test" if without else "with --cases"
         raise DataError(
-            f"{source}: does not name {', '.join(unknown)}; it has {brief(', '.join(patients))}: choose among "
-            "these (--val_cases to validate in training, --cases to test), or train with --select test"
+            f"{source}: does not name {', '.join(unknown)}; it has {brief(', '.join(patients))}: choose among these "
+            f"{among}"
         )
     kept = [entry for entry in entries if only is None or names[entry] & {*only}]
     kept = [entry for entry in kept if not names[entry] & {*without}]
     if not kept:
-        raise DataError(
-            f"{source}: no entry is left without {', '.join(without)}; hold out fewer (--val_cases, --select)"
-        )
+        raise DataError(f"{source}: no entry is left without {', '.join(without)}; hold out fewer with --val_cases")
     return kept
 
 

@@ -3,11 +3,13 @@
 import io
 import logging
 import os
+import re
 import runpy
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +63,7 @@ def full_precision():
 class Outcome:
     """What a script printed and how it ended."""
 
+    script: str
     status: int
     output: str
     error: str
@@ -82,7 +85,12 @@ def run_in_process(script: str, *arguments: object) -> Outcome:
             status = stop.code or 0
         finally:
             torch.set_deterministic_debug_mode("default")
-    return Outcome(status, output.getvalue(), error.getvalue())
+    return Outcome(script, status, output.getvalue(), error.getvalue())
+
+
+@cache
+def flags_of(script: str) -> set[str]:
+    return set(re.findall(r"--\w+", run_in_process(script, "--help").output))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROOT, SMALL, Outcome, data_flags
+from tests.conftest import ROOT, SMALL, Outcome, data_flags, flags_of
 
 
 @pytest.fixture
@@ -31,11 +32,16 @@ def volume_folders(data: Path) -> list[str]:
 
 
 def assert_one_line(done: Outcome, *words: object) -> None:
+    """Expect one line that says what is wrong, and names no flag that its reader does not have."""
     assert done.status == 1
     lines = [line for line in done.error.splitlines() if "error:" in line]
     assert len(lines) == 1 and "Traceback" not in done.error
     for word in words:
         assert str(word) in lines[0]
+    if lines[0].endswith(" --help)"):  # argparse's own
+        return
+    of_this_script = re.sub(r"(torchrun|\w+\.py|train (it )?with) [^;:,]*", "", lines[0])
+    assert set(re.findall(r"--\w+", of_this_script)) <= flags_of(done.script)
 
 
 def test_training_leaves_its_run_folder(trained):

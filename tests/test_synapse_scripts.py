@@ -92,7 +92,7 @@ def test_what_is_wrong_is_one_line(data, run_script, tmp_path):
     for more, words in (
         (("--val_cases", "case0001"), ("train.txt", "case0001", "case0021", "--val_cases")),
         (("--val_cases", "case0005", "case0007", "case0021"), ("no entry is left",)),
-        (("--num_classes", 14, "--label_order", "merit"), ("--num_classes",)),
+        (("--num_classes", 14, "--label_order", "merit"), ("--label_order merit", "14")),
         (("--root_path", "nowhere"), ("nowhere", "prepare_data.py synapse")),
     ):
         assert_one_line(run_script("train_synapse.py", *data_flags(data), *flags, *more), *words)

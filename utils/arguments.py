@@ -285,9 +285,8 @@ def _resume(parser: ArgumentParser, info: DatasetInfo, argv: list[str], path: Pa
     try:
         checkpoint = load_checkpoint(path)
     except RunError as error:
-        raise RunError(
-            f"{error}; try --resume {path.with_name('best.pth')} or an epoch_*.pth, or delete it to start a new run"
-        ) from error
+        remedy = f"; try --resume {path.with_name('best.pth')} or an epoch_*.pth, or delete it to start a new run"
+        raise RunError(f"{error}{remedy if path.exists() else ''}") from error
     if not {"optimizer", "args", "in_epoch"} <= checkpoint.keys():
         raise RunError(f"{path} is not a training checkpoint: give the last.pth of a run")
     if (dataset := checkpoint["data"]["dataset"]) != info.name:
