@@ -50,7 +50,7 @@ def parse_args() -> Namespace:
 
 def read_runs(args: Namespace) -> list[Run]:
     """Read the runs of the command line; one that is not a run, or is damaged or not tested gets a warning."""
-    runs = []
+    runs, errors = [], []
     for text in args.runs:
         name, folder = text.split("=", 1) if "=" in text and not Path(text).exists() else ("", text)
         if Path(folder).resolve() == args.output_dir.resolve():  # runs/* matches it
@@ -58,11 +58,11 @@ def read_runs(args: Namespace) -> list[Run]:
         try:
             runs.append(read_run(folder, name.strip(), args.split, args.volume_path))
         except RunError as error:
-            if len(args.runs) == 1:
-                raise
-            logger.warning("left out: %s", error)
+            errors.append(error)
     if not runs:
-        raise RunError(f"no tested run in {' '.join(args.runs)}: give folders that train_<set>.py wrote, and test them")
+        raise errors[-1] if errors else RunError(f"{args.runs[0]} holds no run: give folders that train_<set>.py wrote")
+    for error in errors:
+        logger.warning("left out: %s", error)
     return runs
 
 
@@ -80,9 +80,10 @@ def load_network(checkpoint: Path, dataset: str, device: str) -> tuple[Predictor
 def main() -> None:
     args = parse_args()
     runs = read_runs(args)
-    by_data = {
-        data: name_methods([run for run in runs if run.data == data]) for data in dict.fromkeys(r.data for r in runs)
-    }
+    names = dict.fromkeys(run.data for run in runs)
+    by_data = {data: name_methods([run for run in runs if run.data == data]) for data in names}
+    if len(names) > len({run.dataset for run in runs}):
+        logger.info("other data, other tables: %s; --volume_path FOLDER if they are the same data", ", ".join(names))
     comparisons = [comparison for of_data in by_data.values() for comparison in compare(of_data)]
     tested = dict.fromkeys(case for comparison in comparisons for case in comparison.cases["case"])
     for case in [case for case in args.cases or () if case not in tested]:

@@ -18,7 +18,6 @@ shows the error of a form that fails; the other forms run all the same. A run on
 
 import gc
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import plain
@@ -73,8 +72,7 @@ class Form:
 
     def training_step(self) -> Callable[[], None]:
         """Return a function that does one training step on a random batch."""
-        model = self.network()
-        images, label = self.batch()
+        model, (images, label) = self.network(), self.batch()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=self.name != "plain")
         loss_of = plain.subset_loss if self.name == "plain" else subset_loss
 
@@ -95,8 +93,7 @@ class Form:
 
     def evaluation(self) -> Callable[[], None]:
         """Return a function that predicts a random batch."""
-        model: nn.Module = self.compiled(self.network().eval())
-        images, _ = self.batch()
+        model, (images, _) = self.compiled(self.network().eval()), self.batch()
 
         @torch.inference_mode()
         def predict() -> None:
@@ -113,28 +110,24 @@ class Form:
         return images, torch.randint(self.args.num_classes, shape, device=self.device)
 
 
-def measure(form: Form, flops: tuple[float, float], peak_rate: float) -> dict[str, str]:
+def measure(form: Form, flops: list[float], peak_rate: float) -> dict[str, object]:
     """Return the row of the table for a form. flops: of a training step and of an evaluation, per image."""
     row, batch_size, on_gpu = {"": form.name}, form.args.batch_size, form.device.type == "cuda"
-    for name, make, work in (("training", form.training_step, flops[0]), ("evaluation", form.evaluation, flops[1])):
+    for name, make, work in zip(("training", "evaluation"), (form.training_step, form.evaluation), flops, strict=True):
         free_memory()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         call = make()
-        start = time.perf_counter()
-        call()
-        synchronize(form.device)
-        first = time.perf_counter() - start
-        seconds = time_sides({"": call}, form.args.repeats, warmup=3 if on_gpu else 0, device=form.device)[""]
+        first = time_sides({"": call}, 1, 0, form.device)[""]
+        seconds = time_sides({"": call}, form.args.repeats, 3 if on_gpu else 0, form.device)[""]
         rate = work * batch_size / seconds
-        memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else float("nan")
         row |= {
-            f"{name} [ms]": f"{1000 * seconds:.1f}",
-            f"{name} slices per second": f"{batch_size / seconds:.1f}",
-            f"{name} TFLOP/s": f"{rate / 1e12:.2f}",
-            f"{name} % of the ceiling": f"{100 * rate / peak_rate:.1f}",
-            f"{name} memory [GiB]": f"{memory:.1f}",
-            f"{name} first call [s]": f"{first:.0f}",
+            f"{name} [ms]": 1000 * seconds,
+            f"{name} slices per second": batch_size / seconds,
+            f"{name} TFLOP/s": rate / 1e12,
+            f"{name} % of the ceiling": 100 * rate / peak_rate,
+            f"{name} memory [GiB]": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else float("nan"),
+            f"{name} first call [s]": first,
         }
     return row
 
@@ -148,15 +141,14 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def operations(args: Namespace) -> tuple[float, float]:
+def operations(args: Namespace) -> list[float]:
     """Return the operations per image of our training step and of our evaluation."""
-    form = Form("float32", Namespace(**vars(args) | {"batch_size": 1}), torch.device("cpu"))
-    counts = []
+    form, counts = Form("float32", Namespace(**vars(args) | {"batch_size": 1}), torch.device("cpu")), []
     for call in (form.training_step(), form.evaluation()):
         with flop_counter() as counter:
             call()
         counts.append(float(counter.get_total_flops()))
-    return counts[0], counts[1]
+    return counts
 
 
 def product_rate(n: int, device: torch.device) -> float:
@@ -171,8 +163,7 @@ def write_profile(form: Form, folder: Path) -> None:
     step, on_gpu = form.training_step(), form.device.type == "cuda"
     for _ in range(4 if on_gpu else 1):
         step()
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    with profile(activities=kinds) as profiler:
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiler:
         step()
         synchronize(form.device)
     profiler.export_chrome_trace(str(folder / "trace.json.gz"))
@@ -207,7 +198,7 @@ def main() -> None:
     sizes += f", deterministic {args.deterministic}"
     work = f"{flops[0] / 2e9:.1f} G multiply-adds in a training step, {flops[1] / 2e9:.1f} G in evaluation"
     text = f"{machine(device)}\n\n{sizes}; ours per image: {work}; ceiling {peak_rate / 1e12:.1f} TFLOP/s (bf16)\n\n"
-    text += markdown(pd.DataFrame(rows).fillna("-"))
+    text += markdown(pd.DataFrame(rows), ".4g")
     (args.output / "gpu.md").write_text(f"{text}\n", encoding="utf-8")
     print(text)
     free_memory()

@@ -27,20 +27,6 @@ from utils.evaluation import evaluate
 from utils.losses import subset_loss
 from utils.results import markdown
 
-HELP = {
-    "repeats": "timed calls of each side; the table shows their median",
-    "batch_size": "images in a batch",
-    "num_classes": "classes with background",
-    "img_size": "side of the images in pixels",
-    "img_size_dmwla": "side of the input of the DMW-LA encoder in pixels",
-    "model_scale": "pico to base",
-    "channels": "width C of the feature map",
-    "feature_dim": "width d of the memory",
-    "side": "height and width of the feature map, the largest one where it grows",
-    "slices": "slices of the CT volume",
-    "workers": "processes of the data loader",
-}
-
 
 def network(model_scale="small", num_classes=9, img_size=256, img_size_dmwla=224, batch_size=2, repeats=5):
     """Run the whole network: a forward pass in evaluation, and a training step with loss, AdamW and memory update.
@@ -127,12 +113,8 @@ def evaluation(slices=150, repeats=1):
             found = (x * num_classes).round().clamp(0, num_classes - 1)
             return [(found == torch.arange(num_classes)[:, None, None]).half()]
 
-    class Files(list):
-        def __getitem__(self, index: int) -> Volume:
-            return read_volume(super().__getitem__(index))
-
     def run_ours() -> None:
-        (case,) = evaluate(Rounding(), Files([path]), num_classes, img_size=256, batch_size=20)
+        (case,) = evaluate(Rounding(), [read_volume(path)], num_classes, img_size=256, batch_size=20)
         scores["ours"] = [c.transunet for c in case.classes]
 
     def run_plain() -> None:
@@ -211,8 +193,8 @@ def main() -> None:
         flags.set_defaults(benchmark=benchmark)
         for name, parameter in inspect.signature(benchmark).parameters.items():
             default = parameter.default
-            flags.add_argument(f"--{name}", type=type(default), default=default, help=HELP[name])
-        flags.add_argument("--threads", type=int, default=2, help="threads of the CPU")
+            flags.add_argument(f"--{name}", type=type(default), default=default, help=name.replace("_", " "))
+        flags.add_argument("--threads", type=int, default=2)
     args = vars(parser.parse_args())
     benchmark, threads = args.pop("benchmark"), args.pop("threads")
     torch.set_num_threads(threads)

@@ -130,7 +130,7 @@ def test_published_rows_are_beside_the_test_split_with_the_data_sets_own_lists(r
     ("flags", "words"),
     [
         (["nowhere"], ["nowhere is not a run folder", "config.json"]),
-        (["nowhere", "elsewhere"], ["no tested run in nowhere elsewhere"]),
+        (["nowhere", "elsewhere"], ["elsewhere is not a run folder"]),
         (["UNTESTED"], ["python test_acdc.py --checkpoint", "UNTESTED/best.pth --split test"]),
         (["RUN", "--cases", "patient999"], ["patient999", "patient000"]),
         (["RUN", "--split", "val"], ["--split val"]),

@@ -68,12 +68,10 @@ class Comparison:
         return _with_mean(self.cases.groupby([*KEYS, "case"], sort=False, as_index=False)["value"].mean())
 
     def scores(self, costs: Mapping[str, tuple[int, int]]) -> pd.DataFrame:
-        """Return `mean`, `sd_over_seeds` and `sd_over_cases` by `KEYS`, and facts of each method.
+        """Return `mean`, `sd_over_seeds`, `sd_over_cases` (NaN for one) by `KEYS`, and facts of each method.
 
         A mean is over cases, then over classes, then over seeds. The standard deviations divide by n - 1: that over
-        seeds is of the means over cases, that over cases is of `per_case`. Each is NaN for n = 1. The facts are
-        `seeds`, `cases`, `chosen_on` (test if any seed's is), missed and spurious classes per seed, and the costs.
-
+        seeds is of the means over cases, that over cases is of `per_case`. `chosen_on` is test if that of any seed is.
         costs: parameters, and multiply-adds of one image, of those methods where they are known.
         """
         per_seed = _with_mean(self.cases.groupby([*KEYS, "run"], sort=False, as_index=False)["value"].mean())
@@ -90,11 +88,9 @@ class Comparison:
 
 
 def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), volume_path: Path | None = None) -> Run:
-    """Read a run folder.
+    """Read a run folder. Raises RunError if it is none, was not tested on any of the splits, or has a damaged file.
 
-    splits: those whose results are read; without any, all. volume_path: folder of the test cases, by default that of
-    the training. Raises RunError if no training script wrote the folder, a file in it is damaged, or no test script
-    wrote results.
+    splits: those whose results are read; without any, all. volume_path: where the test cases are, if elsewhere.
     """
     folder, history = Path(folder), pd.DataFrame()
     path = folder / "config.json"
@@ -160,10 +156,7 @@ def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def compare(runs: Sequence[Run]) -> list[Comparison]:
-    """Return the comparisons of the runs with one name of `data`: one per split, classes and runs with common cases.
-
-    Raises RunError if the seeds of a method have no case in common.
-    """
+    """Return the comparisons of runs with one name of `data`: one per split, classes and runs with common cases."""
     comparisons, info = [], DATASETS[runs[0].dataset]
     results = pd.concat([run.results.assign(method=run.method) for run in runs], ignore_index=True)
     for (split, class_names), table in results.groupby(["split", "classes"], sort=False):
@@ -206,8 +199,9 @@ def paired_tests(comparison: Comparison) -> pd.DataFrame:
     from scipy.stats import wilcoxon
 
     rows, family = [], ["convention", "metric", "unit"]
-    means = comparison.per_case().query("`class` == @MEAN and metric in @TESTED")
-    for key, values in means.groupby(family, sort=False):
+    for key, values in (
+        comparison.per_case().query("`class` == @MEAN and metric in @TESTED").groupby(family, sort=False)
+    ):
         for first, second in itertools.combinations(comparison.methods, 2):
             pair = values[values["method"].isin([first, second])].pivot(index="case", columns="method", values="value")
             # Rounded, so that rounding errors do not order equal differences.
@@ -243,9 +237,8 @@ def _long(table: pd.DataFrame) -> pd.DataFrame:
     where a convention leaves a class out), classes (the names of all), and identity, which is another one for another
     case of the same name: the case, its unit, and the classes that its label has.
     """
-    in_label = (table["strict_unit"] + table["class"]).where(table["state"].isin([FOUND, MISSED]), table["strict_unit"])
-    identity = table["case"] + " " + in_label.groupby(table["case"]).transform(" ".join)
-    rows = table.assign(identity=identity)
+    in_label = table["strict_unit"] + table["class"].where(table["state"].isin([FOUND, MISSED]), "")
+    rows = table.assign(identity=table["case"] + " " + in_label.groupby(table["case"]).transform(" ".join))
     rows = rows.melt(["case", "class", "state", "selected_on", "strict_unit", "identity"], NUMBERS)
     rows[["convention", "metric"]] = rows.pop("variable").str.split("_", expand=True)
     percent, unit = rows["metric"].isin(["dice", "jaccard"]), rows.pop("strict_unit")

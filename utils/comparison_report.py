@@ -28,10 +28,7 @@ plain_text = rc_context({"text.parse_math": False})  # a `$` in a name is not a 
 
 
 def published_rows(comparison: Comparison) -> pd.DataFrame:
-    """Return the published means as printed, and Dice of each class if it was printed.
-
-    There are none unless all runs were tested on the data set's own test list and classes.
-    """
+    """Return the published means, and Dice of each class, as printed, for runs on the data set's own test data."""
     info = DATASETS[comparison.dataset]
     lists = {Path(run.args["list_dir"]).resolve() for runs in comparison.methods.values() for run in runs}
     if lists != {Path(info.list_dir).resolve()} or comparison.split != info.splits[-1] or comparison.data != info.name:
@@ -46,10 +43,7 @@ def published_rows(comparison: Comparison) -> pd.DataFrame:
 
 
 def score_tables(comparison: Comparison, rows: pd.DataFrame, tests: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return for each convention the means, Dice and HD95 of each class, and the paired tests, by their caption.
-
-    rows: `comparison.scores`, and those of `published_rows` if they are to stand below.
-    """
+    """Return the means, Dice and HD95 of each class, and paired tests, by caption. rows: scores and published rows."""
     marks = rows["source"].replace({"measured": "", "published": " (published)"})
     marks += rows["chosen_on"].map({"test": " *"}).fillna("")
     deviations = _text(rows["sd_over_seeds"], " ± {:.2f}", "") + _text(rows["sd_over_cases"], " ({:.2f})", "")
@@ -149,22 +143,16 @@ def _draw(
 
 
 def draw_predictions(
-    stem: Path,
-    comparison: Comparison,
-    cases: Sequence[str],
-    predictors: Mapping[str, Predictor],
-    volume_path: Path | None,
+    stem: Path, comparison: Comparison, cases: Sequence[str], predictors: Mapping[str, Predictor], folder: Path | None
 ) -> dict[Path, str]:
     """Draw the label and each method's prediction of some cases into ``<stem>_<case>.png``; return the captions.
 
-    volume_path: folder of the volumes or images, by default that of the first run. Raises DataError for data that
-    cannot be used, or without one of the cases.
+    folder: where the cases are, by default where they were in the training of the first run. Raises DataError for data
+    that cannot be used, or without one of the cases.
     """
     info, args = DATASETS[comparison.dataset], next(iter(comparison.methods.values()))[0].args
-    folder, num_classes = (
-        volume_path or args["root_path" if info.planar else "volume_path"],
-        len(comparison.class_names) + 1,
-    )
+    folder = folder or args["root_path" if info.planar else "volume_path"]
+    num_classes = len(comparison.class_names) + 1
     if info.planar:
         volumes = ImageFolder(info, folder, args["list_dir"], comparison.split, num_classes)
     else:

@@ -1,7 +1,6 @@
 """Rows are trained and tested over seeds: all are compared, none is done twice, and interrupted runs are resumed."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -11,35 +10,32 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ablation
-from networks import NETWORKS
+from datasets import acdc
+from tests.comparison_runs import random_dice, write_run
 from tests.conftest import ROOT
 from tests.mini import DRAWINGS, SPLITS
-from tests.test_scripts import folders
+from utils import arguments
 from utils.arguments import network_arguments, parse_training, training_parser
 from utils.errors import RunError
 
-FEW = "--img_size 64 --batch_size 4 --max_iterations 2 --num_workers 0 --device cpu".split()
-
 
 @pytest.fixture
-def example():
-    """Register the network of ``docs/adding_a_network.md``, which trains in no time."""
-    text = (ROOT / "docs/adding_a_network.md").read_text(encoding="utf-8")
-    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})
-    yield "two_convolutions"
-    del NETWORKS["two_convolutions"]
-
-
-@pytest.fixture
-def started(monkeypatch, run_script):
-    """Let the benchmark start its scripts in this process; gives what it started."""
+def started(monkeypatch):
+    """Let the scripts only parse their flags and write what the benchmark looks for; gives what was started."""
     started = []
 
     def run(script, *flags):
-        started.append((script, *map(str, flags)))
-        done = run_script(script, *flags)
-        if done.status:
-            raise RunError(done.error)
+        flags = [*map(str, flags)]
+        started.append((script, *flags))
+        if script == "train_acdc.py" and "--resume" not in flags:
+            args = training_parser("", acdc.INFO).parse_args(flags)
+            write_run(args.output_dir, {}, amp=args.amp, volume_path="mine")
+            (args.output_dir / "last.pth").touch()
+        elif script == "test_acdc.py":
+            args = arguments.testing_parser("", acdc.INFO).parse_args(flags)
+            assert (args.amp, args.volume_path) == ("bf16", Path("mine"))
+            write_run(args.checkpoint.parent, random_dice(3, 0), amp=args.amp, volume_path="mine")
+            (args.checkpoint.parent / "results_test" / "summary.json").touch()
 
     monkeypatch.setattr(ablation, "_run", run)
     return started
@@ -50,29 +46,24 @@ def call(monkeypatch, *argv) -> None:
     ablation.main()
 
 
-def test_rows_over_seeds_are_compared_and_resumed(example, phantom, started, monkeypatch, tmp_path):
-    rows = {"narrow": f"--network {example} --width 4", "the wide one": f"--network {example} --width 8"}
-    monkeypatch.setitem(ablation.PRESETS, "networks", rows)
-    out = tmp_path / "out"
-    argv = ["--preset", "networks", "--output_dir", out, "--seeds", 1, 2, "--", *folders(phantom), *FEW]
+def test_rows_over_seeds_are_compared_and_resumed(started, monkeypatch, tmp_path):
+    monkeypatch.setitem(ablation.PRESETS, "parts", {"whole": "", "the small one": "--model_scale pico"})
+    argv = ["--preset", "parts", "--output_dir", tmp_path, "--seeds", 1, 2, "--", "--amp", "bf16"]
     call(monkeypatch, *argv)
     assert [script for script, *_ in started] == ["train_acdc.py", "test_acdc.py"] * 4 + ["compare.py"]
-    page = out / "comparison" / "comparison.md"
-    table = page.read_text(encoding="utf-8")
-    assert all(re.search(rf"\| {row} +\| +2 \|", table) for row in rows)
+    runs = [f"{row}={tmp_path / folder}" for row, folder in (("whole", "whole"), ("the small one", "the_small_one"))]
+    runs = [f"{run}/seed_{seed}" for run in runs for seed in (1, 2)]
+    comparison = ("compare.py", *runs, "--split", "test", "--output_dir", str(tmp_path / "comparison"))
+    assert started[-1] == comparison
 
-    interrupted = out / "the_wide_one" / "seed_2"
+    interrupted = tmp_path / "the_small_one" / "seed_2"
     (interrupted / "results_test/summary.json").unlink()
     started.clear()
-    call(monkeypatch, *argv)
-    assert [flags[:3] for flags in started[:-1]] == [
-        ("train_acdc.py", "--resume", str(interrupted / "last.pth")),
-        ("test_acdc.py", "--checkpoint", str(interrupted / "best.pth")),
-    ]
-    started.clear()
-    call(monkeypatch, *argv[:4], "--rows", "narrow", "--seeds", 2, "--", *folders(phantom), *FEW)  # one of four runs
-    assert [script for script, *_ in started] == ["compare.py"] and page.read_text(encoding="utf-8") == table
-    with pytest.raises(RunError, match=r"narrow/seed_1 was trained with .*--batch_size 4"):
+    call(monkeypatch, *argv[:4], "--rows", "the small one", "--seeds", 2, "--", "--amp", "bf16")
+    trained, tested, compared = started
+    assert trained == ("train_acdc.py", "--resume", str(interrupted / "last.pth"))
+    assert tested[:3] == ("test_acdc.py", "--checkpoint", str(interrupted / "best.pth")) and compared == comparison
+    with pytest.raises(RunError, match=r"whole/seed_1 was trained with --amp bf16 --seed 1, not .*--batch_size 2"):
         call(monkeypatch, *argv, "--batch_size", 2)
 
 
@@ -89,8 +80,7 @@ def test_ctrl_c_waits_until_the_training_has_saved(tmp_path):
         assert process.poll() is None
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(30) != 0
-    assert (tmp_path / "saved").exists()
+    assert process.wait(30) != 0 and (tmp_path / "saved").exists()
 
 
 def test_wrong_flags_are_refused_before_anything_runs(started, monkeypatch, tmp_path):

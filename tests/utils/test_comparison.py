@@ -1,6 +1,5 @@
 """Which runs are compared, which are one method, what its scores and their spread are, and what the tests give."""
 
-import logging
 import math
 
 import numpy as np
@@ -12,11 +11,6 @@ from utils.comparison import MEAN, Run, compare, holm, name_methods, paired_test
 from utils.errors import RunError
 from utils.evaluation import CaseResult
 from utils.metrics import MISSED
-
-
-@pytest.fixture(autouse=True)
-def warnings_are_heard(caplog):
-    caplog.set_level(logging.WARNING)
 
 
 def named(*runs) -> list[Run]:
@@ -83,14 +77,8 @@ def test_the_mean_over_classes_leaves_out_what_strict_leaves_out(tmp_path):
         np.testing.assert_allclose(means, expected)
     cases = comparison.per_case().query("convention == 'strict' and metric == 'dice' and `class` == @MEAN")
     np.testing.assert_allclose(cases["value"], [60, 60])
-
-
-@pytest.mark.parametrize(("unit", "transunet"), [("mm", "voxels"), ("voxels", "voxels"), ("pixels", "pixels")])
-def test_distances_have_the_unit_of_their_convention(tmp_path, unit, transunet):
-    (comparison,) = compared(write_run(tmp_path / "a", random_dice(3, 0), unit=unit))
     units = comparison.cases.groupby(["convention", "metric"])["unit"].agg(set)
-    assert (units["transunet", "hd95"], units["strict", "assd"]) == ({transunet}, {unit})
-    assert units["strict", "dice"] == {"%"}
+    assert (units["transunet", "hd95"], units["strict", "assd"]) == ({"voxels"}, {"mm"})
 
 
 CASES, TWO = random_dice(3, 0), random_dice(3, 0, num_classes=2)
@@ -151,8 +139,10 @@ def shifted(dice: dict, by: float) -> dict:
 def test_pairs_are_tested_on_the_cases_that_they_share(tmp_path):
     """Six cases that all differ one way have the smallest p that six can have, 2 / 2^6."""
     dice = random_dice(8, 0, 0.6)
-    better = shifted({case: values for case, values in dice.items() if case < "patient006"}, 0.1)
-    runs = write_run(tmp_path / "a", dice), write_run(tmp_path / "b", better, network="unet")
+    results = [CaseResult(case, "mm", tuple(map(class_result, values))) for case, values in dice.items()]
+    results[7] = CaseResult("patient007", "mm", (class_result(0.0, strict=NAN),) * 3)  # without a number
+    better = shifted({case: values for case, values in dice.items() if case != "patient006"}, 0.1)
+    runs = write_run(tmp_path / "a", {}, results=results), write_run(tmp_path / "b", better, network="unet")
     tests = paired_tests(compared(*runs)[0]).set_index(["convention", "metric"])
     assert set(tests.index) == {(c, m) for c in ("transunet", "strict") for m in ("dice", "hd95")}
     test = tests.loc["strict", "dice"]
@@ -163,7 +153,7 @@ def test_pairs_are_tested_on_the_cases_that_they_share(tmp_path):
     assert math.isnan(distance.p) and "0 of 6 shared cases differ" in distance.note
 
 
-def test_many_pairs_are_corrected_and_seeds_are_averaged_first(tmp_path):
+def test_many_pairs_are_corrected_and_seeds_are_averaged_first(tmp_path, caplog):
     dice = random_dice(12, 0, 0.5)
     runs = [
         write_run(tmp_path / f"{network}{seed}", shifted(dice, by + sign * 0.04), network=network, seed=seed)
@@ -173,24 +163,10 @@ def test_many_pairs_are_corrected_and_seeds_are_averaged_first(tmp_path):
     tests = paired_tests(compared(*runs)[0]).query("convention == 'strict' and metric == 'dice'")
     assert list(tests.p) == pytest.approx([2 / 2**12] * 3)
     assert list(tests.p_holm) == pytest.approx([6 / 2**12] * 3)
-
-
-def test_a_case_without_a_number_is_counted_as_left_out(tmp_path):
-    dice = random_dice(7, 0, num_classes=1)
-    absent = [CaseResult(case, "mm", (class_result(*d),)) for case, d in dice.items()]
-    absent[0] = CaseResult("patient000", "mm", (class_result(0.0, strict=NAN),))
-    first = write_run(tmp_path / "a", {}, results=absent, class_names=["lesion"])
-    second = write_run(tmp_path / "b", shifted(dice, -0.1), network="unet", class_names=["lesion"])
-    test = paired_tests(compared(first, second)[0]).query("convention == 'strict' and metric == 'dice'").iloc[0]
-    assert (test.shared_cases, test.left_out_cases) == (6, 1)
-
-
-def test_only_cases_of_all_seeds_count(tmp_path, caplog):
-    dice = random_dice(4, 0)
     part = {case: values for case, values in dice.items() if case != "patient001"}
-    runs = write_run(tmp_path / "a", dice, seed=1), write_run(tmp_path / "b", part, seed=2)
-    assert set(compared(*runs)[0].cases["case"]) == set(part)
-    assert "1 cases of test do not count" in caplog.text
+    third = write_run(tmp_path / "third", part, seed=3)
+    assert set(compared(runs[0], third)[0].cases["case"]) == set(part)  # only cases of all seeds count
+    assert "sim_mpnet: 1 cases of test do not count" in caplog.text
 
 
 def test_the_cases_shown_are_those_on_which_methods_differ_most(tmp_path):

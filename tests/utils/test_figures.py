@@ -6,7 +6,7 @@ from PIL import Image
 
 from datasets import Volume
 from utils import figures
-from utils.figures import COLOURS, class_rgb, save_overlays, save_picture_overlay, save_progress
+from utils.figures import COLOURS, class_rgb, draw_masks, save_overlays, save_picture_overlay, save_progress
 
 
 @pytest.fixture
@@ -44,14 +44,13 @@ def test_the_worst_slices_are_drawn_worst_first(volume, tmp_path):
     assert [path.name[-7:-4] for path in paths] == ["000", "001"]
 
 
-def test_label_and_prediction_stand_beside_the_image_in_their_own_colours(volume, tmp_path):
+def test_label_and_predictions_stand_beside_the_image_in_their_own_colours(volume, tmp_path):
     prediction = np.where(volume.label == 2, 0, volume.label).astype(np.uint8)
-    (path,) = save_overlays(tmp_path, volume, prediction, count=1)
-    picture = pixels(path)
-    maps, legend = np.split(picture, [len(picture) * 4 // 5])
-    panels = np.array_split(maps, 3, axis=1)  # image, label, prediction
-    assert [shows(panel, COLOURS[0]) for panel in panels] == [False, True, True]
-    assert [shows(panel, COLOURS[1]) for panel in panels] == [False, True, False]
+    draw_masks(tmp_path / "a.png", volume, 0, {"one": prediction[0], "two": volume.label[0]})
+    maps, legend = np.split(pixels(tmp_path / "a.png"), [480])
+    panels = np.array_split(maps, 4, axis=1)  # image, label, predictions
+    assert [shows(panel, COLOURS[0]) for panel in panels] == [False, True, True, True]
+    assert [shows(panel, COLOURS[1]) for panel in panels] == [False, True, False, True]
     assert shows(legend, COLOURS[1])
 
 
@@ -67,20 +66,20 @@ def test_without_a_label_slices_are_spread_over_what_was_found(volume, tmp_path)
     assert len(save_overlays(tmp_path / "empty", volume, np.zeros_like(prediction), count=3)) == 3
 
 
-@pytest.mark.parametrize("change", ["nothing", "no_spacing", "constant", "more_classes", "formulas"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(label=np.zeros((1, 40, 30), np.uint8)),
+        dict(image=np.zeros((1, 40, 30), np.float32), spacing=None),
+        dict(name="../$x$ and $y", class_names=("$x$ and $y", "100 % $")),
+    ],
+)
 def test_unusual_volumes_are_drawn_too_and_in_their_folder(volume, tmp_path, change):
     volume.label, volume.image = volume.label[:1], volume.image[:1]
+    for name, value in change.items():
+        setattr(volume, name, value)
     prediction = volume.label.copy()
-    if change == "nothing":
-        volume.label, prediction = np.zeros_like(volume.label), np.zeros_like(prediction)
-    elif change == "no_spacing":
-        volume.spacing = None
-    elif change == "constant":
-        volume.image = np.zeros_like(volume.image)
-    elif change == "more_classes":
-        prediction[0, 0, :20] = np.arange(20)
-    elif change == "formulas":
-        volume.name, volume.class_names = "../$x$ and $y", ("$x$ and $y", "100 % $")
+    prediction[0, 0, :20] = np.arange(20)  # more classes than have names
     (path,) = save_overlays(tmp_path / "in", volume, prediction, count=1)
     assert pixels(path).std() > 0
     assert [*tmp_path.rglob("*.png")] == [path] and path.resolve().parent == tmp_path.resolve() / "in"
@@ -122,18 +121,9 @@ def test_every_series_of_the_progress_shows_as_text_too_and_a_missing_value_does
         for written in (rows, [{name: value and str(value) for name, value in row.items()} for row in rows]):
             save_progress("", written)
     whole, *gaps = [[line.get_xydata() for axes in figure.axes for line in axes.lines] for figure in drawn]
-    assert [len(points) for points in whole] == [
-        6,
-        6,
-        1,
-        6,
-        6,
-        6,
-        6,
-        6,
-    ]  # loss, Dice, best, K, clusters, gates, rate
+    assert [len(points) for points in whole] == [6, 6, 1, *[6] * 5]  # loss, Dice, best, K, clusters, gates, rate
     for gap in gaps:
-        assert [len(points) for points in gap] == [6, 5, 1, 6, 6, 6, 6, 6]
+        assert [len(points) for points in gap] == [6, 5, 1, *[6] * 5]
         assert all(np.array_equal(a, b) for a, b in zip(gap, gaps[0], strict=True))
 
 
