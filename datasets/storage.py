@@ -226,7 +226,7 @@ class LabelOrder:
         if names and names != self.file_classes:
             raise DataError(
                 f"{path}: names its classes {brief(', '.join(names))}, but --label_order {self.name} is "
-                f"{self.described()}: give the order that the file has"
+                f"{self.described()}: give the order that the file has, or train on other organs with train_acdc.py"
             )
         try:
             label = checked_label(path, label, shape, len(self.file_classes) + 1)

@@ -148,6 +148,12 @@ def quick_check(
             f"--class_names gives {', '.join(names)}, but there are {args.num_classes} classes with background: give "
             f"{args.num_classes - 1} different names, or --num_classes {len({*names}) + 1}"
         )
+    order = getattr(train_set, "label_order", None)
+    if names and order and names != order.class_names:
+        raise DataError(
+            f"--class_names contradicts --label_order {order.name}, {', '.join(order.class_names)}: leave it out, or train "
+            "on other organs with train_acdc.py"
+        )
     parts = [Part(data, info, args.patient_pattern) for data in (train_set, val_set)]
     splits = [(part.data.source, part.patients) for part in parts]
     test_list = list_path(args.list_dir, info.splits[-1])
@@ -163,6 +169,8 @@ def quick_check(
         names = names or part.named
     for error in differences(parts):
         raise DataError(error)
+    for doubt in most_classes_absent(parts):
+        logger.warning("%s", doubt)
     for part in parts:
         for doubt in part.warnings():
             logger.warning("%s: %s", next(iter(part.shapes.values())), doubt)
@@ -224,14 +232,21 @@ def full_check(
             except DataError as error:
                 errors.append(str(error))
         names = names or part.named
-    ids = np.flatnonzero(sum(part.voxels for part in parts))
-    if len(ids) and 2 * len(ids) < num_classes:
-        errors.append(
-            f"{list_dir}: {num_classes - len(ids)} of {num_classes} classes are in no label; the ids found are "
-            f"{brief(', '.join(map(str, ids)), 60)}: lower --num_classes, and store 0, 1, 2, ... in place of other ids"
-        )
+    errors += most_classes_absent(parts)
     patients = [(part.data.source, part.patients) for part in parts]
     return parts, errors + differences(parts) + shared_patients(patients, info.planar)
+
+
+def most_classes_absent(parts: Sequence[Part]) -> list[str]:
+    """Return one line if most classes have no voxel in any part."""
+    voxels = sum(part.voxels for part in parts)
+    ids = np.flatnonzero(voxels)
+    if not len(ids) or 2 * len(ids) >= len(voxels):
+        return []
+    return [
+        f"{parts[0].data.source.parent}: {len(voxels) - len(ids)} of {len(voxels)} classes are in no label read here; the "
+        f"ids found are {brief(', '.join(map(str, ids)), 60)}: is --num_classes right, and are the ids 0, 1, 2, ...?"
+    ]
 
 
 def differences(parts: Sequence[Part]) -> list[str]:
