@@ -151,8 +151,8 @@ def quick_check(
     order = getattr(train_set, "label_order", None)
     if names and order and names != order.class_names:
         raise DataError(
-            f"--class_names contradicts --label_order {order.name}, {', '.join(order.class_names)}: leave it out, or train "
-            "on other organs with train_acdc.py"
+            f"--class_names contradicts --label_order {order.name} ({', '.join(order.class_names)}): leave it out, or "
+            "train on other organs with train_acdc.py"
         )
     parts = [Part(data, info, args.patient_pattern) for data in (train_set, val_set)]
     splits = [(part.data.source, part.patients) for part in parts]
@@ -244,8 +244,8 @@ def most_classes_absent(parts: Sequence[Part]) -> list[str]:
     if not len(ids) or 2 * len(ids) >= len(voxels):
         return []
     return [
-        f"{parts[0].data.source.parent}: {len(voxels) - len(ids)} of {len(voxels)} classes are in no label read here; the "
-        f"ids found are {brief(', '.join(map(str, ids)), 60)}: is --num_classes right, and are the ids 0, 1, 2, ...?"
+        f"{parts[0].data.source.parent}: {len(voxels) - len(ids)} of {len(voxels)} classes are in no label read here, "
+        f"only {brief(', '.join(map(str, ids)), 60)}: is --num_classes right, and are the ids 0, 1, 2, ...?"
     ]
 
 

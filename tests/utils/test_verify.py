@@ -76,7 +76,7 @@ def test_a_class_without_voxels_is_a_warning_and_most_of_them_an_error(tmp_path,
     assert main(write(tmp_path / "set", "a b c"), "--num_classes", "256") == 1
     assert "252 of 256 classes are in no label" in capsys.readouterr().err
     quick(tmp_path / "set", num_classes=256)
-    assert "the ids found are 0, 1, 2, 3" in caplog.text
+    assert "only 0, 1, 2, 3" in caplog.text
 
 
 def test_all_bad_files_are_listed(prepared, run_script):
