@@ -21,7 +21,7 @@ def test_volumes_and_slices_are_read_as_they_were_written(tmp_path, make_volume,
     np.testing.assert_array_equal(back.label, volume.label)
     np.testing.assert_array_equal(back.affine, volume.affine)
     assert (back.image.dtype, back.label.dtype) == (np.float32, np.uint8)
-    assert back.restore(np.zeros((shape[0], 16, 16), np.uint8)).shape == shape
+    np.testing.assert_array_equal(back.restore(np.kron(back.label, np.ones((1, 2, 2), np.uint8))), back.label)
     with h5py.File(tmp_path / "patient001_frame01.npy.h5") as file:  # what TransUNet's own code reads
         np.testing.assert_array_equal(file["image"][:], volume.image)
     write_slice(tmp_path / "s.npz", volume, shape[0] - 1)
@@ -30,15 +30,6 @@ def test_volumes_and_slices_are_read_as_they_were_written(tmp_path, make_volume,
     np.testing.assert_array_equal(label, volume.label[-1])
     with np.load(tmp_path / "s.npz") as file:
         assert (tuple(file["class_names"]), tuple(file["spacing"])) == (volume.class_names, volume.spacing)
-
-
-def test_restore_takes_the_nearest_neighbour(make_volume):
-    volume = make_volume(shape=(3, 20, 14))
-    prediction = np.zeros((3, 32, 32), np.uint8)
-    prediction[1, 16:, :] = 2
-    restored = volume.restore(prediction)
-    assert (restored.shape, restored.dtype) == ((3, 20, 14), np.uint8)
-    assert (restored[1, 10:] == 2).all() and not restored[1, :10].any() and not restored[[0, 2]].any()
 
 
 def _write(path, **arrays):
@@ -59,12 +50,10 @@ BAD = {
     "channels": ({key: np.stack([array] * 4, -1) for key, array in GOOD.items()}, "store one channel alone"),
     "empty": ({key: array[:0] for key, array in GOOD.items()}, "(0, 5, 4)"),
     "NaN": (GOOD | {"image": NAN}, "40 values"),
-    "infinite": (GOOD | {"image": NAN * 0 + np.inf}, "40 values"),
     "beyond float32": (GOOD | {"image": np.full((2, 5, 4), 1e300)}, "infinite"),
     "fraction": (GOOD | {"label": np.full((2, 5, 4), 0.5)}, "whole numbers"),
     "NaN label": (GOOD | {"label": NAN}, "whole numbers"),
     "id too high": (GOOD | {"label": np.full((2, 5, 4), 4, np.uint8)}, "--num_classes"),
-    "id far too high": (GOOD | {"label": np.full((2, 5, 4), 300)}, "300"),
     "greys": (GOOD | {"label": np.repeat([[[0] * 4], [[255] * 4]], 5, 1)}, "values are 0, 255; store 0, 1, 2"),
     "negative id": (GOOD | {"label": np.full((2, 5, 4), -1)}, "-1"),
     "complex": (GOOD | {"image": np.zeros((2, 5, 4), complex)}, "complex"),
@@ -92,12 +81,11 @@ def test_an_array_that_was_not_written_to_its_end_is_refused(tmp_path, refused, 
 
 
 @pytest.mark.parametrize("ending", [".npy.h5", ".npz"])
-def test_unreadable_files_are_refused(tmp_path, refused, ending):
+def test_a_file_that_is_not_there_or_empty_is_refused(tmp_path, refused, ending):
     path = tmp_path / f"v{ending}"
     refused(lambda: read_volume(path), path, "no such file")
-    for content in (b"something else\n" * 100, b""):
-        path.write_bytes(content)
-        refused(lambda: read_volume(path), path, "prepare_data.py")
+    path.touch()
+    refused(lambda: read_volume(path), path, "prepare_data.py")
 
 
 @pytest.mark.parametrize(
@@ -145,12 +133,9 @@ def test_volumes_come_by_the_list_and_are_read_when_asked_for(prepared):
     assert dataset[1].label is not None
     with pytest.raises(ValueError, match="patient003_frame01"):
         dataset[0]
-
-
-def test_the_same_volume_twice_is_refused(prepared, refused):
-    volumes = prepared / "test_vol_h5"
-    (volumes / "patient003_frame01.h5").write_bytes((volumes / "patient003_frame01.npy.h5").read_bytes())
-    refused(lambda: VolumeDataset(volumes, prepared / "lists", "val", 4), "patient003_frame01.h5", "keep one")
+    (prepared / "test_vol_h5" / "patient003_frame01.h5").touch()
+    with pytest.raises(ValueError, match=r"patient003_frame01.h5: .* is the same volume .* keep one"):
+        VolumeDataset(prepared / "test_vol_h5", prepared / "lists", "val", 4)
 
 
 @pytest.fixture

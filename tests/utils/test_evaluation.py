@@ -161,11 +161,8 @@ def test_a_volume_is_scored_while_the_next_is_predicted_and_two_are_in_memory():
     evaluate(Signals(), FromDisk(), 4, img_size=96, on_case=draw)
     assert max(alive) <= 1  # beside the one that is opened
     assert drawn == ["0", "1", "2", "3"]
-
-
-def test_an_error_while_a_case_is_saved_is_raised(three_cases):
     with pytest.raises(OSError, match="No space"):
-        evaluate(Threshold(), three_cases, 4, mock.Mock(side_effect=OSError("No space left")), img_size=96)
+        evaluate(Threshold(), FromDisk(), 4, mock.Mock(side_effect=OSError("No space left")), img_size=96)
 
 
 def test_images_are_measured_in_two_dimensions():
