@@ -95,8 +95,8 @@ def _find_series(path: Path) -> dict[Path, Any]:
     left_out = brief(", ".join(f"{file.relative_to(folder)} ({kind})" for file, kind in others.items()))
     if not series:
         raise DataError(
-            f"{path}: contains no DICOM series and no other scan{': ' * bool(left_out)}{left_out}; "
-            "give a file or folder as in docs/own_scans.md"
+            f"{path}: no scan is in this folder and no DICOM series in or below it, only {left_out or 'nothing'}; give "
+            "a file or folder as in docs/own_scans.md"
         )
     if len(series) > 1:
         found = brief("; ".join(
@@ -120,6 +120,7 @@ def _header(file: Path) -> Any:
     import pydicom
 
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # a slip in a name is no error
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -136,7 +137,7 @@ def _kind(header: Any) -> str:
         return _FOREIGN
     uid = UID(header.get("SOPClassUID") or header.get("file_meta", {}).get("MediaStorageSOPClassUID") or "")
     if uid.name == uid:  # of no known kind
-        return "" if "Rows" in header else uid.name or _FOREIGN
+        return "" if "Rows" in header else uid if "SeriesInstanceUID" in header else _FOREIGN
     is_image = "Image Storage" in uid.name and not re.search("^RT|Non-Image", uid.name)
     return "" if is_image else uid.name.removesuffix(" Storage")
 
@@ -183,6 +184,8 @@ def _slices_of(file: Path, header: Any) -> list[Slice]:
         raise DataError(f"{file}: is in colour; expected a scan of grey values")
     if header.get("ModalityLUTSequence"):
         raise DataError(f"{file}: gives its values by a table, which is not supported; convert it to NIfTI")
+    if "MOSAIC" in (header.get("ImageType") or ()):
+        raise DataError(f"{file}: is a mosaic of many slices in one picture; convert it to NIfTI")
     count = int(header.get("NumberOfFrames") or 1)
     if count > 1 and len(header.get("PerFrameFunctionalGroupsSequence") or ()) != count:
         raise DataError(
@@ -222,39 +225,32 @@ def _stack(path: Path, slices: list[Slice], time_point: int | None) -> tuple[lis
     chosen = choose(path, *counts, time_point, f"images at {where} (several times, phases or echoes)")
     slices = sorted((group[chosen] for group in at.values()), key=lambda single: single.position @ normal)
     positions = np.array([single.position for single in slices])
-    if len(slices) == 1:
-        if not slices[0].thickness:
-            return slices, None
-        step = normal * float(slices[0].thickness)
-    else:
-        step = (positions[-1] - positions[0]) / (len(slices) - 1)
-        allowed = JITTER * np.linalg.norm(step) + 2 * 3**0.5 * max(single.rounding for single in slices)
-        off = np.linalg.norm(positions - positions[0] - np.arange(len(slices))[:, None] * step, axis=1)
-        _check_gaps(path, slices, np.linalg.norm(np.diff(positions, axis=0), axis=1), off.max() <= allowed)
-        lean = step - normal * (step @ normal)
-        if np.linalg.norm(lean) * (len(slices) - 1) <= allowed:  # no tilt, but rounding
-            step = step - lean
+    last = len(slices) - 1
+    if last == 0 and not slices[0].thickness:
+        return slices, None
+    step = (positions[-1] - positions[0]) / last if last else normal * float(slices[0].thickness)
+    allowed = JITTER * np.linalg.norm(step) + 2 * 3**0.5 * max(single.rounding for single in slices)
+    off = np.linalg.norm(positions - positions[0] - np.arange(last + 1)[:, None] * step, axis=1)
+    gaps = np.linalg.norm(np.diff(positions, axis=0) if last else step[None], axis=1)
+    if off.max() > allowed or np.abs(gaps - np.median(gaps)).max() > np.median(gaps) / 2:
+        raise DataError(f"{path}: {_irregular(slices, gaps)}")
+    lean = step - normal * (step @ normal)
+    if np.linalg.norm(lean) * last <= allowed:  # no tilt, but rounding
+        step = step - lean
     affine = np.eye(4)
     y = np.cross(normal, x) / np.linalg.norm(x) * np.linalg.norm(y)  # at right angles to x, in spite of rounding
     affine[:3] = np.stack([x, y, step, positions[0]], axis=1)
     return slices, TO_RAS @ affine
 
 
-def _check_gaps(path: Path, slices: list[Slice], gaps: np.ndarray, is_regular: bool) -> None:
-    """Raise DataError unless slices are on a regular grid; gaps: mm from each to the next, (n - 1,)."""
-    usual, wide = np.median(gaps), int(gaps.argmax())
-    ratios = gaps / usual
-    if is_regular and np.abs(ratios - 1).max() <= 0.5:
-        return
+def _irregular(slices: list[Slice], gaps: np.ndarray) -> str:
+    """Say what is wrong with the distances of neighbouring slices in mm, (n - 1,), and what to do."""
     found = ", ".join(f"{gap:g} mm ({n} times)" for gap, n in Counter(gaps.round(2).tolist()).most_common(4))
+    found += f", the widest after {slices[gaps.argmax()].file.name}"
+    ratios = gaps / np.median(gaps)
     if np.abs(ratios - ratios.round()).max() < 2 * JITTER:
-        what = "a slice is missing", "export the series again"
-    else:
-        what = "the distance of its slices changes", "resample it, or move the slices of another distance elsewhere"
-    raise DataError(
-        f"{path}: {what[0]}: {found}, {gaps[wide]:.2f} mm after {slices[wide].file.name}; expected one distance: "
-        f"{what[1]}"
-    )
+        return f"a slice is missing: the distances are {found}; export the series again"
+    return f"the distance of its slices changes: {found}; resample it, or move the slices of another distance elsewhere"
 
 
 def _pixels(slices: list[Slice]) -> np.ndarray:

@@ -4,6 +4,7 @@ import gzip
 import logging
 import math
 import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -252,9 +253,12 @@ def _load_itk(path: Path, time_point: int | None) -> _Stored:
     with open(path, "rb") as file:
         text = file.read(2**16)
 
-    def says(words: bytes) -> bool:
-        return re.search(rb"^(%s)" % words, text, re.MULTILINE | re.IGNORECASE) is not None
+    def says(words: bytes) -> re.Match | None:
+        return re.search(rb"^(%s)" % words, text, re.MULTILINE | re.IGNORECASE)
 
+    start = says(rb"ElementDataFile *= *LOCAL\r?\n")
+    if start and says(b"CompressedData *= *True"):
+        zlib.decompress(path.read_bytes()[start.end() :])  # compares the checksum, which ITK does not
     dims = image.GetDimension()
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (dims, dims))[:3, :3] * image.GetSpacing()[:3]

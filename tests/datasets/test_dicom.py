@@ -143,6 +143,8 @@ REFUSED = {
     "short": ({"PixelData": lambda z, _: STORED[z].tobytes()[: 100 if z == 4 else None]}, "8.dcm", "100 bytes", "216"),
     "no pixels": ({"PixelData": lambda z, _: STORED[z].tobytes() if z else b""}, "0.dcm", "0 bytes"),
     "two series": ({"SeriesInstanceUID": lambda z, _: f"1.2.3.{z % 2}"}, "2 DICOM series", "4 files such as 0.dcm"),
+    "mosaic": ({"ImageType": ["ORIGINAL", "PRIMARY", "MOSAIC"]}, "mosaic"),
+    "table": ({"ModalityLUTSequence": [pydicom.Dataset()]}, "table"),
     "frames": ({"NumberOfFrames": 2, "PixelData": STORED[:2].tobytes()}, "2 frames without positions"),
     "report": ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.88.11"}, "no DICOM series", "0.dcm (Basic Text SR)"),
 }  # fmt: skip
@@ -153,6 +155,12 @@ def test_what_is_not_one_stack_is_named(tmp_path, refused, name):
     options, *words = REFUSED[name]
     folder = write_dicom(tmp_path / "series", **options)
     refused(lambda: read_scan(folder, Preprocessing()), folder, *words)
+
+
+def test_one_slice_has_the_thickness_that_its_header_says(tmp_path):
+    for thickness, spacing in ((4, (4, 0.8, 0.75)), (None, None)):
+        folder = write_dicom(tmp_path / str(thickness), [0], 25, SliceThickness=thickness)
+        assert read_scan(folder / "0.dcm", Preprocessing()).spacing == pytest.approx(spacing)
 
 
 def test_a_time_point_is_chosen_at_every_position(tmp_path, refused):

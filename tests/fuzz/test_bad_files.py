@@ -19,6 +19,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 from PIL import Image
 
@@ -111,6 +112,7 @@ READERS: dict[str, tuple[str, Callable[[Path], list]]] = {
     "scan": ("a.nii", values_of_scan),
     "scan.gz": ("a.nii.gz", values_of_scan),
     "label.gz": ("a.nii.gz", values_of_label),
+    **{f"scan.{ending}": (f"a.{ending}", values_of_scan) for ending in ("nrrd", "mha", "dcm")},
     "mask": ("a.png", lambda path: [read_mask(path, num_classes=4)]),
     **{ending: (f"a.{ending}", lambda path: [read_image(path)]) for ending in ("png", "jpg", "tif", "bmp")},
     "list": ("train.txt", lambda path: read_list(path.parent, path.stem)),
@@ -125,6 +127,9 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("whole")
     write_slice(folder / "slice", volume_named(), 1)
     write_volume(folder / "volume", volume_named())
+    scan = SimpleITK.GetImageFromArray(VOXELS.astype(np.int16))
+    for kind, image in (("scan.nrrd", scan), ("scan.mha", scan), ("scan.dcm", scan[:, :, 1])):
+        SimpleITK.WriteImage(image, str(folder / kind), True)
     save_checkpoint(folder / "checkpoint", {"model": {"w": torch.arange(50.0)}, "network": {}, "data": PLAIN})
     return {
         **{path.name: path.read_bytes() for path in folder.iterdir()},
