@@ -6,19 +6,17 @@ nibabel's axes in reverse order, none of them flipped.
 """
 
 import logging
-import re
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from datasets.errors import DataError, brief
+from datasets.errors import DataError
 from datasets.info import VOLUME_FOLDER, DatasetInfo
-from datasets.lists import natural_key
+from datasets.lists import volume_name
 from datasets.preparation import Case, files_by_name, paired, prepare_volumes, read_case
 from datasets.preprocessing import Preprocessing, to_unit
-from datasets.volumes import Volume, read_slice, read_volume
+from datasets.volumes import Volume, group_by_volume, read_parts
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +36,6 @@ INFO = DatasetInfo(
 CLASS_NAMES = INFO.class_names
 
 _FRAME = "(patient[0-9]{3}_frame[0-9]{2})"
-_FOLDERS = ("", "*/", "*/*/", "*/*/*/")  # where the files may be: unpacking may add folders
 
 
 def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = False) -> list[str]:
@@ -52,7 +49,7 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
     """
     raw = Path(raw)
     INFO.require(raw)
-    scans = [path for above in _FOLDERS for path in raw.glob(f"{above}patient*_frame*.nii*")]
+    scans = list(raw.rglob("patient*_frame*.nii*"))  # unpacking may add folders
     images = files_by_name(scans, rf"{_FRAME}\.nii(?:\.gz)?")
     labels = files_by_name(scans, rf"{_FRAME}_gt\.nii(?:\.gz)?")
     cases, read = paired(images, labels, "*.nii.gz", "*_gt.nii.gz"), partial(read_case, INFO)
@@ -72,31 +69,12 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
 
 def _hdf5_cases(raw: Path) -> list[Case]:
     """Return the volumes below a folder, and the slices of every frame without a volume; not what is prepared there."""
-    files = [path for above in _FOLDERS for path in raw.glob(f"{above}patient*_frame*.h5")]
-    files = [path for path in files if VOLUME_FOLDER not in path.relative_to(raw).parts]
-    frames = {name: (path,) for name, path in files_by_name(files, rf"{_FRAME}(?:\.npy)?\.h5").items()}
-    slices: dict[str, list[Path]] = {}
-    numbered = files_by_name(files, rf"({_FRAME}_slice_?[0-9]+)\.h5")
-    for name in sorted(numbered, key=natural_key):
-        slices.setdefault(name.partition("_slice")[0], []).append(numbered[name])
-    return [Case(name, tuple(paths)) for name, paths in (slices | frames).items()]
+    files = [p for p in raw.rglob("patient*_frame*.h5") if VOLUME_FOLDER not in p.relative_to(raw).parts]
+    volumes = files_by_name(files, rf"{_FRAME}(?:\.npy)?\.h5")
+    slices = files_by_name((path for path in files if volume_name(path) not in volumes), r"(.+_slice_?[0-9]+)\.h5")
+    return [Case(name, tuple(paths)) for name, paths in group_by_volume([*volumes.values(), *slices.values()]).items()]
 
 
 def _read_hdf5(case: Case) -> Volume:
-    if _slice_number(case.images[0]) is None:
-        volume = read_volume(case.images[0], INFO.num_classes)
-    else:
-        numbers = [_slice_number(path) for path in case.images]
-        images, labels = zip(*(read_slice(path, INFO.num_classes) for path in case.images), strict=True)
-        if numbers not in (list(range(len(numbers))), list(range(1, len(numbers) + 1))):
-            raise DataError(f"{case.images[0].parent}: {case.name} has the slices {brief(numbers)}; copy those missing")
-        if len({image.shape for image in images}) > 1:
-            raise DataError(f"{case.images[0]}: other slices of {case.name} have another size; copy them again")
-        volume = Volume(case.name, np.stack(images), np.stack(labels))
-    volume.name, volume.image, volume.class_names = case.name, to_unit(volume.image), CLASS_NAMES
-    return volume
-
-
-def _slice_number(path: Path) -> int | None:
-    found = re.search(r"_slice_?([0-9]+)\.h5$", path.name)
-    return int(found[1]) if found else None
+    volume = read_parts(case.images, INFO.num_classes)
+    return replace(volume, image=to_unit(volume.image), class_names=CLASS_NAMES)

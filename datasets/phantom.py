@@ -107,16 +107,13 @@ def _draw_heart(shape: tuple[int, ...], rng: np.random.Generator, contracted: bo
     outer = inner + np.array([0.6, wall, wall])
     reach = radius + wall + 0.45 * right_radii[2]
     right = left + np.array([0, np.sin(side), -np.cos(side)]) * reach
-    # In this order muscle covers a part of the right ventricle, which becomes a crescent.
     label = np.zeros(shape, np.uint8)
-    label[_ellipsoid(grid, right, right_radii, -side)] = 1
-    label[_ellipsoid(grid, left, outer, turn)] = 2
-    label[_ellipsoid(grid, left, inner, turn)] = 3
+    # In this order muscle covers a part of the right ventricle, which becomes a crescent.
+    for index, ellipsoid in enumerate(((right, right_radii, -side), (left, outer, turn), (left, inner, turn)), 1):
+        label[_ellipsoid(grid, *ellipsoid)] = index
     rim = _ellipsoid(grid, right, right_radii + np.array([0.4, 2.5, 2.5]), -side) & (label == 0)
     brightness[rim] = _MUSCLE + 0.1
-    brightness[(label == 1) | (label == 3)] = _BLOOD
-    brightness[label == 2] = _MUSCLE
-    return label, brightness
+    return label, np.choose(label, [brightness, _BLOOD, _MUSCLE, _BLOOD])
 
 
 def _ellipsoid(grid: np.ndarray, centre: np.ndarray, radii: np.ndarray, angle: float) -> np.ndarray:

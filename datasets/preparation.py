@@ -69,9 +69,8 @@ def paired(images: dict[str, Path], labels: dict[str, Path], image_name: str, la
 
 def ready_made(raw: Path) -> list[Case]:
     """Return the cases of ``images/<id>`` and ``masks/<id>.png`` in a folder, or none; raises as ``paired``."""
-    images, masks = (
-        image_files(raw / inner) if (raw / inner).is_dir() else {} for inner in (IMAGE_FOLDER, MASK_FOLDER)
-    )
+    folders = raw / IMAGE_FOLDER, raw / MASK_FOLDER
+    images, masks = (image_files(folder) if folder.is_dir() else {} for folder in folders)
     return paired(images, masks, f"{IMAGE_FOLDER}/*", f"{MASK_FOLDER}/*.png")
 
 
@@ -149,8 +148,7 @@ def _volume_file(out: str | Path, name: str) -> Path:
 # Colour images and masks
 
 
-Pair = tuple[np.ndarray | Path, np.ndarray]
-"""Image (uint8 (H, W, 3), or the file to copy) and mask (uint8 (H, W), class indices)."""
+Pair = tuple[np.ndarray | Path, np.ndarray]  # image, uint8 (H, W, 3), or its file to copy; class indices, uint8 (H, W)
 
 
 def prepare_images(
@@ -167,13 +165,10 @@ def prepare_images(
     if Path(raw).resolve() == out.resolve():
         raise DataError(f"{out}: this is the raw folder, and its masks would be overwritten; give another --out")
     names = [case.name for case in cases]
-    there = image_files(out / IMAGE_FOLDER) if (out / IMAGE_FOLDER).is_dir() else ()
+    there = [path.stem for path in (out / MASK_FOLDER).glob("*.png")]
     kinds = {name != image_of(name): name for name in (*names, *there)}  # one name of each kind
     if len(kinds) > 1:
-        raise DataError(
-            f"{out / IMAGE_FOLDER}: {kinds[False]} is a whole image and {kinds[True]} a crop; they must not be mixed: "
-            "give another --out"
-        )
+        raise DataError(f"{out}: {kinds[False]} is a whole image and {kinds[True]} a crop of one; give another --out")
     finished = [name for name in names if not overwrite and _mask_file(out, name).is_file()]
     bits = common_bits({case.images[0] for case in cases})
     _run(partial(_prepare_image, read, bits, out), cases, finished, "images", jobs)
@@ -184,22 +179,17 @@ def _prepare_image(read: Callable[[Case, int | None], Pair | None], bits: int | 
     pair = read(case, bits)
     if pair is None:
         return
-    (image, mask), mask_file = pair, _mask_file(out, case.name)
-    stem = out / IMAGE_FOLDER / case.name
-    for old in (mask_file, *(Path(f"{stem}{ending}") for ending in ENDINGS)):
+    image, mask = pair
+    targets = {ending: out / IMAGE_FOLDER / f"{case.name}{ending}" for ending in ENDINGS}
+    for old in (_mask_file(out, case.name), *targets.values()):
         old.unlink(missing_ok=True)
-    if isinstance(image, Path):
-        with atomic_write(f"{stem}{image.suffix.lower()}") as temporary:
-            shutil.copyfile(image, temporary)
-    else:
-        _write_png(Path(f"{stem}.png"), image)
-    _write_png(mask_file, mask)
-
-
-def _write_png(path: Path, array: np.ndarray) -> None:
-    # zlib's fastest level: twice as fast to write as the default and hardly larger.
-    with atomic_write(path) as temporary:
-        Image.fromarray(array).save(temporary, compress_level=1)
+    target = targets[image.suffix.lower() if isinstance(image, Path) else ".png"]
+    for path, content in ((target, image), (_mask_file(out, case.name), mask)):
+        with atomic_write(path) as temporary:
+            if isinstance(content, Path):
+                shutil.copyfile(content, temporary)
+            else:  # zlib's fastest level: twice as fast to write as the default and hardly larger
+                Image.fromarray(content).save(temporary, compress_level=1)
 
 
 def _mask_file(out: Path, name: str) -> Path:

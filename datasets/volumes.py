@@ -7,7 +7,7 @@ and ``stored_type``.
 
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -151,30 +151,36 @@ class VolumeDataset(Sequence[Volume]):
     ):  # fmt: skip
         self.num_classes, self.label_order, self.class_names = num_classes, label_order, None
         self.source = list_path(list_dir, split)
-        self.files = _group_by_volume(select_files(list_dir, split, volume_path, only=only))
+        self.files = group_by_volume(select_files(list_dir, split, volume_path, only=only))
         self.names = list(self.files)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Volume:
-        name = self.names[index]
-        files = self.files[name]
-        ndim = 2 if is_slice(files[0]) else 3
-        parts = [read_volume(file, self.num_classes, self.label_order, ndim, self.class_names) for file in files]
-        if ndim == 3:
-            return parts[0]
-        for file, part in zip(files, parts, strict=True):
-            if part.image.shape != parts[0].image.shape:
-                raise DataError(
-                    f"{file}: shape {part.image.shape}, but {files[0].name} has {parts[0].image.shape}; {PREPARE}"
-                )
-        image, label = (np.stack([getattr(part, key) for part in parts]) for key in ("image", "label"))
-        return Volume(name, image, label, parts[0].spacing, class_names=parts[0].class_names)
+        return read_parts(self.files[self.names[index]], self.num_classes, self.label_order, self.class_names)
 
 
-def _group_by_volume(paths: Sequence[Path]) -> dict[str, list[Path]]:
-    """Return the files of each volume by its name, in the order of the list: one file, or all its slices in order."""
+def read_parts(
+    files: Sequence[Path], num_classes: int, label_order: LabelOrder | None = None,
+    class_names: tuple[str, ...] | None = None,
+) -> Volume:  # fmt: skip
+    """Read a volume from its file, or from the files of all its slices, as ``read_volume`` does."""
+    ndim = 2 if is_slice(files[0]) else 3
+    parts = [read_volume(file, num_classes, label_order, ndim, class_names) for file in files]
+    if ndim == 3:
+        return parts[0]
+    for file, part in zip(files, parts, strict=True):
+        if part.image.shape != parts[0].image.shape:
+            raise DataError(
+                f"{file}: shape {part.image.shape}, but {files[0].name} has {parts[0].image.shape}; {PREPARE}"
+            )
+    image, label = (np.stack([getattr(part, key) for part in parts]) for key in ("image", "label"))
+    return Volume(volume_name(files[0]), image, label, parts[0].spacing, class_names=parts[0].class_names)
+
+
+def group_by_volume(paths: Iterable[Path]) -> dict[str, list[Path]]:
+    """Return the files of each volume by its name, in the order given: one file, or all its slices in order."""
     files: dict[str, list[Path]] = {}
     for path in paths:
         files.setdefault(volume_name(path), []).append(path)
