@@ -7,7 +7,7 @@ import inspect
 import logging
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -65,64 +65,53 @@ def training_parser(description: str, info: DatasetInfo, **defaults: Any) -> Arg
     parser = ArgumentParser(description=description)
     count, some = number(int, 1), number(float, 0)
 
-    data = parser.add_argument_group("data")
-    data.add_argument("--root_path", type=Path, help="folder of the training slices, or of the images and masks")
+    add = parser.add_argument_group("data").add_argument
+    add("--root_path", type=Path, help="folder of the training slices, or of the images and masks")
     if not info.planar:
-        data.add_argument("--volume_path", type=Path, help="folder of the volumes")
-    data.add_argument("--list_dir", type=Path, help="folder of the lists that define the splits")
-    data.add_argument(
-        "--select", choices=["val", "test"], help="cases that choose the best epoch; default: val, with release test"
-    )
-    data.add_argument("--train_split", help="list to train on; default: by --select")
-    data.add_argument("--val_split", help="list to choose the best epoch on; default: by --select")
-    data.add_argument("--num_classes", type=count, help="number of classes, background included")
-    data.add_argument("--class_names", nargs="+", help="names of label ids 1, 2, ..., where no file states them")
-    data.add_argument("--patient_pattern", help=PATTERN_HELP)
+        add("--volume_path", type=Path, help="folder of the volumes")
+    add("--list_dir", type=Path, help="folder of the lists that define the splits")
+    add("--select", choices=["val", "test"], help="cases that choose the best epoch; default: val, with release test")
+    add("--train_split", help="list to train on; default: by --select")
+    add("--val_split", help="list to choose the best epoch on; default: by --select")
+    add("--num_classes", type=count, help="number of classes, background included")
+    add("--class_names", nargs="+", help="names of label ids 1, 2, ..., where no file states them")
+    add("--patient_pattern", help=PATTERN_HELP)
     if info.planar:
-        data.add_argument("--photometric", action="store_true", help="augment colours, focus and shape too")
-    data.add_argument("--num_workers", type=number(int, 0), default=2, help="processes that prepare samples")
-    data.add_argument("--cache_gib", type=some, default=4.0, help="GiB of the data to keep in memory")
+        add("--photometric", action="store_true", help="augment colours, focus and shape too")
+    add("--num_workers", type=number(int, 0), default=2, help="processes that prepare samples")
+    add("--cache_gib", type=some, default=4.0, help="GiB of the data to keep in memory")
 
-    model = parser.add_argument_group("network")
-    model.add_argument("--network", default=FIRST, choices=NETWORKS, help="network to train")
-    model.add_argument(
-        "--pretrained",
-        help="ImageNet weights of the encoder: a file, hub (download), or none (random weights); default: the file of "
-        "the scale in pretrained_pth/maxvit, for another network hub or none",
-    )
-    model.add_argument(
-        "--init_from", type=Path, help="checkpoint whose network and weights a new run starts from, such as a best.pth"
-    )
-    model.add_argument("--wld", default="loss", choices=["loss", "none"], help="W-LD sets K by the loss, or never")
-    model.add_argument("--wld_start_epoch", type=int, default=100, help="first epoch in which W-LD sets K")
+    add = add_network = parser.add_argument_group("network").add_argument
+    add("--network", default=FIRST, choices=NETWORKS, help="network to train")
+    text = "a file, hub (download) or none (random); default: the file in pretrained_pth/maxvit, for other networks hub"
+    add("--pretrained", help=f"ImageNet weights of the encoder: {text}")
+    add("--init_from", type=Path, help="checkpoint whose network and weights a new run starts from, such as a best.pth")
+    add("--wld", default="loss", choices=["loss", "none"], help="W-LD sets K by the loss, or never")
+    add("--wld_start_epoch", type=int, default=100, help="first epoch in which W-LD sets K")
 
-    training = parser.add_argument_group("training")
-    training.add_argument("--max_epochs", type=count, default=300, help="epochs of the whole run")
-    training.add_argument("--max_iterations", type=count, help="end the run after so many iterations")
-    training.add_argument("--batch_size", type=count, default=20, help="samples in a batch of one process")
-    training.add_argument(
-        "--accumulate", type=count, default=1, help="parts that a batch is computed in, to save memory"
-    )
-    training.add_argument("--base_lr", type=some, default=1e-4, help="learning rate of AdamW at the start")
-    training.add_argument(
-        "--lr_schedule", default="constant", choices=["constant", "poly", "cosine"], help="over all iterations"
-    )
-    training.add_argument("--weight_decay", type=some, default=1e-4, help="of AdamW")
-    training.add_argument("--ce_weight", type=some, default=0.3, help="weight of the cross entropy")
-    training.add_argument("--dice_weight", type=some, default=0.7, help="weight of the Dice loss")
+    add = parser.add_argument_group("training").add_argument
+    add("--max_epochs", type=count, default=300, help="epochs of the whole run")
+    add("--max_iterations", type=count, help="end the run after so many iterations")
+    add("--batch_size", type=count, default=20, help="samples in a batch of one process")
+    add("--accumulate", type=count, default=1, help="parts that a batch is computed in, to save memory")
+    add("--base_lr", type=some, default=1e-4, help="learning rate of AdamW at the start")
+    add("--lr_schedule", default="constant", choices=["constant", "poly", "cosine"], help="over all iterations")
+    add("--weight_decay", type=some, default=1e-4, help="of AdamW")
+    add("--ce_weight", type=some, default=0.3, help="weight of the cross entropy")
+    add("--dice_weight", type=some, default=0.7, help="weight of the Dice loss")
 
-    run = parser.add_argument_group("run")
-    run.add_argument("--output_dir", type=Path, help="run folder")
-    run.add_argument("--resume", type=Path, help="last.pth to continue from; auto: that of --output_dir, if it exists")
-    run.add_argument("--checkpoint_minutes", type=some, default=10, help="save so often; 0: only after an epoch")
-    run.add_argument("--checkpoint_iterations", type=count, help="save every so many iterations too")
-    run.add_argument("--keep", type=number(int, 0), default=0, help="newest epochs to keep, as epoch_0001.pth")
-    run.add_argument("--eval_interval", type=count, default=1, help="validate every so many epochs")
-    run.add_argument("--eval_batch_size", type=count, default=20, help="slices to predict at a time")
-    run.add_argument("--select_from_epoch", type=int, help="first epoch that may be the best; default: 1, release 100")
-    run.add_argument("--compile", action="store_true", help="torch.compile the steps after the warm-up, for a GPU")
-    run.add_argument("--sync_bn", action="store_true", help="share BatchNorm's statistics between GPUs under torchrun")
-    _add_shared(run, info)
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", type=Path, help="run folder")
+    add("--resume", type=Path, help="last.pth to continue from; auto: that of --output_dir, if it exists")
+    add("--checkpoint_minutes", type=some, default=10, help="save so often; 0: only after an epoch")
+    add("--checkpoint_iterations", type=count, help="save every so many iterations too")
+    add("--keep", type=number(int, 0), default=0, help="newest epochs to keep, as epoch_0001.pth")
+    add("--eval_interval", type=count, default=1, help="validate every so many epochs")
+    add("--eval_batch_size", type=count, default=20, help="slices to predict at a time")
+    add("--select_from_epoch", type=int, help="first epoch that may be the best; default: 1, release 100")
+    add("--compile", action="store_true", help="torch.compile the steps after the warm-up, for a GPU")
+    add("--sync_bn", action="store_true", help="share BatchNorm's statistics between GPUs under torchrun")
+    _add_shared(add, info)
 
     known = {"num_classes", "in_channels", *vars(parser.parse_args([]))}
     for network in NETWORKS:
@@ -133,7 +122,7 @@ def training_parser(description: str, info: DatasetInfo, **defaults: Any) -> Arg
             if name in NETWORK_HELP and kind is not str:
                 kind = number(float, 0, 1) if kind is float else number(int, 0 if name == "replaced_columns" else 1)
             text = NETWORK_HELP.get(name, f"of {network}")
-            model.add_argument(f"--{name}", type=kind, default=default, choices=CHOICES.get(name), help=text)
+            add_network(f"--{name}", type=kind, default=default, choices=CHOICES.get(name), help=text)
             known.add(name)
     folders = {"root_path": info.root_path, "volume_path": info.volume_path, "list_dir": info.list_dir}
     own = {"in_channels": 1, "num_classes": info.num_classes, "output_dir": run_folder(info)}
@@ -149,37 +138,35 @@ def run_folder(info: DatasetInfo) -> str:
 def testing_parser(description: str, info: DatasetInfo) -> ArgumentParser:
     """Return the parser of a test script."""
     parser = ArgumentParser(description=description)
-    best = Path(run_folder(info), "best.pth")
-    parser.add_argument("--checkpoint", type=Path, default=best, help="best.pth of a run, or one of the release")
-    parser.add_argument("--list_dir", type=Path, default=info.list_dir, help="folder of the lists")
-    parser.add_argument("--split", default=info.splits[-1], help="list to test on")
+    add, best = parser.add_argument, Path(run_folder(info), "best.pth")
+    add("--checkpoint", type=Path, default=best, help="best.pth of a run, or one of the release")
+    add("--list_dir", type=Path, default=info.list_dir, help="folder of the lists")
+    add("--split", default=info.splits[-1], help="list to test on")
     if info.planar:
-        parser.add_argument("--root_path", type=Path, default=info.root_path, help="folder of images and masks")
+        add("--root_path", type=Path, default=info.root_path, help="folder of images and masks")
         saving = ("--save_masks", "save predictions as PNG")
     else:
-        parser.add_argument("--volume_path", type=Path, default=info.volume_path, help="folder of the volumes")
-        parser.add_argument("--cases", nargs="+", help="only these patients of the list (case0005)")
+        add("--volume_path", type=Path, default=info.volume_path, help="folder of the volumes")
+        add("--cases", nargs="+", help="only these patients of the list (case0005)")
         saving = ("--is_savenii", "save images, labels and predictions as NIfTI")
-    parser.add_argument(saving[0], dest="save_predictions", action="store_true", help=saving[1])
-    parser.add_argument(
-        "--overlays", type=number(int, 0), default=0, help="PNGs per volume, of slices with most errors"
-    )
-    parser.add_argument("--batch_size", type=number(int, 1), default=20, help="slices to predict at a time")
-    parser.add_argument("--test_save_dir", type=Path, help="folder of the results; default: beside the checkpoint")
-    _add_shared(parser, info)
+    add(saving[0], dest="save_predictions", action="store_true", help=saving[1])
+    add("--overlays", type=number(int, 0), default=0, help="PNGs per volume, of slices with most errors")
+    add("--batch_size", type=number(int, 1), default=20, help="slices to predict at a time")
+    add("--test_save_dir", type=Path, help="folder of the results; default: beside the checkpoint")
+    _add_shared(add, info)
     return parser
 
 
-def _add_shared(group: Any, info: DatasetInfo) -> None:
+def _add_shared(add: Callable[..., Any], info: DatasetInfo) -> None:
     """Add the flags that training and testing share."""
     if info.label_orders:
         text = f"meaning of the files' label ids; default: {next(iter(info.label_orders))}"
-        group.add_argument("--label_order", choices=info.label_orders, help=text)
-    group.add_argument("--seed", type=int, default=2222, help="of everything random")
-    group.add_argument("--deterministic", type=int, default=1, choices=[0, 1], help="1: repeatable, 0: faster")
-    group.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda or cuda:1")
-    group.add_argument("--n_gpu", type=int, default=1, help="0: the CPU, 1: one GPU if there is one")
-    group.add_argument("--amp", default="none", choices=AMP_DTYPES, help="autocast precision, or TensorFloat-32")
+        add("--label_order", choices=info.label_orders, help=text)
+    add("--seed", type=int, default=2222, help="of everything random")
+    add("--deterministic", type=int, default=1, choices=[0, 1], help="1: repeatable, 0: faster")
+    add("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda or cuda:1")
+    add("--n_gpu", type=int, default=1, help="0: the CPU, 1: one GPU if there is one")
+    add("--amp", default="none", choices=AMP_DTYPES, help="autocast precision, or TensorFloat-32")
 
 
 def parse_training(
@@ -271,12 +258,12 @@ def check_n_gpu(args: Namespace) -> None:
     """
     if args.n_gpu not in (0, 1):
         raise RunError(
-            f"--n_gpu is {args.n_gpu}, but a process uses one GPU: leave it out, and start one process per GPU with "
+            f"--n_gpu {args.n_gpu}: a process uses one GPU: start one process per GPU with "
             f"torchrun --nproc_per_node {args.n_gpu} (docs/several_gpus.md)"
         )
+    if args.n_gpu == 0 and args.device not in ("auto", "cpu"):
+        raise RunError(f"--n_gpu 0 contradicts --device {args.device}: leave one of them out")
     if args.n_gpu == 0:
-        if args.device not in ("auto", "cpu"):
-            raise RunError(f"--n_gpu 0 contradicts --device {args.device}: leave one of them out")
         args.device = "cpu"
 
 

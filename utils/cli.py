@@ -20,10 +20,10 @@ from datasets.errors import printable
 from utils.errors import RunError, Stopped
 
 REMEDIES = {
-    errno.ENOSPC: "make room on the disk or choose another folder",
-    errno.EFBIG: "make room on the disk or choose another folder",
-    errno.EACCES: "check the permissions or choose another folder",
-    errno.ENOENT: "check the path",
+    errno.ENOSPC: ", make room on the disk or choose another folder",
+    errno.EFBIG: ", make room on the disk or choose another folder",
+    errno.EACCES: ", check the permissions or choose another folder",
+    errno.ENOENT: ", check the path",
 }
 
 AMP_DTYPES = {"none": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,18 +34,15 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Help that keeps the line breaks of the description and shows every default except None and False."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:
-            return action.help
-        return super()._get_help_string(action)
+        says_nothing = action.default is None or action.default is False
+        return action.help if says_nothing else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """An argparse parser with one-line errors, exit status 1, defaults in its help, and no abbreviated flags."""
 
-    def __init__(self, *args, **kwargs) -> None:
-        kwargs.setdefault("formatter_class", HelpFormatter)
-        kwargs.setdefault("allow_abbrev", False)
-        super().__init__(*args, **kwargs)
+    def __init__(self, **options) -> None:
+        super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False} | options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(1, f"{self.prog}: error: {_one_line(message)} (see {self.prog} --help)\n")
@@ -99,7 +96,6 @@ def setup_logging(file: str | Path | None = None) -> None:
         handler.close()
     terminal = _Terminal(sys.stderr)
     terminal.setLevel(logging.ERROR if rank else logging.INFO)
-    terminal.setFormatter(_LineFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     root.addHandler(terminal)
     if file is not None and not rank:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -182,34 +178,26 @@ def set_precision(amp: str, device: torch.device) -> None:
         torch.backends.cuda.enable_cudnn_sdp((torch.backends.cudnn.version() or 0) >= 92600)
 
 
-class _LineFormatter(logging.Formatter):
+class _Terminal(logging.StreamHandler):
     def format(self, record: logging.LogRecord) -> str:
         if record.levelno < logging.WARNING:
-            return super().format(record)
+            return logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S").format(record)
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("RANK", 0)) else ""
         return f"{rank}{record.levelname.lower()}: {printable(record.getMessage())}"
 
 
-class _Terminal(logging.StreamHandler):
-    pass
-
-
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            return super().handleError(record)
         # logging would print a traceback for every line that a full disk refuses.
         logging.getLogger().removeHandler(self)
-        logging.warning("%s: %s; the log continues without this file", self.baseFilename, error.strerror)
+        logging.warning("%s: %s; the log continues without this file", self.baseFilename, sys.exc_info()[1])
 
 
 def _message(error: BaseException) -> str:
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-        remedy = REMEDIES.get(error.errno)
-        text = f"{where}{error.strerror}" + (f", {remedy}" if remedy else "")
+        text = where + error.strerror + REMEDIES.get(error.errno, "")
     elif text.startswith("Caught ") and "Original Traceback" in text:
         # A data loader's process sends its traceback as the message; the last line is the error.
         text = text.rsplit(f"{type(error).__name__}: ", 1)[-1]
