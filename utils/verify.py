@@ -87,7 +87,7 @@ class Part:
     @property
     def names(self) -> tuple[str, ...]:
         """The classes as the files name them, or else as the data set does."""
-        return self.named or self.info.names_for(len(self.voxels))
+        return self.named or tuple(self.data.class_names or ()) or self.info.names_for(len(self.voxels))
 
     @property
     def unscaled(self) -> bool:
@@ -142,18 +142,12 @@ def quick_check(
 
     args: of the training script.
     """
-    names = tuple(args.class_names or ())
-    if names and not len({*names}) == len(names) == args.num_classes - 1:
-        raise DataError(
-            f"--class_names gives {', '.join(names)}, but there are {args.num_classes} classes with background: give "
-            f"{args.num_classes - 1} different names, or --num_classes {len({*names}) + 1}"
-        )
-    order = getattr(train_set, "label_order", None)
-    if names and order and names != order.class_names:
-        raise DataError(
-            f"--class_names contradicts --label_order {order.name} ({', '.join(order.class_names)}): leave it out, or "
-            "train on other organs with train_acdc.py"
-        )
+    names, order = tuple(args.class_names or ()), getattr(train_set, "label_order", None)
+    if names and (order or not len({*names}) == len(names) == args.num_classes - 1):
+        expected = f"{args.num_classes - 1} different names, or --num_classes {len({*names}) + 1}"
+        if order:
+            expected = f"none, because --label_order {order.name} names them, or train_acdc.py for other organs"
+        raise DataError(f"--class_names gives {', '.join(names)}; expected {expected}")
     parts = [Part(data, info, args.patient_pattern) for data in (train_set, val_set)]
     splits = [(part.data.source, part.patients) for part in parts]
     test_list = list_path(args.list_dir, info.splits[-1])
@@ -252,8 +246,9 @@ def most_classes_absent(parts: Sequence[Part]) -> list[str]:
 def differences(parts: Sequence[Part]) -> list[str]:
     """Return one line for each way in which the slices and the volumes of a set contradict each other."""
     errors = []
-    read = sorted((part for part in parts if part.read), key=lambda part: part.high - part.low)
-    if read and read[-1].unscaled and not read[0].unscaled:
+    # Not those of which only black slices were read, and those that a percentile scaled.
+    read = sorted((part for part in parts if part.high - part.low > 0.1), key=lambda part: part.high - part.low)
+    if read and not read[0].unscaled and read[-1].unscaled and read[-1].high - read[-1].low > 10:
         first, last = (f"{part.low:g} to {part.high:g} ({part.data.source})" for part in (read[0], read[-1]))
         errors = [f"intensities run from {first} and from {last}; expected one preparation for all splits"]
     volumes = [(file, shape) for part in parts if part.kind == "volumes" for shape, file in part.shapes.items()]
