@@ -193,7 +193,7 @@ def main() -> None:
             rows.append(measure(Form(name, args, device), flops, peak_rate))
         except Exception as error:  # the other forms are still measured
             rows.append({"": f"{name} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"})
-        print(*rows[-1].values(), flush=True)
+        print(markdown(pd.DataFrame(rows[-1:]), ".4g"), flush=True)
     sizes = f"{args.model_scale}, {args.img_size} / {args.img_size_dmwla}, batch {args.batch_size}"
     sizes += f", deterministic {args.deterministic}"
     work = f"{flops[0] / 2e9:.1f} G multiply-adds in a training step, {flops[1] / 2e9:.1f} G in evaluation"

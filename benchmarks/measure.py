@@ -1,6 +1,7 @@
 """Measure times and memory, and describe the machine, for all benchmarks."""
 
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -73,15 +74,11 @@ def past_warm_up(module: nn.Module) -> None:
 
 def machine(device: str | torch.device = "cpu") -> str:
     """Return one line: processor with threads or GPU, versions of PyTorch and Python, date."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty on Linux
+    if cpuinfo.exists() and (found := re.search(r"^model name\s*: (.*)", cpuinfo.read_text(), re.MULTILINE)):
+        name = found[1]
+    name += f", {torch.get_num_threads()} threads"
     if torch.device(device).type == "cuda":
         name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{_processor()}, {torch.get_num_threads()} threads"
     return f"{name}; PyTorch {torch.__version__}, Python {platform.python_version()}; {time.strftime('%Y-%m-%d')}"
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty on Linux
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

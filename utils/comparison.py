@@ -100,7 +100,7 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
         config = json.loads(path.read_text(encoding="utf-8"))
         info, given = DATASETS[config["data"]["dataset"]], config["args"]
         defaults = vars(training_parser("", info).parse_args([])) | VARIANT_DEFAULTS.get(given.get("variant"), {})
-        args = defaults | given
+        args = defaults | {name: value for name, value in given.items() if value is not None}
         left_out = NOT_THE_METHOD | flags_of_others().get(args["network"], set())
         path = folder / "metrics.csv"
         if path.is_file():

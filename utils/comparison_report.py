@@ -70,10 +70,11 @@ def score_tables(comparison: Comparison, rows: pd.DataFrame, tests: pd.DataFrame
         for metric in TESTED if len(tests) else ():
             family = tests[(tests["convention"] == convention) & (tests["metric"] == metric)]
             unit = family["unit"].iloc[0].replace("%", "points")
-            table = family[["first", "second"]].assign(cases=family["shared_cases"], left_out=family["left_out_cases"])
+            table = family[["first", "second", "shared_cases", "left_out_cases"]]
+            table = table.set_axis(["first", "second", "cases", "left out"], axis=1)
             table[f"median of first - second [{unit}]"] = _text(family["median_difference"], "{:+.2f}")
-            for column in ("p", "p_holm"):
-                table[column] = _text(family[column], "{:.4f}").mask(family[column] < 1e-4, "< 0.0001")
+            for column, name in (("p", "p"), ("p_holm", "p, Holm")):
+                table[name] = _text(family[column], "{:.4f}").mask(family[column] < 1e-4, "< 0.0001")
             tables[f"{where}, paired tests of {NAMES[metric]}."] = table.assign(note=family["note"])
     return tables
 
