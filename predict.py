@@ -73,6 +73,7 @@ def name_outputs(inputs: list[Path], target: Path, planar: bool) -> tuple[list[P
     """Return which file each input is segmented to, and what the names of all other files begin with."""
     written = (".png",) if planar else LABEL_ENDINGS
     stem, ending = (lambda path: path.stem, lambda path: ".png") if planar else (scan_name, label_ending)
+    names = [file_stem(stem(path)) for path in inputs]
     if target.name.lower().endswith(written):
         if len(inputs) > 1:
             raise RunError(f"--output {target} is one file, but there are {len(inputs)} inputs: give a folder")
@@ -80,13 +81,17 @@ def name_outputs(inputs: list[Path], target: Path, planar: bool) -> tuple[list[P
     elif target.suffix.lower() in (*SCAN_ENDINGS, *IMAGE_ENDINGS, ".gz", ".gif", ".webp") and not target.is_dir():
         raise RunError(f"--output {target}: expected a name that ends in {', '.join(written)}, or a folder")
     else:
-        outputs, beside = [target / f"{file_stem(stem(path))}{ending(path)}" for path in inputs], f"{target}/"
+        outputs, beside = (
+            [target / f"{name}{ending(path)}" for name, path in zip(names, inputs, strict=True)],
+            f"{target}/",
+        )
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise RunError(f"{count} inputs would be written as {name}: rename one of them")
     originals = {path.resolve() for path in inputs}
-    for output, count in Counter(outputs).items():
+    for output in outputs:
         if output.resolve() in originals:
             raise RunError(f"--output {target}: {output} is an input and would be lost: give another name or folder")
-        if count > 1:
-            raise RunError(f"{count} inputs would be written to {output}: rename one of them")
     return outputs, beside
 
 

@@ -107,7 +107,9 @@ def _find_series(path: Path) -> dict[Path, Any]:
     (files,) = series.values()
     for file, kind in others.items():  # it may be the last slice
         if kind == _FOREIGN and file.parent == files[0].parent and file.suffix == files[0].suffix != "":
-            raise DataError(f"{file}: cannot be read as a slice of the series in this folder; export it again")
+            raise DataError(
+                f"{file}: cannot be read as a slice of this folder's series; export it again, or move it elsewhere"
+            )
     if left_out and whole:
         logger.warning("%s: left out, because they are not images: %s", folder, left_out)
     if not whole or files[0].parent != folder:

@@ -208,7 +208,7 @@ def _load(path: Path, time_point: int | None = None) -> _Stored:
     """Read a scan's voxels and geometry, and check them."""
     name = path.name.lower()
     with reading(path, "scan", "copy, unpack or export it again"):
-        if path.is_dir() or name.endswith(_DICOM) or name == "dicomdir" or _starts_as_dicom(path):
+        if path.is_dir() or name.endswith(_DICOM) or name == "dicomdir" or _is_dicom(path):
             stored = _Stored(*load_dicom(path, time_point))
         elif name.endswith(_ITK):
             stored = _load_itk(path, time_point)
@@ -224,7 +224,7 @@ def _load(path: Path, time_point: int | None = None) -> _Stored:
     return stored
 
 
-def _starts_as_dicom(path: Path) -> bool:
+def _is_dicom(path: Path) -> bool:
     with open(path, "rb") as file:
         return file.read(132)[128:] == b"DICM"
 
@@ -268,7 +268,8 @@ def _load_itk(path: Path, time_point: int | None) -> _Stored:
         header = Nifti1Header()
         header["pixdim"][1:4] = image.GetSpacing()[:3]
     sized = says(b"spacings:|space directions:|ElementSpacing|ElementSize")
-    return _Stored(array, TO_RAS @ affine if sized else None, header=header)
+    other_units = says(rb'(space )?units: *"(?!mm")|DistanceUnits *= *(?!mm|\?)')
+    return _Stored(array, TO_RAS @ affine if sized and not other_units else None, header=header)
 
 
 def _load_nibabel(path: Path, time_point: int | None) -> _Stored:

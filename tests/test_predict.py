@@ -7,6 +7,7 @@ import nibabel
 import numpy as np
 import pandas as pd
 import pytest
+import SimpleITK
 import torch
 from torch import nn
 
@@ -144,6 +145,28 @@ def test_a_folder_a_dicom_series_and_a_bad_file_among_good_ones(predict, tmp_pat
     done = predict("--input", tmp_path / "series", "--output", out)
     assert done.status == 0, done.error
     assert nibabel.load(out).shape == (12, 9, 7)
+
+
+def test_scans_of_other_formats_and_one_of_several_times(predict, tmp_path):
+    scan, scans, out = write_scan(tmp_path, "scan", "PSR", 20), tmp_path / "scans", tmp_path / "out"
+    truth = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(scan.with_name("scan_label.nii.gz"))))
+    scans.mkdir()
+    for name in ("a.nrrd", "b.mha"):
+        SimpleITK.WriteImage(SimpleITK.ReadImage(str(scan)), str(scans / name))
+    assert predict("--input", scans, "--output", out).status == 0
+    for name in ("a.nrrd", "b.mha"):
+        one, other = (SimpleITK.ReadImage(str(folder / name)) for folder in (scans, out))
+        np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(other), truth)
+        for fact in ("GetOrigin", "GetSpacing", "GetDirection"):
+            np.testing.assert_allclose(getattr(other, fact)(), getattr(one, fact)(), atol=1e-6)
+    times = write_dicom(tmp_path / "times", [0, 1, 0, 1])
+    assert_one_line(predict("--input", times, "--output", out), "--time_point 0 to 1")
+    assert predict("--input", times, "--time_point", 1, "--output", out).status == 0
+    assert nibabel.load(out / "times.nii.gz").shape == (12, 9, 2)
+    unplaced = write_dicom(tmp_path / "unplaced", ImagePositionPatient=None)
+    done = predict("--input", unplaced, "--output", out)
+    assert done.status == 0 and "no volume in millilitres" in done.error
+    assert pd.read_csv(out / "volumes.csv")["millilitres"].isna().all()
 
 
 def test_what_cannot_be_done_is_said_in_one_line(predict, threshold, tmp_path):

@@ -278,8 +278,9 @@ MHA = "ObjectType = Image\nNDims = 3\nDimSize = 6 5 4\nElementType = MET_SHORT\n
 
 @pytest.mark.parametrize(
     ("name", "header", "spacing"),
-    [("a.nrrd", f"{NRRD}\n", None), ("b.nrrd", f"{NRRD}spacings: 1.5 1.5 5\n\n", (5, 1.5, 1.5)), ("a.mha", MHA, None)],
-)
+    [("a.nrrd", f"{NRRD}\n", None), ("b.nrrd", f"{NRRD}spacings: 1.5 1.5 5\n\n", (5, 1.5, 1.5)), ("a.mha", MHA, None),
+     ("c.nrrd", f'{NRRD}spacings: 1.5 1.5 5\nunits: "cm" "cm" "cm"\n\n', None)],
+)  # fmt: skip
 def test_what_the_header_does_not_say_is_not_invented(tmp_path, caplog, refused, capfd, name, header, spacing):
     path = tmp_path / name
     path.write_bytes(header.encode() + np.arange(120, dtype=np.int16).tobytes())
