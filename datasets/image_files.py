@@ -91,8 +91,9 @@ def _deep_values(path: str | Path, file: Image.Image) -> np.ndarray | None:
         import SimpleITK
 
         SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-        values = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
-        values = values[..., :3] if values.dtype == np.uint16 else None
+        with suppress(RuntimeError):  # grey with alpha, for example
+            values = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
+            values = values[..., :3] if values.dtype == np.uint16 else None
     if values is None or _tags(file).get(_PHOTOMETRIC) == 0:  # white is 0
         raise DataError(f"{path}: is of a kind that is read with 8 bits only ({file.mode}): convert it to 8 bits")
     low, high = int(values.min()), int(values.max())
@@ -201,7 +202,10 @@ def read_grey(path: str | Path, shape: tuple[int, int] | None, indices: bool = F
         if bands is None and indices and (file.mode == "1" or (file.mode == "P" and not _is_grey_palette(file))):
             bands = np.asarray(file)
         elif bands is None:
-            bands = np.asarray(file.convert("L" if file.mode in ("L", "1") else "RGBA"))
+            has_alpha = "A" in file.getbands() or file.mode == "P"
+            bands = np.asarray(file.convert("L" if file.mode in ("L", "1") else "RGBA" if has_alpha else "RGB"))
+        if file.format == "JPEG" and (indices or 0 < bands.max() < 16):
+            raise DataError(f"{path}: a JPEG changes class indices; expected a PNG: save the mask again as one")
     if bands.ndim == 3:
         colours, alpha = bands[..., :3], bands[..., 3:]
         if alpha.size and alpha.min() < alpha.max() and colours.min() == colours.max():

@@ -46,18 +46,19 @@ class _Images:
         self.num_classes, self.class_names = num_classes, info.names_for(num_classes)
         self.preprocessing = info.preprocessing
         entries, self.source = read_list(list_dir, split), list_path(list_dir, split)
-        files, masks = (image_files(Path(folder) / inner) for inner in (IMAGE_FOLDER, MASK_FOLDER))
+        files, masks = image_files(Path(folder, IMAGE_FOLDER)), Path(folder, MASK_FOLDER)
         named: dict[str, list[str]] = {}  # images by every entry that could name them
         for name, path in files.items():
             for entry in {path.name, name, image_of(name)}:
                 named.setdefault(entry, []).append(name)
-        refuse_missing(self.source, f"entries have no image in {Path(folder) / IMAGE_FOLDER}", entries, named)
+        refuse_missing(self.source, f"entries have no image in {Path(folder, IMAGE_FOLDER)}", entries, named)
         self.names = [name for entry in entries for name in named[entry]]
         for name, count in Counter(self.names).items():
             if count > 1:
                 raise DataError(f"{self.source}: two entries name {files[name].name}; keep one of them")
-        refuse_missing(Path(folder) / MASK_FOLDER, f"images of {self.source} have no mask", self.names, masks)
-        self.files = {name: (files[name], masks[name]) for name in self.names}
+        there = {path.stem for path in masks.glob("*.png")}
+        refuse_missing(masks, f"images of {self.source} have no mask <id>.png", self.names, there)
+        self.files = {name: (files[name], masks / f"{name}.png") for name in self.names}
         self.bits = common_bits(files.values())  # of all splits alike
         kinds = {"single cells" if name != image_of(name) else "whole images" for name in self.names}
         self.kind = " and ".join(sorted(kinds))

@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-from pathlib import Path
 
 import h5py
 import nibabel
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 
 from datasets import acdc, read_slice, read_volume, volumes
-from datasets.lists import read_list
 from datasets.preprocessing import reorient
 from tests.conftest import REAL_ACDC
 from tests.datasets.test_segpc import interrupted
@@ -190,15 +188,11 @@ def test_a_missing_frame_is_logged_and_a_label_elsewhere_in_space_is_logged_or_r
 
 @pytest.mark.skipif(not REAL_ACDC.is_dir(), reason="the real ACDC volumes are not beside the checkout")
 def test_real_volumes_pass_through_unchanged(tmp_path):
-    present = {int(path.name[7:10]) for path in REAL_ACDC.glob("*.h5")}
-    lists = Path(__file__).resolve().parents[2] / acdc.INFO.list_dir
-    assert {f"patient{patient:03d}" for patient in present} == set(read_list(lists, "trainval"))
-    raw = tmp_path / "raw"
-    raw.mkdir()
+    (tmp_path / "raw").mkdir()
     sources = sorted(REAL_ACDC.glob("*.h5"))[:160:80]
     for source in sources:
-        (raw / source.name).symlink_to(source)
-    assert acdc.prepare(raw, tmp_path / "out") == [source.stem for source in sources]
+        (tmp_path / "raw" / source.name).symlink_to(source)
+    assert acdc.prepare(tmp_path / "raw", tmp_path / "out") == [source.stem for source in sources]
     for source in sources:
         case = read_volume(tmp_path / "out" / "test_vol_h5" / f"{source.stem}.npy.h5", 4)
         with h5py.File(source) as file:
