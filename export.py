@@ -34,6 +34,7 @@ from utils.predictor import Predictor
 logger = logging.getLogger("export")
 
 TOLERANCE = 1e-4
+MEANING = "logits, the sum of all maps; their arg max over axis 1 is the class"
 
 
 class SummedLogits(nn.Module):
@@ -75,12 +76,7 @@ def describe(predictor: Predictor, checkpoint: Path) -> dict[str, Any]:
         "network": config,
         "memory": "frozen, in warm-up and so not read" if in_warmup else "frozen" if banks else "none",
         "input": {"name": INPUT, "type": "float32", "shape": ["B", channels, size, size]},
-        "output": {
-            "name": OUTPUT,
-            "type": "float32",
-            "shape": ["B", classes, size, size],
-            "meaning": "logits, the sum of all maps; their arg max over axis 1 is the class",
-        },
+        "output": {"name": OUTPUT, "type": "float32", "shape": ["B", classes, size, size], "meaning": MEANING},
         "num_classes": classes,
         "in_channels": channels,
         "img_size": size,

@@ -146,33 +146,28 @@ class EventFile:
     """
 
     def __init__(self, folder: str | Path):
-        from tensorboardX.event_file_writer import EventsWriter
+        import tensorboardX
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob("events.out.tfevents.*"):
+        self._library = tensorboardX
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for path in Path(folder).glob("events.out.tfevents.*"):
             path.unlink()
-        self._writer = EventsWriter(str(folder / "events"))
+        self._writer = tensorboardX.event_file_writer.EventsWriter(str(Path(folder, "events")))
 
     def add(self, row: dict[str, Any], step: int) -> None:
         """Write the finite numbers of ``row`` as scalars of a step; other values are left out."""
-        from tensorboardX.summary import scalar
-
         for name, value in row.items():
             if isinstance(value, int | float) and np.isfinite(value):
-                self._write(scalar(name, value), step)
+                self._write(self._library.summary.scalar(name, value), step)
 
     def add_picture(self, name: str, picture: np.ndarray) -> None:
         """Write a picture, uint8 (H, W, 3)."""
-        from tensorboardX.summary import image
-
-        self._write(image(name, picture, dataformats="HWC"), 0)
+        self._write(self._library.summary.image(name, picture, dataformats="HWC"), 0)
 
     def flush(self) -> None:
         """Write everything to the disk."""
         self._writer.flush()
 
     def _write(self, summary: Any, step: int) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-
-        self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        event = self._library.proto.event_pb2.Event(wall_time=time.time(), step=step, summary=summary)
+        self._writer.write_event(event)

@@ -34,7 +34,7 @@ from utils.figures import dice_name
 from utils.losses import WeightLossDynamic, subset_losses
 from utils.metrics import dice_only
 from utils.run_folder import RunFolder
-from utils.watch import NumberWatch, Step, StopSignals, out_of_memory
+from utils.watch import NumberWatch, StopSignals, out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.iteration += 1
-        self.watch.add(Step(self.iteration, lr, tuple(batch.get("name", ())), torch.stack([losses[0], norm])))
+        self.watch.add(torch.stack([losses[0], norm]), self.iteration, lr, batch.get("name", ()))
         return losses
 
     def backward(self, image: Tensor, label: Tensor) -> Tensor:

@@ -4,9 +4,8 @@ import math
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -21,15 +20,8 @@ GPU_MEMORY_FULL = re.compile("CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_[A
 MAX_OVERFLOWS = 30
 """Overflows in a row that end a run: GradScaler halves its scale, 2^16 at first, at each, so the cause is another."""
 
-
-@dataclass(frozen=True)
-class Step:
-    """One iteration (from 1): learning rate, names of this rank's samples, and (loss, gradient norm), (2,)."""
-
-    iteration: int
-    lr: float
-    names: tuple[str, ...]
-    numbers: Tensor
+SECOND_SIGNAL = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+"""What a second signal does, also where a shell lets its background processes ignore SIGINT."""
 
 
 class NumberWatch:
@@ -46,41 +38,42 @@ class NumberWatch:
         self.amp, self.checkpoint = amp, checkpoint
         self.overflows = 0  # since the start of the run
         self.in_a_row = 0
-        self.unseen: list[Step] = []
+        self.unseen: list[tuple[Tensor, int, float, Sequence[str]]] = []
 
-    def add(self, step: Step) -> None:
-        """Add the next step, and check the steps so far when there are enough of them."""
-        self.unseen.append(step)
+    def add(self, numbers: Tensor, iteration: int, lr: float, names: Sequence[str]) -> None:
+        """Add the loss and the gradient's norm, (2,), of an iteration (from 1); check them when there are enough.
+
+        lr, names: learning rate and names of this rank's samples, for the message.
+        """
+        self.unseen.append((numbers, iteration, lr, names))
         if len(self.unseen) >= self.every:
             self.check()
 
     def check(self) -> None:
-        """Check all steps that were not checked yet.
+        """Check all iterations that were not checked yet.
 
         Raises:
             RunError: a loss or a gradient is not finite; with fp16, too many gradients in a row.
         """
         steps, self.unseen = self.unseen, []
-        numbers = torch.stack([step.numbers for step in steps]).tolist() if steps else ()
-        for step, (loss, norm) in zip(steps, numbers, strict=True):
+        numbers = torch.stack([step[0] for step in steps]).tolist() if steps else ()
+        for (_, *step), (loss, norm) in zip(steps, numbers, strict=True):
             overflow = self.amp == "fp16" and not math.isfinite(norm)
             self.overflows += overflow
             self.in_a_row = self.in_a_row + 1 if overflow else 0
             if not math.isfinite(loss):
-                self._fail(step, f"the loss is {loss}")
+                self._fail(f"the loss is {loss}", *step)
             if self.in_a_row >= MAX_OVERFLOWS:
-                self._fail(step, f"the gradient has overflowed {self.in_a_row} times in a row")
+                self._fail(f"the gradient has overflowed {self.in_a_row} times in a row", *step)
             if not (math.isfinite(norm) or overflow):
-                self._fail(step, f"the gradient is {norm}")
+                self._fail(f"the gradient is {norm}", *step)
 
-    def _fail(self, step: Step, what: str) -> None:
-        names = ", ".join(name for names in gather_over_ranks(step.names) for name in names)
+    def _fail(self, what: str, iteration: int, lr: float, names: Sequence[str]) -> None:
+        batch = ", ".join(name for part in gather_over_ranks(names) for name in part)
         remedy = "lower --base_lr" + ("" if self.amp == "none" else " or use --amp none")
         if self.checkpoint.exists():
             remedy += f", and continue with --resume {self.checkpoint}, which was saved before"
-        raise RunError(
-            f"iteration {step.iteration}: {what} at learning rate {step.lr:.2e}, with the batch of {names}: {remedy}"
-        )
+        raise RunError(f"iteration {iteration}: {what} at learning rate {lr:.2e}, with the batch of {batch}: {remedy}")
 
 
 class StopSignals:
@@ -89,15 +82,13 @@ class StopSignals:
     ``received`` is 0, or the number of the signal.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
     def __init__(self) -> None:
         self.received = 0
         # In shared memory, so that the processes of a data loader see it.
         self._entered = torch.zeros((), dtype=torch.bool).share_memory_()
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        self._before = {number: signal.signal(number, self._note) for number in SECOND_SIGNAL}
         self._entered.fill_(True)
         return self
 
@@ -107,12 +98,9 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self.received:
-            self.__exit__()
-            if number == signal.SIGINT:  # a shell lets its background processes ignore it
-                raise KeyboardInterrupt
-            os.kill(os.getpid(), number)
         self.received = number
+        for other, handler in SECOND_SIGNAL.items():
+            signal.signal(other, handler)
 
     def ignore_in_worker(self, _: int = 0) -> None:
         """Ignore the signals in a data loader's process: clusters and keyboards send them to every process of a run."""
