@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from datasets import DATASETS, DataError, Picture, Volume, read_slice, read_volume
+from datasets import DATASETS, DataError, Picture, Volume, read_slice
 from networks import NetworkError, SimMPNet
 from utils.cli import ArgumentParser, run_script
 from utils.errors import RunError
@@ -211,9 +211,7 @@ def write(folder: Path, figures: Mapping[str, Figure], history: History) -> None
 
 
 def read_input(path: Path, predictor: Predictor) -> Volume | Picture:
-    """Read a prepared volume, a prepared slice (as a volume of one), or a scan or image as ``predict.py`` does."""
-    if path.name.endswith(".h5"):
-        return read_volume(path)
+    """Read a prepared slice as a volume of one, anything else as ``predict.py`` does."""
     if path.name.endswith(".npz"):
         image, label = read_slice(path)
         return Volume(path.stem, image[None], label[None])
