@@ -278,7 +278,7 @@ def _load_nibabel(path: Path, time_point: int | None) -> _Stored:
 
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # it prints what the errors below say
     name = path.name.lower()
-    image, data, is_mgh = None, path, name.endswith((".mgz", ".mgh"))
+    image, data, is_mgh, sides = None, path, name.endswith((".mgz", ".mgh")), (1,)
     if name.removesuffix(".gz").endswith((".hdr", ".img")):
         image = nibabel.load(path)
         data = Path(image.file_map["image"].filename)
@@ -293,6 +293,9 @@ def _load_nibabel(path: Path, time_point: int | None) -> _Stored:
             image = kind.from_stream(stream)
             if not is_mgh and not image.header["magic"].item().startswith(b"n+"):
                 raise ValueError("its header is that of a pair of files, .hdr and .img")
+            stream.seek(0)
+            if not is_mgh:
+                sides = kind.header_class.from_fileobj(stream, check=False)["pixdim"][1:4]  # nibabel makes 1 of 0
         header, proxy, shape, dtype = image.header, image.dataobj, image.shape, image.get_data_dtype()
         check_declared(path, "image", shape, dtype, remedy="convert or crop it")
         if len(shape) < 3 or 0 in shape or sum(length > 1 for length in shape[3:]) > 1:
@@ -308,6 +311,8 @@ def _load_nibabel(path: Path, time_point: int | None) -> _Stored:
             raise ValueError(f"it continues after the {end} bytes that its header declares")
     voxels = voxels.astype(dtype.newbyteorder("="), copy=False).T
     if isinstance(header, nibabel.Nifti1Header):
+        if not (np.all(sides) or header["sform_code"]):
+            return _Stored(voxels, None, proxy.slope, proxy.inter, header)
         affine = np.diag([*[_MILLIMETRES.get(int(header["xyzt_units"]) & 7, 1.0)] * 3, 1]) @ header.get_best_affine()
         return _Stored(voxels, affine, proxy.slope, proxy.inter, header)
     if is_mgh and header["goodRASFlag"]:
