@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from networks.errors import NetworkError
 from networks.layers import VARIANTS, check_choice, in_full_precision
 from networks.memory_bank import PrototypeMemoryBank
+from networks.memory_update import update_banks
 
 ATTENTIONS = ("dmwla", "plain", "intra_cluster")
 
@@ -61,8 +62,8 @@ class PlainAttention(nn.Module):
         """Whether the block attends at its own width C because that is less than d."""
         return self.theta.in_features < self.theta.out_features
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the attended map (B, C, H, W) of ``x`` (B, C, H, W)."""
+    def forward(self, x: Tensor, seen: list | None = None) -> Tensor:
+        """Return the attended map (B, C, H, W) of ``x`` (B, C, H, W). ``seen`` is ignored: there is no memory."""
         update = self.global_interaction(rearrange(x, "b c h w -> b (h w) c"))
         return x + rearrange(update, "b (h w) c -> b c h w", h=x.shape[-2])
 
@@ -126,20 +127,21 @@ class DMWLA(PlainAttention):
             kmeans_step=warmup_iterations,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the attended map (B, C, H, W) of ``x`` (B, C, H, W), and write the bank in training mode."""
+    def forward(self, x: Tensor, seen: "Seen | None" = None) -> Tensor:
+        """Return the attended map (B, C, H, W) of ``x`` (B, C, H, W), and write the bank in training mode.
+
+        With a list ``seen`` the block leaves its tokens there, and whoever gave it calls ``write_memories``.
+        """
         # Fused kernels for attention need the channels side by side; a map that is channels-last is not copied.
         tokens = rearrange(x, "b c h w -> b (h w) c").contiguous()  # (B, N, C)
         writes = (self.training or self.written_in_evaluation) and self.bank.writable
-        in_warmup = self.bank.in_warmup
-        update = self.global_interaction(tokens) if in_warmup or self.attends_globally else 0
-        if in_warmup:
-            if writes:
-                self.bank.sample(F.linear(tokens.detach(), self.phi.weight.detach()))
-        else:
+        update = self.global_interaction(tokens) if self.bank.in_warmup or self.attends_globally else 0
+        if not self.bank.in_warmup:
             update = update + self.intra_cluster_interaction(tokens)
-            if writes:
-                self._update_memory(tokens)
+        if writes and seen is not None:
+            seen.append((self, tokens.detach()))
+        elif writes:
+            write_memories([(self, tokens.detach())])
         return x + rearrange(update, "b (h w) c -> b c h w", h=x.shape[-2])
 
     def intra_cluster_interaction(self, tokens: Tensor) -> Tensor:
@@ -166,11 +168,28 @@ class DMWLA(PlainAttention):
             # The length of theta_n is the same for all clusters, so the arg max does not need it.
             return F.linear(tokens.detach().to(prototypes.dtype), prototypes).argmax(-1)
 
-    @torch.no_grad()
-    def _update_memory(self, tokens: Tensor) -> None:
+
+Seen = list[tuple[DMWLA, Tensor]]
+"""Blocks whose banks are to be written, and the tokens (B, N, C) that each has seen."""
+
+
+@torch.no_grad()
+def write_memories(seen: Seen) -> None:
+    """Write the bank of each block: sample phi in the warm-up, then update the columns with the keys phi_k."""
+    steady = []
+    for block, tokens in seen:
         with in_full_precision(tokens):
-            self.bank.update(F.linear(tokens.to(self.phi_k.dtype).flatten(0, 1), self.phi_k))
-            self.phi_k.lerp_(self.phi.weight.detach().to(self.phi_k.dtype), 1 - self.phi_k_momentum)
+            if block.bank.in_warmup:
+                block.bank.sample(F.linear(tokens.to(block.phi.weight.dtype), block.phi.weight))
+            else:
+                steady.append((block, F.linear(tokens.to(block.phi_k.dtype).flatten(0, 1), block.phi_k)))
+    if steady:
+        blocks, keys = zip(*steady, strict=True)
+        with in_full_precision(keys[0]):
+            update_banks([block.bank for block in blocks], keys)
+        phis = [block.phi.weight.to(block.phi_k.dtype) for block in blocks]
+        kept = [block.phi_k_momentum for block in blocks]
+        torch._foreach_lerp_([block.phi_k for block in blocks], phis, [1 - share for share in kept])
 
 
 def _attend_by_cluster(query: Tensor, key: Tensor, value: Tensor, cluster: Tensor) -> Tensor:
@@ -199,15 +218,14 @@ def _attend_to_own(query: Tensor, key: Tensor, value: Tensor, cluster: Tensor) -
     # One more coordinate for each cluster takes the other clusters' columns out of the softmax without a mask.
     # Fused kernels need keys and values of one width, a multiple of 8: further coordinates are zero.
     coordinates = num_clusters + -(width + num_clusters) % 8
-    own = F.one_hot(cluster, coordinates)  # (B, N, coordinates)
-    column_cluster = torch.eye(num_clusters, coordinates, dtype=key.dtype, device=key.device)
-    column_cluster = repeat(column_cluster, "p j -> (p m) j", m=columns_per_cluster)
+    own = torch.eye(num_clusters, coordinates, dtype=key.dtype, device=key.device)
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     out_of_reach = 2.0**15 if dtype == torch.float16 else 2.0**60  # takes a logit out of a softmax in that precision
-    query = torch.cat([query, (own - 1).to(query.dtype) * out_of_reach], dim=-1)
+    query = torch.cat([query, ((own - 1) * out_of_reach).to(query.dtype)[cluster]], dim=-1)
     # Cast before they are repeated for each image: autocast would cast the repeated ones.
-    key = torch.cat([key.flatten(0, 1), column_cluster], dim=-1).to(dtype)  # (P M, width + coordinates)
+    own = repeat(own, "p j -> (p m) j", m=columns_per_cluster)
+    key = torch.cat([key.flatten(0, 1), own], dim=-1).to(dtype)  # (P M, width + coordinates)
     value = F.pad(value.flatten(0, 1), (0, coordinates)).to(dtype)
     batch = query.shape[0]  # len() would fix the batch size of an exported program
     return _attend(query, key.expand(batch, -1, -1), value.expand(batch, -1, -1))[..., :width]

@@ -58,13 +58,16 @@ class DMWLAEncoder(nn.Module):
             self.dsgim = DSGIM(widths[DSGIM_STAGE], DEPTHS[DSGIM_STAGE], variant, dsgim)
         self.injection = nn.ModuleList(map(ImageInjection, widths))
 
-    def forward(self, image: Tensor) -> list[Tensor]:
-        """Return e_1 ... e_4, (B, C_i, s / 2^(i+1), s / 2^(i+1)) with s = img_size, of an image (B, 3, S, S)."""
+    def forward(self, image: Tensor, seen: list | None = None) -> list[Tensor]:
+        """Return e_1 ... e_4, (B, C_i, s / 2^(i+1), s / 2^(i+1)) with s = img_size, of an image (B, 3, S, S).
+
+        seen: where each block leaves its tokens (``DMWLA``).
+        """
         features, outputs = resize(image, self.img_size), []
         for i, (embedding, blocks) in enumerate(zip(self.patch_embeddings, self.stages, strict=True)):
             features = embedding(features)
             for position, block in enumerate(blocks):
-                features = block(features)
+                features = block(features, seen)
                 if i == DSGIM_STAGE and self.dsgim is not None:
                     features = self.dsgim(features, position)
             features = self.injection[i](features, image)

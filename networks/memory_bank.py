@@ -4,19 +4,19 @@ The bank keeps P clusters of M columns of width d, and one prototype for each cl
 
 1. Warm-up (``sample``): each training step writes random keys into random slots of the pool.
 2. K-means (``order``): at the end of the warm-up the pool is sorted into clusters.
-3. Steady state (``update``): each training step blends the K weakest columns of a cluster with the K strongest
-   keys that came to it. W-LD sets K (``utils.losses.WeightLossDynamic``).
+3. Steady state (``update_banks`` of ``networks/memory_update.py``): each training step blends the K weakest columns
+   of a cluster with the K strongest keys that came to it. W-LD sets K (``utils.losses.WeightLossDynamic``).
 
 Departures from the paper: the bank is frozen in evaluation (the release writes it there too), and several processes
-write it as one. Symbols: B batch, N tokens of an image, T tokens of a batch, d memory width, P clusters, M columns of
-a cluster, K replaced columns.
+write it as one. Symbols: B batch, N tokens of an image, d memory width, P clusters, M columns of a cluster, K replaced
+columns.
 """
 
 import logging
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import repeat
 from torch import Tensor, nn
 
 from networks.errors import NetworkError
@@ -40,6 +40,7 @@ class PrototypeMemoryBank(nn.Module):
 
     Attributes:
         writable: whether a step may write; under gradient accumulation only the last part of a batch does.
+        in_warmup: whether the pool is still being sampled and not yet read.
 
     Buffers:
         pool: (P, M, d), the remembered columns.
@@ -69,38 +70,31 @@ class PrototypeMemoryBank(nn.Module):
         self.register_buffer("replaced_columns", torch.tensor(replaced_columns))
         self.register_buffer("key_counts", torch.zeros(num_clusters, dtype=torch.int64))
         self.writable = True
-        self._steps_done: int | None = 0  # copy of warmup_counter in Python: reading the buffer would wait for a GPU
-
-    @property
-    def in_warmup(self) -> bool:
-        """Whether the pool is still being sampled and not yet read."""
-        if self._steps_done is None:
-            self._steps_done = int(self.warmup_counter)
-        return self._steps_done < self.sampling_steps
+        self.in_warmup = True
+        self._steps_done = 0  # copy of warmup_counter in Python: reading the buffer would wait for a GPU
 
     @torch.no_grad()
     def sample(self, phi: Tensor) -> None:
         """Do one warm-up step: write random rows of ``phi`` (B, N, d) into random slots of the pool."""
         batch, num_tokens, feature_dim = phi.shape
         slots = self.pool.view(-1, feature_dim)  # (P M, d)
-        in_warmup = self.in_warmup
-        assert in_warmup, "the warm-up has ended: call update, not sample"
+        assert self.in_warmup, "the warm-up has ended: call update_banks, not sample"
 
         ranks = world_size() if self.training else 1
         per_image = max(len(slots) // (batch * ranks), 1)
-        drawn = self._of_first_rank(torch.randint(num_tokens, (batch * ranks, per_image), device=phi.device))
-        if ranks > 1:
-            drawn = drawn.chunk(ranks)[rank()]
-        columns = phi.gather(1, repeat(drawn, "b n -> b n d", d=feature_dim))
-        columns = self._of_all_ranks(columns).flatten(0, 2)  # (ranks B per_image, d)
-        share = 0.5 * (self._steps_done + 1) / self.kmeans_step
-        kept = min(max(int(share * len(columns)), 1), len(slots))
-        columns = columns[self._of_first_rank(torch.randperm(len(columns), device=phi.device))[:kept]]
-        to = self._of_first_rank(torch.randperm(len(slots), device=phi.device))[:kept]
-        slots[to] = columns.to(slots.dtype)
-
+        drawn = torch.randint(num_tokens, (batch * ranks, per_image), device=phi.device)
+        orders = (torch.randperm(n, device=phi.device) for n in (drawn.numel(), len(slots)))
+        drawn, order, to = (of_ranks[0] for of_ranks in self.of_all_ranks(drawn, *orders))
+        drawn = drawn.chunk(ranks)[rank() if ranks > 1 else 0]
+        (columns,) = self.of_all_ranks(phi.gather(1, repeat(drawn, "b n -> b n d", d=feature_dim)))
+        columns = columns.flatten(0, 2)  # (ranks B per_image, d)
         self._steps_done += 1
+        share = 0.5 * self._steps_done / self.kmeans_step
+        kept = min(max(int(share * len(columns)), 1), len(slots))
+        slots[to[:kept]] = columns[order[:kept]].to(slots.dtype)
+
         self.warmup_counter.fill_(self._steps_done)
+        self.in_warmup = self._steps_done < self.sampling_steps
         if self._steps_done == self.kmeans_step:
             self.order()
 
@@ -122,76 +116,18 @@ class PrototypeMemoryBank(nn.Module):
                 repeated = torch.randint(len(own), (size - len(own),), device=own.device)
                 self.pool[p] = torch.cat([own, own[repeated]])
             self.prototypes.copy_(F.normalize(centroids, dim=1))
-        self.pool.copy_(self._of_first_rank(self.pool))
-        self.prototypes.copy_(self._of_first_rank(self.prototypes))
+        pool, prototypes = self.of_all_ranks(self.pool, self.prototypes)
+        self.pool.copy_(pool[0])
+        self.prototypes.copy_(prototypes[0])
 
-    @torch.no_grad()
-    def update(self, keys: Tensor) -> None:
-        """Blend the strongest of ``keys`` (T, d) into the weakest columns of each key's own cluster.
-
-        All clusters are updated at once, and nothing waits for the device. A cluster without keys keeps its columns.
-        One with fewer than K keys uses all of them, then repeats them at random.
-        """
-        num_clusters, size, feature_dim = self.pool.shape
-        cluster = F.linear(keys, self.prototypes).argmax(1)  # (T,), by dot product
-        own_counts = F.one_hot(cluster, num_clusters).sum(0)  # (P,)
-
-        # Columns from weak to strong, keys from strong to weak, both within their cluster.
-        weakest = self.pool.softmax(dim=1).sum(2).argsort(dim=1)  # (P, M)
-        of_key = self._strength(keys, cluster)  # (T,)
-        by_strength = of_key.argsort(descending=True)
-        by_strength = by_strength[cluster[by_strength].argsort(stable=True)]  # (T,), cluster by cluster
-
-        # The M strongest keys of each cluster on this rank; places past its last key hold any key, of strength -inf.
-        nth = torch.arange(size, device=keys.device)
-        own = nth + (own_counts.cumsum(0) - own_counts)[:, None]
-        own = by_strength[own.clamp(max=len(keys) - 1)]  # (P, M)
-        own_strength = of_key[own].masked_fill(nth >= own_counts[:, None], -torch.inf)
-
-        # The M strongest of all ranks, repeated at random where a cluster has fewer.
-        counts = self._of_all_ranks(own_counts).sum(0)  # (P,)
-        strongest = rearrange(self._of_all_ranks(keys[own]), "r p m d -> p (r m) d")
-        order = rearrange(self._of_all_ranks(own_strength), "r p m -> p (r m)")
-        order = order.argsort(dim=1, descending=True, stable=True)
-        again = torch.rand(num_clusters, size, device=keys.device)
-        again = (self._of_first_rank(again) * counts[:, None]).long()
-        chosen = order.gather(1, torch.where(nth < counts[:, None], nth, again))
-        strongest = strongest.gather(1, repeat(chosen, "p m -> p m d", d=feature_dim))  # (P, M, d)
-
-        # column <- (1 - m) column + m key, for the first K pairs of each cluster that has keys.
-        slots = repeat(weakest, "p m -> p m d", d=feature_dim)
-        renewed = (nth < self.replaced_columns) & (counts > 0)[:, None]  # (P, M)
-        old = self.pool.gather(1, slots)
-        new = torch.where(renewed[..., None], old.lerp(strongest, self.momentum), old)
-        self.pool.scatter_(1, slots, new)
-        self.prototypes.copy_(self.pool.mean(1))
-        self.key_counts.add_(counts)
-
-    def _strength(self, keys: Tensor, cluster: Tensor) -> Tensor:
-        """Return the strength of each key, (T,): a softmax over the keys of its cluster on all ranks, summed over d.
-
-        Args:
-            keys: (T, d).
-            cluster: int64 (T,), the cluster of each key.
-        """
-        index = repeat(cluster, "t -> t d", d=keys.shape[1])
-        largest = torch.full_like(self.prototypes, -torch.inf).scatter_reduce(0, index, keys, "amax")
-        largest = self._of_all_ranks(largest).amax(0)  # (P, d)
-        exponential = largest.index_select(0, cluster).neg_().add_(keys).exp_()  # (T, d)
-        total = F.one_hot(cluster, len(largest)).to(keys.dtype).mT @ exponential
-        total = self._of_all_ranks(total).sum(0)  # (P, d)
-        return (exponential @ total.clamp(min=1).reciprocal().mT).gather(1, cluster[:, None]).squeeze(1)
-
-    def _of_all_ranks(self, x: Tensor) -> Tensor:
-        """Return (ranks, *x.shape): in training ``x`` of every rank, in evaluation this rank's alone."""
-        return gather(x) if self.training else x[None]
-
-    def _of_first_rank(self, x: Tensor) -> Tensor:
-        return self._of_all_ranks(x)[0]
+    def of_all_ranks(self, *tensors: Tensor) -> list[Tensor]:
+        """Return each tensor of all ranks, (ranks, ...), by one message; in evaluation this rank's alone."""
+        return gather(*tensors) if self.training else [x[None] for x in tensors]
 
     def reread(self) -> None:
         """Read ``warmup_counter`` again; call this after writing the buffer from outside."""
-        self._steps_done = None
+        self._steps_done = int(self.warmup_counter)
+        self.in_warmup = self._steps_done < self.sampling_steps
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -15,10 +15,14 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def gather(x: Tensor) -> Tensor:
-    """Return (world_size, *x.shape): ``x`` of every rank, which has the same shape on each."""
+def gather(*tensors: Tensor) -> list[Tensor]:
+    """Return (world_size, *x.shape) for each tensor x: that of every rank, of the same shape on each; one message."""
     if world_size() == 1:
-        return x[None]
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.stack(parts)
+        return [x[None] for x in tensors]
+    packed = [x.contiguous().flatten().view(torch.uint8) for x in tensors]
+    message = torch.cat(packed)
+    parts = [torch.empty_like(message) for _ in range(world_size())]
+    dist.all_gather(parts, message)
+    received = torch.stack(parts).split([len(p) for p in packed], dim=1)
+    # contiguous() copies each part to an address that is a multiple of its number's size.
+    return [p.contiguous().view(x.dtype).unflatten(1, x.shape) for p, x in zip(received, tensors, strict=True)]

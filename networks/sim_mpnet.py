@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.decoder import Decoder
-from networks.dmwla import ATTENTIONS, DMWLA
+from networks.dmwla import ATTENTIONS, DMWLA, write_memories
 from networks.dmwla_encoder import DMWLAEncoder
 from networks.dsgim import SIMILARITIES, select_windows
 from networks.errors import NetworkError
@@ -164,7 +164,7 @@ class SimMPNet(nn.Module):
             x: images (B, in_channels, S, S), S = ``img_size``.
         """
         check_input(x, self.config["in_channels"], self.config["img_size"])
-        size = x.shape[-1]
+        size, seen = x.shape[-1], []
         with in_full_precision(x):  # bf16 would round the image's contrast away
             x = self.stem(x)  # (B, 3, S, S)
         skips = []  # s_i (B, C_i, s / 2^(i+1), s / 2^(i+1)), s = img_size_dmwla
@@ -174,9 +174,11 @@ class SimMPNet(nn.Module):
                 x = x * resize(self.gate(f[-1]), size)
             skips = [resize(f_i, self.config["img_size_dmwla"] // 2**i) for i, f_i in enumerate(f, 2)]
         if self.dmwla_encoder is not None:
-            e = self.dmwla_encoder(x)  # e_i, of the shape of s_i
+            e = self.dmwla_encoder(x, seen)  # e_i, of the shape of s_i
             skips = [e_i + f_i for e_i, f_i in zip(e, skips, strict=True)] if skips else e
-        d = self.decoder(skips)  # d_4 ... d_1
+        d = self.decoder(skips, seen)  # d_4 ... d_1
+        if seen:
+            write_memories(seen)
         return [resize(head(d_i), size) for head, d_i in zip(self.heads, d[-len(self.heads) :], strict=True)]
 
     def memory_banks(self, decoder: bool = True) -> Iterator[PrototypeMemoryBank]:

@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
+from einops import rearrange
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -60,6 +61,28 @@ def test_a_steady_step_and_its_gradients(sizes, variant, attend, seed):
     torch.testing.assert_close(block.bank.pool, pool)
     torch.testing.assert_close(block.bank.prototypes, prototypes)
     torch.testing.assert_close(block.phi_k, phi_k)
+
+
+@settings(OFTEN, max_examples=15)
+@given(SIZES, st.integers(0, 10**6))
+def test_blocks_are_updated_together_as_each_alone(sizes, seed):
+    """As one bank, as on a GPU, where no shape depends on values; blocks may differ in tokens, clusters and widths."""
+    others = ({}, {"num_clusters": 2, "channels": 3, "height": 9}, {"feature_dim": 3})
+    alone = [block_and_input(sizes | other, "paper", seed + i) for i, other in enumerate(others)]
+    together = copy.deepcopy(alone)
+    torch.manual_seed(seed)
+    for block, x in alone:
+        block.train()(x)
+    torch.manual_seed(seed)
+    alike = [[0, 1], [2]] if sizes["feature_dim"] != 3 else [[0, 1, 2]]
+    with (
+        mock.patch("networks.memory_update._groups", lambda _: alike),
+        mock.patch("torch.compiler.is_compiling", lambda: True),
+    ):
+        dmwla.write_memories([(block, rearrange(x, "b c h w -> b (h w) c")) for block, x in together])
+    for (block, _), (other, _) in zip(alone, together, strict=True):
+        for name, value in block.state_dict().items():
+            torch.testing.assert_close(other.state_dict()[name], value)
 
 
 @pytest.mark.parametrize("attend", [dmwla._attend_by_cluster, dmwla._attend_to_own])
