@@ -253,26 +253,29 @@ def differences(parts: Sequence[Part]) -> list[str]:
         errors = [f"intensities run from {first} and from {last}; expected one preparation for all splits"]
     volumes = [(file, shape) for part in parts if part.kind == "volumes" for shape, file in part.shapes.items()]
     for slices in (part for part in parts if part.kind == "slices" and volumes):
-        errors += [_other_axes(file, shape, slices.shapes) for file, shape in volumes]
+        # Where sizes vary, a volume may have the size of another patient's slice in other axes by chance.
+        alike = len(slices.shapes) == 1 and all(shape[1:] not in slices.shapes for _, shape in volumes)
+        errors += [_other_axes(file, shape, slices.shapes, alike) for file, shape in volumes]
         for plane, file in slices.shapes.items():
             own = volumes[0][0].with_name(f"{volume_name(file)}.npy.h5")  # the slice's volume, if it is there, too
             with suppress(DataError):
                 image, volume = read_volume(file, ndim=2).image, read_volume(own).image
-                errors.append(_other_axes(own, volume.shape, {plane: file}))
+                errors.append(_other_axes(own, volume.shape, {plane: file}, True))
                 if any(np.array_equal(image.T, z) and not np.array_equal(image, z) for z in volume):
                     errors.append(f"{own}: its rows are the columns of {file.name}; store both as (rows, columns)")
     return list(filter(None, errors))
 
 
-def _other_axes(path: Path, shape: tuple[int, ...], planes: dict[tuple[int, ...], Path]) -> str | None:
+def _other_axes(path: Path, shape: tuple[int, ...], planes: dict[tuple[int, ...], Path], alike: bool) -> str | None:
     """Return the error of a volume whose axes are not (slices, H, W), if the sizes of slices show it.
 
-    path, shape: of the volume; planes: the sizes (H, W) of slices, each with a file.
+    path, shape: of the volume; planes: the sizes (H, W) of slices, each with a file; alike: the volume's slices should
+    be of such a size.
     """
     low, high = min(map(min, planes)) / 3, max(map(max, planes)) * 3
     others = [shape[:2], shape[1::-1], shape[::2], shape[::-2]]
     sized = [low <= min(plane) and max(plane) <= high for plane in (shape[1:], *others)]
-    if shape[1:] in planes or not (planes.keys() & {*others} or any(sized) > sized[0]):
+    if shape[1:] in planes or not ((alike and planes.keys() & {*others}) or any(sized) > sized[0]):
         return None
     (height, width), file = next(iter(planes.items()))
     return (
