@@ -124,7 +124,7 @@ def network_arguments_of(checkpoint: dict[str, Any], path: str | Path) -> dict[s
 
 
 def load_fitting(model: torch.nn.Module, checkpoint: dict[str, Any], path: Path) -> list[str]:
-    """Fill a new network with the weights of a trained one, as far as they fit; return what was not filled, in lines.
+    """Fill a new network with the weights of a trained one, as far as they fit; return lines for the log.
 
     A module is filled if all its tensors have their shapes. W-LD starts anew, so K of the memory banks stays as it is.
 
@@ -141,13 +141,14 @@ def load_fitting(model: torch.nn.Module, checkpoint: dict[str, Any], path: Path)
     parts: dict[str, list[str]] = {}
     for name in sorted(unfit):
         parts.setdefault("memory" if name.endswith(".bank") else name.partition(".")[0], []).append(name)
-    return [f"new {part}: that of {path} does not fit ({brief(', '.join(names))})" for part, names in parts.items()]
+    new = [f"new {part}: that of {path} does not fit ({brief(', '.join(names))})" for part, names in parts.items()]
+    return [f"the weights are those of {path}", *new]
 
 
-def describe_data(train_set: TrainingSet, val_set: Sequence[Volume | Picture]) -> list[str]:
-    """Return lines that identify the data of a run: the names of all cases, and what three training samples hold."""
+def describe_data(train_set: TrainingSet, val_set: Sequence[Volume | Picture], classes: Sequence[str]) -> list[str]:
+    """Return lines that identify the data of a run: all cases and classes, and what three training samples hold."""
     lines = [f"training case {name}" for name in train_set.names] + [f"{len(train_set)} training samples"]
-    lines += [f"validation case {name}" for name in val_set.names]
+    lines += [f"validation case {name}" for name in val_set.names] + [f"class {name}" for name in classes]
     for i in (0, len(train_set) // 2, len(train_set) - 1):
         image, label = train_set.stored(i)
         pixels = ", ".join(map(str, np.bincount(label.ravel()).tolist()))

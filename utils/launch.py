@@ -35,12 +35,9 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    args: Namespace,
-    checkpoint: dict[str, Any] | None,
-    info: DatasetInfo,
-    train_set: TrainingSet,
+    args: Namespace, checkpoint: dict[str, Any] | None, info: DatasetInfo, train_set: TrainingSet,
     val_set: Sequence[Volume | Picture],
-) -> None:
+) -> None:  # fmt: skip
     """Build the network, load the checkpoint that the run continues or starts from, and train into the run folder.
 
     Args:
@@ -57,7 +54,7 @@ def train(
         set_precision(args.amp, device)
         model = _build(args, pretrained=checkpoint is None)
         resumed = args.resume is not None
-        new = load_fitting(model, checkpoint, args.init_from) if checkpoint and not resumed else []
+        lines = load_fitting(model, checkpoint, args.init_from) if checkpoint and not resumed else []
         if args.num_workers and multiprocessing.get_start_method() != "fork":
             logger.info("nothing is kept in memory: on this system each worker would hold a copy; see --num_workers 0")
         else:  # reads the files: a damaged one is found before anything is written
@@ -67,28 +64,19 @@ def train(
         if rank():
             torch.manual_seed(args.seed + rank())  # equal networks, but random numbers of its own for drop path
         trainer = Trainer(model, info, train_set, val_set, args, device)
-        if resumed and "described" in checkpoint:  # an old one does not describe its data
-            then, now = (
-                [*lines, *(f"class {name}" for name in data["class_names"])]
-                for lines, data in ((checkpoint["described"], checkpoint["data"]), (trainer.described, trainer.data))
-            )
-            refuse_other_data(args.resume, then, now)
-        if resumed:
+        if resumed:  # an old checkpoint does not describe its data
+            refuse_other_data(args.resume, checkpoint.get("described", trainer.described), trainer.described)
             try:
                 trainer.load_state_dict(checkpoint)
             except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-                raise RunError(
-                    f"cannot resume from {args.resume} ({brief(error)}): give a last.pth of this version"
-                ) from error
+                remedy = "give a last.pth of this version"
+                raise RunError(f"cannot resume from {args.resume} ({brief(error)}): {remedy}") from error
+            lines = [f"continue after epoch {trainer.epoch}, iteration {trainer.iteration} from {args.resume}"]
         setup_logging(Path(args.output_dir) / "train.log")
         if args.selected_on == "test":
             logger.warning("the best epoch is chosen on the test cases, as the release does: its scores are optimistic")
-        if checkpoint and not resumed:
-            logger.info("the weights are those of %s", args.init_from)
-        for line in new:
+        for line in lines:
             logger.info("%s", line)
-        if resumed:
-            logger.info("continue after epoch %d, iteration %d from %s", trainer.epoch, trainer.iteration, args.resume)
         trainer.fit()
 
 
@@ -156,15 +144,10 @@ def test(args: Namespace, info: DatasetInfo, open_cases: Callable[[int], Sequenc
 
     with out_of_memory(f"lower --batch_size {args.batch_size}, or use --amp bf16"):
         results = evaluate(
-            model,
-            cases,
-            num_classes,
-            save if args.save_predictions or args.overlays else None,
-            img_size=model.config["img_size"],
-            batch_size=args.batch_size,
-            device=device,
+            model, cases, num_classes, save if args.save_predictions or args.overlays else None,
+            img_size=model.config["img_size"], batch_size=args.batch_size, device=device,
             amp_dtype=AMP_DTYPES[args.amp],
-        )
+        )  # fmt: skip
     for c, name in enumerate(class_names):
         if all(result.classes[c].state in (ABSENT, SPURIOUS) for result in results):
             logger.warning("no case has %s", name)

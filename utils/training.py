@@ -68,7 +68,7 @@ class Trainer:
             "selected_on": args.selected_on,
             "kind": getattr(train_set, "kind", ""),
         }
-        self.described = describe_data(train_set, val_set)
+        self.described = describe_data(train_set, val_set, self.data["class_names"])
         self.release = args.variant == "release"
         self.model = model.to(device, memory_format=torch.channels_last)
         self.network = distribute(self.model, device)  # the model as a training step calls it
