@@ -66,14 +66,7 @@ def train_and_test(folder: Path, dataset: str, split: str, flags: list[str]) -> 
 
 def _run(script: str, *flags: object) -> None:
     logging.info("%s %s", script, shlex.join(map(str, flags)))
-    # subprocess.run would kill the script after Ctrl-C, which the script gets too and then saves a checkpoint.
-    with subprocess.Popen([sys.executable, ROOT / script, *map(str, flags)]) as process:
-        try:
-            status = process.wait()
-        except KeyboardInterrupt:
-            process.wait()
-            raise
-    if status:
+    if status := subprocess.run([sys.executable, ROOT / script, *map(str, flags)]).returncode:
         raise RunError(f"{script} ended with status {status} for the reason above: correct it and repeat the command")
 
 
