@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from tests.comparison_runs import NAN, class_result, random_dice, write_run
-from utils.comparison import MEAN, Run, compare, holm, name_methods, paired_tests, read_run, striking_cases
+from utils.comparison import MEAN, Run, compare, name_methods, paired_tests, read_run, striking_cases
 from utils.errors import RunError
 from utils.evaluation import CaseResult
 from utils.metrics import MISSED
@@ -125,11 +125,6 @@ def test_all_splits_or_some_are_compared_and_an_untested_run_is_refused_with_the
         read_run(untested)
     words = f"python test_acdc.py --checkpoint {untested}/best.pth --split test --volume_path 'my volumes' --list_dir"
     assert words in str(raised.value)
-
-
-def test_holm_is_as_found_by_hand():
-    assert list(holm(pd.Series([0.01, 0.04, 0.03]))) == pytest.approx([0.03, 0.06, 0.06])
-    assert list(holm(pd.Series([0.01, NAN, 0.6]))) == pytest.approx([0.02, NAN, 0.6], nan_ok=True)
 
 
 def shifted(dice: dict, by: float) -> dict:
