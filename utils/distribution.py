@@ -34,12 +34,10 @@ def rank_device(name: str) -> torch.device:
         return device
     if device.index is not None:
         raise RunError(f"--device {name} under torchrun, where each process takes its own GPU: leave --device out")
-    local = int(os.environ["LOCAL_RANK"])
-    if local >= torch.cuda.device_count():
-        raise RunError(
-            f"torchrun started process {local + 1} on a machine with {torch.cuda.device_count()} GPUs: "
-            "lower --nproc_per_node, or use --device cpu"
-        )
+    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= count:
+        remedy = "lower --nproc_per_node, or use --device cpu"
+        raise RunError(f"torchrun started process {local + 1} on a machine with {count} GPUs: {remedy}")
     return torch.device("cuda", local)
 
 
@@ -58,7 +56,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     store, own_rank, size = next(rendezvous("env://"))
     # After a restart by torchrun, the store still holds the messages of the processes before.
     store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # gloo exchanges between GPUs too, more slowly; Windows has no NCCL.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
     try:
         dist.init_process_group(backend, store=store, rank=own_rank, world_size=size)
         yield
