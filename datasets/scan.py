@@ -57,14 +57,12 @@ class Scan(Volume):
         image = super().to_nifti(array)
         if self.header is None:
             return image
-        kind = nibabel.Nifti2Image if self.header.sizeof_hdr == 540 else nibabel.Nifti1Image
-        header = kind.header_class.from_header(image.header)
         keys = [*_FORMS.split(), "xyzt_units"]
         if not is_rigid(self.affine) and not self.header["qform_code"]:  # keep the upright qform, for ITK's programs
             keys = [key for key in keys if key[0] not in "qp"]
         for key in keys:
-            header[key] = self.header[key]
-        return kind(image.dataobj, header.get_best_affine(), header)
+            image.header[key] = self.header[key]
+        return nibabel.Nifti1Image(image.dataobj, image.header.get_best_affine(), image.header)
 
 
 class _Stored(NamedTuple):
