@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from datasets.errors import DataError
 from datasets.lists import natural_key
-from datasets.storage import reading
+from datasets.storage import checked_label, reading
 
 logger = logging.getLogger(__name__)
 
@@ -177,15 +177,7 @@ def read_mask(path: str | Path, shape: tuple[int, int] | None = None, num_classe
     colours of any other palette are ignored. Raises DataError as ``read_grey`` does, and for a wrong index.
     """
     mask = read_grey(path, shape, indices=True)
-    low, high = int(mask.min()), int(mask.max())
-    bound = 256 if num_classes is None else num_classes
-    if low < 0 or high >= bound:
-        remedy = "write 0, 1, 2, ... in place of these greys (prepare_data.py isic does it for black and white)"
-        if high < 64:  # greys of a picture are brighter
-            remedy = f"train with --num_classes {high + 1} if there are that many, background included, or {remedy}"
-        greys = ", ".join(str(grey) for grey in np.unique(mask)[:5])
-        raise DataError(f"{path}: holds {greys}, so class index {high}; expected 0 to {bound - 1}: {remedy}")
-    return mask.astype(np.uint8)
+    return checked_label(path, mask, mask.shape, num_classes)
 
 
 def read_grey(path: str | Path, shape: tuple[int, int] | None, indices: bool = False) -> np.ndarray:

@@ -4,15 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from datasets import SliceDataset, VolumeDataset, read_slice, read_volume, synapse, write_slice, write_volume
 from datasets.lists import read_list
 from datasets.preprocessing import reorient
 from datasets.volumes import Volume
-from tests.datasets.test_scan import ORIENTATIONS, places, turn
+from tests.datasets.test_scan import turn
 from utils import verify
-from utils.evaluation import predict_volume, save_nifti
 
 nibabel = pytest.importorskip("nibabel")
 
@@ -83,32 +81,6 @@ def test_voxels_and_labels_arrive_where_they_belong(tmp_path):
             np.testing.assert_array_equal(read_slice(path, 9)[1], volume.label[z])
 
 
-class Knows(torch.nn.Module):
-    """Gives the class that stands in the image: k / 8 is class k."""
-
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return [-(x - torch.arange(9.0).view(1, 9, 1, 1) / 8).abs()] * 4
-
-
-@pytest.mark.parametrize(("orientation", "degrees"), [*((name, 20) for name in ORIENTATIONS), ("LAS", 0)])
-def test_through_prepare_predict_and_save_every_voxel_stays_on_the_patient(tmp_path, orientation, degrees):
-    pytest.importorskip("SimpleITK")
-    image = (-125 + 50 * ours(body()[1]).astype(np.int16)).astype(np.int16)
-    raw = write_raw(tmp_path / "raw", (1,), orientation, degrees, image)
-    synapse.prepare(raw, tmp_path / "out")
-    (tmp_path / "test_vol.txt").write_text("case0001\n")
-    volume = VolumeDataset(tmp_path / "out" / "test_vol_h5", tmp_path, "test_vol", 9)[0]
-    prediction = predict_volume(Knows(), volume, SHAPE[1])
-    saved = save_nifti(tmp_path / "saved", prediction, volume)
-    for program in ("nibabel", "SimpleITK"):
-        truth = places(raw / "label" / "label0001.nii.gz", program)
-        for path in saved:
-            if not path.name.endswith("_img.nii.gz"):
-                found = places(path, program)
-                for theirs, mine in OUR_IDS.items():
-                    np.testing.assert_allclose(found[mine], truth[theirs], atol=1e-3)
-
-
 def test_unfit_raw_folders_are_refused(tmp_path, refused):
     refused(lambda: synapse.prepare(tmp_path / "none", tmp_path / "out"), "none", "download")
     refused(lambda: synapse.prepare(tmp_path, tmp_path / "out"), "img and label", "download")
@@ -166,7 +138,7 @@ def test_ids_beyond_the_order_and_files_of_another_order_are_refused(tmp_path, r
     synapse.prepare(write_raw(tmp_path / "raw"), tmp_path / "out")
     ready = tmp_path / "out" / "test_vol_h5" / "case0001.npy.h5"
     refused(lambda: read_volume(ready, 9, synapse.LABEL_ORDERS["transunet"]), ready, "--label_order transunet", "aorta")
-    refused(lambda: synapse.INFO.label_order("merit", 14), "--num_classes")
+    refused(lambda: synapse.INFO.label_order("merit", 14), "--label_order merit")
     refused(lambda: synapse.INFO.label_order("other", 9), "transunet")
     assert synapse.INFO.label_order(None, 14) is None
 
