@@ -44,13 +44,6 @@ def assert_one_line(done: Outcome, *words: object) -> None:
     assert set(re.findall(r"--\w+", of_this_script)) <= flags_of(done.script)
 
 
-def test_training_leaves_its_run_folder(trained):
-    names = {path.name for path in trained.iterdir()}
-    files = "config.json train.log events metrics.csv progress.png last.pth best.pth results_test"
-    assert names == set(files.split())
-    assert "epoch 1/300" in (trained / "train.log").read_text()
-
-
 def test_testing_writes_every_file_and_the_same_scores_in_any_order_and_batch(trained, data, run_script):
     """Over validation and test volumes, forwards one slice at a time and backwards in batches of seven."""
     patients = [line for name in ("val", "test") for line in (data / f"lists/{name}.txt").read_text().split()]
@@ -122,21 +115,6 @@ def damage_truncated(data: Path) -> tuple:
     path = first_validation_volume(data)
     path.write_bytes(path.read_bytes()[:2000])
     return path, "prepare"
-
-
-def damage_key(data: Path) -> tuple:
-    return rewrite(first_validation_volume(data), label=None), "label"
-
-
-def damage_shape(data: Path) -> tuple:
-    return rewrite(first_validation_volume(data), label=np.zeros((2, 3, 4), np.uint8)), "(2, 3, 4)"
-
-
-def damage_nan(data: Path) -> tuple:
-    path = first_validation_volume(data)
-    with h5py.File(path, "r+") as file:
-        file["image"][0, 0, 0] = np.nan
-    return path, "NaN"
 
 
 def damage_label(data: Path) -> tuple:
