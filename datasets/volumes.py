@@ -7,6 +7,7 @@ and ``stored_type``.
 
 import io
 import logging
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,8 +131,12 @@ def write_slice(path: str | Path, volume: Volume, index: int) -> None:
     arrays = {"image": volume.image[index], "label": volume.label[index]}
     arrays |= {} if volume.spacing is None else {"spacing": np.asarray(volume.spacing, np.float64)}
     arrays |= {"class_names": np.array(volume.class_names, np.str_)} if volume.class_names else {}
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays)
+    # np.savez_compressed packs at zlib's level 6, which takes six times as long and saves a tenth of the bytes.
+    packing = dict(compression=zipfile.ZIP_DEFLATED, compresslevel=COMPRESSION)
+    with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", **packing) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
 
 
 class VolumeDataset(Sequence[Volume]):
