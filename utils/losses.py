@@ -1,6 +1,13 @@
 """The loss over all combinations of the logit maps, and W-LD, which sets K by how fast the loss falls."""
 
-from collections.abc import Sequence
+import functools
+import logging
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -8,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from networks.ranks import world_size
 from utils.distribution import sum_over_ranks
+
+logger = logging.getLogger(__name__)
 
 SMOOTH = 1e-5  # keeps the Dice of an absent class defined
 
@@ -41,35 +50,45 @@ def subset_losses(
     with torch.autocast(label.device.type, enabled=False):  # products in half precision would round the sums
         # Channels-last maps have the classes innermost, where a softmax is slow.
         maps = [m.to(torch.promote_types(m.dtype, torch.float32)).flatten(2).contiguous() for m in logits]  # (B, C, N)
-        one_hot = torch.zeros_like(maps[0]).scatter_(1, label.flatten(1).unsqueeze(1), 1)  # y
-        subsets: list[Tensor] = []
-        for m in maps:
-            subsets += [m, *(z + m for z in subsets)]
-        # A checkpoint computes a subset's softmax again in backward: 15 of them would fill memory at batch 20.
-        again = {"use_reentrant": False, "preserve_rng_state": False}
-        sums = torch.stack([checkpoint(_class_sums, z, one_hot, **again) for z in subsets])  # (15, 4, C)
-        sums = sum_over_ranks(sums)
-        log_likelihood, overlap, squares, counts = sums.unbind(1)  # (15, C) each
+        on_gpu = maps[0].device.type == "cuda" and not torch.compiler.is_compiling()
+        sums = (_compiled() if on_gpu else _sums)(maps, label.flatten(1))
+        log_likelihood, overlap, squares, counts = sum_over_ranks(sums).unbind(1)  # (15, C) each
         cross_entropy = -log_likelihood.sum() / (label.numel() * world_size())
         dice = (1 - (2 * overlap + SMOOTH) / (squares + counts + SMOOTH)).mean(1).sum()
         return ce_weight * cross_entropy + dice_weight * dice, cross_entropy.detach(), dice.detach()
 
 
-def _class_sums(z: Tensor, y: Tensor) -> Tensor:
-    """Return the sums over batch and pixels of y log p, p y, p^2 and y for each class, (4, C).
+@functools.cache
+def _compiled() -> Callable[[Sequence[Tensor], Tensor], Tensor]:
+    """Return ``_sums`` compiled for a GPU, whose memory limits it; as it is, if Triton lacks what it builds with."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if find_spec("triton") and compiler and Path(sysconfig.get_path("include"), "Python.h").exists():
+        return torch.compile(_sums, dynamic=False)
+    logger.warning("the loss is not compiled, so it is slower: install a C compiler and Python's headers (python3-dev)")
+    return _sums
 
-    z: logits (B, C, N), with the softmax p over classes; y: the label, one-hot (B, C, N).
+
+def _sums(maps: Sequence[Tensor], label: Tensor) -> Tensor:
+    """Return for each subset and class the sums over batch and pixels of y log p, p y, p^2 and y, (15, 4, C).
+
+    maps: (B, C, N), with the softmax p over classes of a subset's sum. label: (B, N), one-hot y.
     """
+    y = torch.zeros_like(maps[0]).scatter_(1, label.unsqueeze(1), 1)
+    subsets: list[Tensor] = []
+    for m in maps:
+        subsets += [m, *(z + m for z in subsets)]
+    # A checkpoint computes a subset's softmax again in backward: 15 of them would fill memory at batch 20.
+    again = {"use_reentrant": False, "preserve_rng_state": False}
+    sums = [x for z in subsets for x in checkpoint(_class_sums, z, y, **again)]  # (B, C) each
+    sums = torch.stack(sums).sum(1).unflatten(0, (-1, 3))  # (15, 3, C)
+    return torch.cat([sums, y.sum((0, 2)).expand(len(sums), 1, -1)], dim=1)
+
+
+def _class_sums(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     log_p = z.log_softmax(1)
     p = log_p.exp()
     # Dot products and norms of contiguous rows: several times faster than a product that is written out and summed.
-    sums = (
-        torch.linalg.vecdot(log_p, y),
-        torch.linalg.vecdot(p, y),
-        torch.linalg.vector_norm(p, dim=2).square(),
-        y.sum(2),
-    )
-    return torch.stack(sums).sum(1)  # (4, B, C) to (4, C)
+    return torch.linalg.vecdot(log_p, y), torch.linalg.vecdot(p, y), torch.linalg.vector_norm(p, dim=2).square()
 
 
 class WeightLossDynamic:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from networks import DMWLA, DSGIM, PrototypeMemoryBank, SimMPNet, dmwla
 from tests.networks.conftest import NARROW
+from utils import losses
 from utils.cli import set_precision
 from utils.losses import subset_losses
 
@@ -37,6 +38,7 @@ class NothingWaits(TorchDispatchMode):
 def autocast_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(losses, "_compiled", lambda: losses._sums)
 
 
 def move(module: nn.Module) -> None:
@@ -115,7 +117,7 @@ def test_a_step_starts_few_operations(amp_dtype, most, monkeypatch):
             bank.writable = False
         forward(images)
         of_the_update = whole - started.count()
-    assert whole <= most and of_the_update <= 300 and of_the_loss <= 200, (whole, of_the_update, of_the_loss)
+    assert whole <= most and of_the_update <= 300 and of_the_loss <= 160, (whole, of_the_update, of_the_loss)
 
 
 # Of the operations that PyTorch's documentation of use_deterministic_algorithms lists, those that raise on a GPU.

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from benchmarks import plain
 from tests.parity import FIXTURES, load, synthetic
+from utils import losses
 from utils.losses import WeightLossDynamic, subset_loss, subset_losses
 
 
@@ -61,6 +62,26 @@ def test_value_and_gradient_are_those_of_the_plain_transcription(scale, num_maps
         sides.append((loss.detach(), *(m.grad for m in maps)))
     for a, b in zip(*sides, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_compiled_as_on_a_gpu_it_is_one_graph_with_the_same_value_and_gradient(release, monkeypatch):
+    _, logits, label = release
+    sides = []
+    for sums in (losses._sums, torch.compile(losses._sums, backend="aot_eager", fullgraph=True)):
+        monkeypatch.setattr(losses, "_sums", sums)
+        maps = [m.double().requires_grad_() for m in logits]
+        loss = subset_loss(maps, label)
+        sides.append([loss.detach(), *torch.autograd.grad(loss, maps)])
+    torch.testing.assert_close(*sides, rtol=1e-9, atol=1e-12)
+
+
+def test_where_triton_cannot_build_a_gpu_computes_it_as_it_is(monkeypatch, caplog):
+    for there in (False, True):
+        monkeypatch.setenv("CC", "cc")
+        monkeypatch.setattr(losses, "find_spec", lambda _: there)  # noqa: B023
+        monkeypatch.setattr("pathlib.Path.exists", lambda _: True)
+        assert (losses._compiled.__wrapped__() is losses._sums) == (not there)
+    assert caplog.text.count("python3-dev") == 1
 
 
 def test_k_after_each_iteration_equals_the_release():
