@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--network", default="sim_mpnet", choices=NETWORKS, help="network to count")
     add_network(parser)
     parser.set_defaults(model_scale=None, img_size_dmwla=None)  # the network's own defaults, if it has these arguments
-    parser.add_argument("--in_channels", type=int, default=1, help="1 (grey) or 3 (colour)")
+    parser.add_argument("--in_channels", type=int, default=1, help="channels of an image")
     args = parser.parse_args()
     model = build(**{name: value for name, value in vars(args).items() if value is not None})
     past_warm_up(model)

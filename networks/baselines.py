@@ -1,8 +1,9 @@
 """Networks to compare with, from segmentation-models-pytorch (smp) and MONAI.
 
 Both libraries are optional. Each network returns one logit map, so its subset loss is the plain loss of that map. The
-encoders of smp start from ImageNet weights, as Sim-MPNet's does; for grey images the weights of the first convolution
-are summed over the three colours. MONAI's two networks start from random weights: no others were published.
+encoders of smp start from ImageNet weights, as Sim-MPNet's does. For grey images the weights of the first convolution
+are summed over the three colours, for two or more than three channels the colours are repeated. MONAI's two networks
+start from random weights: no others were published.
 """
 
 from contextlib import nullcontext

@@ -20,8 +20,8 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 
 def check_images(num_classes: int, in_channels: int, img_size: int, size_step: int) -> None:
     """Raise a NetworkError if the number of classes, the channels or the image side is not supported."""
-    if in_channels not in (1, 3):
-        raise NetworkError(f"in_channels is {in_channels}; use 1 (grey) or 3 (colour)")
+    if in_channels < 1:
+        raise NetworkError(f"in_channels is {in_channels}; use 1 (grey), 3 (colour) or another positive number")
     if num_classes < 2:
         raise NetworkError(f"num_classes is {num_classes}; it includes background, so use at least 2")
     check_size("img_size", img_size, size_step)

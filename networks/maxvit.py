@@ -12,7 +12,7 @@ from urllib.parse import urlparse
 
 import timm
 import torch
-from timm.models import load_state_dict
+from timm.models import adapt_input_conv, load_state_dict
 from torch import Tensor, nn
 
 from networks.errors import NetworkError
@@ -90,7 +90,9 @@ def pretrained_file(scale: str) -> Path | None:
 
 
 def load_weights(backbone: nn.Module, path: str | Path, scale: str) -> None:
-    """Fill stem and stages of a MaxViT of ``scale`` from a weight file; for grey images the stem's colours are summed.
+    """Fill stem and stages of a MaxViT of ``scale`` from a weight file.
+
+    For grey images the stem's colours are summed, for other than three channels repeated, as timm does.
 
     Raises:
         NetworkError: the file is missing or unreadable, or its tensors are not exactly those of the scale.
@@ -104,8 +106,8 @@ def load_weights(backbone: nn.Module, path: str | Path, scale: str) -> None:
     try:
         weights = load_state_dict(str(path), weights_only=True)
         weights = {name: value for name, value in weights.items() if name.startswith(PARTS)}
-        if own[STEM].shape[1] == 1 and STEM in weights:
-            weights[STEM] = weights[STEM].sum(1, keepdim=True)
+        if STEM in weights:
+            weights[STEM] = adapt_input_conv(own[STEM].shape[1], weights[STEM])
         unfit = [name for name in weights if name in own and weights[name].shape != own[name].shape]
     except Exception as error:  # torch and safetensors raise many kinds of error for a file that is not theirs
         raise NetworkError(

@@ -60,7 +60,7 @@ class SimMPNet(nn.Module):
 
     Images:
         num_classes: classes with background.
-        in_channels: 1 (grey, mapped to three channels by a learned 1x1 convolution) or 3 (colour).
+        in_channels: 3 are seen as they are; 1 (grey), 2, 4, ... are mapped to three by a learned 1x1 convolution.
         img_size: side S of the input in pixels, a multiple of 32.
         img_size_dmwla: side of the DMW-LA encoder's image, a multiple of 32.
 
@@ -136,8 +136,8 @@ class SimMPNet(nn.Module):
             warmup_iterations=warmup_iterations,
         )
         self.stem = nn.Identity()
-        if in_channels == 1:
-            self.stem = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3), nn.ReLU(inplace=True))
+        if in_channels != 3:
+            self.stem = nn.Sequential(nn.Conv2d(in_channels, 3, 1), nn.BatchNorm2d(3), nn.ReLU(inplace=True))
         self.maxvit = self.gate = self.dmwla_encoder = None
         if encoders != "dmwla":
             self.maxvit = MaxViTEncoder(model_scale, img_size, pretrained)

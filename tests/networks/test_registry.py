@@ -89,7 +89,7 @@ def test_a_wrong_size_is_answered_with_the_nearest_right_ones(name):
     [
         (dict(network="resnet"), ["resnet", "sim_mpnet", "unet"]),
         (dict(network="unet", feature_dim=3), ["unet", "feature_dim"]),
-        (dict(network="unet", in_channels=2), ["in_channels", "2"]),
+        (dict(network="unet", in_channels=0), ["in_channels", "0"]),
         (dict(network="attention_unet", pretrained="hub"), ["attention_unet", "pretrained"]),
         (dict(network="unet", pretrained="a.pth"), ["a.pth", "hub", "none"]),
         (dict(network="maxvit_unet", pretrained="a.pth"), ["a.pth", "download", "--pretrained none"]),
@@ -109,6 +109,13 @@ def test_a_wrong_argument_is_answered_in_one_line(options, words):
     with pytest.raises(NetworkError) as error:
         make(**options)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_an_image_may_have_any_number_of_channels(network):
+    with torch.no_grad():
+        maps = make(network, in_channels=4).eval()(torch.rand(1, 4, 64, 64))
+    assert maps[-1].shape == (1, 3, 64, 64)
 
 
 def test_every_default_weight_says_where_it_comes_from():

@@ -46,12 +46,15 @@ def unet_encoder(path: Path | str, in_channels: int = 3) -> torch.nn.Module:
         (encoder, "pico.safetensors", 3),
         (unet_encoder, "pico.pth", 3),
         (unet_encoder, "pico.pth", 1),
+        (unet_encoder, "pico.pth", 4),
     ],
 )
 def test_a_weight_file_fills_stem_and_stages(files, make, name, in_channels):
     expected = torch.load(files / "pico.pth")
     if in_channels == 1:
         expected["stem.conv1.weight"] = expected["stem.conv1.weight"].sum(1, keepdim=True)
+    elif in_channels == 4:
+        expected["stem.conv1.weight"] = expected["stem.conv1.weight"][:, [0, 1, 2, 0]] * (3 / 4)
     found = {name.replace("stages_", "stages."): v for name, v in make(files / name, in_channels).state_dict().items()}
     found = {name: value for name, value in found.items() if name.startswith(("stem.", "stages."))}
     assert found.keys() == {name for name in expected if name.startswith(("stem.", "stages."))}
