@@ -189,7 +189,8 @@ def _read_prepared(path: Path, preprocessing: Preprocessing) -> Volume:
         fields = read_fields(path, ("image",))
         volume = Volume(data_name(path), checked_image(path, fields["image"], 3), **checked_facts(path, fields))
     low, high, (bottom, top) = volume.image.min(), volume.image.max(), preprocessing.stored or (0.0, 1.0)
-    if low < bottom - 0.1 * (top - bottom) or high > top + 0.1 * (top - bottom) or high < bottom + 0.1 * (top - bottom):
+    slack = (top - bottom) / 10
+    if low < bottom - slack or not bottom + slack <= high <= top + slack:
         raise DataError(
             f"{path}: its intensities run from {low:g} to {high:g}, but the network was trained on {bottom:g} to "
             f"{top:g}; prepare it like the training data"
@@ -206,7 +207,7 @@ def _load(path: Path, time_point: int | None = None) -> _Stored:
     """Read a scan's voxels and geometry, and check them."""
     name = path.name.lower()
     with reading(path, "scan", "copy, unpack or export it again"):
-        if path.is_dir() or name.endswith(_DICOM) or name == "dicomdir" or _is_dicom(path):
+        if path.is_dir() or name.endswith(("dicomdir", *_DICOM)) or _is_dicom(path):
             stored = _Stored(*load_dicom(path, time_point))
         elif name.endswith(_ITK):
             stored = _load_itk(path, time_point)
