@@ -149,8 +149,8 @@ class Slice:
 
     size: (H, W); position: of the first pixel in mm, (3,); axes: mm from a pixel to the next along x and along y,
     (2, 3); both are NaN where the header does not have them. rounding: largest error of a coordinate in mm, as its
-    decimals show; thickness: in mm, or None; rescale: slope and intercept, or None where SimpleITK applies them, as it
-    does where all frames of a file have the same; time: what orders the images of one position.
+    decimals show; thickness: in mm, or None; rescale: slope and intercept, or None where SimpleITK applies them; time:
+    what orders the images of one position.
     """
 
     def __init__(self, file: Path, frame: int, header: Any):
@@ -200,7 +200,8 @@ def _slices_of(file: Path, header: Any) -> list[Slice]:
     if length < (1 if syntax and syntax.is_encapsulated else expected):
         raise DataError(f"{file}: has {length} bytes of pixels, expected {expected}; export the series again")
     slices = [Slice(file, frame, header) for frame in range(count)]
-    if len({single.rescale for single in slices}) == 1:
+    # SimpleITK applies one rescaling to all frames of a file, and turns MONOCHROME1 upside down.
+    if len({single.rescale for single in slices}) == 1 and header.PhotometricInterpretation == "MONOCHROME2":
         for single in slices:
             single.rescale = None
     return slices

@@ -95,8 +95,10 @@ def test_every_slice_has_the_values_that_its_own_rescale_gives(tmp_path, slopes)
     expected = STORED[:3] * np.reshape(slopes, (3, 1, 1)) - 10
     np.testing.assert_allclose(values(volume), expected[::-1], atol=1e-9)
     assert (volume.spacing, volume.affine[2, 3]) == ((5, 0.8, 0.75), -10)
-    folder = write_dicom(tmp_path / "files", range(3), RescaleSlope=lambda z, _: slopes[z], RescaleIntercept=-10)
-    np.testing.assert_allclose(values(read_scan(folder, Preprocessing())), expected, atol=1e-9)
+    for kind in ("MONOCHROME1", "MONOCHROME2"):  # which says how to show the values, not what they are
+        elements = {"RescaleIntercept": -10, "PhotometricInterpretation": kind}
+        folder = write_dicom(tmp_path / kind, range(3), RescaleSlope=lambda z, _: slopes[z], **elements)
+        np.testing.assert_allclose(values(read_scan(folder, Preprocessing())), expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("decimals", [1, 2, 6])
