@@ -73,6 +73,7 @@ class PrototypeMemoryBank(nn.Module):
         self.in_warmup = True
         self._steps_done = 0  # copy of warmup_counter in Python: reading the buffer would wait for a GPU
 
+    @torch.compiler.disable  # what it writes depends on the step, so a compiled graph ends here
     @torch.no_grad()
     def sample(self, phi: Tensor) -> None:
         """Do one warm-up step: write random rows of ``phi`` (B, N, d) into random slots of the pool."""

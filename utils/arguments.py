@@ -109,7 +109,7 @@ def training_parser(description: str, info: DatasetInfo, **defaults: Any) -> Arg
     add("--eval_interval", type=count, default=1, help="validate every so many epochs")
     add("--eval_batch_size", type=count, default=20, help="slices to predict at a time")
     add("--select_from_epoch", type=int, help="first epoch that may be the best; default: 1, release 100")
-    add("--compile", action="store_true", help="torch.compile the steps after the warm-up, for a GPU")
+    add("--compile", action="store_true", help="torch.compile the training steps, for a GPU")
     add("--sync_bn", action="store_true", help="share BatchNorm's statistics between GPUs under torchrun")
     _add_shared(add, info)
 

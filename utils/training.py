@@ -77,7 +77,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         groups = self.model.parameter_groups()
         self.optimizer = torch.optim.AdamW(groups, args.base_lr, weight_decay=args.weight_decay, fused=True)
-        self.compiled = False
+        if args.compile:
+            self.losses = torch.compile(self.losses, dynamic=False)
         self.wld = WeightLossDynamic(math.inf if args.wld == "none" else args.wld_start_epoch, args.replaced_columns)
         self.run = RunFolder(args.output_dir)
         self.writes = rank() == 0
@@ -210,9 +211,6 @@ class Trainer:
 
     def backward(self, image: Tensor, label: Tensor) -> Tensor:
         """Compute the gradient of a batch, in ``--accumulate`` parts; return the mean losses of the parts, (3,)."""
-        if self.args.compile and not self.compiled and not any(bank.in_warmup for bank in self.banks):
-            self.losses = torch.compile(self.losses, dynamic=False)  # the warm-up computes other things
-            self.compiled = True
         parts = self.args.accumulate
         total = torch.zeros(3, device=self.device)
         for i, (x, y) in enumerate(zip(image.chunk(parts), label.chunk(parts), strict=True), 1):
