@@ -137,6 +137,7 @@ def _draw(
     """Write a figure with a colour for each method; return its path and caption, or nothing without data."""
     if data.empty:
         return {}
+    pyplot.switch_backend("agg")  # needs no display
     grid = plot(data, hue="method", palette="colorblind", height=3.5, **style)
     save_figure(grid.set_titles("{col_name}").set_ylabels("").figure, path)
     pyplot.close(grid.figure)
