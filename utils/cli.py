@@ -9,6 +9,7 @@ import random
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -65,10 +66,14 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
 def run_script(main: Callable[[], object], *errors: type[Exception]) -> None:
     """Log to stderr, run ``main``, and turn an error that the user can correct into one line and exit status 1.
 
+    Warnings of libraries are not shown, unless ``python -W`` asks for them: what a user should know, this code says.
+
     Such errors are RunError, OSError and the classes in ``errors``. A run that a signal stopped exits with 128 and its
     number: 143 for SIGTERM, 130 for Ctrl-C. Any other exception is a bug and keeps its traceback.
     """
     setup_logging()
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
     try:
         main()
     except (RunError, OSError, *errors) as error:

@@ -22,30 +22,28 @@ SMOOTH = 1e-5  # keeps the Dice of an absent class defined
 
 
 def subset_loss(logits: Sequence[Tensor], label: Tensor, ce_weight: float = 0.3, dice_weight: float = 0.7) -> Tensor:
-    """Return the sum over every non-empty subset of the maps of cross entropy and Dice of the subset's summed logits.
-
-    Cross entropy is the mean over pixels. Dice is one minus the overlap of each class over the whole batch, with
-    squares in the denominator, averaged over all classes including background.
-
-    Args:
-        logits: maps (B, num_classes, S, S); four maps have 15 subsets, one map has one.
-        label: int64 (B, S, S), ids below num_classes.
-        ce_weight: weight of each subset's cross entropy.
-        dice_weight: weight of each subset's Dice loss.
-
-    Returns:
-        A scalar on the maps' device, in float32 (float64 for float64 maps).
-    """
+    """Return the loss alone of ``subset_losses``."""
     return subset_losses(logits, label, ce_weight, dice_weight)[0]
 
 
 def subset_losses(
     logits: Sequence[Tensor], label: Tensor, ce_weight: float = 0.3, dice_weight: float = 0.7
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``subset_loss`` and, without gradient, the unweighted sums of its cross entropies and Dice losses.
+    """Return the sum over every non-empty subset of the maps of cross entropy and Dice of the subset's summed logits.
 
-    In a distributed run, where each rank has a part of the batch of the same size, these are the losses of the whole
-    batch, equal on all ranks. DistributedDataParallel's mean of the ranks' gradients is the whole batch's gradient.
+    Cross entropy is the mean over pixels. Dice is one minus the overlap of each class over the whole batch, with
+    squares in the denominator, averaged over all classes including background. In a distributed run, where each rank
+    has a part of the batch of the same size, these are the losses of the whole batch, equal on all ranks, and
+    DistributedDataParallel's mean of the ranks' gradients is the whole batch's gradient.
+
+    Args:
+        logits: maps (B, num_classes, S, S); four maps have 15 subsets, one map has one.
+        label: int64 (B, S, S), ids below num_classes.
+        ce_weight, dice_weight: weights of each subset's cross entropy and Dice loss.
+
+    Returns:
+        The loss, and without gradient the unweighted sums of its cross entropies and of its Dice losses: scalars on
+        the maps' device, in float32 (float64 for float64 maps).
     """
     with torch.autocast(label.device.type, enabled=False):  # products in half precision would round the sums
         # Channels-last maps have the classes innermost, where a softmax is slow.

@@ -115,7 +115,7 @@ class Predictor:
     def segment(self, volume: Volume | Picture) -> np.ndarray:
         """Return the class of every voxel, uint8 (D, H, W); of an image D = 1."""
         size = self.model.config["img_size"]
-        with out_of_memory(f"--batch_size {self.batch_size} is too much for it; lower it, or use --amp bf16"):
+        with out_of_memory(f"predict fewer slices at a time than {self.batch_size}, in bf16, or on the CPU"):
             return predict_volume(self.model, volume, size, self.batch_size, self.device, self.amp_dtype)
 
     def __call__(self, path: str | Path):
