@@ -15,6 +15,7 @@ docs/own_scans.md lists the formats, what is written, and what is refused. utils
 import logging
 from argparse import Namespace
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,10 +116,13 @@ def main() -> None:
     inputs = find_inputs(args.input, predictor.planar)
     outputs, beside = name_outputs(inputs, args.output, predictor.planar)
     check_writable(outputs[0].parent)
-    sizes, failed, bits = [], 0, common_bits(inputs) if predictor.planar else None
+    if predictor.planar:
+        bits = common_bits(inputs, predictor.preprocessing.bits)
+        predictor.preprocessing = replace(predictor.preprocessing, bits=bits)
+    sizes, failed = [], 0
     for number, (source, target) in enumerate(zip(inputs, outputs, strict=True), 1):
         try:
-            volume = predictor.read(source, args.time_point, bits)
+            volume = predictor.read(source, args.time_point)
         except DataError as error:
             if len(inputs) == 1:
                 raise

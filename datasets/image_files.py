@@ -113,11 +113,12 @@ def _bits_in_use(file: Image.Image, high: int) -> tuple[int, bool]:
     return min(fitting, default=needed), bool(fitting)
 
 
-def common_bits(paths: Iterable[Path]) -> int | None:
-    """Return how many bits the images in 16-bit files use which do not say it themselves; None without such files.
+def common_bits(paths: Iterable[Path], known: int | None = None) -> int | None:
+    """Return how many bits the images in 16-bit files use which do not say it themselves; ``known`` without such files.
 
     Cameras of 10 to 14 bits store their values unscaled. The bits are those of the largest value of the whole data set,
-    because a dark image alone seems to use fewer. Damaged files are left out; they are refused when they are read.
+    because a dark image alone seems to use fewer; at least ``known``, those of the training images. Damaged files are
+    left out; they are refused when they are read.
     """
     found = []
     for path in (path for path in paths if path.suffix.lower() in (".png", ".tif", ".tiff")):
@@ -125,10 +126,10 @@ def common_bits(paths: Iterable[Path]) -> int | None:
             values = _deep_values(path, file)
             bits, stated = (0, True) if values is None else _bits_in_use(file, int(values.max()))
             found += [] if stated else [bits]
-    if not found:
-        return None
-    logger.info("%d images in 16-bit files are read as %d bits, as their largest value needs", len(found), max(found))
-    return max(found)
+    bits = max(known or 0, *found, 0) or None
+    if found:
+        logger.info("%d images in 16-bit files are read as %d bits, by the largest value", len(found), bits)
+    return bits
 
 
 def read_image(path: str | Path, bits: int | None = None) -> np.ndarray:
@@ -148,7 +149,7 @@ def _upright_rgb(path: str | Path, file: Image.Image, common: int | None) -> np.
         return np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
     high = int(values.max())
     bits, stated = _bits_in_use(file, high)
-    if not stated and common is None and bits < 16:
+    if not stated and (common or 8) < bits < 16:
         logger.warning("%s: its largest value is %d of 65535, so it is read as %d bits", path, high, bits)
     values = (values >> (max(bits, 0 if stated else common or 0) - 8)).astype(np.uint8)
     image = Image.fromarray(values).convert("RGB")

@@ -6,6 +6,7 @@ An entry of a list is an ``<id>`` and names the image or all its crops ``<id>_ce
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,6 @@ class _Images:
     def __init__(self, info: "DatasetInfo", folder: str | Path, list_dir: str | Path, split: str, num_classes: int):
         info.require(folder)
         self.num_classes, self.class_names = num_classes, info.names_for(num_classes)
-        self.preprocessing = info.preprocessing
         entries, self.source = read_list(list_dir, split), list_path(list_dir, split)
         files, masks = image_files(Path(folder, IMAGE_FOLDER)), Path(folder, MASK_FOLDER)
         named: dict[str, list[str]] = {}  # images by every entry that could name them
@@ -59,7 +59,8 @@ class _Images:
         there = {path.stem for path in masks.glob("*.png")}
         refuse_missing(masks, f"images of {self.source} have no mask <id>.png", self.names, there)
         self.files = {name: (files[name], masks / f"{name}.png") for name in self.names}
-        self.bits = common_bits(files.values())  # of all splits alike
+        bits = common_bits(files.values(), info.preprocessing.bits)  # of all splits alike
+        self.preprocessing = replace(info.preprocessing, bits=bits)
         kinds = {"single cells" if name != image_of(name) else "whole images" for name in self.names}
         self.kind = " and ".join(sorted(kinds))
 
@@ -74,7 +75,7 @@ class _Images:
     def open(self, index: int) -> Picture:
         """Return an image with its mask as stored, checked."""
         image, mask = self.files[self.names[index]]
-        return read_picture(image, mask, self.num_classes, self.class_names, self.preprocessing, self.bits)
+        return read_picture(image, mask, self.num_classes, self.class_names, self.preprocessing)
 
 
 class ImageDataset(_Images, TrainingSet):
@@ -96,7 +97,7 @@ class ImageDataset(_Images, TrainingSet):
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the shrunk image, uint8 (h, w, 3), and label, uint8 (h, w), of a sample."""
         file, mask_file = self.files[self.names[index]]
-        image, own_size = read_drafted(file, self.img_size, self.bits)
+        image, own_size = read_drafted(file, self.img_size, self.preprocessing.bits)
         size = shrunk_size(own_size, self.img_size)
         return resize_image(image, size), resize_mask(read_mask(mask_file, own_size, self.num_classes), size)
 

@@ -51,27 +51,33 @@ class ColourPreprocessing:
 
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    bits: int | None = None  # that the training images use in 16-bit files, if there are such files
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for a checkpoint."""
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if value is not None}  # as earlier versions
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ColourPreprocessing":
         """Return the preprocessing that ``to_dict`` described; raises DataError for anything else."""
         try:
             mean, std = (tuple(float(number) for number in values[key]) for key in ("mean", "std"))
+            bits = values.get("bits")
             if len(mean) != 3 or len(std) != 3 or not np.isfinite([*mean, *std]).all() or min(std) <= 0:
                 raise ValueError(values)
-            return cls(mean, std)
+            if bits not in (None, *range(8, 17)):
+                raise ValueError(values)
+            return cls(mean, std, bits)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(f"the checkpoint's preprocessing {brief(values)} is unknown; train again") from error
 
     def described(self, img_size: int) -> str:
         """Return the steps from an image to the network's input in words, for users of an exported network."""
+        deep = f"; 16 bits are divided by {2 ** (self.bits - 8)}" if self.bits else ""
         return (
-            f"RGB; shrunk in proportion to a shorter side of {img_size} where that is longer, then resized to "
-            f"{img_size} x {img_size}, both bicubic with averaging; v becomes (v / 255 - mean) / std in each channel"
+            f"RGB of 8 bits{deep}; shrunk in proportion to a shorter side of {img_size} where that is longer, then "
+            f"resized to {img_size} x {img_size}, both bicubic with averaging; v becomes (v / 255 - mean) / std in "
+            "each channel"
         )
 
     def normalise(self, image: np.ndarray) -> np.ndarray:
@@ -119,9 +125,9 @@ def read_picture(
     num_classes: int | None = None,
     class_names: tuple[str, ...] = (),
     preprocessing: ColourPreprocessing | None = None,
-    bits: int | None = None,
 ) -> Picture:
     """Read an image, and its mask if one is given, as a Picture with the name of the file; raises DataError."""
-    image = read_image(path, bits)
+    preprocessing = preprocessing or ColourPreprocessing()
+    image = read_image(path, preprocessing.bits)
     label = None if mask_path is None else read_mask(mask_path, image.shape[:2], num_classes)[None]
-    return Picture(Path(path).stem, image[None], label, class_names, preprocessing or ColourPreprocessing())
+    return Picture(Path(path).stem, image[None], label, class_names, preprocessing)

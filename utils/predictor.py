@@ -100,14 +100,10 @@ class Predictor:
                 "train again"
             )
 
-    def read(self, path: str | Path, time_point: int | None = None, bits: int | None = None) -> Volume | Picture:
-        """Open a scan or an image, prepared for the network.
-
-        time_point: of a scan with several volumes, from 0; bits: of images, what ``common_bits`` returns for all that
-        are read together.
-        """
+    def read(self, path: str | Path, time_point: int | None = None) -> Volume | Picture:
+        """Open a scan or an image, prepared for the network. time_point: of a scan with several volumes, from 0."""
         if self.planar:
-            return read_picture(path, class_names=self.class_names, preprocessing=self.preprocessing, bits=bits)
+            return read_picture(path, class_names=self.class_names, preprocessing=self.preprocessing)
         volume = read_scan(path, self.preprocessing, time_point)
         volume.class_names = self.class_names
         return volume

@@ -171,6 +171,8 @@ def quick_check(
     unscaled = [end for part in parts if part.unscaled for end in (part.low, part.high)]
     if unscaled:
         info = replace(info, preprocessing=replace(info.preprocessing, stored=(min(unscaled), max(unscaled))))
+    if info.planar:
+        info = replace(info, preprocessing=train_set.preprocessing)  # with the bits of its 16-bit files
     names = names or info.names_for(args.num_classes)
     train_set.class_names = val_set.class_names = names
     return replace(info, class_names=names)
@@ -197,6 +199,9 @@ def compare_with_checkpoint(
         doubts.append(f"names its classes {found}, and the checkpoint {', '.join(names)}; those of the file are used")
         names = part.named
     cases.class_names = names
+    if info.planar:
+        bits = max(cases.preprocessing.bits or 0, data.get("preprocessing", {}).get("bits") or 0) or None
+        cases.preprocessing = replace(cases.preprocessing, bits=bits)
     return names, doubts
 
 

@@ -141,6 +141,8 @@ def test_the_bits_in_use_are_those_of_the_whole_set_or_of_the_file_itself(tmp_pa
         for one, other in zip(deep, plain, strict=True):
             image, expected = (item["image"] if size else item.image for item in (one, other))
             np.testing.assert_array_equal(image, expected)
+    alone = read_picture(tmp_path / "deep/images/dark.tif", preprocessing=ColourPreprocessing(bits=12))  # in prediction
+    np.testing.assert_array_equal(alone.image[0], read_image(tmp_path / "plain/images/dark.png"))
 
 
 def test_pages_are_refused_by_number_and_a_smaller_copy_of_the_first_is_not_a_page(tmp_path, refused):
@@ -198,6 +200,8 @@ def test_normalisation_is_that_of_the_weights_and_survives_a_checkpoint(refused)
         np.testing.assert_allclose(preprocessing.denormalise(out) * 255, image, atol=1e-3)
         assert ColourPreprocessing.from_dict(preprocessing.to_dict()) == preprocessing
     assert ColourPreprocessing().normalise(np.stack([image, image])).shape == (2, 3, 6, 5)
+    assert ColourPreprocessing.from_dict(ColourPreprocessing(bits=12).to_dict()).bits == 12
+    assert "bits" not in ColourPreprocessing().to_dict()  # as earlier versions wrote it
     for bad in ({}, {"mean": (0.5,) * 3}, {"mean": (0.5,) * 3, "std": (0.5, 0.5, 0)}, {"mean": "abc", "std": (1,) * 3}):
         refused(lambda bad=bad: ColourPreprocessing.from_dict(bad), "preprocessing", "train again")
 
