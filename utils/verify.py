@@ -154,7 +154,7 @@ def quick_check(
     if test_list != val_set.source and test_list.is_file():
         tested = map(image_of if info.planar else str, read_list(args.list_dir, info.splits[-1]))
         splits.append((test_list, {patient_of(name, args.patient_pattern) for name in tested}))
-    for error in shared_patients(splits, info.planar):
+    for error in shared_patients(splits, info.planar or args.patient_pattern is not None):
         raise DataError(error)
     for part in parts:
         part.data.class_names = names or None
@@ -233,7 +233,7 @@ def full_check(
         names = names or part.named
     errors += most_classes_absent(parts)
     patients = [(part.data.source, part.patients) for part in parts]
-    return parts, errors + differences(parts) + shared_patients(patients, info.planar)
+    return parts, errors + differences(parts) + shared_patients(patients, info.planar or pattern is not None)
 
 
 def most_classes_absent(parts: Sequence[Part]) -> list[str]:
@@ -289,10 +289,10 @@ def _other_axes(path: Path, shape: tuple[int, ...], planes: dict[tuple[int, ...]
     )
 
 
-def shared_patients(splits: Iterable[tuple[Path, set[str]]], planar: bool) -> list[str]:
+def shared_patients(splits: Iterable[tuple[Path, set[str]]], exact: bool) -> list[str]:
     """Return one line for every patient in two splits, each given as (list, patients).
 
-    Unless ``planar``, a patient p7 is also p7_a, because an entry p7 of a list stands for that, too.
+    Unless ``exact``, a patient p7 is also p7_a, because an entry p7 of a list stands for that, too.
     """
     errors: list[str] = []
     first: dict[str, Path] = {}  # by every patient, the first list with it
@@ -300,7 +300,7 @@ def shared_patients(splits: Iterable[tuple[Path, set[str]]], planar: bool) -> li
     for source, patients in splits:
         for patient in sorted(patients):
             others = [first.get(patient)]
-            others += [] if planar else [begun.get(patient), *map(first.get, beginnings(patient))]
+            others += [] if exact else [begun.get(patient), *map(first.get, beginnings(patient))]
             other = next(filter(None, others), None)
             if other:
                 errors.append(f"{source}: {patient} is also in {other.name}; remove it from one of them")
