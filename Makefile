@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-processors format clean
+.PHONY: demo test test-processors gpu format clean
 
 demo: $(VENV)/.user
 	$(RUN) prepare_data.py phantom --out data/phantom
@@ -28,6 +28,15 @@ test-processors: $(VENV)/.dev
 			env $$processor OMP_NUM_THREADS=$$threads $(RUN) -m pytest -q -m processors || exit 1; \
 		done; \
 	done
+
+# All that only a GPU shows, in the environment in use: make gpu RUN=python. The training needs ACDC prepared in data/.
+GPU_SECONDS := 3600
+gpu:
+	-$(RUN) -m pytest -m gpu
+	$(RUN) -m benchmarks.gpu --output runs/gpu
+	$(RUN) -m benchmarks.gpu --deterministic 1 --forms float32 bf16 compiled --output runs/gpu/deterministic
+	timeout $(GPU_SECONDS) $(RUN) train_acdc.py --pretrained none --amp bf16 --compile --deterministic 0 \
+		--output_dir runs/gpu/acdc --resume auto || test $$? = 124
 
 format: $(VENV)/.dev
 	$(RUN) -m ruff check --fix .

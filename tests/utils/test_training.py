@@ -350,7 +350,6 @@ def test_compiled_steps_are_traced_once_in_the_warm_up_and_once_after_it(tmp_pat
     made.fit()
     assert made.iteration == 6 and set(traced_at) == {0, 3}  # --warmup_iterations 3
     torch._dynamo.reset()
-    torch._dynamo.reset()
 
 
 def test_too_few_slices_for_a_batch(tmp_path):
