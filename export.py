@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 from argparse import Namespace
 from contextlib import redirect_stderr
 from functools import reduce
@@ -145,9 +146,8 @@ def check(path: Path, network: SummedLogits) -> None:
         for batch_size in (1, 3):  # the network is traced with 2
             image = torch.rand(batch_size, channels, size, size)
             expected, (found,) = network(image), exported(image)
-            if found.shape != expected.shape:
-                raise RunError(f"no file was written: onnxruntime returns {tuple(found.shape)}, not {expected.shape}")
-            difference = (found - expected).abs().nan_to_num(torch.inf).max().item()
+            fits = found.shape == expected.shape
+            difference = (found - expected).abs().nan_to_num(torch.inf).max().item() if fits else math.inf
             largest = expected.abs().max().item()
             found = f"largest difference from PyTorch {difference:.1e}, largest logit {largest:.3g}"
             logger.info("%s, batch of %d: %s", device, batch_size, found)

@@ -111,7 +111,7 @@ def _read_metadata(path: str | Path, session: Any) -> dict[str, Any]:
         metadata = json.loads(session.get_modelmeta().custom_metadata_map[KEY])
         missing = [name for name in FACTS if name not in metadata]
     except (KeyError, ValueError, TypeError):
-        raise RunError(f"{path} has no metadata of this project: write it with export.py from a checkpoint") from None
+        missing = [KEY]
     if missing:
-        raise RunError(f"{path} lacks {', '.join(missing)} in its metadata: write it again with export.py")
+        raise RunError(f"{path} has no metadata of this project ({', '.join(missing)}): write it with export.py")
     return metadata
