@@ -84,6 +84,7 @@ def describe(predictor: Predictor, checkpoint: Path) -> dict[str, Any]:
         "dataset": predictor.dataset,
         "class_names": list(predictor.class_names),
         "label_order": ["background", *predictor.class_names],
+        "channels": list(predictor.channels),
         "preprocessing": predictor.preprocessing.to_dict(),
         "preprocessing_steps": predictor.preprocessing.described(size),
         "checkpoint": {"file": checkpoint.name, "sha256": digest, **predictor.origin},

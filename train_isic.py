@@ -20,7 +20,7 @@ SPLITS = {"val": ("train", "val"), "test": ("train", "test")}  # --select: lists
 
 def main() -> None:
     info = isic.INFO
-    parser = training_parser(__doc__, info, feature_dim=256, in_channels=3)
+    parser = training_parser(__doc__, info, feature_dim=256)
     args, checkpoint = parse_training(parser, info, SPLITS)
     train_set, val_set = training_images(info, args)
     info = quick_check(train_set, val_set, info, args)

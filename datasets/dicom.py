@@ -52,8 +52,13 @@ def load_dicom(path: Path, time_point: int | None = None) -> tuple[np.ndarray, n
     return _pixels(slices), affine
 
 
-def choose(path: Path, count: int, time_point: int | None, what: str) -> int:
-    """Return the index of the wanted one of ``count`` volumes; raises DataError if that is not clear."""
+def choose(path: Path, count: int, time_point: int | slice | None, what: str) -> int | slice:
+    """Return the index of the wanted one of ``count`` volumes; raises DataError if that is not clear.
+
+    A slice asks for all volumes, as channels.
+    """
+    if isinstance(time_point, slice):
+        return time_point
     if time_point is None and count > 1:
         raise DataError(f"{path}: has {count} {what}; choose one (predict.py: --time_point 0 to {count - 1})")
     if not 0 <= (time_point or 0) < count:

@@ -10,6 +10,8 @@ from PIL import Image
 from datasets.errors import DataError, brief
 from datasets.image_files import read_image, read_mask
 
+RGB = ("red", "green", "blue")
+
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize an image by cubic interpolation, averaging the pixels that become one: photographs shrink 4 to 20 times.
@@ -113,6 +115,10 @@ class Picture:
         shrunk = [resize_image(image, shrunk_size(image.shape[:2], img_size)) for image in self.image[part]]
         square = [resize_image(image, (img_size, img_size)) for image in shrunk]
         return self.preprocessing.normalise(np.reshape(square, (-1, img_size, img_size, 3)))
+
+    def plane(self, z: int) -> np.ndarray:
+        """Return the image as figures show it, uint8 (H, W, 3)."""
+        return self.image[z]
 
     def restore(self, prediction: np.ndarray) -> np.ndarray:
         """Return a prediction (1, S, S) at the image's own size, nearest neighbour: uint8 (1, H, W)."""

@@ -37,6 +37,8 @@ class DatasetInfo:
     how_to_get: str  # ends the message about missing data
     train_script: str
     planar: bool = False  # colour images with masks, not slices and volumes
+    channels: tuple[str, ...] = ("image",)
+    fold: int | None = None  # of a set of the user's own: which of its lists
     label_orders: Mapping[str, LabelOrder] = field(default_factory=dict)  # of public files, by name, ours first
     # Both return one line for each thing that looks wrong.
     doubtful_sizes: Callable[[np.ndarray], list[str]] = _no_doubts  # takes the voxels of each class, (num_classes,)
@@ -87,6 +89,8 @@ class DatasetInfo:
         return self.label_orders[name or next(iter(self.label_orders))]
 
     def flags(self, root_path: object, volume_path: object, list_dir: object) -> str:
-        """Return the flags that lead the scripts of this data set to the given folders."""
+        """Return the flags that lead the scripts of this data set to the given folders, unless they are its own."""
+        if self.fold is not None and str(root_path) == self.root_path and str(list_dir) == self.list_dir:
+            return ""
         volumes = "" if self.planar else f" --volume_path {volume_path}"
         return f"--root_path {root_path}{volumes} --list_dir {list_dir}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from datasets.errors import DataError
 from datasets.image_files import image_files, read_classes, read_image
-from datasets.images import ColourPreprocessing
+from datasets.images import RGB, ColourPreprocessing
 from datasets.info import DatasetInfo
 from datasets.lists import write_lists
 from datasets.preparation import Case, Pair, paired, prepare_images, ready_made, split_names
@@ -26,6 +26,7 @@ INFO = DatasetInfo(
     ),
     train_script="train_isic.py",
     planar=True,
+    channels=RGB,
 )
 CLASS_NAMES = INFO.class_names
 

@@ -5,6 +5,7 @@ patient's right, anterior and superior (R, A, S). Axes are only swapped and reve
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,43 @@ from datasets.errors import DataError, brief
 
 LENGTHS = 1e-6, 1e6
 """Smallest and largest side of a voxel in mm (a nanometre, a kilometre); other values are damaged numbers."""
+
+
+KINDS = ("window", "percentiles", "deviations")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Which two intensities of a channel become 0 and 1; values beyond are clipped.
+
+    kind: ``window``: low and high themselves; ``percentiles``: these two of each scan; ``deviations``: each scan's mean
+    plus so many of its standard deviations, which is its z-score, clipped and moved to [0, 1].
+    """
+
+    kind: str
+    low: float
+    high: float
+
+    def __post_init__(self):
+        ends = (0.0, 100.0) if self.kind == "percentiles" else (-np.inf, np.inf)
+        if self.kind not in KINDS or not ends[0] <= float(self.low) < float(self.high) <= ends[1]:
+            raise ValueError(f"expected one of {', '.join(KINDS)} and two rising numbers")
+
+    def ends(self, voxels: np.ndarray) -> tuple[float, float]:
+        """Return the two intensities, of a scan's voxels (z, y, x)."""
+        if self.kind == "percentiles":
+            low, high = np.percentile(voxels, (self.low, self.high))
+            return float(low), float(high)
+        if self.kind == "deviations":
+            mean = voxels.mean(dtype=float)
+            deviation = np.sqrt(np.mean([np.square(z - mean).mean() for z in voxels]))  # a slice at a time
+            return mean + self.low * deviation, mean + self.high * deviation
+        return self.low, self.high
+
+    def __str__(self) -> str:
+        low, high = f"{self.low:g}", f"{self.high:g}"
+        text = {"window": "{} and {}", "percentiles": "the scan's percentiles {} and {}"}
+        return text.get(self.kind, "the scan's mean with {} and {} standard deviations").format(low, high)
 
 
 @dataclass(frozen=True)
@@ -26,12 +64,25 @@ class Preprocessing:
     window: tuple[float, float] | None = None
     # Lowest and highest intensity of the training files, where others prepared them in a way that is not known here.
     stored: tuple[float, float] | None = None
+    # Of each channel, in place of a window; none: one channel.
+    scales: tuple[Scale, ...] = ()
+
+    @property
+    def channels(self) -> int:
+        """Number of channels."""
+        return len(self.scales) or 1
+
+    @property
+    def fills_unit(self) -> bool:
+        """Whether the intensities of every scan reach 0 and 1."""
+        return self.window is None and all(scale.kind == "percentiles" for scale in self.scales)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values that a checkpoint stores."""
         values = asdict(self)
-        if self.stored is None:  # as earlier versions wrote it
-            del values["stored"]
+        for name in ("stored", "scales"):
+            if not values[name]:  # as earlier versions wrote it
+                del values[name]
         return values
 
     @classmethod
@@ -41,6 +92,7 @@ class Preprocessing:
             orientation, window, stored = values["orientation"], values["window"], values.get("stored")
             window = None if window is None else (float(window[0]), float(window[1]))
             stored = None if stored is None else (float(stored[0]), float(stored[1]))
+            scales = tuple(Scale(str(s["kind"]), float(s["low"]), float(s["high"])) for s in values.get("scales", ()))
             if orientation is not None and not is_orientation(orientation):
                 raise ValueError("the orientation is not three letters like RAS")
             if window is not None and not -np.inf < window[0] < window[1] < np.inf:
@@ -49,7 +101,7 @@ class Preprocessing:
             raise DataError(
                 f"the checkpoint's preprocessing {brief(values)} is not valid ({brief(error)}); train again"
             ) from error
-        return cls(orientation, window, stored)
+        return cls(orientation, window, stored, scales)
 
     def described(self, img_size: int) -> str:
         """Return in words how a scan becomes the network's input, for other programs."""
@@ -57,6 +109,7 @@ class Preprocessing:
             return "prepared like the training files, whose intensities run from {:g} to {:g}".format(*self.stored)
         axes = "as stored" if self.orientation is None else f"reoriented to {self.orientation} (x, y, z)"
         ends = "the scan's minimum and maximum" if self.window is None else "{:g} and {:g}".format(*self.window)
+        ends = "; of the next channel ".join(map(str, self.scales)) or ends
         return (
             f"voxel axes {axes}; slices across z, rows along y, columns along x; {ends} become 0 and 1, values beyond "
             f"are clipped; each slice resized to {img_size} x {img_size} by cubic splines, corner pixels on corner "
@@ -86,29 +139,47 @@ class ScanImage:
     dtype = np.dtype(np.float32)
     ndim = 3
 
-    def __init__(self, voxels: np.ndarray, slope: float, intercept: float, preprocessing: Preprocessing):
+    def __init__(
+        self, voxels: np.ndarray, slope: float, intercept: float, preprocessing: Preprocessing, channel: int = 0
+    ):
         self.voxels, self.slope, self.intercept = voxels, slope, intercept
-        self.preprocessing = preprocessing
         self.shape = voxels.shape
         with np.errstate(over="ignore"):
-            ends = self._intensities(np.array([voxels.min(), voxels.max()]))
+            ends = self.intensities(np.array([voxels.min(), voxels.max()]))
         self.extent = float(ends.min()), float(ends.max())  # the lowest and the highest intensity
         self.low, self.high = preprocessing.window or self.extent
+        if preprocessing.scales and np.isfinite(self.extent).all():
+            self.low, self.high = preprocessing.scales[channel].ends(self.intensities(voxels))
 
-    def _intensities(self, voxels: np.ndarray) -> np.ndarray:
+    def intensities(self, voxels: np.ndarray) -> np.ndarray:
+        """Return what some of the stored voxels mean."""
         return voxels if (self.slope, self.intercept) == (1, 0) else voxels * self.slope + self.intercept
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, part) -> np.ndarray:
-        return to_unit(self._intensities(self.voxels[part]), self.low, self.high)
+        return to_unit(self.intensities(self.voxels[part]), self.low, self.high)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         image = np.empty(self.shape, dtype or self.dtype)
         for z in range(len(self)):  # only one slice at a time is in double precision
             image[z] = self[z]
         return image
+
+
+class ChannelImage(ScanImage):
+    """The images of several channels as one of the shape (D, H, W, C), computed slice by slice on access."""
+
+    ndim = 4
+
+    def __init__(self, images: Sequence[ScanImage]):
+        self.images = images
+        self.shape = (*images[0].shape, len(images))
+        self.extent = min(image.extent[0] for image in images), max(image.extent[1] for image in images)
+
+    def __getitem__(self, part) -> np.ndarray:
+        return np.stack([image[part] for image in self.images], -1)
 
 
 def is_orientation(text: object) -> bool:

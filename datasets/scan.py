@@ -5,6 +5,7 @@ import logging
 import math
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 from datasets.dicom import TO_RAS, choose, itk, load_dicom
 from datasets.errors import DataError, brief
 from datasets.lists import data_name
-from datasets.preprocessing import Preprocessing, ScanImage, is_affine, is_rigid, orientation_of, reorient
+from datasets.preprocessing import ChannelImage, Preprocessing, ScanImage, is_affine, is_rigid, orientation_of, reorient
 from datasets.storage import (
     MAX_INFLATION,
     check_declared,
@@ -87,15 +88,33 @@ def label_ending(path: str | Path) -> str:
     return alike.get(Path(path).suffix.lower(), ".nii.gz")
 
 
-def read_scan(path: str | Path, preprocessing: Preprocessing, time_point: int | None = None) -> Volume:
+def channel_files(path: str | Path, count: int) -> list[Path]:
+    """Return the files of a scan of ``count`` channels: ``case_0000.nii.gz``, ``case_0001.nii.gz``, ..., or one file.
+
+    path: one of them. Raises DataError where there is a file for one channel more.
+    """
+    path = Path(path)
+    numbered = re.fullmatch(r"(.+_)[0-9]{4}(\.[^_]+)", path.name) if count > 1 else None
+    if numbered is None:
+        return [path]
+    *files, more = (path.with_name(f"{numbered[1]}{channel:04d}{numbered[2]}") for channel in range(count + 1))
+    if more.exists():
+        raise DataError(f"{more}: is a channel more than the {count} expected; remove it, or train on all of them")
+    return files
+
+
+def read_scan(path: str | Path | Sequence[Path], preprocessing: Preprocessing, time_point: int | None = None) -> Volume:
     """Read a scan of any format of ``SCAN_ENDINGS`` or a DICOM series, as a Volume without a label.
 
+    Of several channels ``path`` is the files, one of them as in ``channel_files``, or one file that holds all.
     time_point: the wanted one, from 0, where the scan has several. The voxels stay in memory as stored; ``image`` (a
     ScanImage) scales them to [0, 1] slice by slice; a prepared volume is taken as it is. ``affine`` describes the axes
     after preprocessing, ``orientation`` those of the file; ``stored_type`` is its number type. Raises DataError for a
-    file that is missing, damaged, too large, not one scan of three axes, or not finite.
+    file that is missing, damaged, too large, not one scan of three axes, or not finite, and for channels that are not
+    on one grid.
     """
-    path = Path(path)
+    files = channel_files(path, preprocessing.channels) if isinstance(path, str | Path) else list(path)
+    path = files[0]
     if path.name.lower().endswith(_PREPARED):
         return _read_prepared(path, preprocessing)
     if preprocessing.stored is not None:
@@ -103,7 +122,8 @@ def read_scan(path: str | Path, preprocessing: Preprocessing, time_point: int | 
             f"{path}: the network was trained on intensities from {preprocessing.stored[0]:g} to "
             f"{preprocessing.stored[1]:g}, and how they were made of scans is not known: train it on files of 0 to 1"
         )
-    voxels, affine, slope, intercept, header = _load(path, time_point)
+    channels = _load_channels(files, preprocessing.channels, time_point)
+    voxels, affine, *_, header = channels[0]
     measured = affine is not None
     if header is not None and not (header["qform_code"] or header["sform_code"]):
         logger.warning(
@@ -117,10 +137,13 @@ def read_scan(path: str | Path, preprocessing: Preprocessing, time_point: int | 
             "qform without the tilt for programs that need right angles (ITK, 3D Slicer, ITK-SNAP)", path,
         )  # fmt: skip
     orientation, stored_type = orientation_of(affine), voxels.dtype.name
-    if preprocessing.orientation is not None:
-        voxels, affine = reorient(voxels, affine, preprocessing.orientation)
+    wanted, of_file = preprocessing.orientation or orientation, affine
+    images = []
+    for number, one in enumerate(channels):
+        voxels, affine = reorient(one.voxels, of_file, wanted)
+        images.append(ScanImage(voxels, one.slope, one.intercept, preprocessing, number))
     spacing = tuple(np.linalg.norm(affine[:3, :3], axis=0)[::-1].tolist()) if measured else None
-    image = ScanImage(voxels, slope, intercept, preprocessing)
+    image = ChannelImage(images) if len(images) > 1 else images[0]
     low, high = image.extent
     if not np.isfinite([low, high]).all():
         raise DataError(f"{path}: the image has values that are NaN or infinite; repair the file")
@@ -131,7 +154,31 @@ def read_scan(path: str | Path, preprocessing: Preprocessing, time_point: int | 
                 "%s: its values run from %g to %g, but the network expects Hounsfield units (air: -1000), of which it "
                 "sees %g to %g; convert the scan, or do not trust the segmentation", path, low, high, bottom, top,
             )  # fmt: skip
-    return Scan(scan_name(path), image, None, spacing, affine, (), orientation, stored_type, header)
+    name = re.sub(r"_[0-9]{4}$", "", scan_name(path)) if len(files) > 1 else scan_name(path)
+    return Scan(name, image, None, spacing, affine, (), orientation, stored_type, header)
+
+
+def _load_channels(files: Sequence[Path], count: int, time_point: int | None) -> list[_Stored]:
+    """Return a scan's channels as stored, of a file each or all of one file."""
+    if count == 1 or len(files) > 1:
+        channels = [_load(file, time_point) for file in files]
+    else:
+        stored = _load(files[0], slice(None) if time_point is None else time_point)
+        voxels = stored.voxels if stored.voxels.ndim == 4 else stored.voxels[None]
+        channels = [stored._replace(voxels=channel) for channel in voxels]
+    first = channels[0]
+    if len(channels) != count:
+        raise DataError(f"{files[0]}: has {len(channels)} channels; expected {count}, in this file or in a file each")
+    for file, other in zip(files, channels, strict=False):
+        placed = (first.affine is None) == (other.affine is None)
+        if other.voxels.shape != first.voxels.shape or not (
+            placed and (first.affine is None or np.allclose(first.affine, other.affine, rtol=1e-3, atol=1e-2))
+        ):
+            raise DataError(
+                f"{file}: differs in shape, spacing or position from {files[0].name} ({other.voxels.shape[::-1]} and "
+                f"{first.voxels.shape[::-1]} voxels); expected the channels of a case on one grid: resample one of them"
+            )
+    return channels
 
 
 def read_scan_label(path: str | Path, volume: Volume, num_classes: int | None = None) -> np.ndarray:
@@ -147,7 +194,7 @@ def read_scan_label(path: str | Path, volume: Volume, num_classes: int | None = 
         voxels = voxels * stored.slope + stored.intercept
     found, wanted = orientation_of(affine), orientation_of(volume.affine)
     voxels, affine = reorient(voxels, affine, wanted)
-    label = checked_label(path, voxels, volume.image.shape, num_classes)
+    label = checked_label(path, voxels, volume.image.shape[:3], num_classes)
     between = np.linalg.inv(volume.affine) @ affine  # from the label's voxels to the image's
     apart = not np.allclose(between[:3, 3], 0, atol=0.1)
     if not np.allclose(between[:3, :3], np.eye(3), atol=0.1) or (apart and found != wanted):
@@ -195,6 +242,8 @@ def _read_prepared(path: Path, preprocessing: Preprocessing) -> Volume:
             f"{path}: its intensities run from {low:g} to {high:g}, but the network was trained on {bottom:g} to "
             f"{top:g}; prepare it like the training data"
         )
+    if volume.image.shape[3:] != (() if preprocessing.channels == 1 else (preprocessing.channels,)):
+        raise DataError(f"{path}: its shape is {volume.image.shape}; expected {preprocessing.channels} channels")
     found = None if volume.affine is None else orientation_of(volume.affine)
     if found and preprocessing.orientation not in (None, found):
         raise DataError(
@@ -203,12 +252,12 @@ def _read_prepared(path: Path, preprocessing: Preprocessing) -> Volume:
     return volume
 
 
-def _load(path: Path, time_point: int | None = None) -> _Stored:
+def _load(path: Path, time_point: int | slice | None = None) -> _Stored:
     """Read a scan's voxels and geometry, and check them."""
     name = path.name.lower()
     with reading(path, "scan", "copy, unpack or export it again"):
         if path.is_dir() or name.endswith(("dicomdir", *_DICOM)) or _is_dicom(path):
-            stored = _Stored(*load_dicom(path, time_point))
+            stored = _Stored(*load_dicom(path, None if isinstance(time_point, slice) else time_point))
         elif name.endswith(_ITK):
             stored = _load_itk(path, time_point)
         else:
@@ -228,7 +277,7 @@ def _is_dicom(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
-def _load_itk(path: Path, time_point: int | None) -> _Stored:
+def _load_itk(path: Path, time_point: int | slice | None) -> _Stored:
     """Load an NRRD or MetaImage file; channels count as time points."""
     import SimpleITK
     from nibabel import Nifti1Header
@@ -246,9 +295,8 @@ def _load_itk(path: Path, time_point: int | None) -> _Stored:
     with itk():
         image = reader.Execute()
     array = SimpleITK.GetArrayFromImage(image)  # (t, z, y, x) or (z, y, x, t)
-    if count > 1:
-        array = array[..., chosen] if shape[-1] > 1 else array[chosen]
-    array = array.reshape(shape[2::-1])
+    array = np.moveaxis(array, -1, 0) if shape[-1] > 1 else array
+    array = array.reshape((count, *shape[2::-1]))[chosen]
     with open(path, "rb") as file:
         text = file.read(2**16)
 
@@ -271,7 +319,7 @@ def _load_itk(path: Path, time_point: int | None) -> _Stored:
     return _Stored(array, TO_RAS @ affine if sized and not other_units else None, header=header)
 
 
-def _load_nibabel(path: Path, time_point: int | None) -> _Stored:
+def _load_nibabel(path: Path, time_point: int | slice | None) -> _Stored:
     """Load NIfTI (one file or two), Analyze or FreeSurfer's MGH."""
     import nibabel
 

@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from datasets.errors import DataError, brief
 from datasets.image_files import image_files, image_of, read_classes, read_image
-from datasets.images import ColourPreprocessing
+from datasets.images import RGB, ColourPreprocessing
 from datasets.info import DatasetInfo
 from datasets.lists import write_lists
 from datasets.preparation import Case, Pair, prepare_images, ready_made, split_names
@@ -37,6 +37,7 @@ INFO = DatasetInfo(
     ),
     train_script="train_segpc.py",
     planar=True,
+    channels=RGB,
 )
 CLASS_NAMES = INFO.class_names
 

@@ -114,13 +114,15 @@ def check_declared(
 
 
 def checked_image(path: str | Path, image: np.ndarray, ndim: int) -> np.ndarray:
-    """Return the image as finite, contiguous float32 of ``ndim`` axes, none of them empty; raises DataError."""
-    if image.ndim != ndim or 0 in image.shape:
-        expected, remedy = {2: "(H, W)", 3: "(slices, H, W)"}[ndim], PREPARE
-        if image.ndim > ndim:
-            expected += ", one channel"
-            remedy = "store one channel alone, or colour images as files for train_isic.py (data/README.md)"
-        raise DataError(f"{path}: the image has shape {image.shape}; expected {expected}; {remedy}")
+    """Return the image as finite, contiguous float32 of ``ndim`` axes, and one for channels if it has several.
+
+    Raises DataError for another number of axes, an axis of length 0, and values that are NaN or infinite.
+    """
+    if image.ndim == ndim + 1 and image.shape[-1] == 1:
+        image = image[..., 0]
+    if image.ndim not in (ndim, ndim + 1) or 0 in image.shape:
+        expected = {2: "(H, W) or (H, W, channels)", 3: "(slices, H, W) or (slices, H, W, channels)"}[ndim]
+        raise DataError(f"{path}: the image has shape {image.shape}; expected {expected}; {PREPARE}")
     with np.errstate(over="ignore"):
         image = np.ascontiguousarray(image, np.float32)
     finite = np.isfinite(image)
@@ -138,7 +140,7 @@ def checked_label(
     num_classes: number of classes with background; None accepts every index up to 255.
     """
     if label.shape != shape:
-        raise DataError(f"{path}: the label has shape {label.shape}, the image {shape}; {PREPARE}")
+        raise DataError(f"{path}: the label has shape {label.shape}; expected {shape} as its image has; {PREPARE}")
     if label.dtype.kind == "f" and not (np.isfinite(label).all() and np.array_equal(label, np.rint(label))):
         raise DataError(f"{path}: the label holds values that are not whole numbers; {PREPARE}")
     low, high = int(label.min()), int(label.max())

@@ -23,7 +23,7 @@ def augment(image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> t
     With probability 1/2 a random multiple of 90 degrees and a flip of a random axis; else with probability 1/2 a
     rotation by a whole angle in [-20, 20) degrees, nearest neighbour, filled with 0; else nothing.
 
-    image: (H, W) or (H, W, 3); label: (H, W). Returns (image, label), after an odd number of quarter turns (W, H).
+    image: (H, W) or (H, W, C); label: (H, W). Returns (image, label), after an odd number of quarter turns (W, H).
     """
     if rng.random() < 0.5:
         turns, axis = int(rng.integers(4)), int(rng.integers(2))

@@ -34,11 +34,11 @@ COMPRESSION = 1  # zlib level of prepared files: the fastest
 class Volume:
     """One scan with its label; axes are (z, y, x).
 
-    image: float32 (D, H, W), or a ScanImage that computes it slice by slice; label: uint8 (D, H, W) or None; spacing:
-    (z, y, x) in mm or None; affine: float64 (4, 4) from voxel index (x, y, z) to mm in NIfTI's right-anterior-superior
-    space, or None; class_names: without background. orientation and stored_type describe the original file: the
-    direction of its x, y and z (``RAS``; None: as here), and the number type of its label, or of its image where it
-    has no label (None: unknown).
+    image: float32 (D, H, W), of several channels (D, H, W, C), or a ScanImage that computes it slice by slice; label:
+    uint8 (D, H, W) or None; spacing: (z, y, x) in mm or None; affine: float64 (4, 4) from voxel index (x, y, z) to mm
+    in NIfTI's right-anterior-superior space, or None; class_names: without background. orientation and stored_type
+    describe the original file: the direction of its x, y and z (``RAS``; None: as here), and the number type of its
+    label, or of its image where it has no label (None: unknown).
     """
 
     name: str
@@ -53,12 +53,16 @@ class Volume:
     planar: ClassVar[bool] = False
 
     def network_input(self, img_size: int, part: slice = slice(None)) -> np.ndarray:
-        """Return all slices, or a part of them, resized by cubic splines for the network: float32 (n, 1, S, S)."""
-        return resize_cubic(self.image[part], (img_size, img_size))[:, None]
+        """Return all slices, or a part of them, resized by cubic splines for the network: float32 (n, C, S, S)."""
+        return resize_cubic(_channels_first(self.image[part], self.image.ndim == 4), (img_size, img_size))
 
     def restore(self, prediction: np.ndarray) -> np.ndarray:
         """Return a prediction (D, S, S) at the volume's size, nearest neighbour: (D, H, W), same type."""
-        return resize_nearest(prediction, self.image.shape[1:])
+        return resize_nearest(prediction, self.image.shape[1:3])
+
+    def plane(self, z: int) -> np.ndarray:
+        """Return slice ``z`` as figures show it, float32 (H, W): the first channel."""
+        return self.image[z][..., 0] if self.image.ndim == 4 else self.image[z]
 
     def to_nifti(self, array: np.ndarray):
         """Return a nibabel image of an array (D, H, W) of this volume, with axes as in the original file.
@@ -68,6 +72,11 @@ class Volume:
         if array.dtype == np.uint8 and self.stored_type and np.dtype(self.stored_type).kind in "iu":
             array = array.astype(self.stored_type)
         return nifti_image(array, self.affine, self.spacing, self.orientation)
+
+
+def _channels_first(image: np.ndarray, several: bool) -> np.ndarray:
+    """Return images (..., H, W), or (..., H, W, C) if they have several channels, as (..., C, H, W)."""
+    return np.moveaxis(image, -1, -3) if several else np.expand_dims(image, -3)
 
 
 def read_volume(
@@ -85,9 +94,9 @@ def read_volume(
         facts = checked_facts(path, fields)
         named = facts.get("class_names", ())
         if label_order is None:
-            label = checked_label(path, fields["label"], image.shape, num_classes)
+            label = checked_label(path, fields["label"], image.shape[:ndim], num_classes)
         else:
-            label = label_order.apply(path, fields["label"], image.shape, named)
+            label = label_order.apply(path, fields["label"], image.shape[:ndim], named)
             facts["class_names"] = named = label_order.class_names
     if named and num_classes and len(named) != num_classes - 1:
         raise DataError(
@@ -111,11 +120,12 @@ def read_slice(path: str | Path, num_classes: int | None = None) -> tuple[np.nda
 def write_volume(path: str | Path, volume: Volume) -> None:
     """Write a Volume with its label to compressed HDF5; the file appears whole or not at all."""
     # Through memory: on a full disk HDF5's own writing prints tracebacks and may crash the interpreter.
-    content, chunks = io.BytesIO(), (1, *volume.image.shape[1:])
-    packing = dict(compression="gzip", compression_opts=COMPRESSION, shuffle=True, chunks=chunks)
+    content = io.BytesIO()
+    packing = dict(compression="gzip", compression_opts=COMPRESSION, shuffle=True)
     with h5py.File(content, "w", libver=("v110", "v110")) as file:  # this format has checksums for all but the arrays
         for key in ("image", "label"):
-            file.create_dataset(key, data=getattr(volume, key), **packing)
+            data = getattr(volume, key)
+            file.create_dataset(key, data=data, chunks=(1, *data.shape[1:]), **packing)
         for key in ("class_names", "spacing", "affine", "orientation", "stored_type"):
             value = getattr(volume, key)
             if value is not None and len(value):
@@ -208,7 +218,7 @@ class SliceDataset(TrainingSet):
 
     root_path: folder of the slices; a folder inside it with the split's name takes precedence. num_classes counts the
     background; label_order translates a file's ids to ours; without: names in the list to leave out. ``[i]`` returns
-    ``image``, float32 (1, S, S), resized by cubic splines, ``label``, int64 (S, S), nearest neighbour, and ``name``.
+    ``image``, float32 (C, S, S), resized by cubic splines, ``label``, int64 (S, S), nearest neighbour, and ``name``.
     ``names`` are the volumes' names; ``source`` and ``class_names`` are those of VolumeDataset. Raises DataError: for a
     bad list in the constructor, for a bad file on indexing.
     """
@@ -232,7 +242,7 @@ class SliceDataset(TrainingSet):
         return read_volume(self.files[index], self.num_classes, self.label_order, 2, self.class_names)
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the image of ``open``, float32 (H, W), and its label, uint8 (H, W)."""
+        """Return the image of ``open``, float32 (H, W) or (H, W, C), and its label, uint8 (H, W)."""
         single = self.open(index)
         return single.image, single.label
 
@@ -242,7 +252,7 @@ class SliceDataset(TrainingSet):
             image, label = augment(image, label, self.generator(index))
         size = (self.img_size, self.img_size)
         return {
-            "image": torch.from_numpy(resize_cubic(image, size))[None],
+            "image": torch.from_numpy(resize_cubic(_channels_first(image, image.ndim == 3), size)),
             "label": torch.from_numpy(resize_nearest(label, size)).long(),
             "name": data_name(self.files[index]),
         }

@@ -125,7 +125,7 @@ def training_parser(description: str, info: DatasetInfo, **defaults: Any) -> Arg
             add_network(f"--{name}", type=kind, default=default, choices=CHOICES.get(name), help=text)
             known.add(name)
     folders = {"root_path": info.root_path, "volume_path": info.volume_path, "list_dir": info.list_dir}
-    own = {"in_channels": 1, "num_classes": info.num_classes, "output_dir": run_folder(info)}
+    own = {"in_channels": len(info.channels), "num_classes": info.num_classes, "output_dir": run_folder(info)}
     parser.set_defaults(**own | folders | defaults)
     return parser
 

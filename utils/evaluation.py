@@ -110,7 +110,8 @@ def save_nifti(folder: str | Path, prediction: np.ndarray, volume: Volume) -> li
     """
     import nibabel
 
-    arrays = {"pred": prediction.astype(np.uint8), "img": np.asarray(volume.image, dtype=np.float32)}
+    image = np.stack([volume.plane(z) for z in range(len(volume.image))])  # of several channels the first
+    arrays = {"pred": prediction.astype(np.uint8), "img": image.astype(np.float32)}
     if volume.label is not None:
         arrays["gt"] = volume.label.astype(np.uint8)
     paths = []

@@ -59,9 +59,9 @@ def save_overlays(folder: str | Path, volume: Volume | Picture, prediction: np.n
 def draw_masks(path: str | Path, volume: Volume | Picture, z: int, predictions: Mapping[str, np.ndarray]) -> None:
     """Draw slice ``z`` of a volume, its label if it has one, and predictions (H, W) by their names, side by side.
 
-    With a label, the strict Dice of each class in the slice, and the number of wrong voxels, are below a prediction.
-    Grey values are shown from their 0.5th to their 99.5th percentile. If the affine is known, the front is at the top
-    and the patient's right at the left.
+    With a label, the strict Dice of each class in the slice, and the number of wrong voxels, are below a prediction. Of
+    several channels the first is shown. Grey values are shown from their 0.5th to their 99.5th percentile. If the
+    affine is known, the front is at the top and the patient's right at the left.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -70,13 +70,18 @@ def draw_masks(path: str | Path, volume: Volume | Picture, z: int, predictions: 
     masks = {"image": None} | ({} if label is None else {"label": label}) | predictions
     last = max(int(mask.max()) for mask in masks.values() if mask is not None)
     names = [*volume.class_names, *(f"class {c}" for c in range(len(volume.class_names) + 1, last + 1))]
-    some, steps = volume.image[:: max(1, len(volume.image) // 16)], upright_steps(volume)
-    low, high = (0, 255) if volume.planar else np.percentile(some, (0.5, 99.5))
-    height, width = volume.image[z].shape[:2]
+    steps, every = upright_steps(volume), max(1, len(volume.image) // 16)
+    low, high = (
+        (0, 255)
+        if volume.planar
+        else np.percentile([volume.plane(i) for i in range(0, len(volume.image), every)], (0.5, 99.5))
+    )
+    image = volume.plane(z)
+    height, width = image.shape[:2]
     aspect = 1.0 if volume.spacing is None else volume.spacing[1] / volume.spacing[2]  # a pixel's height by its width
     figure = Figure(figsize=(3.67 * len(masks), min(3.6 * aspect * height / width, 7.2) + 1.4), layout="constrained")
     for axes, (name, mask) in zip(figure.subplots(1, len(masks)), masks.items(), strict=True):
-        axes.imshow(volume.image[z][steps], "gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect)
+        axes.imshow(image[steps], "gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect)
         if mask is not None:
             axes.imshow(coloured(mask[steps]), aspect=aspect, interpolation="nearest")
         axes.set(xticks=[], yticks=[])

@@ -70,7 +70,7 @@ def inspect(model: SimMPNet, history: History, volume: Volume | Picture | None =
             bank.writable = False
         seen = model.eval().observe(torch.from_numpy(volume.network_input(model.config["img_size"], slice(z, z + 1))))
         steps = upright_steps(volume)
-        image = volume.image[z][steps]
+        image = volume.plane(z)[steps]
         if in_use:
             maps = {name: indices[0].numpy()[steps] for name, indices in seen.clusters.items()}
             figures["clusters"] = draw_clusters(image, maps, {name: len(banks[name].prototypes) for name in maps})

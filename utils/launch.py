@@ -114,7 +114,7 @@ def test(args: Namespace, info: DatasetInfo, open_cases: Callable[[int], Sequenc
     data = checkpoint.get("data", {"dataset": info.name, "class_names": info.class_names, "selected_on": "test"})
     if data["dataset"] != info.name:
         raise RunError(f"{args.checkpoint} was trained on {data['dataset']}: test it with test_{data['dataset']}.py")
-    model = build_network(checkpoint, args.checkpoint, 3 if info.planar else 1).to(device)
+    model = build_network(checkpoint, args.checkpoint, len(info.channels)).to(device)
     num_classes, class_names = model.config["num_classes"], tuple(data["class_names"])
     if len(class_names) != num_classes - 1:
         raise RunError(

@@ -45,6 +45,7 @@ class Predictor:
         class_names: of label ids 1, 2, ...
         planar: whether it takes images, not scans.
         preprocessing: how a scan or image is prepared.
+        channels: names of the channels, in order.
         dataset: what it was trained on, or None if that is not known.
         origin: epoch, iteration, git revision and versions of the checkpoint, as far as it has them.
         history: rows of ``metrics.csv``, or none.
@@ -86,12 +87,13 @@ class Predictor:
         else:
             raise RunError(f"{checkpoint} does not say how scans are prepared for it: give --dataset")
         self.planar = isinstance(self.preprocessing, ColourPreprocessing)
-        channels = 3 if self.planar else 1
+        channels = 3 if self.planar else self.preprocessing.channels
         if not is_onnx(checkpoint):
             self.model = build_network(state, checkpoint, channels).to(self.device)
         self.origin = {name: state[name] for name in ("epoch", "iteration", "git", "versions") if name in state}
         self.history = state.get("history", [])
         num_classes, in_channels = self.model.config["num_classes"], self.model.config["in_channels"]
+        self.channels = tuple(data.get("channels", ("image",) * channels))
         self.class_names = tuple(data["class_names"] if data else DATASETS[self.dataset].names_for(num_classes))
         if (num_classes, in_channels) != (len(self.class_names) + 1, channels):
             raise RunError(

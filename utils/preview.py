@@ -42,7 +42,7 @@ def draw(dataset: SliceDataset | ImageDataset, class_names: Sequence[str], count
         dataset.set_epoch(epoch)
         sample = dataset[index]
         image, label = sample["image"].numpy(), sample["label"].numpy()
-        axes.imshow(dataset.preprocessing.denormalise(image) if len(image) == 3 else image[0], "gray")
+        axes.imshow(dataset.preprocessing.denormalise(image) if isinstance(dataset, ImageDataset) else image[0], "gray")
         for c in np.unique(label[label > 0]):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # matplotlib warns of a class that fills the panel: it has no outline

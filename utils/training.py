@@ -65,6 +65,7 @@ class Trainer:
             "dataset": info.name,
             "class_names": info.names_for(args.num_classes),
             "preprocessing": info.preprocessing.to_dict(),
+            "channels": info.channels,
             "selected_on": args.selected_on,
             "kind": getattr(train_set, "kind", ""),
         }

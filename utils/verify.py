@@ -66,10 +66,16 @@ class Part:
         low, high = float(case.image.min()), float(case.image.max())
         self.low, self.high, self.read = min(self.low, low), max(self.high, high), self.read + 1
         self.voxels += np.bincount(case.label.ravel(), minlength=len(self.voxels))
-        self.shapes.setdefault(case.label.shape[1:] if self.info.planar else case.image.shape, file)
+        self.shapes.setdefault(case.label.shape[1:] if self.info.planar else case.label.shape, file)
         self.spacings |= {case.spacing} if case.spacing else set()
         if case.class_names and not self.info.planar:
             self.named = data.class_names = case.class_names  # from now on no file may name others
+        expected = len(self.info.channels)
+        if not self.info.planar and case.image.shape[case.label.ndim :] != ((expected,) if expected > 1 else ()):
+            raise DataError(
+                f"{file}: its image has shape {case.image.shape}; expected {expected} channel{'s' * (expected > 1)}: "
+                "store that many, or prepare the scans with prepare_data.py custom"
+            )
         if self.kind != "volumes":
             return
         axes = prepared.orientation if case.affine is None else orientation_of(case.affine)
@@ -77,7 +83,7 @@ class Part:
             raise DataError(
                 f"{file}: its axes x, y, z run to {axes}, those of a new scan to {prepared.orientation}; {PREPARE}"
             )
-        if prepared.window is None and UNIT[0] < low <= high < UNIT[1] and (low > 0.1 or high < 0.9):
+        if prepared.fills_unit and UNIT[0] < low <= high < UNIT[1] and (low > 0.1 or high < 0.9):
             self.doubts["intensities do not run from 0 to 1 in each volume, as predict.py scales a scan"] += 1
         if case.spacing and case.spacing[0] * 4 < case.spacing[2] and case.image.shape[0] * 4 < case.image.shape[2]:
             self.doubts["few but thin slices: is the spacing that of slices, rows and columns, in this order?"] += 1

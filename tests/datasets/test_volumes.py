@@ -47,7 +47,7 @@ BAD = {
     "no label": ({"image": GOOD["image"]}, "has no 'label'"),
     "unequal shapes": (GOOD | {"label": np.zeros((2, 4, 5), np.uint8)}, "(2, 4, 5)"),
     "too few axes": ({key: array[0] for key, array in GOOD.items()}, "(5, 4)"),
-    "channels": ({key: np.stack([array] * 4, -1) for key, array in GOOD.items()}, "store one channel alone"),
+    "channels": ({key: np.stack([array] * 4, -1) for key, array in GOOD.items()}, "the label has shape"),
     "empty": ({key: array[:0] for key, array in GOOD.items()}, "(0, 5, 4)"),
     "NaN": (GOOD | {"image": NAN}, "40 values"),
     "beyond float32": (GOOD | {"image": np.full((2, 5, 4), 1e300)}, "infinite"),
