@@ -25,7 +25,7 @@ This is about eight times a float32 CT volume of 512 x 512 x 512."""
 MAX_INFLATION = 1032
 """Largest number of bytes that one byte of a deflate stream (zip, gzip, HDF5) can stand for."""
 
-PREPARE = "prepare the data again (prepare_data.py) or replace the file"
+PREPARE = "prepare the file again, or replace it"
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def test_a_file_that_is_not_there_or_empty_is_refused(tmp_path, refused, ending)
     path = tmp_path / f"v{ending}"
     refused(lambda: read_volume(path), path, "no such file")
     path.touch()
-    refused(lambda: read_volume(path), path, "prepare_data.py")
+    refused(lambda: read_volume(path), path, "prepare the file again")
 
 
 @pytest.mark.parametrize(
