@@ -37,10 +37,7 @@ class Decoder(nn.Module):
         self.spatial_attention = SpatialAttention(3, variant)  # shared by the levels
 
     def forward(self, skips: list[Tensor], seen: list | None = None) -> list[Tensor]:
-        """Return d_4 ... d_1 of the skips s_1 ... s_4; d_i has the shape of s_i, (B, C_i, H_i, W_i).
-
-        seen: where each block leaves its tokens (``DMWLA``).
-        """
+        """Return d_4 ... d_1 of the skips s_1 ... s_4, both (B, C_i, H_i, W_i). seen: see ``DMWLA``."""
         *shallower, deepest = skips
         d = self.conv_blocks[0](self.dmwla[0](self.conv1x1(deepest), seen))
         outputs = [d]

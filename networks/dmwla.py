@@ -127,10 +127,10 @@ class DMWLA(PlainAttention):
             kmeans_step=warmup_iterations,
         )
 
-    def forward(self, x: Tensor, seen: "Seen | None" = None) -> Tensor:
+    def forward(self, x: Tensor, seen: list | None = None) -> Tensor:
         """Return the attended map (B, C, H, W) of ``x`` (B, C, H, W), and write the bank in training mode.
 
-        With a list ``seen`` the block leaves its tokens there, and whoever gave it calls ``write_memories``.
+        With a list ``seen`` the block adds itself and its tokens to it, and the caller does ``write_memories``.
         """
         # Fused kernels for attention need the channels side by side; a map that is channels-last is not copied.
         tokens = rearrange(x, "b c h w -> b (h w) c").contiguous()  # (B, N, C)
@@ -169,27 +169,23 @@ class DMWLA(PlainAttention):
             return F.linear(tokens.detach().to(prototypes.dtype), prototypes).argmax(-1)
 
 
-Seen = list[tuple[DMWLA, Tensor]]
-"""Blocks whose banks are to be written, and the tokens (B, N, C) that each has seen."""
-
-
 @torch.no_grad()
-def write_memories(seen: Seen) -> None:
-    """Write the bank of each block: sample phi in the warm-up, then update the columns with the keys phi_k."""
-    steady = []
-    for block, tokens in seen:
-        with in_full_precision(tokens):
+def write_memories(seen: list[tuple[DMWLA, Tensor]]) -> None:
+    """Write the bank of each block with its tokens (B, N, C): in the warm-up those of phi, then the keys phi_k."""
+    steady, keys = [], []
+    with in_full_precision(seen[0][1]):
+        for block, tokens in seen:
+            weight = block.phi.weight if block.bank.in_warmup else block.phi_k
+            projected = F.linear(tokens.to(weight.dtype), weight)  # (B, N, d)
             if block.bank.in_warmup:
-                block.bank.sample(F.linear(tokens.to(block.phi.weight.dtype), block.phi.weight))
+                block.bank.sample(projected)
             else:
-                steady.append((block, F.linear(tokens.to(block.phi_k.dtype).flatten(0, 1), block.phi_k)))
-    if steady:
-        blocks, keys = zip(*steady, strict=True)
-        with in_full_precision(keys[0]):
-            update_banks([block.bank for block in blocks], keys)
-        phis = [block.phi.weight.to(block.phi_k.dtype) for block in blocks]
-        kept = [block.phi_k_momentum for block in blocks]
-        torch._foreach_lerp_([block.phi_k for block in blocks], phis, [1 - share for share in kept])
+                steady.append(block)
+                keys.append(projected.flatten(0, 1))
+        if steady:
+            update_banks([block.bank for block in steady], keys)
+            phis, new = [block.phi.weight for block in steady], [1 - block.phi_k_momentum for block in steady]
+            torch._foreach_lerp_([block.phi_k for block in steady], phis, new)
 
 
 def _attend_by_cluster(query: Tensor, key: Tensor, value: Tensor, cluster: Tensor) -> Tensor:

@@ -59,10 +59,7 @@ class DMWLAEncoder(nn.Module):
         self.injection = nn.ModuleList(map(ImageInjection, widths))
 
     def forward(self, image: Tensor, seen: list | None = None) -> list[Tensor]:
-        """Return e_1 ... e_4, (B, C_i, s / 2^(i+1), s / 2^(i+1)) with s = img_size, of an image (B, 3, S, S).
-
-        seen: where each block leaves its tokens (``DMWLA``).
-        """
+        """Return e_1 ... e_4, (B, C_i, s / 2^(i+1), s / 2^(i+1)), of an image (B, 3, S, S). seen: see ``DMWLA``."""
         features, outputs = resize(image, self.img_size), []
         for i, (embedding, blocks) in enumerate(zip(self.patch_embeddings, self.stages, strict=True)):
             features = embedding(features)

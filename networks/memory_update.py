@@ -44,19 +44,18 @@ def _groups(banks: Sequence[PrototypeMemoryBank]) -> list[list[int]]:
 class _Update:
     """One update of banks of the same M and d.
 
-    A softmax over the keys of a cluster is computed in chunks of R keys. Each chunk has keys of one cluster, and the
-    last chunk of a cluster is filled up. The maximum and the sum of a cluster are merged from those of its chunks, and
-    from all ranks.
+    A softmax over the keys of a cluster is computed in chunks of R keys of one cluster; the last chunk of a cluster is
+    filled up. Maximum and sum of a cluster are merged from those of its chunks, and from all ranks.
     """
 
     def __init__(self, banks: Sequence[PrototypeMemoryBank], keys: Sequence[Tensor]):
         self.banks = banks
         self.pool = torch.cat([bank.pool for bank in banks])  # (P, M, d)
-        num_clusters, cluster = 0, []
+        num_clusters, clusters = 0, []
         for bank, own in zip(banks, keys, strict=True):
-            cluster.append(F.linear(own, bank.prototypes).argmax(1) + num_clusters)  # by dot product
+            clusters.append(F.linear(own, bank.prototypes).argmax(1) + num_clusters)  # by dot product
             num_clusters += len(bank.pool)
-        cluster, order = torch.cat(cluster).sort(stable=True)  # (T,)
+        cluster, order = torch.cat(clusters).sort(stable=True)  # (T,)
         longest, device = max(map(len, keys)), cluster.device
         self.size = math.isqrt(longest)  # R
         ends = torch.searchsorted(cluster, torch.arange(num_clusters, device=device), right=True)
@@ -64,7 +63,6 @@ class _Update:
         chunks = (self.counts + self.size - 1) // self.size
         last = chunks.cumsum(0)
         self.first = last - chunks  # first chunk of each cluster, (P,)
-
         # As many as there can be: a GPU would wait for the number. A CPU knows it, and it is a fraction of that.
         num_chunks, of_a_cluster = len(order) // self.size + num_clusters, -(-longest // self.size)
         if device.type == "cpu" and not torch.compiler.is_compiling():
@@ -80,18 +78,18 @@ class _Update:
         # For each cluster: its chunks, (P, of_a_cluster), and where there is none.
         self.chunks = self.first[:, None] + torch.arange(of_a_cluster, device=device)
         self.no_chunk = (self.chunks >= last[:, None])[..., None]
-        self.chunks.clamp_(max=len(chunk) - 1)
+        self.chunks.clamp_(max=num_chunks - 1)
 
         self.keys = torch.cat([*keys, keys[0].new_full((1, self.pool.shape[2]), -torch.inf)])  # (T + 1, d)
-        values = _rows(self.keys, self.index)  # (n, R, d)
+        values = self.keys[self.index]  # (n, R, d)
         self.lowest = torch.finfo(values.dtype).min
         self.largest = values.amax(1).clamp(min=self.lowest)  # (n, d)
-        self.exponential = values.sub_(self.largest[:, None]).exp_()  # (n, R, d)
+        self.exponential = values.sub_(self.largest[:, None]).exp_()
 
     def sums(self) -> tuple[Tensor, ...]:
         """Return maximum (P, d) and sum of exponentials (P, d) of each cluster, its keys (P,), and random numbers."""
-        largest = _rows(self.largest, self.chunks).masked_fill(self.no_chunk, self.lowest)
-        largest, total = _merge(largest, _rows(self.exponential.sum(1), self.chunks), dim=1)
+        largest = self.largest[self.chunks].masked_fill(self.no_chunk, self.lowest)
+        largest, total = _merge(largest, self.exponential.sum(1)[self.chunks], dim=1)
         return largest, total, self.counts, torch.rand(self.pool.shape[:2], device=self.pool.device)
 
     def strongest(self, largest: Tensor, total: Tensor, counts: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,37 +105,26 @@ class _Update:
         order = order[cluster[order].argsort(stable=True)]  # from strong to weak, cluster by cluster
         nth = torch.arange(self.pool.shape[1], device=order.device)  # (M,)
         own = order[(self.first[:, None] * self.size + nth).clamp(max=len(order) - 1)]  # (P, M)
-
         self.counts_of_all = counts.sum(0)[:, None]  # (P, 1)
         again = (random[0] * self.counts_of_all).long()
         self.chosen = torch.where(nth < self.counts_of_all, nth, again)  # (P, M)
-        return _rows(self.keys, _rows(self.index.flatten(), own)), strength[own].masked_fill(
-            nth >= self.counts[:, None], -torch.inf
-        )
+        return self.keys[self.index.flatten()[own]], strength[own].masked_fill(nth >= self.counts[:, None], -torch.inf)
 
     def blend(self, keys: Tensor, strength: Tensor) -> None:
         """Write the banks. Arguments: ``strongest`` of all ranks, (ranks, ...)."""
         order = rearrange(strength, "r p m -> p (r m)").argsort(dim=1, descending=True, stable=True)
         cluster = torch.arange(len(order), device=order.device)[:, None]
-        chosen = cluster * order.shape[1] + order.gather(1, self.chosen)
-        keys = _rows(rearrange(keys, "r p m d -> (p r m) d"), chosen)  # (P, M, d), from strong to weak
-        weakest = self.pool.softmax(dim=1).sum(2).argsort(dim=1) + cluster * self.pool.shape[1]  # (P, M)
+        keys = rearrange(keys, "r p m d -> p (r m) d")[cluster, order.gather(1, self.chosen)]  # from strong to weak
+        weakest = self.pool.softmax(dim=1).sum(2).argsort(dim=1)  # (P, M)
         replaced = torch.cat([bank.replaced_columns.expand(len(bank.pool)) for bank in self.banks])[:, None]
         renewed = (torch.arange(weakest.shape[1], device=order.device) < replaced) & (self.counts_of_all > 0)
-        old = _rows(self.pool.flatten(0, 1), weakest)
-        new = torch.where(renewed[..., None], old.lerp(keys, self.banks[0].momentum), old)
-        self.pool.flatten(0, 1)[weakest.flatten()] = new.flatten(0, 1)  # column <- (1 - m) column + m key
+        old = self.pool[cluster, weakest]
+        # column <- (1 - m) column + m key
+        self.pool[cluster, weakest] = torch.where(renewed[..., None], old.lerp(keys, self.banks[0].momentum), old)
+        sizes = [len(bank.pool) for bank in self.banks]
         for name, value in (("pool", self.pool), ("prototypes", self.pool.mean(1))):
-            torch._foreach_copy_([getattr(bank, name) for bank in self.banks], self._by_bank(value))
-        torch._foreach_add_([bank.key_counts for bank in self.banks], self._by_bank(self.counts_of_all[:, 0]))
-
-    def _by_bank(self, x: Tensor) -> list[Tensor]:
-        return list(x.split([len(bank.pool) for bank in self.banks]))
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """Return x[index], for an index of any shape; on a CPU faster than that."""
-    return x.index_select(0, index.flatten()).unflatten(0, index.shape)
+            torch._foreach_copy_([getattr(bank, name) for bank in self.banks], value.split(sizes))
+        torch._foreach_add_([bank.key_counts for bank in self.banks], self.counts_of_all[:, 0].split(sizes))
 
 
 def _merge(largest: Tensor, total: Tensor, dim: int) -> tuple[Tensor, Tensor]:
