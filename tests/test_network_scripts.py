@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from datasets import acdc
-from tests.test_scripts import SMALL, assert_one_line, folders, volume_folders
+from tests.test_scripts import assert_one_line, folders, volume_folders
 from utils.arguments import network_arguments, parse_training, training_parser
 from utils.errors import RunError
 from utils.predictor import Predictor
@@ -43,17 +43,6 @@ def test_a_baseline_trains_resumes_tests_and_predicts_like_sim_mpnet(phantom, ru
     assert json.loads((run / "results_test/summary.json").read_text())["num_cases"] > 0
     scan = sorted((run / "results_test/nifti").glob("*_img.nii.gz"))[0]
     assert Predictor(run / "best.pth", "cpu")(scan).shape == nibabel.load(scan).shape
-
-
-def test_ablations_train_and_their_checkpoints_know_them(phantom, run_script, tmp_path):
-    ablations = {"attention": "plain", "dsgim": "cosine", "encoders": "dmwla", "loss": "last"}
-    flags = [word for name, value in ablations.items() for word in (f"--{name}", value)]
-    flags += ["--wld", "none", "--output_dir", tmp_path / "run"]
-    done = run_script("train_acdc.py", *folders(phantom), *SMALL, *flags)
-    assert done.status == 0, done.error
-    assert torch.load(tmp_path / "run/best.pth", weights_only=True)["network"].items() >= ablations.items()
-    done = run_script("train_acdc.py", "--resume", tmp_path / "run/last.pth", "--loss", "subset")
-    assert_one_line(done, "--loss subset", "last")
 
 
 def test_a_network_gets_its_own_arguments_with_the_defaults_of_the_data_set(tmp_path):
