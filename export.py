@@ -101,7 +101,6 @@ def trace(network: SummedLogits) -> torch.export.ExportedProgram:
     logging.getLogger("torch.fx.experimental.symbolic_shapes").setLevel(logging.ERROR)  # it warns without need
     image = torch.zeros(2, config["in_channels"], config["img_size"], config["img_size"])
     with torch.no_grad():
-        network(image)  # each memory bank reads its warm-up state here, which cannot be traced
         batch = {0: torch.export.Dim.DYNAMIC}
         try:
             with redirect_stderr(io.StringIO()):  # torch prints pages
