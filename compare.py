@@ -2,9 +2,7 @@
 
     python compare.py runs/*
 With names of your own; runs of one name are its seeds:
-    python compare.py "Sim-MPNet=runs/acdc_1" "Sim-MPNet=runs/acdc_2" U-Net=runs/acdc_unet
-With other cases in the figure of predictions:
-    python compare.py runs/acdc_* --split test --cases patient008_frame01 patient010_frame13
+    python compare.py "Sim-MPNet=runs/acdc_1" "Sim-MPNet=runs/acdc_2" U-Net=runs/acdc_unet --split test
 
 A run takes part with every split on which it was tested (results_<split> in its folder). Runs that differ only in their
 seed are one method. docs/comparison.md explains the tables and tests.
@@ -12,20 +10,15 @@ seed are one method. docs/comparison.md explains the tables and tests.
 
 import logging
 from argparse import Namespace
-from functools import cache
 from pathlib import Path
 
 import pandas as pd
 
-from datasets import DataError
 from datasets.files import check_writable, file_stem
-from networks import NetworkError
-from networks.complexity import count_multiply_adds, count_parameters
 from utils import comparison_report as report
-from utils.cli import ArgumentParser, number, pick_device, run_script
-from utils.comparison import Run, compare, name_methods, paired_tests, read_run, striking_cases
+from utils.cli import ArgumentParser, run_script
+from utils.comparison import Run, compare, name_methods, paired_tests, read_run
 from utils.errors import RunError
-from utils.predictor import Predictor
 from utils.results import markdown
 
 logger = logging.getLogger("compare")
@@ -37,15 +30,9 @@ def parse_args() -> Namespace:
     parser.add_argument("--split", nargs="+", default=(), help="splits to compare on; default: all of each run")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/comparison"), help="folder of the results")
     parser.add_argument("--no_published", action="store_true", help="leave out the published rows")
-    parser.add_argument("--num_cases", type=number(int, 0), default=3, help="cases in the figure of predictions")
-    parser.add_argument("--cases", nargs="+", help="cases in that figure; default: where the methods differ most")
-    parser.add_argument(
-        "--volume_path", type=Path, help="folder of the test cases of all runs; default: as in training"
-    )
-    parser.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda or cuda:1")
-    args = parser.parse_args()
-    pick_device(args.device)
-    return args
+    text = "folder of the test cases of all runs, if not that of their training"
+    parser.add_argument("--volume_path", type=Path, help=text)
+    return parser.parse_args()
 
 
 def read_runs(args: Namespace) -> list[Run]:
@@ -66,17 +53,6 @@ def read_runs(args: Namespace) -> list[Run]:
     return runs
 
 
-@cache
-def load_network(checkpoint: Path, dataset: str, device: str) -> tuple[Predictor, tuple[int, int]]:
-    """Return the network of a checkpoint, and its parameters and multiply-adds."""
-    predictor = Predictor(checkpoint, device, dataset=dataset)
-    config = predictor.model.config
-    # Count on the CPU: on a GPU, DMW-LA takes more multiply-adds to avoid synchronisation.
-    work = count_multiply_adds(predictor.model.cpu(), config["img_size"], config["in_channels"])
-    predictor.model.to(predictor.device)
-    return predictor, (count_parameters(predictor.model), int(work))
-
-
 def main() -> None:
     args = parse_args()
     runs = read_runs(args)
@@ -85,38 +61,19 @@ def main() -> None:
     if len(names) > len({run.dataset for run in runs}):
         logger.info("other data, other tables: %s; --volume_path FOLDER if they are the same data", ", ".join(names))
     comparisons = [comparison for of_data in by_data.values() for comparison in compare(of_data)]
-    tested = dict.fromkeys(case for comparison in comparisons for case in comparison.cases["case"])
-    for case in [case for case in args.cases or () if case not in tested]:
-        raise RunError(f"--cases {case}: no run was tested on it; expected some of {', '.join(list(tested)[:5])}, ...")
     check_writable(args.output_dir)
 
     sections, scores, tests, figures = [], [], [], args.output_dir / "figures"
     for i, comparison in enumerate(comparisons, 1):
-        predictors, costs = {}, {}
-        for name, seeds in comparison.methods.items():
-            try:
-                checkpoint = seeds[0].folder / "best.pth"
-                predictors[name], costs[name] = load_network(checkpoint, comparison.dataset, args.device)
-            except (RunError, NetworkError) as error:
-                logger.warning("%s: its size and its predictions are left out: %s", name, error)
-        rows = comparison.scores(costs)
+        rows = comparison.scores()
         tests.append(paired_tests(comparison))
         for caption, table in report.score_tables(comparison, rows, tests[-1]).items():
             print(f"{caption}\n\n{markdown(table)}\n")
         scores.append(rows if args.no_published else pd.concat([rows, report.published_rows(comparison)]))
-
-        stem = figures / f"{i}_{comparison.dataset}_{file_stem(comparison.split)}"
-        pictures = report.draw_boxes(stem.with_name(f"{stem.name}_boxes.png"), comparison)
-        cases = [case for case in args.cases or () if case in set(comparison.cases["case"])]
-        cases = cases if args.cases else striking_cases(comparison, args.num_cases)
-        if cases and predictors:
-            try:
-                pictures |= report.draw_predictions(stem, comparison, cases, predictors, args.volume_path)
-            except DataError as error:
-                logger.warning("no figure of predictions of %s, %s: %s", comparison.data, comparison.split, error)
         section = {"heading": f"{comparison.data}, {comparison.split}", "notes": report.notes(scores[-1])}
-        tables = report.score_tables(comparison, scores[-1], tests[-1])
-        sections.append(section | {"tables": tables, "pictures": pictures})
+        section["tables"] = report.score_tables(comparison, scores[-1], tests[-1])
+        name = f"{i}_{comparison.dataset}_{file_stem(comparison.split)}_boxes.png"
+        sections.append(section | {"pictures": report.draw_boxes(figures / name, comparison)})
     for data, of_data in by_data.items():
         pictures = report.draw_curves(figures / f"{file_stem(data)}_training.png", of_data)
         section = {"heading": f"{data}, runs and training", "tables": report.run_tables(of_data)}
@@ -127,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, DataError, NetworkError)
+    run_script(main)

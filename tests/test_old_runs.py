@@ -75,6 +75,6 @@ def test_a_new_run_starts_from_an_old_one_and_makes_anew_what_does_not_fit(old_r
 
 def test_old_runs_are_compared(tmp_path, run_script):
     runs = [f"{variant}={FIXTURES / f'run_2c5fbf2_{variant}'}" for variant in ("paper", "release")]
-    done = run_script("compare.py", *runs, "--output_dir", tmp_path, "--num_cases", 0)
+    done = run_script("compare.py", *runs, "--output_dir", tmp_path)
     assert done.status == 0, done.error
     assert "paper" in done.output and "release" in done.output

@@ -7,7 +7,7 @@ import itertools
 import json
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -67,12 +67,11 @@ class Comparison:
         """Return `value` by `KEYS` and case, averaged over seeds and without NaN; class "mean": over the classes."""
         return _with_mean(self.cases.groupby([*KEYS, "case"], sort=False, as_index=False)["value"].mean())
 
-    def scores(self, costs: Mapping[str, tuple[int, int]]) -> pd.DataFrame:
+    def scores(self) -> pd.DataFrame:
         """Return `mean`, `sd_over_seeds`, `sd_over_cases` (NaN for one) by `KEYS`, and facts of each method.
 
         A mean is over cases, then over classes, then over seeds. The standard deviations divide by n - 1: that over
         seeds is of the means over cases, that over cases is of `per_case`. `chosen_on` is test if that of any seed is.
-        costs: parameters, and multiply-adds of one image, of those methods where they are known.
         """
         per_seed = _with_mean(self.cases.groupby([*KEYS, "run"], sort=False, as_index=False)["value"].mean())
         seeds, cases = (frame.groupby(KEYS, sort=False)["value"] for frame in (per_seed, self.per_case()))
@@ -81,8 +80,6 @@ class Comparison:
         facts = once.agg(seeds=("run", "nunique"), cases=("case", "nunique"), chosen_on=("selected_on", "min"))
         for state in (MISSED, SPURIOUS):
             facts[state] = once["state"].agg(lambda states, state=state: (states == state).sum()) / facts["seeds"]
-        for i, column in enumerate(("parameters", "multiply_adds")):
-            facts[column] = pd.Series({method: cost[i] for method, cost in costs.items()}, dtype=float)
         rows = pd.DataFrame(frame).reset_index().merge(facts, on="method")
         return rows.assign(dataset=self.data, split=self.split, source="measured")
 
@@ -220,14 +217,6 @@ def holm(p: pd.Series) -> pd.Series:
     """Correct p values by Holm's method: the smallest of m times m, the next times m - 1, and so on, never falling."""
     ordered = p.dropna().sort_values(kind="stable")
     return (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1).reindex(p.index)
-
-
-def striking_cases(comparison: Comparison, count: int) -> list[str]:
-    """Return the cases on which the strict Dice of the methods differs most; at a tie, the worst first."""
-    values = comparison.per_case().query("`class` == @MEAN and convention == 'strict' and metric == 'dice'")
-    dice = values.pivot(index="case", columns="method", values="value").dropna()
-    ranks = pd.DataFrame({"spread": dice.min(axis=1) - dice.max(axis=1), "total": dice.sum(axis=1)}).round(6)
-    return list(ranks.sort_values(["spread", "total"], kind="stable").index[:count])
 
 
 def _long(table: pd.DataFrame) -> pd.DataFrame:

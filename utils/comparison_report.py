@@ -1,4 +1,4 @@
-"""Show comparisons: tables, box plots, training curves and predictions, as CSV, Markdown, LaTeX and one HTML page."""
+"""Show comparisons: tables, box plots and training curves, as CSV, Markdown, LaTeX and one HTML page."""
 
 import base64
 import re
@@ -6,23 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import seaborn
 from matplotlib import pyplot, rc_context
 
-from datasets import DATASETS, DataError, ImageFolder, VolumeDataset
-from datasets.files import atomic_write, file_stem
+from datasets import DATASETS
+from datasets.files import atomic_write
 from utils.comparison import MEAN, NAMES, TESTED, Comparison, Run, by_method
-from utils.figures import draw_masks, save_figure
+from utils.figures import save_figure
 from utils.metrics import MISSED, SPURIOUS
-from utils.predictor import Predictor
 from utils.results import CONVENTIONS, OPTIMISTIC, markdown
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "docs" / "published_results.csv"
 CSV_COLUMNS = (
-    "dataset split source method chosen_on seeds cases convention class metric unit mean sd_over_seeds sd_over_cases "
-    "parameters multiply_adds"
+    "dataset split source method chosen_on seeds cases convention class metric unit mean sd_over_seeds sd_over_cases"
 ).split()
 plain_text = rc_context({"text.parse_math": False})  # a `$` in a name is not a formula
 
@@ -36,10 +33,9 @@ def published_rows(comparison: Comparison) -> pd.DataFrame:
     names = {"dsc": (MEAN, "dice", "%"), "hd95": (MEAN, "hd95", "as printed")}
     names |= {f"class{i}": (name, "dice", "%") for i, name in enumerate(info.class_names, 1)}
     rows = pd.read_csv(PUBLISHED).query("dataset == @info.name")
-    rows = rows.melt(["dataset", "method", "params_m", "gmacs"], list(names), value_name="mean").dropna(subset="mean")
+    rows = rows.melt(["dataset", "method"], list(names), value_name="mean").dropna()
     rows[["class", "metric", "unit"]] = rows["variable"].map(names).tolist()
-    sizes = {"parameters": 1e6 * rows["params_m"], "multiply_adds": 1e9 * rows["gmacs"]}
-    return rows.assign(**sizes, split=comparison.split, source="published", convention="transunet")
+    return rows.assign(split=comparison.split, source="published", convention="transunet")
 
 
 def score_tables(comparison: Comparison, rows: pd.DataFrame, tests: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -59,8 +55,6 @@ def score_tables(comparison: Comparison, rows: pd.DataFrame, tests: pd.DataFrame
         if convention == "strict":
             for state in (MISSED, SPURIOUS):
                 table[f"{state} per seed"] = _text(facts[state], "{:.3g}")
-        table["parameters [M]"] = _text(facts["parameters"] / 1e6, "{:.2f}")
-        table["multiply-adds [G]"] = _text(facts["multiply_adds"] / 1e9, "{:.2f}")
         means = cells[MEAN][list(NAMES)].rename(columns=headings)
         tables[f"{where}, means over classes."] = table.join(means).reset_index()
         for metric in TESTED if len(comparison.class_names) > 1 else ():
@@ -142,39 +136,6 @@ def _draw(
     save_figure(grid.set_titles("{col_name}").set_ylabels("").figure, path)
     pyplot.close(grid.figure)
     return {path: caption}
-
-
-def draw_predictions(
-    stem: Path, comparison: Comparison, cases: Sequence[str], predictors: Mapping[str, Predictor], folder: Path | None
-) -> dict[Path, str]:
-    """Draw the label and each method's prediction of some cases into ``<stem>_<case>.png``; return the captions.
-
-    folder: where the cases are, by default where they were in the training of the first run. Raises DataError for data
-    that cannot be used, or without one of the cases.
-    """
-    info, args = DATASETS[comparison.dataset], next(iter(comparison.methods.values()))[0].args
-    folder = folder or args["root_path" if info.planar else "volume_path"]
-    num_classes = len(comparison.class_names) + 1
-    if info.planar:
-        volumes = ImageFolder(info, folder, args["list_dir"], comparison.split, num_classes)
-    else:
-        info.require(folder)
-        order = info.label_order(args.get("label_order"), num_classes)
-        volumes = VolumeDataset(folder, args["list_dir"], comparison.split, num_classes, order)
-    pictures = {}
-    for case in cases:
-        if case not in volumes.names:
-            raise DataError(f"{volumes.source} has no {case}: leave out --cases, or test again on this list")
-        volume = volumes[volumes.names.index(case)]
-        volume.class_names = comparison.class_names
-        predictions = {name: predictor.segment(volume) for name, predictor in predictors.items()}
-        wrong = np.array([(prediction != volume.label).sum((1, 2)) for prediction in predictions.values()])
-        # The slice in which the methods differ most; at a tie the one with most label.
-        z = np.lexsort((-(volume.label > 0).sum((1, 2)), wrong.min(0) - wrong.max(0)))[0]
-        path = stem.with_name(f"{stem.name}_{file_stem(case)}.png")
-        draw_masks(path, volume, z, {name: prediction[z] for name, prediction in predictions.items()})
-        pictures[path] = f"{case}, first seed of each method. Of a volume, the slice in which the errors differ most."
-    return pictures
 
 
 def write_csv(folder: Path, rows: Sequence[pd.DataFrame], tests: Sequence[pd.DataFrame]) -> None:

@@ -52,30 +52,27 @@ def save_overlays(folder: str | Path, volume: Volume | Picture, prediction: np.n
     stem = file_stem(volume.name)
     paths = [Path(folder) / (f"{stem}.png" if volume.planar else f"{stem}_slice{z:03d}.png") for z in slices]
     for path, z in zip(paths, slices, strict=True):
-        draw_masks(path, volume, z, {"prediction": prediction[z]})
+        draw_masks(path, volume, z, prediction[z])
     return paths
 
 
-def draw_masks(path: str | Path, volume: Volume | Picture, z: int, predictions: Mapping[str, np.ndarray]) -> None:
-    """Draw slice ``z`` of a volume, its label if it has one, and predictions (H, W) by their names, side by side.
+def draw_masks(path: str | Path, volume: Volume | Picture, z: int, prediction: np.ndarray) -> None:
+    """Draw slice ``z`` of a volume, its label if it has one, and a prediction (H, W), side by side.
 
-    With a label, the strict Dice of each class in the slice, and the number of wrong voxels, are below a prediction. Of
-    several channels the first is shown. Grey values are shown from their 0.5th to their 99.5th percentile. If the
+    With a label, the strict Dice of each class in the slice, and the number of wrong voxels, are below the prediction.
+    Of several channels the first is shown. Grey values are shown from their 0.5th to their 99.5th percentile. If the
     affine is known, the front is at the top and the patient's right at the left.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     label = None if volume.label is None else volume.label[z]
-    masks = {"image": None} | ({} if label is None else {"label": label}) | predictions
+    masks = {"image": None} | ({} if label is None else {"label": label}) | {"prediction": prediction}
     last = max(int(mask.max()) for mask in masks.values() if mask is not None)
     names = [*volume.class_names, *(f"class {c}" for c in range(len(volume.class_names) + 1, last + 1))]
     steps, every = upright_steps(volume), max(1, len(volume.image) // 16)
-    low, high = (
-        (0, 255)
-        if volume.planar
-        else np.percentile([volume.plane(i) for i in range(0, len(volume.image), every)], (0.5, 99.5))
-    )
+    shown = [volume.plane(i) for i in range(0, len(volume.image), every)]
+    low, high = (0, 255) if volume.planar else np.percentile(shown, (0.5, 99.5))
     image = volume.plane(z)
     height, width = image.shape[:2]
     aspect = 1.0 if volume.spacing is None else volume.spacing[1] / volume.spacing[2]  # a pixel's height by its width
@@ -86,16 +83,14 @@ def draw_masks(path: str | Path, volume: Volume | Picture, z: int, predictions: 
             axes.imshow(coloured(mask[steps]), aspect=aspect, interpolation="nearest")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
-        axes.set_title(
-            textwrap.fill(name, 36), fontsize=11, parse_math=False
-        )  # a `$` in a name does not begin a formula
-        if name in predictions and label is not None:
+        axes.set_title(name, fontsize=11)
+        if name == "prediction" and label is not None:
             dice = dice_only(mask, label, len(names) + 1)
             text = ", ".join("absent" if np.isnan(share) else f"{100 * share:.1f}" for share in dice)
             wrong = f"{(mask != label).sum()} wrong {'pixels' if volume.planar else 'voxels'}"
             axes.set_xlabel(f"{textwrap.fill(f'Dice [%] {text}', 46)}\n{wrong}", fontsize=9)
     title = volume.name if volume.planar else f"{volume.name}, slice {z}"
-    figure.suptitle(title, fontsize=12).set_parse_math(False)
+    figure.suptitle(title, fontsize=12).set_parse_math(False)  # a `$` in a name does not begin a formula
     style = dict(edgecolor="black", linewidth=0.5)
     handles = [Patch(facecolor=class_colour(c), label=name, **style) for c, name in enumerate(names, 1)]
     for text in figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False).get_texts():

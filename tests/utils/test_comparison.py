@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from tests.comparison_runs import NAN, class_result, random_dice, write_run
-from utils.comparison import MEAN, Run, compare, name_methods, paired_tests, read_run, striking_cases
+from utils.comparison import MEAN, Run, compare, name_methods, paired_tests, read_run
 from utils.errors import RunError
 from utils.evaluation import CaseResult
 from utils.metrics import MISSED
@@ -24,7 +24,7 @@ def compared(*runs):
 
 def score(comparison, convention="strict", name=MEAN) -> pd.Series:
     """Return the Dice of a class of the only method."""
-    scores = comparison.scores({}).query("convention == @convention and metric == 'dice' and `class` == @name")
+    scores = comparison.scores().query("convention == @convention and metric == 'dice' and `class` == @name")
     assert len(scores) == 1
     return scores.iloc[0]
 
@@ -162,15 +162,6 @@ def test_many_pairs_are_corrected_and_seeds_are_averaged_first(tmp_path, caplog)
     third = write_run(tmp_path / "third", part, seed=3)
     assert set(compared(runs[0], third)[0].cases["case"]) == set(part)  # only cases of all seeds count
     assert "sim_mpnet: 1 cases of test do not count" in caplog.text
-
-
-def test_the_cases_shown_are_those_on_which_methods_differ_most(tmp_path):
-    dice = random_dice(5, 0, 0.6)
-    other = {**dice, "patient003": [0.0, 0.0, 0.0], "patient001": [1.0, 1.0, 1.0]}
-    first, second = write_run(tmp_path / "a", dice), write_run(tmp_path / "b", other, network="unet")
-    assert striking_cases(compared(first, second)[0], 2) == ["patient003", "patient001"]
-    worst = min(dice, key=lambda case: np.mean(dice[case]))
-    assert striking_cases(compared(first)[0], 1) == [worst]
 
 
 DAMAGES = [b"", b"a,b\n1", b'{"args": ', b'{"args": {}}', b"\x89PNG\r\n\xff\xfe"]

@@ -44,13 +44,13 @@ def test_the_worst_slices_are_drawn_worst_first(volume, tmp_path):
     assert [path.name[-7:-4] for path in paths] == ["000", "001"]
 
 
-def test_label_and_predictions_stand_beside_the_image_in_their_own_colours(volume, tmp_path):
+def test_label_and_prediction_stand_beside_the_image_in_their_own_colours(volume, tmp_path):
     prediction = np.where(volume.label == 2, 0, volume.label).astype(np.uint8)
-    draw_masks(tmp_path / "a.png", volume, 0, {"one": prediction[0], "two": volume.label[0]})
+    draw_masks(tmp_path / "a.png", volume, 0, prediction[0])
     maps, legend = np.split(pixels(tmp_path / "a.png"), [480])
-    panels = np.array_split(maps, 4, axis=1)  # image, label, predictions
-    assert [shows(panel, COLOURS[0]) for panel in panels] == [False, True, True, True]
-    assert [shows(panel, COLOURS[1]) for panel in panels] == [False, True, False, True]
+    panels = np.array_split(maps, 3, axis=1)  # image, label, prediction
+    assert [shows(panel, COLOURS[0]) for panel in panels] == [False, True, True]
+    assert [shows(panel, COLOURS[1]) for panel in panels] == [False, True, False]
     assert shows(legend, COLOURS[1])
 
 
