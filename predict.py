@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import DATASETS, DataError, Picture, Volume
+from datasets import DATASETS, DataError
 from datasets.files import atomic_write, check_writable, file_stem
 from datasets.image_files import ENDINGS as IMAGE_ENDINGS
 from datasets.image_files import common_bits
@@ -96,19 +96,6 @@ def name_outputs(inputs: list[Path], target: Path, planar: bool) -> tuple[list[P
     return outputs, beside
 
 
-def save(target: Path, volume: Volume | Picture, prediction: np.ndarray, overlays: int, beside: str) -> None:
-    """Write a segmentation (D, H, W) and, if asked for, overlays."""
-    if volume.planar:
-        save_mask(target, prediction[0])
-        if overlays:
-            save_picture_overlay(f"{beside}overlays/{target.stem}.png", volume.image[0], prediction[0])
-        return
-    with atomic_write(target) as temporary:
-        write_segmentation(temporary, volume, prediction)
-    if overlays:
-        save_overlays(f"{beside}overlays", volume, prediction, overlays)
-
-
 def main() -> None:
     args = parse_args()
     seed_everything(0)
@@ -130,7 +117,15 @@ def main() -> None:
             failed += 1
             continue
         prediction = predictor.segment(volume)
-        save(target, volume, prediction, args.overlays, beside)
+        if volume.planar:
+            save_mask(target, prediction[0])
+            if args.overlays:
+                save_picture_overlay(f"{beside}overlays/{target.stem}.png", volume.image[0], prediction[0])
+        else:
+            with atomic_write(target) as temporary:
+                write_segmentation(temporary, volume, prediction)
+            if args.overlays:
+                save_overlays(f"{beside}overlays", volume, prediction, args.overlays)
         sizes += class_sizes(volume, prediction)
         found = len(np.unique(prediction[prediction > 0]))
         classes = len(predictor.class_names)

@@ -21,7 +21,6 @@ PUBLISHED = Path(__file__).resolve().parents[1] / "docs" / "published_results.cs
 CSV_COLUMNS = (
     "dataset split source method chosen_on seeds cases convention class metric unit mean sd_over_seeds sd_over_cases"
 ).split()
-plain_text = rc_context({"text.parse_math": False})  # a `$` in a name is not a formula
 
 
 def published_rows(comparison: Comparison) -> pd.DataFrame:
@@ -98,7 +97,6 @@ def notes(rows: pd.DataFrame) -> list[str]:
     return said
 
 
-@plain_text
 def draw_boxes(path: Path, comparison: Comparison) -> dict[Path, str]:
     """Draw the strict Dice and HD95 of the cases, for each class and method, as boxes and dots; return the caption."""
     values = comparison.per_case().query("convention == 'strict' and `class` != @MEAN and metric in @TESTED").dropna()
@@ -111,7 +109,6 @@ def draw_boxes(path: Path, comparison: Comparison) -> dict[Path, str]:
     )  # fmt: skip
 
 
-@plain_text
 def draw_curves(path: Path, runs: Sequence[Run]) -> dict[Path, str]:
     """Draw loss and validation Dice over the epochs, a line per run with a `metrics.csv`; return the caption."""
     history = pd.concat([run.history.assign(method=run.method, run=str(run.folder)) for run in runs])
@@ -132,8 +129,9 @@ def _draw(
     if data.empty:
         return {}
     pyplot.switch_backend("agg")  # needs no display
-    grid = plot(data, hue="method", palette="colorblind", height=3.5, **style)
-    save_figure(grid.set_titles("{col_name}").set_ylabels("").figure, path)
+    with rc_context({"text.parse_math": False}):  # a `$` in a name is not a formula
+        grid = plot(data, hue="method", palette="colorblind", height=3.5, **style)
+        save_figure(grid.set_titles("{col_name}").set_ylabels("").figure, path)
     pyplot.close(grid.figure)
     return {path: caption}
 

@@ -64,7 +64,6 @@ def draw_masks(path: str | Path, volume: Volume | Picture, z: int, prediction: n
     affine is known, the front is at the top and the patient's right at the left.
     """
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
     label = None if volume.label is None else volume.label[z]
     masks = {"image": None} | ({} if label is None else {"label": label}) | {"prediction": prediction}
@@ -91,11 +90,31 @@ def draw_masks(path: str | Path, volume: Volume | Picture, z: int, prediction: n
             axes.set_xlabel(f"{textwrap.fill(f'Dice [%] {text}', 46)}\n{wrong}", fontsize=9)
     title = volume.name if volume.planar else f"{volume.name}, slice {z}"
     figure.suptitle(title, fontsize=12).set_parse_math(False)  # a `$` in a name does not begin a formula
+    add_legend(figure, names)
+    save_figure(figure, path)
+
+
+def add_legend(figure: "Figure", class_names: Sequence[str]) -> None:
+    """Write the classes and their colours below the panels of a figure."""
+    from matplotlib.patches import Patch
+
     style = dict(edgecolor="black", linewidth=0.5)
-    handles = [Patch(facecolor=class_colour(c), label=name, **style) for c, name in enumerate(names, 1)]
+    handles = [Patch(facecolor=class_colour(c), label=name, **style) for c, name in enumerate(class_names, 1)]
     for text in figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False).get_texts():
         text.set_parse_math(False)
-    save_figure(figure, path)
+
+
+def make_panels(count: int, columns: int) -> tuple["Figure", list["Axes"]]:
+    """Return a figure with up to so many columns, and its ``count`` axes, row by row."""
+    from matplotlib.figure import Figure
+
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(2.3 * columns, 2.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for unused in axes[count:]:
+        unused.remove()
+    return figure, list(axes[:count])
 
 
 def upright_steps(volume: Volume | Picture) -> tuple[slice, slice]:
@@ -211,6 +230,6 @@ def count_epochs(axes: "Axes") -> None:
 
 
 def save_figure(figure: "Figure", path: str | Path) -> None:
-    """Write a figure completely or not at all."""
+    """Write a figure as PNG, completely or not at all."""
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+        figure.savefig(temporary, dpi=110, format="png")

@@ -16,7 +16,6 @@ key to the cluster with the largest dot product, a token reads the cluster with 
 """
 
 import logging
-from argparse import Namespace
 from collections.abc import Mapping
 from colorsys import hsv_to_rgb
 from pathlib import Path
@@ -29,11 +28,20 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from datasets import DATASETS, DataError, Picture, Volume, read_slice
+from datasets import DATASETS, DataError, Picture, Volume
 from networks import NetworkError, SimMPNet
 from utils.cli import ArgumentParser, run_script
 from utils.errors import RunError
-from utils.figures import COLOURS, History, count_epochs, draw_gates, draw_series, save_figure, upright_steps
+from utils.figures import (
+    COLOURS,
+    History,
+    count_epochs,
+    draw_gates,
+    draw_series,
+    make_panels,
+    save_figure,
+    upright_steps,
+)
 from utils.onnx_network import is_onnx
 from utils.predictor import Predictor
 from utils.run_folder import EventFile
@@ -114,7 +122,7 @@ def draw_prototypes(prototypes: Mapping[str, torch.Tensor]) -> Figure:
 
     prototypes: (num_clusters, d) by name of the block. A prototype of length 0 has cosine 0 with all.
     """
-    figure, panels = _panels(len(prototypes))
+    figure, panels = make_panels(len(prototypes), 6)
     for axes, (name, vectors) in zip(panels, prototypes.items(), strict=True):
         unit = F.normalize(vectors, dim=1).numpy()
         cosines = unit @ unit.T
@@ -130,7 +138,7 @@ def draw_clusters(image: np.ndarray, clusters: Mapping[str, np.ndarray], num_clu
     image: (H, W) or (H, W, 3); clusters: indices (h, w) by name of the block, each over the whole image; num_clusters:
     of the block, by the same names.
     """
-    figure, panels = _panels(len(clusters) + 1)
+    figure, panels = make_panels(len(clusters) + 1, 6)
     _show(panels[0], image, "image")
     extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
     for axes, (name, indices) in zip(panels[1:], clusters.items(), strict=True):
@@ -145,7 +153,7 @@ def draw_windows(image: np.ndarray, windows: np.ndarray) -> Figure:
 
     image: (H, W) or (H, W, 3); windows: bool (positions, 2, 2).
     """
-    figure, panels = _panels(len(windows), columns=3)
+    figure, panels = make_panels(len(windows), 3)
     height, width = image.shape[0] / 2, image.shape[1] / 2  # of a window
     for position, (axes, selected) in enumerate(zip(panels, windows, strict=True), 1):
         _show(axes, image, f"DS-GIM {position}")
@@ -162,7 +170,7 @@ def draw_gates_of_image(image: np.ndarray, gates: Mapping[str, np.ndarray]) -> F
     image: (H, W) or (H, W, 3); gates: (h, w) in [0, 1] by name, (1, 1) if only the mean over the image is known.
     """
     maps = {name: gate for name, gate in gates.items() if gate.size > 1 or name == "gate"}
-    figure, (whole, *panels, means) = _panels(len(maps) + 2)
+    figure, (whole, *panels, means) = make_panels(len(maps) + 2, 6)
     _show(whole, image, "image")
     for axes, (name, gate) in zip(panels, maps.items(), strict=True):
         percent = 100 * gate
@@ -173,17 +181,6 @@ def draw_gates_of_image(image: np.ndarray, gates: Mapping[str, np.ndarray]) -> F
     means.tick_params(labelsize=6)
     means.invert_yaxis()
     return figure
-
-
-def _panels(count: int, columns: int = 6) -> tuple[Figure, list[Axes]]:
-    """Return a figure and its axes, row by row."""
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(2.3 * columns, 2.5 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for unused in axes[count:]:
-        unused.remove()
-    return figure, list(axes[:count])
 
 
 def _show(axes: Axes, image: np.ndarray, title: str, cmap: str = "gray", **options: object) -> None:
@@ -210,26 +207,14 @@ def write(folder: Path, figures: Mapping[str, Figure], history: History) -> None
     events.flush()
 
 
-def read_input(path: Path, predictor: Predictor) -> Volume | Picture:
-    """Read a prepared slice as a volume of one, anything else as ``predict.py`` does."""
-    if path.name.endswith(".npz"):
-        image, label = read_slice(path)
-        return Volume(path.stem, image[None], label[None])
-    return predictor.read(path)
-
-
-def parse_args() -> Namespace:
+def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="best.pth of a run, or one of the release")
-    parser.add_argument("--input", type=Path, help="scan (NIfTI, DICOM folder), photograph, prepared .npy.h5 or .npz")
+    parser.add_argument("--input", type=Path, help="scan (NIfTI, DICOM folder), photograph, or prepared .npy.h5")
     parser.add_argument("--slice", type=int, help="z of the slice of a scan, from 0; default: the middle")
     parser.add_argument("--output", type=Path, help="folder; default: inspection, beside the checkpoint")
     parser.add_argument("--dataset", choices=DATASETS, help="what a checkpoint of the release was trained on")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
+    args = parser.parse_args()
     if is_onnx(args.checkpoint):
         raise RunError(f"--checkpoint {args.checkpoint} is an ONNX file, which cannot be inspected: give a best.pth")
     predictor = Predictor(args.checkpoint, "cpu", dataset=args.dataset)
@@ -238,7 +223,7 @@ def main() -> None:
         raise RunError(f"--checkpoint {args.checkpoint}: {name} has no memory to inspect: give one of sim_mpnet")
     volume, z = None, 0
     if args.input is not None:
-        volume = read_input(args.input, predictor)
+        volume = predictor.read(args.input)
         depth = len(volume.image)
         z = depth // 2 if args.slice is None else args.slice
         if not 0 <= z < depth:

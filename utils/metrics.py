@@ -58,7 +58,15 @@ def class_metrics(
     _check(prediction, label, spacing)
     n_prediction, n_label = int(prediction.sum()), int(label.sum())
     if not (n_prediction and n_label):
-        return _empty_case(n_prediction > 0, n_label > 0, volume_shape or label.shape, spacing)
+        nothing = Metrics(0.0, 0.0, 0.0, 0.0)
+        if not (n_prediction or n_label):
+            return ClassResult(ABSENT, nothing, Metrics(np.nan, np.nan, np.nan, np.nan))
+        size = np.multiply(volume_shape or label.shape, 1.0 if spacing is None else spacing)
+        diagonal = float(np.linalg.norm(size))
+        strict = Metrics(0.0, diagonal, 0.0, diagonal)
+        if n_label:
+            return ClassResult(MISSED, nothing, strict)
+        return ClassResult(SPURIOUS, Metrics(1.0, 0.0, 1.0, 0.0), strict)
 
     n_both = int((prediction & label).sum())
     dice, jaccard = 2 * n_both / (n_prediction + n_label), n_both / (n_prediction + n_label - n_both)
@@ -125,17 +133,6 @@ def pooled_metrics(counts: np.ndarray) -> dict[str, np.ndarray]:
             "specificity": neither / (neither + spurious),
             "accuracy": (both + neither) / counts.sum(),
         }
-
-
-def _empty_case(predicted: bool, labelled: bool, shape: tuple[int, ...], spacing: Spacing) -> ClassResult:
-    nothing = Metrics(0.0, 0.0, 0.0, 0.0)
-    if not (predicted or labelled):
-        return ClassResult(ABSENT, nothing, Metrics(np.nan, np.nan, np.nan, np.nan))
-    diagonal = float(np.linalg.norm(np.multiply(shape, 1.0 if spacing is None else spacing)))
-    strict = Metrics(0.0, diagonal, 0.0, diagonal)
-    if labelled:
-        return ClassResult(MISSED, nothing, strict)
-    return ClassResult(SPURIOUS, Metrics(1.0, 0.0, 1.0, 0.0), strict)
 
 
 def _union(a: tuple[slice, ...] | None, b: tuple[slice, ...] | None) -> tuple[slice, ...]:

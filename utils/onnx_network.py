@@ -58,7 +58,13 @@ class OnnxNetwork(nn.Module):
                 f"{path} is not an ONNX file that onnxruntime {runtime.__version__} can open ({type(error).__name__}): "
                 "write it again with export.py"
             ) from error
-        self.metadata = _read_metadata(path, self.session)
+        try:
+            self.metadata: dict[str, Any] = json.loads(self.session.get_modelmeta().custom_metadata_map[KEY])
+            missing = [name for name in FACTS if name not in self.metadata]
+        except (KeyError, ValueError, TypeError):
+            missing = [KEY]
+        if missing:
+            raise RunError(f"{path} has no metadata of this project ({', '.join(missing)}): write it with export.py")
         self.config = {name: self.metadata[name] for name in ("num_classes", "in_channels", "img_size")}
         if len(providers) > 1 and self.session.get_providers()[0] != "CUDAExecutionProvider":
             problem = f"onnxruntime {runtime.__version__} could not load its CUDA provider"
@@ -104,14 +110,3 @@ def _providers(runtime: ModuleType, device: str) -> list[Any]:
     # Full float32, and no search for the fastest convolution at each new batch size.
     options = {"device_id": place.index or 0, "use_tf32": 0, "cudnn_conv_algo_search": "HEURISTIC"}
     return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
-
-
-def _read_metadata(path: str | Path, session: Any) -> dict[str, Any]:
-    try:
-        metadata = json.loads(session.get_modelmeta().custom_metadata_map[KEY])
-        missing = [name for name in FACTS if name not in metadata]
-    except (KeyError, ValueError, TypeError):
-        missing = [KEY]
-    if missing:
-        raise RunError(f"{path} has no metadata of this project ({', '.join(missing)}): write it with export.py")
-    return metadata

@@ -1,4 +1,4 @@
-"""Draw what training sees: augmented samples with the outlines of their labels, in the colours of the classes.
+"""Draw what training sees: augmented samples with their labels, in the colours of the classes.
 
     python -m utils.preview acdc --output preview.png
     python -m utils.preview isic --photometric --count 25
@@ -8,17 +8,13 @@ The samples are spread evenly over the split. If it has fewer samples than --cou
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from datasets import DATASETS, DataError, ImageDataset, SliceDataset
-from datasets.files import atomic_write
 from utils.cli import number, run_script
-from utils.figures import class_colour
+from utils.figures import add_legend, coloured, make_panels, save_figure
 from utils.verify import data_parser
 
 if TYPE_CHECKING:
@@ -27,30 +23,18 @@ if TYPE_CHECKING:
 
 def draw(dataset: SliceDataset | ImageDataset, class_names: Sequence[str], count: int) -> "Figure":
     """Draw ``count`` samples as a square sheet with a legend of the classes."""
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    figure = Figure(figsize=(2.2 * columns, 2.4 * rows + 0.5), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    figure, panels = make_panels(count, columns=math.ceil(math.sqrt(count)))
     step = max(1, len(dataset) // count)
-    for axes in panels:
-        axes.axis("off")
-    for n, axes in enumerate(panels[:count]):
+    for n, axes in enumerate(panels):
         epoch, index = divmod(n * step, len(dataset))
         dataset.set_epoch(epoch)
         sample = dataset[index]
-        image, label = sample["image"].numpy(), sample["label"].numpy()
+        image = sample["image"].numpy()
         axes.imshow(dataset.preprocessing.denormalise(image) if isinstance(dataset, ImageDataset) else image[0], "gray")
-        for c in np.unique(label[label > 0]):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # matplotlib warns of a class that fills the panel: it has no outline
-                axes.contour(label == c, [0.5], colors=class_colour(c), linewidths=1)
+        axes.imshow(coloured(sample["label"].numpy()), interpolation="nearest")
         axes.set_title(sample["name"], fontsize=7, parse_math=False)
-    handles = [Line2D([], [], color=class_colour(c), label=name) for c, name in enumerate(class_names, 1)]
-    for text in figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False).get_texts():
-        text.set_parse_math(False)
+        axes.axis("off")
+    add_legend(figure, class_names)
     return figure
 
 
@@ -76,9 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         samples = SliceDataset(*where, **options, label_order=info.label_order(args.label_order, num_classes))
         names = samples.open(0).class_names or names
-    figure = draw(samples, names, args.count)
-    with atomic_write(args.output) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+    save_figure(draw(samples, names, args.count), args.output)
     print(args.output)
 
 

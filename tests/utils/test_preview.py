@@ -9,6 +9,7 @@ from datasets import DATASETS
 from datasets.volumes import Volume, write_slice
 from tests.datasets.test_images import write_set
 from utils import preview
+from utils.figures import class_colour
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def run(made, dataset, output, *more):
 def test_a_sheet_shows_every_class_of_every_set(made, tmp_path, dataset):
     sheet = run(made, dataset, tmp_path / "sheets" / f"{dataset}.png", "--count", 5)[:-70]  # without the legend
     for c, name in enumerate(DATASETS[dataset].class_names, 1):
-        colour = np.array([255 * part for part in to_rgb(preview.class_colour(c))])
+        colour = np.array([255 * part for part in to_rgb(class_colour(c))])
         assert (np.abs(sheet - colour).max(-1) < 8).sum() > 5, name
 
 
