@@ -35,7 +35,6 @@ from utils.predictor import Predictor
 logger = logging.getLogger("export")
 
 TOLERANCE = 1e-4
-MEANING = "logits, the sum of all maps; their arg max over axis 1 is the class"
 
 
 class SummedLogits(nn.Module):
@@ -69,18 +68,18 @@ def parse_args() -> Namespace:
 def describe(predictor: Predictor, checkpoint: Path) -> dict[str, Any]:
     """Return the metadata of the file, plain values: what goes in, what comes out, and where it came from."""
     config, banks = predictor.model.config, list(predictor.model.memory_banks())
-    size, channels, classes = (config[name] for name in ("img_size", "in_channels", "num_classes"))
+    facts = {name: config[name] for name in ("num_classes", "in_channels", "img_size")}
+    classes, channels, size = facts.values()
     in_warmup = any(bank.in_warmup for bank in banks)
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    meaning = "logits, the sum of all maps; their arg max over axis 1 is the class"
     return {
         "format": 1,
         "network": config,
         "memory": "frozen, in warm-up and so not read" if in_warmup else "frozen" if banks else "none",
         "input": {"name": INPUT, "type": "float32", "shape": ["B", channels, size, size]},
-        "output": {"name": OUTPUT, "type": "float32", "shape": ["B", classes, size, size], "meaning": MEANING},
-        "num_classes": classes,
-        "in_channels": channels,
-        "img_size": size,
+        "output": {"name": OUTPUT, "type": "float32", "shape": ["B", classes, size, size], "meaning": meaning},
+        **facts,
         "dataset": predictor.dataset,
         "class_names": list(predictor.class_names),
         "label_order": ["background", *predictor.class_names],
@@ -91,32 +90,27 @@ def describe(predictor: Predictor, checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def trace(network: SummedLogits) -> torch.export.ExportedProgram:
-    """Return the program of a network on the CPU, for any batch size.
+def trace(network: SummedLogits) -> torch.onnx.ONNXProgram:
+    """Return the ONNX program of a network on the CPU, for any batch size.
 
     Raises:
         RunError: torch.export cannot trace the network.
     """
     config = network.config
     logging.getLogger("torch.fx.experimental.symbolic_shapes").setLevel(logging.ERROR)  # it warns without need
-    image = torch.zeros(2, config["in_channels"], config["img_size"], config["img_size"])
-    with torch.no_grad():
-        batch = {0: torch.export.Dim.DYNAMIC}
-        try:
-            with redirect_stderr(io.StringIO()):  # torch prints pages
-                return torch.export.export(network, (image,), dynamic_shapes={INPUT: batch}, strict=False)
-        except Exception as error:  # torch raises many kinds
-            raise RunError(
-                f"torch.export cannot trace network {config['network']} ({brief(error)}): its forward() must not "
-                "branch on tensor values or on the batch size"
-            ) from error
-
-
-def write_onnx(path: Path, program: torch.export.ExportedProgram, metadata: dict[str, Any]) -> None:
-    """Write a program and its metadata as an ONNX file."""
     for name in ("onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.WARNING)  # they report every step
-    exported = torch.onnx.export(
+    image = torch.zeros(2, config["in_channels"], config["img_size"], config["img_size"])
+    try:
+        with torch.no_grad(), redirect_stderr(io.StringIO()):  # torch prints pages
+            batch = {0: torch.export.Dim.DYNAMIC}
+            program = torch.export.export(network, (image,), dynamic_shapes={INPUT: batch}, strict=False)
+    except Exception as error:  # torch raises many kinds
+        raise RunError(
+            f"torch.export cannot trace network {config['network']} ({brief(error)}): its forward() must not branch on "
+            "tensor values or on the batch size"
+        ) from error
+    return torch.onnx.export(
         program,
         input_names=[INPUT],
         output_names=[OUTPUT],
@@ -126,8 +120,6 @@ def write_onnx(path: Path, program: torch.export.ExportedProgram, metadata: dict
         verbose=False,
         optimize=False,  # takes minutes, and onnxruntime does the same in seconds when it opens the file
     )
-    exported.model.metadata_props[KEY] = json.dumps(metadata, indent=2)
-    exported.save(path, external_data=False)
 
 
 @torch.inference_mode()
@@ -175,8 +167,9 @@ def main() -> None:
     network = SummedLogits(predictor.model)
     logger.info("tracing %s, which takes up to some minutes at the paper's size", args.checkpoint)
     program = trace(network)
+    program.model.metadata_props[KEY] = json.dumps(metadata, indent=2)
     with atomic_write(args.output) as temporary:
-        write_onnx(temporary, program, metadata)
+        program.save(temporary, external_data=False)
         check(temporary, network)
     logger.info("%s, %.1f MiB", args.output, args.output.stat().st_size / 2**20)
 

@@ -201,10 +201,11 @@ def write(folder: Path, figures: Mapping[str, Figure], history: History) -> None
         save_figure(figure, folder / f"{name}.png")
         with Image.open(folder / f"{name}.png") as picture:
             events.add_picture(name, np.asarray(picture.convert("RGB")))
+    rows = []
     for row in history:
-        course = {name: value for name, value in row.items() if name in COURSE or name.startswith("gate")}
-        events.add({f"memory/{name}": value for name, value in course.items()}, row["epoch"])
-    events.flush()
+        course = {f"memory/{name}": value for name, value in row.items() if name in COURSE or name.startswith("gate")}
+        rows.append({"epoch": row["epoch"], **course})
+    events.add(rows)
 
 
 def main() -> None:

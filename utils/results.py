@@ -61,12 +61,12 @@ def case_table(results: Sequence["CaseResult"], class_names: Sequence[str], sele
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def write_csv(path: str | Path, table: Any) -> None:
-    """Write a case table, or rows that pandas makes a table of, as CSV: numbers with six digits, NaN as nothing."""
+def write_csv(path: str | Path, table: Any, float_format: str | None = "%.6f") -> None:
+    """Write a case table, or rows that pandas makes a table of, as CSV: NaN as nothing; without a format all digits."""
     import pandas as pd
 
     with atomic_write(path) as temporary:
-        pd.DataFrame(table).to_csv(temporary, index=False, float_format="%.6f", lineterminator="\r\n")
+        pd.DataFrame(table).to_csv(temporary, index=False, float_format=float_format, lineterminator="\r\n")
 
 
 def read_cases(path: str | Path) -> "pd.DataFrame":

@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from datasets.files import atomic_write, remove_temporaries
 from utils.errors import RunError
 from utils.figures import dice_name, save_progress
+from utils.results import write_csv
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +59,7 @@ class RunFolder:
         with atomic_write(self.path / name) as temporary:
             temporary.write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
         self._events = EventFile(self.path / "events")
-        self._write_events(history)
-
-    def _write_events(self, history: Sequence[dict[str, Any]]) -> None:
-        for row in history:
-            self._events.add({k: v for k, v in row.items() if k != "epoch"}, row["epoch"])
-        self._events.flush()
+        self._events.add(history)
 
     def lock(self) -> None:
         """Raise RunError if another process trains in this folder; the lock ends with this process."""
@@ -86,9 +82,8 @@ class RunFolder:
         import pandas as pd
 
         _log_epoch(history, max_epochs)
-        self._write_events(history[-1:])
-        with atomic_write(self.path / "metrics.csv") as temporary:
-            pd.DataFrame(history, dtype=object).to_csv(temporary, index=False, lineterminator="\r\n")
+        self._events.add(history[-1:])
+        write_csv(self.path / "metrics.csv", pd.DataFrame(history, dtype=object), float_format=None)
         if "val_dice" in history[-1]:
             save_progress(self.path / "progress.png", history)
 
@@ -154,19 +149,17 @@ class EventFile:
             path.unlink()
         self._writer = tensorboardX.event_file_writer.EventsWriter(str(Path(folder, "events")))
 
-    def add(self, row: dict[str, Any], step: int) -> None:
-        """Write the finite numbers of ``row`` as scalars of a step; other values are left out."""
-        for name, value in row.items():
-            if isinstance(value, int | float) and np.isfinite(value):
-                self._write(self._library.summary.scalar(name, value), step)
+    def add(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Write the finite numbers of rows as scalars of their ``epoch``, to the disk; other values are left out."""
+        for row in history:
+            for name, value in row.items():
+                if name != "epoch" and isinstance(value, int | float) and np.isfinite(value):
+                    self._write(self._library.summary.scalar(name, value), row["epoch"])
+        self._writer.flush()
 
     def add_picture(self, name: str, picture: np.ndarray) -> None:
         """Write a picture, uint8 (H, W, 3)."""
         self._write(self._library.summary.image(name, picture, dataformats="HWC"), 0)
-
-    def flush(self) -> None:
-        """Write everything to the disk."""
-        self._writer.flush()
 
     def _write(self, summary: Any, step: int) -> None:
         event = self._library.proto.event_pb2.Event(wall_time=time.time(), step=step, summary=summary)
