@@ -24,7 +24,16 @@ from datasets import DATASETS, DataError
 from datasets.files import atomic_write, check_writable, file_stem
 from datasets.image_files import ENDINGS as IMAGE_ENDINGS
 from datasets.image_files import common_bits
-from datasets.scan import FOLDER_ENDINGS, LABEL_ENDINGS, SCAN_ENDINGS, label_ending, scan_name, write_segmentation
+from datasets.scan import (
+    FOLDER_ENDINGS,
+    LABEL_ENDINGS,
+    SCAN_ENDINGS,
+    case_name,
+    channel_files,
+    label_ending,
+    scan_name,
+    write_segmentation,
+)  # fmt: skip
 from networks import NetworkError
 from utils.cli import AMP_DTYPES, ArgumentParser, run_script, seed_everything
 from utils.errors import RunError
@@ -55,8 +64,11 @@ def parse_args() -> Namespace:
     return args
 
 
-def find_inputs(source: Path, planar: bool) -> list[Path]:
-    """Return the scans or images that --input names: those in a folder, or the one file or DICOM series."""
+def find_inputs(source: Path, planar: bool, channels: int) -> list[Path]:
+    """Return the scans or images that --input names: those in a folder, or the one file or DICOM series.
+
+    Of a scan of several channels in files of their own, it is the first.
+    """
     endings, other = (IMAGE_ENDINGS, SCAN_ENDINGS) if planar else (FOLDER_ENDINGS, IMAGE_ENDINGS)
     if source.name.lower().endswith(other):
         found, expected = ("scan", "photographs") if planar else ("photograph", "scans")
@@ -65,15 +77,19 @@ def find_inputs(source: Path, planar: bool) -> list[Path]:
         )
     inside = sorted(source.iterdir()) if source.is_dir() else []
     found = [path for path in inside if path.name.lower().endswith(endings) and not path.name.startswith(".")]
+    if not planar:
+        found = list(dict.fromkeys(channel_files(path, channels)[0] for path in found))
     if planar and source.is_dir() and not found:
         raise RunError(f"--input {source} contains no image ({', '.join(endings)})")
     return found or [source]
 
 
-def name_outputs(inputs: list[Path], target: Path, planar: bool) -> tuple[list[Path], str]:
+def name_outputs(inputs: list[Path], target: Path, planar: bool, channels: int) -> tuple[list[Path], str]:
     """Return which file each input is segmented to, and what the names of all other files begin with."""
     written = (".png",) if planar else LABEL_ENDINGS
     stem, ending = (lambda path: path.stem, lambda path: ".png") if planar else (scan_name, label_ending)
+    if channels > 1 and not planar:
+        stem = case_name
     names = [file_stem(stem(path)) for path in inputs]
     if target.name.lower().endswith(written):
         if len(inputs) > 1:
@@ -100,8 +116,9 @@ def main() -> None:
     args = parse_args()
     seed_everything(0)
     predictor = Predictor(args.checkpoint, args.device, args.amp, args.batch_size, args.dataset)
-    inputs = find_inputs(args.input, predictor.planar)
-    outputs, beside = name_outputs(inputs, args.output, predictor.planar)
+    kind = predictor.planar, len(predictor.channels)
+    inputs = find_inputs(args.input, *kind)
+    outputs, beside = name_outputs(inputs, args.output, *kind)
     check_writable(outputs[0].parent)
     if predictor.planar:
         bits = common_bits(inputs, predictor.preprocessing.bits)

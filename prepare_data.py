@@ -5,6 +5,7 @@
     python prepare_data.py segpc --raw DIR      # the challenge's folders x and y; --crops for single cells
     python prepare_data.py isic --raw DIR       # the challenge's two folders of task 1
     python prepare_data.py phantom              # a small simulated data set with its own lists
+    python prepare_data.py custom --raw DIR     # your own: Decathlon, nnU-Net, or images with labels
 
 Scans become train_npz (slices) and test_vol_h5 (volumes) in the folder --out; colour images become images and masks.
 The lists decide which of them train, validate and test. An interrupted preparation continues when it is run again.
@@ -15,9 +16,10 @@ import logging
 import os
 from pathlib import Path
 
-from datasets import DATASETS, DataError, acdc, isic, phantom, segpc, synapse
+from datasets import DATASETS, DataError, acdc, custom, isic, phantom, segpc, synapse
 from datasets.info import SLICE_FOLDER, VOLUME_FOLDER
-from utils.cli import ArgumentParser, run_script
+from datasets.lists import PATTERN_HELP
+from utils.cli import ArgumentParser, number, run_script
 
 logger = logging.getLogger("prepare_data")
 
@@ -27,6 +29,7 @@ SETS = {
     "acdc": (acdc.prepare, "ACDC, cardiac MR", "folder of patientXXX folders (NIfTI) or of h5 volumes"),
     "segpc": (segpc.prepare, "SegPC-2021, plasma cells", "folder that holds x and y, or train and valid with them"),
     "isic": (isic.prepare, "ISIC-2018 task 1, skin lesions", "folder that holds the challenge's two folders"),
+    "custom": (custom.prepare, "data of your own", "folder of dataset.json, or of images and labels (or masks)"),
     "phantom": (phantom.write_phantom, "simulated volumes of hearts, to try everything without real data", None),
 }
 
@@ -39,7 +42,8 @@ def parse_args() -> argparse.Namespace:
         if raw:
             one.add_argument("--raw", required=True, help=raw)
             one.add_argument("--overwrite", action="store_true", help="prepare finished files again")
-        one.add_argument("--out", help=f"folder to write to (default: {DATASETS[name].folder})")
+        folder = DATASETS[name].folder if name in DATASETS else "data/ and the name of --raw"
+        one.add_argument("--out", help=f"folder to write to (default: {folder})")
         one.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="parallel processes")
     parsers.choices["synapse"].add_argument(
         "--label_order", default="btcv13", choices=synapse.LABEL_ORDERS, help="order of the label ids in the raw files"
@@ -52,26 +56,41 @@ def parse_args() -> argparse.Namespace:
         help="patients for training, validation and test",
     )  # fmt: skip
     parsers.choices["phantom"].add_argument("--seed", type=int, default=2222, help="seed of the random hearts")
+    add = parsers.choices["custom"].add_argument
+    add("--axis", choices=custom.AXES, help="plane of the slices; default: across the coarsest spacing")
+    add("--normalize", choices=("percentiles", "zscore"), help="of each scan; default: percentiles, of CT a window")
+    add("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="intensities that become 0 and 1, of all scans")
+    add("--class_names", nargs="+", help="names of the label values in rising order, where none are declared")
+    add("--folds", type=number(int, 2), help="parts that validate in turn; default: 5, or one per patient if fewer")
+    add("--test", type=number(int, 0, 90), default=0, help="percent of the patients that only test")
+    add("--splits", type=Path, help="splits_final.json of nnU-Net, or a folder of lists, to divide by")
+    add("--seed", type=int, default=2222, help="of the folds")
+    add("--patient_pattern", help=PATTERN_HELP)
+    add("--skip_bad", action="store_true", help="leave out cases that cannot be used")
     args = parser.parse_args()
     if args.out is None:
-        args.out = segpc.CROPS_FOLDER if vars(args).get("crops") else DATASETS[args.dataset].folder
+        own = f"data/{Path(args.raw).resolve().name}" if args.dataset == "custom" else DATASETS[args.dataset].folder
+        args.out = segpc.CROPS_FOLDER if vars(args).get("crops") else own
     return args
 
 
 def main() -> None:
     options = vars(parse_args())
-    info = DATASETS[options.pop("dataset")]
-    names = SETS[info.name][0](**options)
+    name, out = options.pop("dataset"), Path(options["out"])
+    names = SETS[name][0](**options)
 
-    out = Path(options["out"])
-    written = out / "lists"  # by this preparation; without these the lists in git are used
+    info = custom.info_of(out) if name == "custom" else DATASETS[name]
+    written = (
+        out / "lists" / ("fold_0" if name == "custom" else "")
+    )  # by this preparation; without these the lists in git are used
     list_dir = written if written.is_dir() else Path(info.list_dir)
     root, volumes = (out, out) if info.planar else (out / SLICE_FOLDER, out / VOLUME_FOLDER)
     where = info.flags(root, volumes, list_dir)
     splits = [split for split in info.splits if (list_dir / f"{split}.txt").is_file()]
     only = "" if len(splits) == len(info.splits) else f" --splits {' '.join(splits)}"
     logger.info("%d %s are ready in %s", len(names), "images" if info.planar else "volumes", out)
-    logger.info("next, check them:  python -m utils.verify %s %s%s", info.name, where, only)
+    checked = f"custom --data {out}" if name == "custom" else name
+    logger.info("next, check them:  python -m utils.verify %s %s%s", checked, where, only)
     logger.info("then train:        python %s %s", info.train_script, where)
 
 

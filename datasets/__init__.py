@@ -1,6 +1,6 @@
 """The data sets: their facts, preparation, reading and augmentation. Imports neither networks nor utils."""
 
-from datasets import acdc, isic, phantom, segpc, synapse
+from datasets import acdc, custom, isic, phantom, segpc, synapse
 from datasets.errors import DataError
 from datasets.image_sets import ImageDataset, ImageFolder
 from datasets.images import ColourPreprocessing, Picture, read_picture
@@ -24,6 +24,7 @@ __all__ = [
     "SliceDataset",
     "Volume",
     "VolumeDataset",
+    "custom",
     "preprocessing_from_dict",
     "read_picture",
     "read_scan",

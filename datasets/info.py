@@ -39,6 +39,8 @@ class DatasetInfo:
     planar: bool = False  # colour images with masks, not slices and volumes
     channels: tuple[str, ...] = ("image",)
     fold: int | None = None  # of a set of the user's own: which of its lists
+    folds: int = 1
+    patient_pattern: str | None = None  # as --patient_pattern
     label_orders: Mapping[str, LabelOrder] = field(default_factory=dict)  # of public files, by name, ours first
     # Both return one line for each thing that looks wrong.
     doubtful_sizes: Callable[[np.ndarray], list[str]] = _no_doubts  # takes the voxels of each class, (num_classes,)

@@ -114,7 +114,7 @@ def prepare_volumes(
     finished cases again. Raises the first error; finished cases stay. Logs how many have no voxel spacing.
     """
     finished = [case.name for case in cases if not overwrite and _volume_file(out, case.name).is_file()]
-    done = _run(partial(_prepare_volume, read, out), cases, finished, "volumes", jobs)
+    done = run_all(partial(_prepare_volume, read, out), cases, finished, "volumes", jobs)
     unmeasured = [name for name, spacing in done.items() if spacing is None]
     if unmeasured:
         logger.warning(
@@ -171,7 +171,7 @@ def prepare_images(
         raise DataError(f"{out}: {kinds[False]} is a whole image and {kinds[True]} a crop of one; give another --out")
     finished = [name for name in names if not overwrite and _mask_file(out, name).is_file()]
     bits = common_bits({case.images[0] for case in cases})
-    _run(partial(_prepare_image, read, bits, out), cases, finished, "images", jobs)
+    run_all(partial(_prepare_image, read, bits, out), cases, finished, "images", jobs)
     return [name for name in names if _mask_file(out, name).is_file()]
 
 
@@ -196,7 +196,7 @@ def _mask_file(out: Path, name: str) -> Path:
     return out / MASK_FOLDER / f"{name}.png"
 
 
-def _run(
+def run_all(
     work: Callable[[Any], Any], cases: Sequence[Any], finished: Collection[str], what: str, jobs: int
 ) -> dict[str, Any]:
     """Return what ``work`` returns for every case that is not finished, by its name; raises the first error."""

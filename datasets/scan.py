@@ -30,10 +30,10 @@ from datasets.volumes import Volume
 logger = logging.getLogger(__name__)
 
 _ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
-_PREPARED = (".npy.h5", ".h5", ".npz")
+PREPARED = (".npy.h5", ".h5", ".npz")
 _DICOM = (".dcm", ".ima")
 _IMG = (".img.gz", ".img")  # second files of .hdr
-FOLDER_ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr.gz", ".hdr", *_ITK, *_PREPARED)
+FOLDER_ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr.gz", ".hdr", *_ITK, *PREPARED)
 """Extensions of the files that are a scan each where a folder of scans is given."""
 SCAN_ENDINGS = (*FOLDER_ENDINGS, *_DICOM, *_IMG)
 LABEL_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mgz")  # of segmentations
@@ -82,6 +82,11 @@ def scan_name(path: str | Path) -> str:
     return next((name[: -len(ending)] for ending in SCAN_ENDINGS if name.lower().endswith(ending)), name)
 
 
+def case_name(path: str | Path) -> str:
+    """Return the name of a case of several channels: of ``case_0000.nii.gz`` the part before the number."""
+    return re.sub(r"_[0-9]{4}$", "", scan_name(path))
+
+
 def label_ending(path: str | Path) -> str:
     """Return the extension of a scan's segmentation: of the same format if that is one file and holds a label map."""
     alike = {".nrrd": ".nrrd", ".nhdr": ".nrrd", ".mha": ".mha", ".mhd": ".mha", ".mgz": ".mgz", ".mgh": ".mgz"}
@@ -115,7 +120,7 @@ def read_scan(path: str | Path | Sequence[Path], preprocessing: Preprocessing, t
     """
     files = channel_files(path, preprocessing.channels) if isinstance(path, str | Path) else list(path)
     path = files[0]
-    if path.name.lower().endswith(_PREPARED):
+    if path.name.lower().endswith(PREPARED):
         return _read_prepared(path, preprocessing)
     if preprocessing.stored is not None:
         raise DataError(
@@ -154,7 +159,7 @@ def read_scan(path: str | Path | Sequence[Path], preprocessing: Preprocessing, t
                 "%s: its values run from %g to %g, but the network expects Hounsfield units (air: -1000), of which it "
                 "sees %g to %g; convert the scan, or do not trust the segmentation", path, low, high, bottom, top,
             )  # fmt: skip
-    name = re.sub(r"_[0-9]{4}$", "", scan_name(path)) if len(files) > 1 else scan_name(path)
+    name = case_name(path) if len(files) > 1 else scan_name(path)
     return Scan(name, image, None, spacing, affine, (), orientation, stored_type, header)
 
 

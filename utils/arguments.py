@@ -7,14 +7,14 @@ import inspect
 import logging
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from datasets import DatasetInfo
+from datasets import DATASETS, DatasetInfo, custom
 from datasets.lists import PATTERN_HELP
 from networks import CHOICES, FIRST, NETWORKS
 from utils.checkpoint import load_checkpoint, network_arguments_of
@@ -75,7 +75,7 @@ def training_parser(description: str, info: DatasetInfo, **defaults: Any) -> Arg
     add("--val_split", help="list to choose the best epoch on; default: by --select")
     add("--num_classes", type=count, help="number of classes, background included")
     add("--class_names", nargs="+", help="names of label ids 1, 2, ..., where no file states them")
-    add("--patient_pattern", help=PATTERN_HELP)
+    add("--patient_pattern", default=info.patient_pattern, help=PATTERN_HELP)
     if info.planar:
         add("--photometric", action="store_true", help="augment colours, focus and shape too")
     add("--num_workers", type=number(int, 0), default=2, help="processes that prepare samples")
@@ -132,7 +132,44 @@ def training_parser(description: str, info: DatasetInfo, **defaults: Any) -> Arg
 
 def run_folder(info: DatasetInfo) -> str:
     """Return the folder that a data set's training writes to and its test reads from, if no flag says otherwise."""
-    return f"runs/{info.name}"
+    return f"runs/{info.name}{_of_fold(info.fold)}"
+
+
+def _of_fold(fold: int | None) -> str:
+    return f"_fold{fold}" if fold else ""  # the first fold is what is trained where --fold is left out
+
+
+def own_data(*resume: str) -> Iterator[tuple[DatasetInfo, list[str]]]:
+    """Yield the facts of the folder that ``--data`` names and the command line, for each fold of ``--fold``.
+
+    With ``--fold all`` every fold has folders of its own, and the flags ``resume``.
+
+    Raises:
+        RunError, DataError: there is no such flag, folder or fold.
+    """
+    argv = sys.argv[1:]
+    first = ArgumentParser(add_help=False)
+    first.add_argument("--data")
+    first.add_argument("--fold", type=lambda text: text if text == "all" else number(int, 0)(text), default=0)
+    for name in ("--output_dir", "--checkpoint", "--test_save_dir"):
+        first.add_argument(name, type=Path)
+    known, others = first.parse_known_args(argv)
+    if known.data is None:
+        if not {"-h", "--help"} & {*argv}:
+            raise RunError("--data FOLDER is missing: give a folder that prepare_data.py custom wrote")
+        yield custom.INFO, argv
+    elif known.fold != "all":
+        yield custom.info_of(known.data, known.fold), argv
+    else:
+        for fold in range(custom.info_of(known.data).folds):
+            flags = ["--data", known.data, "--fold", str(fold)]
+            for name in ("output_dir", "test_save_dir"):
+                if (folder := getattr(known, name)) is not None:
+                    flags += [f"--{name}", str(folder.with_name(folder.name + _of_fold(fold)))]
+            if (path := known.checkpoint) is not None:
+                folder = path.parent.with_name(path.parent.name + _of_fold(fold))
+                flags += ["--checkpoint", str(folder / path.name)]
+            yield custom.info_of(known.data, fold), [*resume, *others, *flags]
 
 
 def testing_parser(description: str, info: DatasetInfo) -> ArgumentParser:
@@ -159,6 +196,9 @@ def testing_parser(description: str, info: DatasetInfo) -> ArgumentParser:
 
 def _add_shared(add: Callable[..., Any], info: DatasetInfo) -> None:
     """Add the flags that training and testing share."""
+    if info.fold is not None:
+        add("--data", default=info.folder, help="folder that prepare_data.py custom wrote")
+        add("--fold", type=int, default=info.fold, help="whose lists are used, from 0, or all: one after the other")
     if info.label_orders:
         text = f"meaning of the files' label ids; default: {next(iter(info.label_orders))}"
         add("--label_order", choices=info.label_orders, help=text)
@@ -267,6 +307,11 @@ def check_n_gpu(args: Namespace) -> None:
         args.device = "cpu"
 
 
+def script_of(what: str, dataset: str) -> str:
+    """Return the script that trains or tests on a data set."""
+    return f"{what}_{dataset}.py" if dataset in DATASETS else f"{what}_custom.py and its --data"
+
+
 def _resume(parser: ArgumentParser, info: DatasetInfo, argv: list[str], path: Path) -> tuple[Namespace, dict[str, Any]]:
     """Return the arguments merged with those of the checkpoint at ``path``, and the checkpoint."""
     try:
@@ -278,7 +323,8 @@ def _resume(parser: ArgumentParser, info: DatasetInfo, argv: list[str], path: Pa
         raise RunError(f"{path} is not a training checkpoint: give the last.pth of a run")
     if (dataset := checkpoint["data"]["dataset"]) != info.name:
         raise RunError(
-            f"{path} is a run on {dataset}: resume it with train_{dataset}.py, or start a run in another --output_dir"
+            f"{path} is a run on {dataset}: resume it with {script_of('train', dataset)}, or start a run in another "
+            "--output_dir"
         )
     saved = {name: value for name, value in checkpoint["args"].items() if name != "resume"}
     parser.set_defaults(**saved | {"output_dir": str(path.parent)})
@@ -287,7 +333,7 @@ def _resume(parser: ArgumentParser, info: DatasetInfo, argv: list[str], path: Pa
 
     network = network_arguments_of(checkpoint, path)
     fixed = network_defaults(network["network"]) | network  # an old checkpoint lacks new arguments
-    fixed |= {name: saved.get(name) for name in ("select", "pretrained", "init_from", "label_order")}
+    fixed |= {name: saved.get(name) for name in ("select", "pretrained", "init_from", "label_order", "fold")}
     defaults = {"num_clusters": args.num_classes, "label_order": next(iter(info.label_orders), None)}
     for name, value in fixed.items():
         given, before = (defaults.get(name) if x is None else x for x in (getattr(args, name, None), value))

@@ -6,6 +6,7 @@ All results are one pandas table with a row per run, split, case, class, convent
 import itertools
 import json
 import logging
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from datasets import DATASETS
+from datasets import DATASETS, DatasetInfo, custom
 from datasets.errors import brief
 from utils.arguments import VARIANT_DEFAULTS, flags_of_others, training_parser
 from utils.errors import RunError
@@ -32,7 +33,7 @@ LEAST_CASES = 6  # Wilcoxon's test of fewer differences than these cannot give p
 # Arguments in which the seeds of one method may differ. `augment_on` is in old runs only.
 NOT_THE_METHOD = {
     "seed", "output_dir", "resume", "device", "n_gpu", "num_workers", "cache_gib", "eval_batch_size", "deterministic",
-    "volume_path", "selected_on", "checkpoint_minutes", "checkpoint_iterations", "keep", "augment_on",
+    "volume_path", "selected_on", "checkpoint_minutes", "checkpoint_iterations", "keep", "augment_on", "data", "fold",
 }  # fmt: skip
 KEYS = ["method", "convention", "class", "metric", "unit"]
 
@@ -42,6 +43,7 @@ class Run:
     """One run folder."""
 
     folder: Path
+    info: DatasetInfo
     args: dict[str, Any]  # arguments of the training, with defaults for those that its version did not have
     dataset: str
     data: str  # the data set, and the folder of its test cases if that is not the data set's own
@@ -70,12 +72,17 @@ class Comparison:
     def scores(self) -> pd.DataFrame:
         """Return `mean`, `sd_over_seeds`, `sd_over_cases` (NaN for one) by `KEYS`, and facts of each method.
 
-        A mean is over cases, then over classes, then over seeds. The standard deviations divide by n - 1: that over
-        seeds is of the means over cases, that over cases is of `per_case`. `chosen_on` is test if that of any seed is.
+        A mean is over cases, then over classes, then over seeds; of several folds over the cases of all, then over
+        classes. The standard deviations divide by n - 1: that over seeds or folds is of the means over cases, that over
+        cases is of `per_case`. `chosen_on` is test if that of any seed is.
         """
         per_seed = _with_mean(self.cases.groupby([*KEYS, "run"], sort=False, as_index=False)["value"].mean())
         seeds, cases = (frame.groupby(KEYS, sort=False)["value"] for frame in (per_seed, self.per_case()))
-        frame = {"mean": seeds.mean(), "sd_over_seeds": seeds.std(), "sd_over_cases": cases.std()}
+        pooled = _with_mean(self.cases.groupby(KEYS, sort=False, as_index=False)["value"].mean())
+        pooled = pooled.set_index(KEYS)["value"]  # over the cases of all folds, which may have unequal numbers
+        folds = self.cases.groupby("method")["fold"].nunique()
+        folded = pooled.index.get_level_values("method").map(folds) > 1
+        frame = {"mean": pooled.where(folded, seeds.mean()), "sd_over_seeds": seeds.std(), "sd_over_cases": cases.std()}
         once = self.cases.query("convention == 'strict' and metric == 'dice'").groupby("method")
         facts = once.agg(seeds=("run", "nunique"), cases=("case", "nunique"), chosen_on=("selected_on", "min"))
         for state in (MISSED, SPURIOUS):
@@ -95,7 +102,9 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
         raise RunError(f"{folder} is not a run folder, it has no config.json: give folders that train_<set>.py wrote")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        info, given = DATASETS[config["data"]["dataset"]], config["args"]
+        data, given = config["data"], config["args"]
+        own = "data" in given  # of the user
+        info = custom.info_of_run(data, given["data"], given["fold"]) if own else DATASETS[data["dataset"]]
         defaults = vars(training_parser("", info).parse_args([])) | VARIANT_DEFAULTS.get(given.get("variant"), {})
         args = defaults | {name: value for name, value in given.items() if value is not None}
         left_out = NOT_THE_METHOD | flags_of_others().get(args["network"], set())
@@ -116,14 +125,19 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
     if not tables:
         split = splits[0] if splits else info.splits[-1]
         flags = ["--checkpoint", folder / "best.pth", "--split", split, f"--{where}", args[where], "--list_dir"]
-        command = shlex.join(["python", f"test_{info.name}.py", *map(str, [*flags, args["list_dir"]])])
+        script = f"test_{info.name}.py" if info.fold is None else info.train_script.replace("train", "test", 1)
+        command = f"python {script} {shlex.join(map(str, [*flags, args['list_dir']]))}"
         raise RunError(f"{folder} was not tested on {split}: test it with {command}")
-    return Run(folder, args, info.name, data, settings, unusual, history, pd.concat(tables), method)
+    return Run(folder, info, args, info.name, data, settings, unusual, history, pd.concat(tables), method)
 
 
 def _text(name: str, value: object) -> str:
-    """Return an argument as text; of a folder the last two names, because the rest differs between machines."""
-    return "/".join(PureWindowsPath(str(value)).parts[-2:]) if name.endswith(("_path", "_dir")) else str(value)
+    """Return an argument as text; of a folder the last two names, because the rest differs between machines.
+
+    The lists of all folds have one name: folds are runs of one method, like seeds.
+    """
+    text = "/".join(PureWindowsPath(str(value)).parts[-2:]) if name.endswith(("_path", "_dir")) else str(value)
+    return re.sub(r"/fold_[0-9]+$", "", text) if name == "list_dir" else text
 
 
 def name_methods(runs: Sequence[Run]) -> list[Run]:
@@ -141,7 +155,8 @@ def name_methods(runs: Sequence[Run]) -> list[Run]:
     for name, of_method in settings.groupby([run.method for run in runs], sort=False):
         if differing := list(of_method.columns[of_method.nunique() > 1]):
             logger.warning("the runs named %s count as seeds of one method but differ in %s", name, differing)
-    repeats = settings.assign(method=[run.method for run in runs], seed=[run.args["seed"] for run in runs]).duplicated()
+    own = {name: [run.args.get(name) for run in runs] for name in ("seed", "fold")}
+    repeats = settings.assign(method=[run.method for run in runs], **own).duplicated()
     for run in itertools.compress(runs, repeats):
         logger.warning("left out: %s repeats the settings and the seed of another run of %s", run.folder, run.method)
     return list(itertools.compress(runs, ~repeats))
@@ -154,13 +169,14 @@ def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def compare(runs: Sequence[Run]) -> list[Comparison]:
     """Return the comparisons of runs with one name of `data`: one per split, classes and runs with common cases."""
-    comparisons, info = [], DATASETS[runs[0].dataset]
-    results = pd.concat([run.results.assign(method=run.method) for run in runs], ignore_index=True)
+    comparisons, info = [], runs[0].info
+    tables = [run.results.assign(method=run.method, fold=run.args.get("fold", 0)) for run in runs]
+    results = pd.concat(tables, ignore_index=True)
     for (split, class_names), table in results.groupby(["split", "classes"], sort=False):
         parts = _with_common_cases(table)
         for number, cases in enumerate(parts, 1):
-            seeds = cases.groupby("method")["run"].transform("nunique")
-            shared = cases.groupby(["method", "case"])["run"].transform("nunique") == seeds
+            seeds = cases.groupby(["method", "fold"])["run"].transform("nunique")  # a case has the seeds of its fold
+            shared = cases.groupby(["method", "fold", "case"])["run"].transform("nunique") == seeds
             for name, left_out in cases[~shared].groupby("method")["case"].nunique().items():
                 if name not in set(cases["method"][shared]):
                     raise RunError(f"the seeds of {name} have no case of {split} in common: test them on the same list")
@@ -177,11 +193,16 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
 
 
 def _with_common_cases(table: pd.DataFrame) -> list[pd.DataFrame]:
-    """Divide results so that runs stay together which have cases in common, directly or through other runs."""
+    """Divide results so that runs stay together which have cases in common, directly or through other runs.
+
+    The folds of a method stay together too.
+    """
     from scipy.sparse.csgraph import connected_components
 
     tested = pd.crosstab(table["run"], table["identity"]).clip(upper=1)
-    _, parts = connected_components((tested @ tested.T).to_numpy())
+    method, fold = table.drop_duplicates("run").set_index("run").loc[tested.index, ["method", "fold"]].to_numpy().T
+    folds = (method[:, None] == method) & (fold[:, None] != fold)
+    _, parts = connected_components((tested @ tested.T).to_numpy() + folds)
     return [part for _, part in table.groupby(table["run"].map(pd.Series(parts, tested.index)), sort=False)]
 
 

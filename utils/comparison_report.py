@@ -10,7 +10,6 @@ import pandas as pd
 import seaborn
 from matplotlib import pyplot, rc_context
 
-from datasets import DATASETS
 from datasets.files import atomic_write
 from utils.comparison import MEAN, NAMES, TESTED, Comparison, Run, by_method
 from utils.figures import save_figure
@@ -25,7 +24,7 @@ CSV_COLUMNS = (
 
 def published_rows(comparison: Comparison) -> pd.DataFrame:
     """Return the published means, and Dice of each class, as printed, for runs on the data set's own test data."""
-    info = DATASETS[comparison.dataset]
+    info = next(iter(comparison.methods.values()))[0].info
     lists = {Path(run.args["list_dir"]).resolve() for runs in comparison.methods.values() for run in runs}
     if lists != {Path(info.list_dir).resolve()} or comparison.split != info.splits[-1] or comparison.data != info.name:
         return pd.DataFrame()
@@ -78,10 +77,10 @@ def _text(numbers: pd.Series, form: str, unknown: str = "-") -> pd.Series:
 
 def run_tables(runs: Sequence[Run]) -> dict[str, pd.DataFrame]:
     """Return a table of the runs, and one of the settings in which the methods differ, by their caption."""
-    rows = [(run.method, str(run.args["seed"]), str(run.folder)) for run in runs]
+    rows = [(run.method, str(run.args["seed"]), str(run.args.get("fold", "-")), str(run.folder)) for run in runs]
     settings = pd.DataFrame({name: members[0].settings for name, members in by_method(runs).items()}).fillna("-")
     differing = settings[settings.nunique(axis=1) > 1].rename_axis("argument").reset_index()
-    tables = {"The runs.": pd.DataFrame(rows, columns=["method", "seed", "run folder"])}
+    tables = {"The runs.": pd.DataFrame(rows, columns=["method", "seed", "fold", "run folder"])}
     return tables | ({"Training arguments in which the methods differ.": differing} if len(differing) else {})
 
 

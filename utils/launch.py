@@ -18,7 +18,7 @@ from datasets.files import file_stem
 from datasets.training_set import TrainingSet
 from networks import NETWORKS, default_weights
 from networks.ranks import rank
-from utils.arguments import check_n_gpu, network_arguments
+from utils.arguments import check_n_gpu, network_arguments, script_of
 from utils.checkpoint import build_network, load_checkpoint, load_fitting, refuse_other_data
 from utils.cli import AMP_DTYPES, pick_device, seed_everything, set_precision, setup_logging
 from utils.distribution import launched, process_group, rank_device
@@ -113,7 +113,8 @@ def test(args: Namespace, info: DatasetInfo, open_cases: Callable[[int], Sequenc
     # The authors chose the checkpoints of the release on the test volumes.
     data = checkpoint.get("data", {"dataset": info.name, "class_names": info.class_names, "selected_on": "test"})
     if data["dataset"] != info.name:
-        raise RunError(f"{args.checkpoint} was trained on {data['dataset']}: test it with test_{data['dataset']}.py")
+        script = script_of("test", data["dataset"])
+        raise RunError(f"{args.checkpoint} was trained on {data['dataset']}: test it with {script}")
     model = build_network(checkpoint, args.checkpoint, len(info.channels)).to(device)
     num_classes, class_names = model.config["num_classes"], tuple(data["class_names"])
     if len(class_names) != num_classes - 1:
@@ -127,6 +128,8 @@ def test(args: Namespace, info: DatasetInfo, open_cases: Callable[[int], Sequenc
     setup_logging(folder / "test.log")
     for doubt in doubts:
         logger.warning("%s: %s", cases.names[0], doubt)
+    if args.split == checkpoint.get("args", {}).get("val_split") and args.checkpoint.name == "best.pth":
+        logger.warning("the best epoch was chosen on these cases, so its scores are optimistic; last.pth is no choice")
     if data.get("kind", "") not in ("", getattr(cases, "kind", "")):
         logger.warning(
             "%s was trained on %s, but these are %s: check --root_path", args.checkpoint, data["kind"], cases.kind

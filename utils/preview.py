@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from datasets import DATASETS, DataError, ImageDataset, SliceDataset
+from datasets import DataError, ImageDataset, SliceDataset
 from utils.cli import number, run_script
 from utils.figures import add_legend, coloured, make_panels, save_figure
-from utils.verify import data_parser
+from utils.verify import chosen_info, data_parser
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--img_size", type=number(int, 1), default=256, help="side of a sample, in pixels")
     parser.add_argument("--output", type=Path, default=Path("preview.png"), help="PNG to write")
     args = parser.parse_args(argv)
-    info = DATASETS[args.dataset]
+    info = chosen_info(args)
     num_classes = args.num_classes or info.num_classes
     where = args.root_path or info.root_path, args.list_dir or info.list_dir, args.split, num_classes
     options = {"img_size": args.img_size, "augment": True, "seed": args.seed}

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from datasets import DATASETS, DataError, DatasetInfo, ImageDataset, ImageFolder, SliceDataset, VolumeDataset
+from datasets import DATASETS, DataError, DatasetInfo, ImageDataset, ImageFolder, SliceDataset, VolumeDataset, custom
 from datasets.errors import brief
 from datasets.image_files import image_of
 from datasets.lists import PATTERN_HELP, beginnings, list_path, natural_key, patient_of, read_list, volume_name
@@ -319,12 +319,20 @@ def data_parser(prog: str, description: str) -> ArgumentParser:
     """Return a parser with the flags that say which data are looked at."""
     parser = ArgumentParser(prog=prog, description=description)
     orders = [order for info in DATASETS.values() for order in info.label_orders]
-    parser.add_argument("dataset", choices=DATASETS)
+    parser.add_argument("dataset", choices=[*DATASETS, "custom"])
+    parser.add_argument("--data", help="of custom: folder that prepare_data.py custom wrote")
     parser.add_argument("--root_path", help="folder of the slices, or of images and masks")
     parser.add_argument("--list_dir", help="folder of the lists")
     parser.add_argument("--num_classes", type=number(int, 2), help="number of classes, background included")
     parser.add_argument("--label_order", choices=orders, help="order of label ids in Synapse's files; default: paper")
     return parser
+
+
+def chosen_info(args: Namespace) -> DatasetInfo:
+    """Return the facts of the data set that the flags of ``data_parser`` name."""
+    if (args.data is None) == (args.dataset == "custom"):
+        raise DataError("--data FOLDER belongs to custom, and custom needs it: give both or none")
+    return DATASETS[args.dataset] if args.data is None else custom.info_of(args.data)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -334,11 +342,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--splits", nargs="+", help="names of the lists; the first is the one to train on")
     parser.add_argument("--patient_pattern", help=PATTERN_HELP)
     args = parser.parse_args(argv)
-    info = DATASETS[args.dataset]
+    info = chosen_info(args)
     num_classes = args.num_classes or info.num_classes
     folders = args.root_path or info.root_path, args.volume_path or info.volume_path, args.list_dir or info.list_dir
     order = info.label_order(args.label_order, num_classes)
-    parts, errors = full_check(*folders, args.splits or info.splits, num_classes, info, order, args.patient_pattern)
+    pattern = args.patient_pattern or info.patient_pattern
+    parts, errors = full_check(*folders, args.splits or info.splits, num_classes, info, order, pattern)
     for part in parts:
         part.print()
     for error in errors:
@@ -347,8 +356,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{len(errors)} error{'s' if len(errors) > 1 else ''} found", file=sys.stderr)
         return 1
     more = f"--label_order {args.label_order}" if args.label_order else f"--num_classes {num_classes}"
+    more = "" if info.fold is not None and num_classes == info.num_classes else more
     more += f" --patient_pattern {shlex.quote(args.patient_pattern)}" if args.patient_pattern else ""
-    print(f"no errors found; next: python {info.train_script} {info.flags(*folders)} {more}")
+    print(f"no errors found; next: python {info.train_script} {info.flags(*folders)} {more}".rstrip())
     return 0
 
 

@@ -45,7 +45,7 @@ def test_what_does_not_fit_the_resumed_run_is_refused(run_folder, flags):
 
 def test_another_data_sets_script_does_not_resume_a_run(run_folder):
     flags = ["--output_dir", str(run_folder), "--resume", "auto"]
-    with pytest.raises(RunError, match=r"is a run on drawings: resume it with train_drawings\.py"):
+    with pytest.raises(RunError, match=r"is a run on drawings: resume it with train_custom\.py"):
         parse_training(training_parser("test", acdc.INFO), acdc.INFO, SPLITS, flags)
 
 

@@ -1,0 +1,333 @@
+"""Data of the user's own: find out what they are, prepare them, and describe them to the scripts.
+
+``prepare`` reads every case once to learn sizes, spacings, label values and intensities, says what it found, and then
+writes the files that the named data sets have, ``lists/fold_<k>``, and ``dataset.json`` with the facts from which
+``info_of`` makes the DatasetInfo.
+"""
+
+import json
+import logging
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datasets.errors import DataError, brief
+from datasets.files import atomic_write
+from datasets.image_files import read_grey, read_image
+from datasets.image_sets import ImageDataset, ImageFolder, training_images
+from datasets.images import ColourPreprocessing
+from datasets.info import DatasetInfo, preprocessing_from_dict
+from datasets.lists import write_lists
+from datasets.preparation import Case, Pair, prepare_images, prepare_volumes, run_all
+from datasets.preprocessing import Preprocessing, Scale, orientation_of
+from datasets.raw_forms import JSON, MAX_CLASSES, Raw, read_json, recognise
+from datasets.scan import read_scan, read_scan_label
+from datasets.splits import divide, refuse_names
+from datasets.volumes import SliceDataset, Volume, VolumeDataset
+
+logger = logging.getLogger(__name__)
+
+# Directions of x, y and z for slices across each axis. Figures then show the front or the head at the top.
+AXES = {"axial": "LPS", "coronal": "LIP", "sagittal": "PIL"}
+# What becomes 0 and 1 by default; 0.5 and 99.5 are nnU-Net's, which takes them of the foreground of all CT scans.
+PERCENTILES, DEVIATIONS = (0.5, 99.5), (-4.0, 4.0)
+SAMPLES = 10_000  # foreground voxels of a case from which the window of CT is found
+
+
+def info_of(folder: str | Path, fold: int = 0) -> DatasetInfo:
+    """Return the facts of a prepared folder, with the lists of a fold; raises DataError for another folder."""
+    path = Path(folder) / JSON
+    if not path.is_file():
+        raise DataError(
+            f"{path}: no such file; prepare the data first: python prepare_data.py custom --raw FOLDER --out {folder}"
+        )
+    return info_from(read_json(path), folder, fold)
+
+
+def info_from(facts: dict[str, Any], folder: str | Path, fold: int = 0) -> DatasetInfo:
+    """Return a DatasetInfo of the facts in a prepared ``dataset.json``; raises DataError for other facts."""
+    try:
+        count = int(facts["folds"])
+        info = DatasetInfo(
+            name=str(facts["name"]),
+            class_names=tuple(map(str, facts["class_names"])),
+            folder=str(folder),
+            list_dir=f"{folder}/lists/fold_{fold}",
+            splits=("train", "val", "test") if facts["test"] else ("train", "val"),
+            preprocessing=preprocessing_from_dict(facts["preprocessing"]),
+            how_to_get=f"prepare the data first: python prepare_data.py custom --raw FOLDER --out {folder}",
+            train_script=f"train_custom.py --data {folder}",
+            planar=bool(facts["planar"]),
+            channels=tuple(map(str, facts["channels"])),
+            fold=fold,
+            folds=count,
+            patient_pattern=facts["patient_pattern"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{Path(folder) / JSON}: not of a prepared folder ({brief(error)}); prepare it: python prepare_data.py "
+            f"custom --raw {folder}"
+        ) from error
+    if not 0 <= fold < count:
+        raise DataError(f"{folder}: has folds 0 to {count - 1}, no {fold}; prepare it with other --folds")
+    return info
+
+
+INFO = DatasetInfo("custom", ("class 1",), "data/NAME", "data/NAME/lists/fold_0", ("train", "val"), Preprocessing(),
+    "give --data FOLDER", "train_custom.py --data data/NAME", fold=0)  # fmt: skip
+"""Stands for a set where none is given yet."""
+
+
+def info_of_run(data: dict[str, Any], folder: str | Path, fold: int) -> DatasetInfo:
+    """Return a DatasetInfo of what a run in a fold of a prepared folder stores of its data."""
+    facts = {"folds": fold + 1, "test": False, "patient_pattern": None, "planar": "mean" in data["preprocessing"]}
+    return info_from(data | facts | {"name": data["dataset"]}, folder, fold)
+
+
+def training_sets(
+    info: DatasetInfo, args: Namespace
+) -> tuple[SliceDataset | ImageDataset, VolumeDataset | ImageFolder]:
+    """Return what to train on and what to validate on, as a training script's arguments name them."""
+    if info.planar:
+        return training_images(info, args)
+    info.require(args.root_path, args.volume_path)
+    train_set = SliceDataset(
+        args.root_path, args.list_dir, args.train_split, args.num_classes, args.img_size, augment=True, seed=args.seed
+    )
+    return train_set, VolumeDataset(args.volume_path, args.list_dir, args.val_split, args.num_classes)
+
+
+def test_set(info: DatasetInfo, args: Namespace) -> Callable[[int], VolumeDataset | ImageFolder]:
+    """Return what opens the cases that a test script's arguments name, for a number of classes."""
+    if info.planar:
+        return partial(ImageFolder, info, args.root_path, args.list_dir, args.split)
+    info.require(args.volume_path)
+    return partial(VolumeDataset, args.volume_path, args.list_dir, args.split, only=args.cases)
+
+
+@dataclass
+class Look:
+    """What one case is, before it is prepared; ``problem`` says why it cannot be used."""
+
+    problem: str = ""
+    size: tuple[int, ...] = ()  # (z, y, x) as stored, of a picture (H, W)
+    spacing: dict[str, float] | None = None  # mm between slices, by the name of their plane
+    values: tuple[int, ...] = ()  # of the label, without background
+    foreground: tuple[np.ndarray, ...] = ()  # a sample of intensities inside the label, of each channel
+
+
+def _look(channels: int, classes: dict[int, str] | None, case: Case) -> Look:
+    try:
+        return _look_at(channels, classes, case)
+    except DataError as error:
+        return Look(str(error))
+
+
+def _look_at(channels: int, classes: dict[int, str] | None, case: Case) -> Look:
+    if channels:
+        as_stored = Preprocessing(scales=(Scale("window", 0, 1),) * channels)
+        volume = read_scan(case.images, as_stored)
+        label, foreground, spacing = read_scan_label(case.labels[0], volume), [], None
+        if volume.spacing is not None:
+            letters = orientation_of(volume.affine)[::-1]  # of slices, rows and columns
+            planes = {letter: name for name, axes in AXES.items() for letter in (axes[2], _OPPOSITE[axes[2]])}
+            spacing = {planes[letter]: side for letter, side in zip(letters, volume.spacing, strict=True)}
+        inside = np.flatnonzero(label)
+        inside = np.random.default_rng(0).choice(inside, min(len(inside), SAMPLES), replace=False)
+        for image in getattr(volume.image, "images", [volume.image]):
+            foreground.append(np.asarray(image.intensities(image.voxels.flat[inside]), np.float32))
+        look = Look("", label.shape, spacing, foreground=tuple(foreground))
+    else:
+        label = read_grey(case.labels[0], read_image(case.images[0], 16).shape[:2], indices=True)
+        look = Look("", label.shape)
+    look.values = tuple(value for value in np.unique(label).tolist() if value)
+    unknown = [value for value in look.values if classes is not None and value not in classes]
+    if unknown:
+        declared = ", ".join(f"{value} {name}" for value, name in classes.items())
+        raise DataError(
+            f"{case.labels[0]}: holds label values {brief(', '.join(map(str, unknown)), 60)}; {JSON} declares "
+            f"{brief(declared, 120)}: declare them there, or correct the file"
+        )
+    return look
+
+
+_OPPOSITE = {"S": "I", "P": "A", "L": "R"}
+
+
+def prepare(
+    raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = False, axis: str | None = None,
+    normalize: str | None = None, window: Sequence[float] | None = None, class_names: Sequence[str] | None = None,
+    folds: int | None = None, test: int = 0, splits: Path | None = None, seed: int = 2222,
+    patient_pattern: str | None = None, skip_bad: bool = False,
+) -> list[str]:  # fmt: skip
+    """Prepare data in one of the forms of ``recognise`` and return the names of the cases.
+
+    axis: a key of AXES, None: across the coarsest spacing; normalize: ``percentiles`` or ``zscore`` of each scan, None:
+    a window for CT and percentiles for others; window: intensities that become 0 and 1; class_names: of label values in
+    rising order, where none are declared; folds, test, splits, seed, patient_pattern: as in ``divide``; skip_bad: leave
+    out the cases that cannot be used. jobs, overwrite: as in ``prepare_volumes``. Raises DataError for raw data that
+    are missing or unfit, before anything is written.
+    """
+    out, found = Path(out), recognise(raw)
+    if out.resolve() == Path(raw).resolve():
+        raise DataError(f"{out}: this is the raw folder, whose {JSON} would be overwritten; give another --out")
+    channels = 0 if found.planar else len(found.channels)
+    looks = run_all(partial(_look, channels, found.classes), found.cases, (), "cases read", jobs)
+    problems = found.problems | {name: look.problem for name, look in looks.items() if look.problem}
+    looks = {name: look for name, look in looks.items() if not look.problem}
+    cases = [case for case in found.cases if case.name in looks]
+    _say(found, looks, problems)
+    if problems and (not skip_bad or not cases):
+        remedy = "leave them out with --skip_bad" if cases else "correct them"
+        more = f" (and {len(problems) - 1} more cases do not fit, above: {remedy})" if len(problems) > 1 else ""
+        raise DataError(f"{next(iter(problems.values()))}{more}")
+    refuse_names(raw, looks)
+    values, names = _classes(raw, found, looks, class_names)
+    lists = divide(list(looks), folds, test, splits, seed, patient_pattern, problems)
+    tested = {name for part in lists for name in part.get("test", ())}
+    preprocessing = ColourPreprocessing()
+    if not found.planar:
+        used = [look for name, look in looks.items() if name not in tested]
+        preprocessing = _preprocessing(found.channels, list(looks.values()), used, axis, normalize, window)
+        logger.info("slices      %s; %s become 0 and 1", _plane(preprocessing), _ends(preprocessing, found.channels))
+    sizes = ", ".join(f"{len(lists[0][part])} {part}" for part in lists[0])
+    logger.info("splits      %d folds, the first: %s", len(lists), sizes)
+    facts = {
+        "name": out.resolve().name, "class_names": names, "channels": found.channels, "planar": found.planar,
+        "preprocessing": preprocessing.to_dict(), "label_values": values, "folds": len(lists), "test": bool(tested),
+        "seed": seed, "patient_pattern": patient_pattern, "raw": found.form,
+    }  # fmt: skip
+    _write_facts(out, facts, overwrite)
+    for fold, parts in enumerate(lists):
+        write_lists(out / "lists" / f"fold_{fold}", {"test": [], **parts})
+    if found.planar:
+        prepare_images(partial(_read_picture, values), cases, raw, out, jobs, overwrite)
+    else:
+        prepare_volumes(partial(_read_volume, preprocessing, values, tuple(names)), cases, out, jobs, overwrite)
+    for problem in problems.values():
+        logger.warning("left out: %s", problem)
+    return list(looks)
+
+
+def _read_volume(preprocessing: Preprocessing, values: Sequence[int], names: tuple[str, ...], case: Case) -> Volume:
+    volume = read_scan(case.images, preprocessing)
+    volume.label = _indices(read_scan_label(case.labels[0], volume), values)
+    volume.name, volume.image, volume.class_names = case.name, np.asarray(volume.image), names
+    return volume
+
+
+def _read_picture(values: Sequence[int], case: Case, bits: int | None) -> Pair:
+    image = read_image(case.images[0], bits)
+    return case.images[0], _indices(read_grey(case.labels[0], image.shape[:2], indices=True), values)
+
+
+def _indices(label: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    """Return the class indices 1, 2, ... of label values in their order: uint8."""
+    table = np.zeros(max(values) + 1, np.uint8)
+    table[list(values)] = np.arange(1, len(values) + 1)
+    return table[label]
+
+
+def _say(found: Raw, looks: dict[str, Look], problems: dict[str, str]) -> None:
+    """Log what was found, before anything is written."""
+    logger.info("form        %s, %s", found.form, "pictures" if found.planar else "scans")
+    logger.info("cases       %d: %s", len(looks), brief(", ".join(looks), 80))
+    logger.info("channels    %d: %s", len(found.channels), ", ".join(found.channels))
+    named = [f"{value} {name}" for value, name in (found.classes or {}).items()]
+    values = sorted({value for look in looks.values() for value in look.values})
+    logger.info(
+        "classes     %s", brief(", ".join(named), 200) if named else f"not declared, values {brief(values, 80)}"
+    )
+    if looks:
+        sizes = np.array([look.size for look in looks.values()])
+        ends = zip(sizes.min(0), sizes.max(0), strict=True)
+        axes = "rows, columns" if found.planar else "slices, rows, columns as stored"
+        logger.info("size        %s (%s)", " x ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in ends), axes)
+    spacings = _spacings(list(looks.values()))
+    if spacings:
+        logger.info("spacing     %s", ", ".join(f"{name} {mm:.3g} mm" for name, mm in spacings.items()))
+    for problem in problems.values():
+        logger.warning("does not fit: %s", problem)
+
+
+def _classes(
+    raw: str | Path, found: Raw, looks: dict[str, Look], class_names: Sequence[str] | None
+) -> tuple[list[int], list[str]]:
+    """Return the label values of the classes, rising, and the names of the classes."""
+    if found.classes is not None:
+        values, names = list(found.classes), list(found.classes.values())
+    else:
+        values = sorted({value for look in looks.values() for value in look.values})
+        names = [f"class {index}" for index in range(1, len(values) + 1)]
+    if not values or len(values) > MAX_CLASSES or (len(values) > 16 and max(values) > 4 * len(values)):
+        raise DataError(
+            f"{raw}: its labels hold {len(values)} values, {brief(values, 60)}; expected 1 to {MAX_CLASSES} classes: "
+            "store 1, 2, ... in uncompressed files, not objects numbered one by one"
+        )
+    if class_names and not len({*class_names}) == len(class_names) == len(values):
+        raise DataError(f"--class_names gives {len(class_names)} names; expected {len(values)} different ones")
+    return values, list(class_names or names)
+
+
+def _spacings(looks: Sequence[Look]) -> dict[str, float]:
+    """Return the median distance in mm between slices of each plane, over the cases that state one."""
+    known = [look.spacing for look in looks if look.spacing]
+    return {name: float(np.median([spacing[name] for spacing in known])) for name in AXES} if known else {}
+
+
+def _preprocessing(
+    channels: Sequence[str], looks: Sequence[Look], used: Sequence[Look], axis: str | None, normalize: str | None,
+    window: Sequence[float] | None,
+) -> Preprocessing:  # fmt: skip
+    """Return the preprocessing of scans. looks: of all cases; used: those that may decide the window of CT."""
+    spacings = _spacings(looks) or dict.fromkeys(AXES, 1.0)
+    coarsest = max(spacings, key=lambda name: (round(spacings[name], 2), name == "axial"))
+    scales = []
+    for number, channel in enumerate(channels):
+        if window is not None:
+            scale = Scale("window", *window)
+        elif normalize == "zscore":
+            scale = Scale("deviations", *DEVIATIONS)
+        elif normalize == "percentiles" or channel.strip().upper() != "CT":
+            scale = Scale("percentiles", *PERCENTILES)
+        else:
+            inside = np.concatenate([look.foreground[number] for look in used])
+            low, high = np.percentile(inside, PERCENTILES) if len(inside) else (0, 0)
+            if not low < high:
+                raise DataError(f"channel {channel}: no two intensities inside the labels; give --window LOW HIGH")
+            scale = Scale("window", round(float(low), 3), round(float(high), 3))
+        scales.append(scale)
+    orientation = AXES[axis or coarsest]
+    if len(scales) == 1 and scales[0].kind == "window":
+        return Preprocessing(orientation, (scales[0].low, scales[0].high))
+    return Preprocessing(orientation, scales=tuple(scales))
+
+
+def _plane(preprocessing: Preprocessing) -> str:
+    return next(name for name, axes in AXES.items() if axes == preprocessing.orientation)
+
+
+def _ends(preprocessing: Preprocessing, channels: Sequence[str]) -> str:
+    if preprocessing.window is not None:
+        return "{:g} and {:g}".format(*preprocessing.window)
+    return ", ".join(f"of {name} {scale}" for name, scale in zip(channels, preprocessing.scales, strict=True))
+
+
+def _write_facts(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
+    """Write ``dataset.json``; raises DataError if the folder holds cases that were prepared otherwise."""
+    text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+    if (out / JSON).is_file() and not overwrite:
+        before, now = read_json(out / JSON), json.loads(text)
+        for key in ("class_names", "channels", "planar", "preprocessing", "label_values"):
+            if before.get(key) != now[key]:
+                raise DataError(
+                    f"{out}: was prepared with {key} {brief(before.get(key), 100)}, not {brief(now[key], 100)}; "
+                    "prepare all cases again with --overwrite, or give another --out"
+                )
+    with atomic_write(out / JSON) as temporary:
+        temporary.write_text(text, encoding="utf-8")

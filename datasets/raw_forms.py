@@ -1,0 +1,180 @@
+"""Recognise the forms in which people keep scans and pictures of their own, with a label for each.
+
+These are a task of the Medical Segmentation Decathlon, a raw data set of nnU-Net (version 1 or 2), and a folder with
+``images`` and ``labels`` (or ``masks``) that have the same names. Only names and ``dataset.json`` are read here.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets.errors import DataError, brief
+from datasets.image_files import ENDINGS
+from datasets.lists import natural_key
+from datasets.preparation import Case
+from datasets.scan import FOLDER_ENDINGS, PREPARED, scan_name
+
+JSON = "dataset.json"
+MAX_CLASSES = 255  # without background: labels are stored as uint8
+_SCANS = tuple(ending for ending in FOLDER_ENDINGS if ending not in PREPARED)
+_FOLDERS = (("images", "labels"), ("images", "masks"), ("imagesTr", "labelsTr"))
+_EXPECTED = f"expected {JSON} (Decathlon, nnU-Net), or folders images and labels or masks with files of the same names"
+
+
+@dataclass
+class Raw:
+    """What a folder holds, by its names: nothing has been read yet but ``dataset.json``."""
+
+    form: str
+    cases: list[Case]  # with one image file, or one for each channel
+    classes: dict[int, str] | None  # names of the declared label values without background; None: none are declared
+    channels: tuple[str, ...]
+    planar: bool = False  # pictures, not scans
+    problems: dict[str, str] = field(default_factory=dict)  # of cases that cannot be used, one line each
+
+
+def recognise(folder: str | Path) -> Raw:
+    """Return what a folder of raw data holds. Raises DataError for a folder in none of the forms."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; correct --raw")
+    folder = next((f for f in (folder, folder / folder.name) if (f / JSON).is_file()), folder)  # unpacked twice
+    if (folder / JSON).is_file():
+        raw = _declared(folder, read_json(folder / JSON))
+    else:
+        found = next((pair for pair in _FOLDERS if all((folder / name).is_dir() for name in pair)), None)
+        if found is None:
+            raise DataError(f"{folder}: {_EXPECTED}; correct --raw")
+        raw = _paired(*(folder / name for name in found), f"folders {found[0]} and {found[1]}, no {JSON}")
+    if not raw.cases and not raw.problems:
+        raise DataError(f"{folder}: holds no image with a label ({', '.join((*_SCANS, *ENDINGS))}); {_EXPECTED}")
+    if raw.planar and any(len(case.images) > 1 for case in raw.cases):
+        raise DataError(f"{folder}: a picture has several files; expected its colours in one file, as PNG or TIFF")
+    return raw
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object of a JSON file; raises DataError for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}: not a JSON file ({brief(error)}); correct it or copy it again") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: holds a {type(content).__name__}; expected an object with labels and channels")
+    return content
+
+
+def _declared(folder: Path, content: dict[str, Any]) -> Raw:
+    """Return what a ``dataset.json`` declares."""
+    path, names = folder / JSON, content.get("channel_names", content.get("modality", {"0": "image"}))
+    classes = _classes(path, content.get("labels"))
+    try:
+        channels = tuple(str(names[key]) for key in sorted(names, key=int))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f'{path}: its channels are {brief(names)}; expected {{"0": "T1", "1": "T2", ...}}') from error
+    if isinstance(content.get("dataset"), dict):
+        listed = [(*one.get("images", ()), one.get("label")) for one in content["dataset"].values()]
+    elif isinstance(content.get("training"), list):
+        listed = [(one.get("image"), one.get("label")) if isinstance(one, dict) else one for one in content["training"]]
+    else:
+        raw = _paired(folder / "imagesTr", folder / "labelsTr", f"nnU-Net, version 2 ({JSON})", len(channels))
+        raw.classes, raw.channels = classes, raw.channels if raw.planar else channels
+        return raw
+    raw = Raw(f"Medical Segmentation Decathlon ({JSON})", [], classes, channels)
+    for entry in listed:
+        try:
+            *images, label = (folder / name for name in entry)
+        except TypeError as error:
+            raise DataError(f'{path}: lists {brief(entry)}; expected an "image" and a "label"') from error
+        raw.planar = label.name.lower().endswith(ENDINGS)
+        if len(images) == 1 and not images[0].is_file():  # nnU-Net, version 1: the list leaves out _0000
+            stem = scan_name(images[0])
+            numbered = [
+                images[0].with_name(f"{stem}_{c:04d}{images[0].name[len(stem) :]}") for c in range(len(channels))
+            ]
+            if numbered[0].is_file():
+                raw.form, images = f"nnU-Net, version 1 ({JSON})", numbered
+        name = label.stem if raw.planar else scan_name(label)
+        missing = [file for file in (*images, label) if not file.is_file()]
+        if missing:
+            raw.problems[name] = f"{missing[0]}: no such file, but {JSON} names it; copy it there or correct {JSON}"
+        else:
+            raw.cases.append(Case(name, tuple(images), (label,)))
+    return raw
+
+
+def _classes(path: Path, labels: Any) -> dict[int, str]:
+    """Return the names of the label values, from the Decathlon's ``{"1": name}`` or nnU-Net's ``{name: 1}``."""
+    if not isinstance(labels, dict) or not labels:
+        raise DataError(f'{path}: declares no "labels"; expected {{"background": 0, "name": 1, ...}}')
+    classes: dict[int, str] = {}
+    for key, value in labels.items():
+        if isinstance(value, list):
+            raise DataError(
+                f"{path}: class {brief(key)} is a region, the union of labels {brief(value)}; regions are not "
+                "supported: declare one number for each class, which every voxel of it has in the files"
+            )
+        number, name = (key, value) if isinstance(value, str) else (value, key)
+        if name == "ignore":
+            raise DataError(f"{path}: declares a label to ignore, which is not supported; give its voxels a class")
+        try:
+            number = int(number)
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"{path}: class {brief(key)} has no number but {brief(value)}; expected 1, 2, ..."
+            ) from error
+        if number < 0 or number > MAX_CLASSES:
+            raise DataError(f"{path}: class {brief(name)} has number {number}; expected 0 to {MAX_CLASSES}")
+        if number in classes or name in classes.values():
+            raise DataError(f"{path}: declares {number} or {brief(name)} twice; correct its labels")
+        classes[number] = name
+    classes.pop(0, None)
+    if not classes:
+        raise DataError(f"{path}: declares no class but background; add those of the labels")
+    return dict(sorted(classes.items()))
+
+
+def _paired(image_folder: Path, label_folder: Path, form: str, channels: int | None = None) -> Raw:
+    """Return the images of a folder with the labels of the same name in another; channels: expected, None for any."""
+    for folder in (image_folder, label_folder):
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder; {_EXPECTED}")
+    images, labels = ([*_files(folder)] for folder in (image_folder, label_folder))
+    planar = any(path.name.lower().endswith(ENDINGS) for path in images)
+    if planar and not all(path.name.lower().endswith(ENDINGS) for path in images):
+        raise DataError(f"{image_folder}: holds pictures and scans; put them into two data sets")
+    raw = Raw(form, [], None, (), planar)
+    label_of: dict[str, Path] = {}
+    for path in labels:
+        if label_of.setdefault(_name(path), path) != path:
+            raise DataError(f"{path}: {label_of[_name(path)].name} is a label of the same name; remove one of the two")
+    files_of: dict[str, list[Path]] = {}
+    for path in images:
+        whole, channel = _name(path), re.sub("_[0-9]{4}$", "", _name(path))
+        is_channel = whole not in label_of and (channels is not None or channel in label_of)
+        files_of.setdefault(channel if is_channel else whole, []).append(path)
+    expected = channels or max(map(len, files_of.values()), default=1)
+    for name, files in files_of.items():
+        if name not in label_of:
+            raw.problems[name] = f"{files[0]}: has no label of its name in {label_folder}; add it or remove the image"
+        elif len(files) != expected and (channels is None or len(files) > 1):  # one file may hold all channels
+            raw.problems[name] = f"{files[0]}: has {len(files)} channel files; expected {expected}, one per channel"
+        else:
+            raw.cases.append(Case(name, tuple(files), (label_of[name],)))
+    for name in label_of.keys() - files_of.keys():
+        raw.problems[name] = f"{label_of[name]}: has no image of its name in {image_folder}; add it or remove the label"
+    raw.channels = ("red", "green", "blue") if planar else tuple(f"channel {c}" for c in range(expected))
+    return raw
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    for path in sorted(folder.iterdir(), key=lambda path: natural_key(path.name)):
+        if path.name.lower().endswith((*_SCANS, *ENDINGS)) and not path.name.startswith("."):
+            yield path
+
+
+def _name(path: Path) -> str:
+    return path.stem if path.name.lower().endswith(ENDINGS) else scan_name(path)

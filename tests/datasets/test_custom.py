@@ -1,0 +1,194 @@
+"""Data of the user's own: the forms in which they come, how they are prepared and divided, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets import DataError, Preprocessing, custom, read_scan, read_volume
+from datasets.custom import divide, info_of, prepare
+from datasets.lists import read_list
+from datasets.preprocessing import Scale
+from datasets.raw_forms import JSON, recognise
+
+NAMES = ("a", "b", "c d", "é")
+LABEL = np.zeros((8, 6, 5), np.uint8)  # (x, y, z)
+LABEL[2:6, 1:4, 1:3], LABEL[2:4, 3:5, 3] = 1, 2
+
+
+def scan(path: Path, array: np.ndarray, sides=(1.0, 1.0, 3.0), shift: float = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    affine = np.diag([-sides[0], -sides[1], sides[2], 1.0])
+    affine[0, 3] = shift
+    nibabel.save(nibabel.Nifti1Image(array, affine), path)
+
+
+def image(seed: int, channels: int = 1) -> np.ndarray:
+    noise = np.random.default_rng(seed).normal(0, 5, (*LABEL.shape, channels)) + 100 * LABEL[..., None]
+    return (noise if channels > 1 else noise[..., 0]).astype(np.int16)
+
+
+def write_json(folder: Path, **content) -> None:
+    (folder / JSON).write_text(json.dumps(content), encoding="utf-8")
+
+
+def decathlon(folder: Path, channels: int = 1, modality: str = "MRI") -> Path:
+    training = []
+    for seed, name in enumerate(NAMES):
+        pair = {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"}
+        scan(folder / pair["image"], image(seed, channels))
+        scan(folder / pair["label"], LABEL)
+        training.append(pair)
+    labels = {"0": "background", "1": "organ", "2": "tumour"}
+    write_json(folder, labels=labels, modality={str(c): modality for c in range(channels)}, training=training)
+    return folder
+
+
+def nnunet(folder: Path, channels: int = 2) -> Path:
+    for seed, name in enumerate(NAMES):
+        for c in range(channels):
+            scan(folder / f"imagesTr/{name}_{c:04d}.nii.gz", image(seed, channels)[..., c])
+        scan(folder / f"labelsTr/{name}.nii.gz", LABEL)
+    names = {str(c): f"T{c + 1}" for c in range(channels)}
+    write_json(folder, labels={"background": 0, "organ": 1, "tumour": 2}, channel_names=names, file_ending=".nii.gz")
+    return folder
+
+
+def folders(folder: Path) -> Path:
+    for seed, name in enumerate(NAMES):
+        scan(folder / f"images/{name}.nii.gz", image(seed))
+        scan(folder / f"labels/{name}.nii.gz", np.array([0, 7, 9], np.int16)[LABEL])
+    return folder
+
+
+def pictures(folder: Path) -> Path:
+    for seed, name in enumerate(NAMES):
+        for kind, array in (("images", np.clip(image(seed)[..., 2], 0, 255)), ("masks", 255 * (LABEL[..., 2] > 0))):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array.astype(np.uint8)).save(folder / kind / f"{name}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "form", "channels", "classes"),
+    [
+        (decathlon, "Decathlon", ("MRI",), ("organ", "tumour")),
+        (lambda folder: decathlon(folder, 4), "Decathlon", ("MRI",) * 4, ("organ", "tumour")),
+        (nnunet, "nnU-Net, version 2", ("T1", "T2"), ("organ", "tumour")),
+        (folders, "no dataset.json", ("channel 0",), ("class 1", "class 2")),
+        (pictures, "no dataset.json", ("red", "green", "blue"), ("class 1",)),
+    ],
+    ids=["decathlon", "decathlon, 4D", "nnunet", "folders", "pictures"],
+)
+def test_each_form_is_said_and_prepared_like_the_named_sets(tmp_path, caplog, make, form, channels, classes):
+    caplog.set_level("INFO")
+    raw, out = make(tmp_path / "raw"), tmp_path / "out"
+    assert prepare(raw, out) == list(NAMES)
+    info = info_of(out, fold=1)
+    assert (info.name, info.channels, info.class_names, info.folds) == ("out", channels, classes, 4)
+    for words in (form, "cases       4: a, b, c d, é", *channels, "8 x 6" if info.planar else "5 x 6 x 8", "4 folds"):
+        assert words in caplog.text
+    assert read_list(info.list_dir, "val") and len(read_list(info.list_dir, "train")) == 3
+    if info.planar:
+        mask = np.asarray(Image.open(out / "masks/é.png"))
+        np.testing.assert_array_equal(mask, LABEL[..., 2] > 0)
+        return
+    volume = read_volume(out / "test_vol_h5/c d.npy.h5")
+    assert info.preprocessing.orientation == "LPS" and volume.spacing == (3, 1, 1)  # across the coarsest spacing
+    assert volume.image.shape == (5, 6, 8, *((len(channels),) if len(channels) > 1 else ()))
+    np.testing.assert_array_equal(volume.label, LABEL.T)
+    assert volume.class_names == classes and (volume.image.min(), volume.image.max()) == pytest.approx((0, 1), abs=1e-6)
+    files = sorted((raw / ("images" if make is folders else "imagesTr")).glob("c d*"))
+    again = read_scan(files[0], info.preprocessing)  # as predict.py reads it
+    np.testing.assert_array_equal(again.image, volume.image)
+    prepare(raw, out)
+    with pytest.raises(DataError, match=r"preprocessing .*--overwrite"):
+        prepare(raw, out, window=(0, 1))
+
+
+def test_ct_is_clipped_to_the_foreground_of_the_cases_that_do_not_test_and_flags_say_otherwise(tmp_path):
+    raw = decathlon(tmp_path / "raw", modality="CT")
+    scan(raw / "imagesTr/a.nii.gz", 100 * image(0))
+    tests_a = tmp_path / "lists"
+    tests_a.mkdir()
+    for part, names in (("train", "b\né"), ("val", "c d"), ("test", "a")):
+        (tests_a / f"{part}.txt").write_text(names, encoding="utf-8")
+    prepare(raw, tmp_path / "ct", splits=tests_a, axis="sagittal")
+    info = info_of(tmp_path / "ct")
+    inside = np.concatenate([image(seed)[LABEL > 0] for seed in (1, 2, 3)])
+    assert info.preprocessing.window == pytest.approx(np.percentile(inside, (0.5, 99.5)), abs=1e-3)
+    assert info.preprocessing.orientation == "PIL" and info.splits == ("train", "val", "test")
+    prepare(raw, tmp_path / "z", normalize="zscore")
+    zscore = info_of(tmp_path / "z").preprocessing
+    assert zscore.scales == (Scale("deviations", -4, 4),) and Preprocessing.from_dict(zscore.to_dict()) == zscore
+    array = read_scan(raw / "imagesTr/b.nii.gz", zscore).image
+    expected = (image(1) - image(1).mean()) / image(1).std() / 8 + 0.5
+    np.testing.assert_allclose(array, np.clip(expected, 0, 1).T, atol=1e-6)
+
+
+def test_patients_are_divided_once_and_never_into_two_parts():
+    names = [f"p{patient}_{scan}" for patient in range(11) for scan in range(2)]
+    lists = divide(names, 3, 20, pattern="p[0-9]+")
+    assert lists == divide(names[::-1], 3, 20, pattern="p[0-9]+") != divide(names, 3, 20, seed=1, pattern="p[0-9]+")
+    assert sorted(name for one in lists for name in one["val"]) == sorted({*names} - {*lists[0]["test"]})
+    for one in lists:
+        owners = [{name.split("_")[0] for name in one[part]} for part in ("train", "val", "test")]
+        assert sum(map(len, owners)) == len(set.union(*owners)) == 11 and len(owners[2]) == 2
+
+
+def replace_label(**labels):
+    return lambda raw: write_json(raw, labels=labels, channel_names={"0": "T1", "1": "T2"})
+
+
+BAD = {
+    "nothing": (lambda raw: shutil.rmtree(raw / "imagesTr") or (raw / JSON).unlink(), ["raw", "expected dataset.json"]),
+    "no json": (lambda raw: (raw / JSON).write_text("{"), [JSON, "not a JSON file"]),
+    "no labels": (lambda raw: write_json(raw, labels={}), [JSON, 'declares no "labels"']),
+    "regions": (replace_label(background=0, whole=[1, 2]), ["whole", "regions are not supported"]),
+    "ignore": (replace_label(background=0, organ=1, ignore=2), ["ignore"]),
+    "too many": (replace_label(**{f"c{i}": i for i in range(301)}), ["256", "0 to 255"]),
+    "not there": (lambda raw: write_json(raw, labels={"a": 1}, training=[["x", "y"]]), ["x", "names it"]),
+    "undeclared": (replace_label(background=0, organ=1), ["a.nii.gz", "label values 2", "1 organ"]),
+    "no label": (lambda raw: (raw / "labelsTr/a.nii.gz").unlink(), ["a_0000.nii.gz", "no label"]),
+    "no image": (lambda raw: [p.unlink() for p in raw.glob("imagesTr/a_*")], ["a.nii.gz", "no image"]),
+    "channels": (lambda raw: scan(raw / "imagesTr/a_0001.nii.gz", image(0)[:7]), ["a_0001", "on one grid"]),
+    "place": (lambda raw: scan(raw / "imagesTr/a_0001.nii.gz", image(0), shift=9), ["a_0001", "on one grid"]),
+    "one channel": (lambda raw: (raw / "imagesTr/a_0001.nii.gz").unlink(), ["a_0000", "expected 2"]),
+    "grid": (lambda raw: scan(raw / "labelsTr/a.nii.gz", LABEL, (2, 1, 3)), ["a.nii.gz", "resample"]),
+    "shape": (lambda raw: scan(raw / "labelsTr/a.nii.gz", LABEL[:5]), ["a.nii.gz", "expected (5, 6, 8)"]),
+    "cut": (lambda raw: (raw / "imagesTr/a_0000.nii.gz").write_bytes(b"\x1f\x8b123"), ["a_0000.nii.gz", "truncated"]),
+    "one case": (lambda raw: [p.unlink() for n in NAMES[1:] for p in raw.rglob(f"{n}*")], ["1 case", "2 or more"]),
+    "alike": (lambda raw: [p.rename(p.with_name(p.name.replace("b", "a_b", 1))) for p in raw.rglob("b*.gz")], ["a_b"]),
+}  # fmt: skip
+OF_ONE_CASE = ("no label", "no image", "channels", "place", "one channel", "grid", "shape", "cut")
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_nothing_is_written_but_good_cases_where_asked(tmp_path, refused, caplog, case):
+    damage, words = BAD[case]
+    raw, out = nnunet(tmp_path / "raw"), tmp_path / "out"
+    damage(raw)
+    refused(lambda: prepare(raw, out), *words)
+    assert not out.exists()
+    if case in OF_ONE_CASE:
+        assert prepare(raw, out, skip_bad=True) == list(NAMES[1:])
+        assert all(word in caplog.records[-1].getMessage() for word in ("left out", *words))
+        assert not list(out.rglob("a*")) and info_of(out).folds == 3
+
+
+@pytest.mark.parametrize("values", [range(61, 301), range(20, 400, 20)])
+def test_instances_and_greys_are_no_classes(tmp_path, refused, values):
+    raw = folders(tmp_path / "raw")
+    scan(raw / "labels/a.nii.gz", np.resize([0, *values], LABEL.shape).astype(np.int16))
+    refused(lambda: prepare(raw, tmp_path / "out"), "raw" if max(values) < 300 else "a.nii.gz")
+
+
+def test_a_folder_of_another_kind_is_refused_with_the_command_that_prepares_it(tmp_path, refused):
+    refused(lambda: info_of(tmp_path), tmp_path, "prepare_data.py custom")
+    refused(lambda: info_of(decathlon(tmp_path / "raw")), "raw", "prepare_data.py custom --raw")
+    refused(lambda: prepare(tmp_path / "raw", tmp_path / "raw"), "--out")
+    assert recognise(tmp_path / "raw").cases and custom.INFO.fold == 0

@@ -1,0 +1,62 @@
+"""Data of the user's own, from nnU-Net's files to the tables of a cross-validation, by the commands of the docs."""
+
+import nibabel
+import numpy as np
+import pytest
+
+from tests.conftest import SMALL
+from tests.datasets.test_custom import nnunet, pictures
+
+
+@pytest.fixture
+def do(run_script):
+    def run(script, *flags):
+        done = run_script(script, *flags)
+        assert done.status == 0, done.error
+        return done
+
+    return run
+
+
+def test_folds_of_two_channels_are_trained_resumed_tested_compared_and_applied(tmp_path, do, run_script):
+    raw, data, run = nnunet(tmp_path / "raw"), tmp_path / "data", tmp_path / "runs" / "mine"
+    do("prepare_data.py", "custom", "--raw", raw, "--out", data, "--folds", 2, "--jobs", 1)
+    do("utils/verify.py", "custom", "--data", data)
+    do("utils/preview.py", "custom", "--data", data, "--count", 1, "--img_size", 32, "--output", tmp_path / "p.png")
+    small = [*SMALL, "--output_dir", run]
+    do("train_custom.py", "--data", data, *small)
+    resumed = do("train_custom.py", "--data", data, "--fold", "all", *small)
+    assert "continue after epoch" in resumed.error and (tmp_path / "runs" / "mine_fold1" / "best.pth").is_file()
+    wrong = run_script("train_custom.py", "--data", data, "--fold", 1, *small, "--resume", "auto")
+    assert wrong.status == 1 and "--fold 1 does not fit" in wrong.error
+    tested = do("test_custom.py", "--data", data, "--fold", "all", "--checkpoint", run / "best.pth", "--overlays", 1)
+    assert tested.error.count("chosen on these cases") == 2
+    table = do("compare.py", run, tmp_path / "runs" / "mine_fold1", "--output_dir", tmp_path / "compared").output
+    assert "| sim_mpnet" in table and "mine_fold1" not in table
+    methods = (tmp_path / "compared" / "comparison.csv").read_text(encoding="utf-8").splitlines()
+    assert all(",val,measured,sim_mpnet,val,2,4," in line for line in methods[1:])  # two folds, the cases of both
+
+    where = tmp_path / "segmented"
+    do("predict.py", "--checkpoint", run / "best.pth", "--input", raw / "imagesTr", "--output", where, "--overlays", 1)
+    found = sorted(path.name for path in where.glob("*.nii.gz"))
+    assert found == ["a.nii.gz", "b.nii.gz", "c_d.nii.gz", "é.nii.gz"]
+    one, scan = (nibabel.load(path) for path in (where / "a.nii.gz", raw / "imagesTr" / "a_0000.nii.gz"))
+    np.testing.assert_array_equal(one.affine, scan.affine)
+    (raw / "imagesTr" / "a_0001.nii.gz").unlink()
+    one = raw / "imagesTr" / "a_0000.nii.gz"
+    alone = run_script(
+        "predict.py", "--checkpoint", run / "best.pth", "--input", one, "--output", tmp_path / "s.nii.gz"
+    )
+    assert alone.status == 1 and "a_0001.nii.gz" in alone.error and not (tmp_path / "s.nii.gz").exists()
+
+
+def test_pictures_are_trained_and_tested_by_the_same_commands(tmp_path, do, run_script):
+    raw, data = pictures(tmp_path / "raw"), tmp_path / "data"
+    do("prepare_data.py", "custom", "--raw", raw, "--out", data, "--class_names", "cell", "--jobs", 1, "--test", 25)
+    flags = [*SMALL[:-8], *SMALL[-6:], "--batch_size", 2, "--max_iterations", 1, "--select", "test"]
+    do("train_custom.py", "--data", data, *flags, "--output_dir", tmp_path / "run")
+    do("test_custom.py", "--data", data, "--checkpoint", tmp_path / "run" / "best.pth")
+    assert ",cell," in (tmp_path / "run" / "results_test" / "cases.csv").read_text(encoding="utf-8")
+    missing = run_script("train_custom.py", "--data", tmp_path / "none")
+    assert missing.status == 1 and "prepare_data.py custom" in missing.error
+    assert "--data" in run_script("test_custom.py").error
