@@ -1,0 +1,97 @@
+"""Train a few hundred steps on ACDC from several seeds, and report the loss and what every gate lets through.
+
+    python -m benchmarks.gates --seeds 1 2 3 --output_dir runs/gates -- --model_scale pico --pretrained none \
+        --img_size 128 --img_size_dmwla 96 --batch_size 12 --base_lr 1e-3 --lr_schedule cosine --max_epochs 4
+
+The flags after ``--`` are those of train_acdc.py. Writes ``seed_<seed>.csv``, one row for each step. Prints for each
+seed the loss of a combination of maps (mean of eight steps), and the lowest and highest mean of each kind of gate. A
+seed whose file exists is not trained again.
+"""
+
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+
+import pandas as pd
+
+from benchmarks.measure import machine
+from datasets import SliceDataset, acdc
+from networks import NETWORKS
+from utils.arguments import network_arguments, parse_training, training_parser
+from utils.cli import ArgumentParser, pick_device, run_script, seed_everything, set_precision
+from utils.results import markdown
+from utils.training import Trainer
+
+KINDS = {
+    "between the encoders": "gate",
+    "spatial": "gate_spatial",
+    "channel": "gate_channel",
+    "injections": ("gate_maxvit", "gate_dmwla"),
+}
+
+
+def train(args: Namespace, steps: int) -> pd.DataFrame:
+    """Return loss per combination and the mean of each gate for each of the first ``steps`` steps of a training."""
+    seed_everything(args.seed)
+    device = pick_device(args.device)
+    set_precision(args.amp, device)
+    model = NETWORKS[args.network](**network_arguments(args))
+    train_set = SliceDataset(
+        args.root_path, args.list_dir, args.train_split, args.num_classes, args.img_size, augment=True, seed=args.seed
+    )
+    train_set.keep(int(args.cache_gib * 2**30))
+    trainer = Trainer(model, acdc.INFO, train_set, [], args, device)
+    combinations = 2 ** len(model.heads) - 1
+    rows = []
+    model.train()
+    for epoch in range(1, args.max_epochs + 1):
+        train_set.set_epoch(epoch)
+        trainer.batches.start(epoch, 0)
+        for batch in trainer.loader:
+            with model.gates_observed() as gates:
+                loss = trainer.train_step(batch)[0].item() / combinations
+            passed = {name: maps[0].mean().item() for name, maps in gates.items()}
+            rows.append({"step": len(rows) + 1, "loss": loss, **passed})
+            if len(rows) == steps:
+                return pd.DataFrame(rows)
+    return pd.DataFrame(rows)
+
+
+def summary(runs: dict[int, pd.DataFrame], at: list[int]) -> pd.DataFrame:
+    """Return one row for each seed: the loss at some steps, and the lowest and highest mean of each kind of gate."""
+    rows = []
+    for seed, run in runs.items():
+        losses = run.set_index("step")["loss"].rolling(8, min_periods=1).mean()
+        row = {"seed": seed} | {f"loss at {step}": f"{losses[step]:.3f}" for step in at if step in losses.index}
+        for kind, prefix in KINDS.items():
+            gates = run[[name for name in run if name == prefix or (prefix != "gate" and name.startswith(prefix))]]
+            row[kind] = f"{gates.min().min():.2f} to {gates.max().max():.2f}" if len(gates.columns) else ""
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[2222], help="seeds to train from")
+    parser.add_argument("--steps", type=int, default=200, help="training steps of each seed")
+    parser.add_argument("--report", nargs="+", type=int, default=[20, 60, 120, 200], help="steps whose loss is printed")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the CSV files")
+    parser.add_argument("flags", nargs="*", help="after --: flags of train_acdc.py")
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    training, runs = training_parser(__doc__, acdc.INFO, feature_dim=128), {}
+    splits = {"val": ("train", "val"), "test": ("trainval", "test")}
+    for seed in args.seeds:
+        path = args.output_dir / f"seed_{seed}.csv"
+        if not path.exists():
+            with tempfile.TemporaryDirectory() as unused:
+                flags = [*args.flags, "--seed", str(seed), "--num_workers", "0", "--output_dir", unused]
+                trained = train(parse_training(training, acdc.INFO, splits, flags)[0], args.steps)
+            trained.to_csv(path, index=False)
+        runs[seed] = pd.read_csv(path)
+        print(markdown(summary(runs, args.report)), flush=True)
+    print(machine())
+
+
+if __name__ == "__main__":
+    run_script(main)
