@@ -132,7 +132,8 @@ class PrototypeMemoryBank(nn.Module):
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.reread()
+        if not self.warmup_counter.is_meta:  # a network that only checks names and shapes
+            self.reread()
 
 
 def kmeans(columns: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
