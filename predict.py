@@ -35,7 +35,7 @@ from datasets.scan import (
     write_segmentation,
 )  # fmt: skip
 from networks import NetworkError
-from utils.cli import AMP_DTYPES, ArgumentParser, run_script, seed_everything
+from utils.cli import AMP_DTYPES, ArgumentParser, number, run_script, seed_everything
 from utils.errors import RunError
 from utils.evaluation import save_mask
 from utils.figures import save_overlays, save_picture_overlay
@@ -53,15 +53,13 @@ def parse_args() -> Namespace:
         "--output", type=Path, required=True, help="file (.nii.gz, .nrrd, .mha, .mgz, .png), or a folder"
     )
     parser.add_argument("--time_point", type=int, help="which volume of a scan with several, from 0")
-    parser.add_argument("--overlays", type=int, default=0, help="PNGs per scan, of slices with classes; of an image 1")
+    text = "PNGs per scan, of slices with classes; of an image 1"
+    parser.add_argument("--overlays", type=number(int, 0), default=0, help=text)
     parser.add_argument("--dataset", choices=DATASETS, help="what a checkpoint of the release was trained on")
-    parser.add_argument("--batch_size", type=int, default=20, help="slices predicted at a time")
+    parser.add_argument("--batch_size", type=number(int, 1), default=20, help="slices predicted at a time")
     parser.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda or cuda:1")
     parser.add_argument("--amp", default="none", choices=AMP_DTYPES, help="autocast precision")
-    args = parser.parse_args()
-    if args.batch_size < 1 or args.overlays < 0:
-        raise RunError(f"--batch_size {args.batch_size} --overlays {args.overlays}: expected at least 1 and 0")
-    return args
+    return parser.parse_args()
 
 
 def find_inputs(source: Path, planar: bool, channels: int) -> list[Path]:
@@ -124,7 +122,7 @@ def main() -> None:
         bits = common_bits(inputs, predictor.preprocessing.bits)
         predictor.preprocessing = replace(predictor.preprocessing, bits=bits)
     sizes, failed = [], 0
-    for number, (source, target) in enumerate(zip(inputs, outputs, strict=True), 1):
+    for i, (source, target) in enumerate(zip(inputs, outputs, strict=True), 1):
         try:
             volume = predictor.read(source, args.time_point)
         except DataError as error:
@@ -146,7 +144,7 @@ def main() -> None:
         sizes += class_sizes(volume, prediction)
         found = len(np.unique(prediction[prediction > 0]))
         classes = len(predictor.class_names)
-        logger.info("%d/%d %s: %d of %d classes found", number, len(inputs), target, found, classes)
+        logger.info("%d/%d %s: %d of %d classes found", i, len(inputs), target, found, classes)
     if sizes:
         write_csv(f"{beside}{'areas' if predictor.planar else 'volumes'}.csv", sizes)
     if not predictor.planar:

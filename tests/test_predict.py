@@ -178,7 +178,7 @@ def test_what_cannot_be_done_is_said_in_one_line(predict, threshold, tmp_path):
         (scan.parent, out, [], ["give a folder"]),
         (threshold, out, [], ["best.pth", "not a readable scan"]),
         ("photo.JPG", tmp_path / "o.png", [], ["a photograph", "scans"]),
-        (scan, out, ["--batch_size", 0], ["--batch_size 0"]),
+        (scan, out, ["--batch_size", 0], ["--batch_size", "1 or more"]),
         (scan, tmp_path / "file" / "seg.nii.gz", [], ["file"]),
     ):
         assert_one_line(predict("--input", source, "--output", output, *flags), *words)

@@ -48,15 +48,6 @@ def predict_volume(
     return volume.restore(torch.cat(predictions).numpy())
 
 
-def score_case(volume: Volume | Picture, prediction: np.ndarray, num_classes: int) -> CaseResult:
-    """Return the scores of a prediction, uint8 (D, H, W); those of an image are measured in two dimensions."""
-    if volume.planar:
-        classes = case_metrics(prediction[0], volume.label[0], num_classes)
-        return CaseResult(volume.name, "pixels", classes, confusion(prediction, volume.label, num_classes))
-    unit = "voxels" if volume.spacing is None else "mm"
-    return CaseResult(volume.name, unit, case_metrics(prediction, volume.label, num_classes, volume.spacing))
-
-
 def evaluate(
     model: torch.nn.Module, volumes: Sequence[Volume | Picture], num_classes: int,
     on_case: Callable[[Volume | Picture, np.ndarray], None] | None = None, **options: Any,
@@ -70,7 +61,12 @@ def evaluate(
 
     def score(number: int, volume: Volume | Picture, prediction: np.ndarray, seconds: float) -> CaseResult:
         start = time.perf_counter()
-        result = score_case(volume, prediction, num_classes)
+        if volume.planar:  # distances in two dimensions
+            classes = case_metrics(prediction[0], volume.label[0], num_classes)
+            result = CaseResult(volume.name, "pixels", classes, confusion(prediction, volume.label, num_classes))
+        else:
+            classes = case_metrics(prediction, volume.label, num_classes, volume.spacing)
+            result = CaseResult(volume.name, "voxels" if volume.spacing is None else "mm", classes)
         dice = " ".join(_text(100 * c.strict.dice) for c in result.classes)
         hd95 = " ".join(_text(c.strict.hd95) for c in result.classes)
         seconds += time.perf_counter() - start

@@ -142,8 +142,8 @@ class Trainer:
                 while not self.is_over():
                     self.train_epoch()
                     self.stop_if_asked()
-                    scores = self.validate() if self.is_due() else {}
-                    self.close_epoch(scores)
+                    due = (self.epoch + 1) % self.args.eval_interval == 0 or self.iteration >= self.total_iterations
+                    self.close_epoch(self.validate() if due else {})
         finally:
             self.loader = None  # ends its workers
         best = f"best {dice_name(self.args.selected_on)} {100 * self.best_dice:.2f} % in {self.run.best}"
@@ -154,10 +154,6 @@ class Trainer:
     def is_over(self) -> bool:
         """Return whether all iterations are done and the last epoch is recorded."""
         return self.iteration >= self.total_iterations and not self.samples
-
-    def is_due(self) -> bool:
-        """Return whether to validate this epoch: every ``--eval_interval`` epochs, and the last one."""
-        return (self.epoch + 1) % self.args.eval_interval == 0 or self.iteration >= self.total_iterations
 
     def train_epoch(self) -> None:
         """Train on all batches of the epoch, or on those that are left of it, until a signal comes."""
