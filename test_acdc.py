@@ -6,7 +6,7 @@ A checkpoint of the authors' release:
     python test_acdc.py --checkpoint pretrained_pth/release_acdc.pth
 """
 
-from datasets import DataError, VolumeDataset, acdc
+from datasets import DataError, acdc
 from networks import NetworkError
 from utils.arguments import testing_parser
 from utils.cli import run_script
@@ -14,14 +14,7 @@ from utils.launch import test
 
 
 def main() -> None:
-    info = acdc.INFO
-    args = testing_parser(__doc__, info).parse_args()
-
-    def open_volumes(num_classes: int) -> VolumeDataset:
-        info.require(args.volume_path)
-        return VolumeDataset(args.volume_path, args.list_dir, args.split, num_classes, only=args.cases)
-
-    test(args, info, open_volumes)
+    test(testing_parser(__doc__, acdc.INFO).parse_args(), acdc.INFO)
 
 
 if __name__ == "__main__":

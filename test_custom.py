@@ -7,7 +7,7 @@ python test_custom.py --data data/Task04_Hippocampus --split val --overlays 3
 Without --split, cases are those of the test part, or without one those that validate the fold.
 """
 
-from datasets import DataError, custom
+from datasets import DataError
 from networks import NetworkError
 from utils.arguments import own_data, testing_parser
 from utils.cli import run_script
@@ -16,8 +16,7 @@ from utils.launch import test
 
 def main() -> None:
     for info, argv in own_data():
-        args = testing_parser(__doc__, info).parse_args(argv)
-        test(args, info, custom.test_set(info, args))
+        test(testing_parser(__doc__, info).parse_args(argv), info)
 
 
 if __name__ == "__main__":

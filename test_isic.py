@@ -4,7 +4,7 @@ python test_isic.py    # the best checkpoint of train_isic.py
 python test_isic.py --checkpoint runs/isic/best.pth --split val --save_masks --overlays 1
 """
 
-from datasets import DataError, ImageFolder, isic
+from datasets import DataError, isic
 from networks import NetworkError
 from utils.arguments import testing_parser
 from utils.cli import run_script
@@ -12,13 +12,7 @@ from utils.launch import test
 
 
 def main() -> None:
-    info = isic.INFO
-    args = testing_parser(__doc__, info).parse_args()
-
-    def open_images(num_classes: int) -> ImageFolder:
-        return ImageFolder(info, args.root_path, args.list_dir, args.split, num_classes)
-
-    test(args, info, open_images)
+    test(testing_parser(__doc__, isic.INFO).parse_args(), isic.INFO)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ python test_segpc.py --checkpoint runs/segpc/best.pth --split val --save_masks -
 python test_segpc.py --checkpoint runs/segpc_crops/best.pth --root_path data/SegPC_crops
 """
 
-from datasets import DataError, ImageFolder, segpc
+from datasets import DataError, segpc
 from networks import NetworkError
 from utils.arguments import testing_parser
 from utils.cli import run_script
@@ -13,13 +13,7 @@ from utils.launch import test
 
 
 def main() -> None:
-    info = segpc.INFO
-    args = testing_parser(__doc__, info).parse_args()
-
-    def open_images(num_classes: int) -> ImageFolder:
-        return ImageFolder(info, args.root_path, args.list_dir, args.split, num_classes)
-
-    test(args, info, open_images)
+    test(testing_parser(__doc__, segpc.INFO).parse_args(), segpc.INFO)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ TransUNet's ready-made volumes, and a checkpoint of the authors' release:
     python test_synapse.py --checkpoint pretrained_pth/release_synapse.pth --label_order transunet
 """
 
-from datasets import DataError, VolumeDataset, synapse
+from datasets import DataError, synapse
 from networks import NetworkError
 from utils.arguments import testing_parser
 from utils.cli import run_script
@@ -16,15 +16,7 @@ from utils.launch import test
 
 
 def main() -> None:
-    info = synapse.INFO
-    args = testing_parser(__doc__, info).parse_args()
-
-    def open_volumes(num_classes: int) -> VolumeDataset:
-        info.require(args.volume_path)
-        order = info.label_order(args.label_order, num_classes)
-        return VolumeDataset(args.volume_path, args.list_dir, args.split, num_classes, order, args.cases)
-
-    test(args, info, open_volumes)
+    test(testing_parser(__doc__, synapse.INFO).parse_args(), synapse.INFO)
 
 
 if __name__ == "__main__":

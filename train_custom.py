@@ -5,12 +5,11 @@ python train_custom.py --data data/Task04_Hippocampus --fold all    # every fold
 python train_custom.py --data data/Task04_Hippocampus --network unet --output_dir runs/hippocampus_unet
 """
 
-from datasets import DataError, custom
+from datasets import DataError
 from networks import NetworkError
 from utils.arguments import own_data, parse_training, training_parser
 from utils.cli import run_script
 from utils.launch import train
-from utils.verify import quick_check
 
 SPLITS = {"val": ("train", "val"), "test": ("train", "test")}  # --select: lists to train and select on
 
@@ -18,9 +17,7 @@ SPLITS = {"val": ("train", "val"), "test": ("train", "test")}  # --select: lists
 def main() -> None:
     for info, argv in own_data("--resume", "auto"):
         args, checkpoint = parse_training(training_parser(__doc__, info), info, SPLITS, argv)
-        train_set, val_set = custom.training_sets(info, args)
-        info = quick_check(train_set, val_set, info, args)
-        train(args, checkpoint, info, train_set, val_set)
+        train(args, checkpoint, info)
 
 
 if __name__ == "__main__":

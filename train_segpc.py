@@ -9,23 +9,18 @@ torchrun --standalone --nproc_per_node 4 train_segpc.py --batch_size 5
 """
 
 from datasets import DataError, segpc
-from datasets.image_sets import training_images
 from networks import NetworkError
 from utils.arguments import parse_training, training_parser
 from utils.cli import run_script
 from utils.launch import train
-from utils.verify import quick_check
 
 SPLITS = {"val": ("train", "val"), "test": ("train", "test")}  # --select: lists to train and select on
 
 
 def main() -> None:
-    info = segpc.INFO
-    parser = training_parser(__doc__, info, feature_dim=256)
-    args, checkpoint = parse_training(parser, info, SPLITS)
-    train_set, val_set = training_images(info, args)
-    info = quick_check(train_set, val_set, info, args)
-    train(args, checkpoint, info, train_set, val_set)
+    parser = training_parser(__doc__, segpc.INFO, feature_dim=256)
+    args, checkpoint = parse_training(parser, segpc.INFO, SPLITS)
+    train(args, checkpoint, segpc.INFO)
 
 
 if __name__ == "__main__":

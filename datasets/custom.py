@@ -7,8 +7,7 @@ writes the files that the named data sets have, ``lists/fold_<k>``, and ``datase
 
 import json
 import logging
-from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,6 @@ import numpy as np
 from datasets.errors import DataError, brief
 from datasets.files import atomic_write
 from datasets.image_files import read_grey, read_image
-from datasets.image_sets import ImageDataset, ImageFolder, training_images
 from datasets.images import ColourPreprocessing
 from datasets.info import DatasetInfo, preprocessing_from_dict
 from datasets.lists import write_lists
@@ -28,7 +26,7 @@ from datasets.preprocessing import Preprocessing, Scale, orientation_of
 from datasets.raw_forms import JSON, MAX_CLASSES, Raw, read_json, recognise
 from datasets.scan import read_scan, read_scan_label
 from datasets.splits import divide, refuse_names
-from datasets.volumes import SliceDataset, Volume, VolumeDataset
+from datasets.volumes import Volume
 
 logger = logging.getLogger(__name__)
 
@@ -87,27 +85,6 @@ def info_of_run(data: dict[str, Any], folder: str | Path, fold: int) -> DatasetI
     """Return a DatasetInfo of what a run in a fold of a prepared folder stores of its data."""
     facts = {"folds": fold + 1, "test": False, "patient_pattern": None, "planar": "mean" in data["preprocessing"]}
     return info_from(data | facts | {"name": data["dataset"]}, folder, fold)
-
-
-def training_sets(
-    info: DatasetInfo, args: Namespace
-) -> tuple[SliceDataset | ImageDataset, VolumeDataset | ImageFolder]:
-    """Return what to train on and what to validate on, as a training script's arguments name them."""
-    if info.planar:
-        return training_images(info, args)
-    info.require(args.root_path, args.volume_path)
-    train_set = SliceDataset(
-        args.root_path, args.list_dir, args.train_split, args.num_classes, args.img_size, augment=True, seed=args.seed
-    )
-    return train_set, VolumeDataset(args.volume_path, args.list_dir, args.val_split, args.num_classes)
-
-
-def test_set(info: DatasetInfo, args: Namespace) -> Callable[[int], VolumeDataset | ImageFolder]:
-    """Return what opens the cases that a test script's arguments name, for a number of classes."""
-    if info.planar:
-        return partial(ImageFolder, info, args.root_path, args.list_dir, args.split)
-    info.require(args.volume_path)
-    return partial(VolumeDataset, args.volume_path, args.list_dir, args.split, only=args.cases)
 
 
 @dataclass

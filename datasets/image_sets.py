@@ -3,7 +3,6 @@
 An entry of a list is an ``<id>`` and names the image or all its crops ``<id>_cell<k>``.
 """
 
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -121,12 +120,3 @@ class ImageFolder(_Images, Sequence[Picture]):
 
     def __getitem__(self, index: int) -> Picture:
         return self.open(index)
-
-
-def training_images(info: "DatasetInfo", args: Namespace) -> tuple[ImageDataset, ImageFolder]:
-    """Return the images to train on and to validate on, as a training script's arguments name them."""
-    train_set = ImageDataset(
-        info, args.root_path, args.list_dir, args.train_split, args.num_classes, args.img_size, augment=True,
-        photometric=args.photometric, seed=args.seed,
-    )  # fmt: skip
-    return train_set, ImageFolder(info, args.root_path, args.list_dir, args.val_split, args.num_classes)

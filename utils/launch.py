@@ -3,7 +3,6 @@
 import logging
 import multiprocessing
 from argparse import Namespace
-from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,9 @@ import numpy as np
 import torch
 from timm.layers import convert_sync_batchnorm
 
-from datasets import DatasetInfo, Picture, Volume
+from datasets import DatasetInfo, ImageDataset, ImageFolder, Picture, SliceDataset, Volume, VolumeDataset
 from datasets.errors import brief
 from datasets.files import file_stem
-from datasets.training_set import TrainingSet
 from networks import NETWORKS, default_weights
 from networks.ranks import rank
 from utils.arguments import check_n_gpu, network_arguments, script_of
@@ -28,24 +26,21 @@ from utils.figures import save_overlays
 from utils.metrics import ABSENT, SPURIOUS
 from utils.results import case_table, format_summary, summarise, write_csv, write_summary
 from utils.training import Trainer
-from utils.verify import compare_with_checkpoint
+from utils.verify import compare_with_checkpoint, quick_check
 from utils.watch import out_of_memory
 
 logger = logging.getLogger(__name__)
 
 
-def train(
-    args: Namespace, checkpoint: dict[str, Any] | None, info: DatasetInfo, train_set: TrainingSet,
-    val_set: Sequence[Volume | Picture],
-) -> None:  # fmt: skip
-    """Build the network, load the checkpoint that the run continues or starts from, and train into the run folder.
+def train(args: Namespace, checkpoint: dict[str, Any] | None, info: DatasetInfo) -> None:
+    """Open and check the data, build the network, load the checkpoint to continue or start from, and train.
 
     Args:
         args, checkpoint: what ``parse_training`` returned.
         info: the data set.
-        train_set: slices or images to train on.
-        val_set: volumes or images to choose the best epoch on.
     """
+    train_set, val_set = _open_training_data(args, info)
+    info = quick_check(train_set, val_set, info, args)
     device = rank_device(args.device)
     if args.sync_bn and device.type == "cpu":
         raise RunError("--sync_bn needs GPUs, and this run is on the CPU: leave --sync_bn out")
@@ -80,6 +75,23 @@ def train(
         trainer.fit()
 
 
+def _open_training_data(
+    args: Namespace, info: DatasetInfo
+) -> tuple[SliceDataset | ImageDataset, VolumeDataset | ImageFolder]:
+    """Return what to train on, and what to choose the best epoch on."""
+    options = {"img_size": args.img_size, "augment": True, "seed": args.seed}
+    where, classes = (args.list_dir, args.train_split), args.num_classes
+    if info.planar:
+        train_set = ImageDataset(info, args.root_path, *where, classes, **options, photometric=args.photometric)
+        return train_set, ImageFolder(info, args.root_path, args.list_dir, args.val_split, classes)
+    order = info.label_order(vars(args).get("label_order"), classes)
+    held_out = vars(args).get("val_cases") if args.val_split == args.train_split else None
+    val_path = args.root_path if held_out else args.volume_path  # training cases have slices only
+    info.require(args.root_path, val_path)
+    train_set = SliceDataset(args.root_path, *where, classes, **options, label_order=order, without=held_out or ())
+    return train_set, VolumeDataset(val_path, args.list_dir, args.val_split, classes, order, only=held_out)
+
+
 def _build(args: Namespace, pretrained: bool) -> torch.nn.Module:
     """Build the network on the CPU, with ImageNet weights if it is to be ``pretrained``."""
     options = network_arguments(args)
@@ -92,13 +104,12 @@ def _build(args: Namespace, pretrained: bool) -> torch.nn.Module:
     return convert_sync_batchnorm(model) if args.sync_bn else model
 
 
-def test(args: Namespace, info: DatasetInfo, open_cases: Callable[[int], Sequence[Volume | Picture]]) -> None:
+def test(args: Namespace, info: DatasetInfo) -> None:
     """Rebuild a checkpoint's network, test it and write tables; on request, predictions and pictures too.
 
     Args:
         args: the arguments of ``testing_parser``.
         info: the data set; it names the classes for a checkpoint of the release, which has no names.
-        open_cases: returns the volumes or images to test on, for a number of classes.
     """
     check_n_gpu(args)
     if launched():
@@ -122,14 +133,20 @@ def test(args: Namespace, info: DatasetInfo, open_cases: Callable[[int], Sequenc
             f"{args.checkpoint} has {num_classes} classes with background, but names {class_names}: give another one"
         )
 
-    cases = open_cases(num_classes)
+    if info.planar:
+        cases = ImageFolder(info, args.root_path, args.list_dir, args.split, num_classes)
+    else:
+        info.require(args.volume_path)
+        order = info.label_order(vars(args).get("label_order"), num_classes)
+        cases = VolumeDataset(args.volume_path, args.list_dir, args.split, num_classes, order, only=args.cases)
     class_names, doubts = compare_with_checkpoint(cases, info, data)
     folder = args.test_save_dir or args.checkpoint.parent / f"results_{args.split}"
     setup_logging(folder / "test.log")
     for doubt in doubts:
         logger.warning("%s: %s", cases.names[0], doubt)
-    if args.split == checkpoint.get("args", {}).get("val_split") and args.checkpoint.name == "best.pth":
-        logger.warning("the best epoch was chosen on these cases, so its scores are optimistic; last.pth is no choice")
+    seen = args.split == checkpoint.get("args", {}).get("val_split") and data.get("selected_on") != "test"
+    if seen and args.checkpoint.name == "best.pth":  # of those chosen on test volumes every table says it
+        logger.warning("the best epoch was chosen on these cases, so its scores are optimistic; last.pth has fair ones")
     if data.get("kind", "") not in ("", getattr(cases, "kind", "")):
         logger.warning(
             "%s was trained on %s, but these are %s: check --root_path", args.checkpoint, data["kind"], cases.kind
