@@ -23,10 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datasets import DATASETS, DataError
+from datasets import DATASETS
 from datasets.errors import brief
 from datasets.files import atomic_write, check_writable
-from networks import NetworkError
 from utils.cli import ArgumentParser, run_script, seed_everything
 from utils.errors import RunError
 from utils.onnx_network import INPUT, KEY, OUTPUT, OnnxNetwork, is_onnx, require
@@ -175,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, DataError, NetworkError)
+    run_script(main)

@@ -34,7 +34,6 @@ from datasets.scan import (
     scan_name,
     write_segmentation,
 )  # fmt: skip
-from networks import NetworkError
 from utils.cli import AMP_DTYPES, ArgumentParser, number, run_script, seed_everything
 from utils.errors import RunError
 from utils.evaluation import save_mask
@@ -155,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, DataError, NetworkError)
+    run_script(main)

@@ -16,7 +16,7 @@ import logging
 import os
 from pathlib import Path
 
-from datasets import DATASETS, DataError, acdc, custom, isic, phantom, segpc, synapse
+from datasets import DATASETS, acdc, custom, isic, phantom, segpc, synapse
 from datasets.info import SLICE_FOLDER, VOLUME_FOLDER
 from datasets.lists import PATTERN_HELP
 from utils.cli import ArgumentParser, number, run_script
@@ -95,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, DataError)
+    run_script(main)

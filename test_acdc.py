@@ -6,8 +6,7 @@ A checkpoint of the authors' release:
     python test_acdc.py --checkpoint pretrained_pth/release_acdc.pth
 """
 
-from datasets import DataError, acdc
-from networks import NetworkError
+from datasets import acdc
 from utils.arguments import testing_parser
 from utils.cli import run_script
 from utils.launch import test
@@ -18,4 +17,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, DataError, NetworkError)
+    run_script(main)

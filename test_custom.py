@@ -7,8 +7,6 @@ python test_custom.py --data data/Task04_Hippocampus --split val --overlays 3
 Without --split, cases are those of the test part, or without one those that validate the fold.
 """
 
-from datasets import DataError
-from networks import NetworkError
 from utils.arguments import own_data, testing_parser
 from utils.cli import run_script
 from utils.launch import test
@@ -20,4 +18,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, DataError, NetworkError)
+    run_script(main)

@@ -4,8 +4,7 @@ python test_isic.py    # the best checkpoint of train_isic.py
 python test_isic.py --checkpoint runs/isic/best.pth --split val --save_masks --overlays 1
 """
 
-from datasets import DataError, isic
-from networks import NetworkError
+from datasets import isic
 from utils.arguments import testing_parser
 from utils.cli import run_script
 from utils.launch import test
@@ -16,4 +15,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, DataError, NetworkError)
+    run_script(main)

@@ -5,8 +5,7 @@ python test_segpc.py --checkpoint runs/segpc/best.pth --split val --save_masks -
 python test_segpc.py --checkpoint runs/segpc_crops/best.pth --root_path data/SegPC_crops
 """
 
-from datasets import DataError, segpc
-from networks import NetworkError
+from datasets import segpc
 from utils.arguments import testing_parser
 from utils.cli import run_script
 from utils.launch import test
@@ -17,4 +16,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, DataError, NetworkError)
+    run_script(main)

@@ -8,8 +8,7 @@ TransUNet's ready-made volumes, and a checkpoint of the authors' release:
     python test_synapse.py --checkpoint pretrained_pth/release_synapse.pth --label_order transunet
 """
 
-from datasets import DataError, synapse
-from networks import NetworkError
+from datasets import synapse
 from utils.arguments import testing_parser
 from utils.cli import run_script
 from utils.launch import test
@@ -20,4 +19,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, DataError, NetworkError)
+    run_script(main)

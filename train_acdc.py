@@ -7,8 +7,7 @@ torchrun --standalone --nproc_per_node 4 train_acdc.py --batch_size 5
 python train_acdc.py --model_scale pico --img_size 128 --img_size_dmwla 96 --pretrained none    # small, on a CPU
 """
 
-from datasets import DataError, acdc
-from networks import NetworkError
+from datasets import acdc
 from utils.arguments import parse_training, training_parser
 from utils.cli import run_script
 from utils.launch import train
@@ -23,4 +22,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, DataError, NetworkError)
+    run_script(main)

@@ -5,8 +5,6 @@ python train_custom.py --data data/Task04_Hippocampus --fold all    # every fold
 python train_custom.py --data data/Task04_Hippocampus --network unet --output_dir runs/hippocampus_unet
 """
 
-from datasets import DataError
-from networks import NetworkError
 from utils.arguments import own_data, parse_training, training_parser
 from utils.cli import run_script
 from utils.launch import train
@@ -21,4 +19,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, DataError, NetworkError)
+    run_script(main)

@@ -7,8 +7,7 @@ python train_isic.py --network unet --output_dir runs/isic_unet    # another net
 torchrun --standalone --nproc_per_node 4 train_isic.py --batch_size 5
 """
 
-from datasets import DataError, isic
-from networks import NetworkError
+from datasets import isic
 from utils.arguments import parse_training, training_parser
 from utils.cli import run_script
 from utils.launch import train
@@ -23,4 +22,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, DataError, NetworkError)
+    run_script(main)

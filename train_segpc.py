@@ -8,8 +8,7 @@ python train_segpc.py --network unet --output_dir runs/segpc_unet    # another n
 torchrun --standalone --nproc_per_node 4 train_segpc.py --batch_size 5
 """
 
-from datasets import DataError, segpc
-from networks import NetworkError
+from datasets import segpc
 from utils.arguments import parse_training, training_parser
 from utils.cli import run_script
 from utils.launch import train
@@ -24,4 +23,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, DataError, NetworkError)
+    run_script(main)

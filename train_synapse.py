@@ -7,8 +7,7 @@ python train_synapse.py --network unet --output_dir runs/synapse_unet    # anoth
 torchrun --standalone --nproc_per_node 4 train_synapse.py --batch_size 5 --resume auto
 """
 
-from datasets import DataError, synapse
-from networks import NetworkError
+from datasets import synapse
 from utils.arguments import parse_training, training_parser
 from utils.cli import run_script
 from utils.launch import train
@@ -24,4 +23,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, DataError, NetworkError)
+    run_script(main)

@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.measure import add_network, past_warm_up
 from benchmarks.plain import plain_copy
-from networks import NETWORKS, NetworkError, SimMPNet, build
+from networks import NETWORKS, SimMPNet, build
 from networks.complexity import count_multiply_adds, count_parameters, flop_counter
 from utils.cli import ArgumentParser, run_script
 from utils.results import markdown
@@ -53,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, NetworkError)
+    run_script(main)

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from datasets.errors import printable
+from datasets.errors import DataError, printable
 from utils.errors import RunError, Stopped
 
 REMEDIES = {
@@ -63,12 +63,12 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
     return read
 
 
-def run_script(main: Callable[[], object], *errors: type[Exception]) -> None:
+def run_script(main: Callable[[], object]) -> None:
     """Log to stderr, run ``main``, and turn an error that the user can correct into one line and exit status 1.
 
     Warnings of libraries are not shown, unless ``python -W`` asks for them: what a user should know, this code says.
 
-    Such errors are RunError, OSError and the classes in ``errors``. A run that a signal stopped exits with 128 and its
+    Such errors are RunError, DataError, NetworkError and OSError. A run that a signal stopped exits with 128 and its
     number: 143 for SIGTERM, 130 for Ctrl-C. Any other exception is a bug and keeps its traceback.
     """
     setup_logging()
@@ -76,13 +76,18 @@ def run_script(main: Callable[[], object], *errors: type[Exception]) -> None:
         warnings.simplefilter("ignore")
     try:
         main()
-    except (RunError, OSError, *errors) as error:
-        logging.error(_message(error))
-        traceback.clear_frames(error.__traceback__)  # lets the data loader's processes end now, without a wait at exit
-        sys.exit(1)
     except Stopped as stop:
         logging.warning("%s", stop)
         sys.exit(stop.status)
+    except Exception as error:
+        if not isinstance(error, RunError | DataError | OSError):
+            from networks import NetworkError  # only here, because importing the networks takes seconds
+
+            if not isinstance(error, NetworkError):
+                raise
+        logging.error(_message(error))
+        traceback.clear_frames(error.__traceback__)  # lets the data loader's processes end now, without a wait at exit
+        sys.exit(1)
     except KeyboardInterrupt:
         logging.error("stopped by the keyboard")
         sys.exit(130)

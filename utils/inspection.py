@@ -28,8 +28,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from datasets import DATASETS, DataError, Picture, Volume
-from networks import NetworkError, SimMPNet
+from datasets import DATASETS, Picture, Volume
+from networks import SimMPNet
 from utils.cli import ArgumentParser, run_script
 from utils.errors import RunError
 from utils.figures import (
@@ -235,4 +235,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, DataError, NetworkError)
+    run_script(main)

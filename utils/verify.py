@@ -363,4 +363,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_script(lambda: sys.exit(main()), DataError)
+    run_script(lambda: sys.exit(main()))
