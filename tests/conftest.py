@@ -23,7 +23,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).resolve().parents[1]
-REAL_ACDC = ROOT.parent / "shared" / "data" / "ACDC" / "volumes"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,6 +43,14 @@ def phantom(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("phantom")
     write_phantom(folder, (2, 1, 1))
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_curves():
+    """Leave out the curves that a run draws after every epoch: they take longer than the epochs of a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("utils.run_folder.save_progress", lambda *_: None)
+        yield
 
 
 @pytest.fixture
@@ -67,6 +74,10 @@ class Outcome:
     status: int
     output: str
     error: str
+
+    def succeeded(self) -> "Outcome":
+        assert self.status == 0, self.error
+        return self
 
 
 def run_in_process(script: str, *arguments: object) -> Outcome:
@@ -104,7 +115,7 @@ def data_flags(data: Path) -> list[str]:
 
 
 SMALL = (
-    "--model_scale pico --pretrained none --img_size 64 --img_size_dmwla 64 --feature_dim 16 --decoder_feature_dim 16 "
+    "--model_scale pico --pretrained none --img_size 32 --img_size_dmwla 32 --feature_dim 16 --decoder_feature_dim 16 "
     "--columns_per_cluster 20 --warmup_iterations 2 --batch_size 4 --max_iterations 3 --num_workers 0 --device cpu"
 ).split()
 """Flags of a training that takes seconds: three steps, one past the memory's warm-up."""
@@ -118,8 +129,7 @@ def trained(phantom, tmp_path_factory) -> Path:
         ("train_acdc.py", *data_flags(phantom), *SMALL, "--output_dir", folder),
         ("test_acdc.py", *data_flags(phantom)[2:], "--checkpoint", folder / "best.pth", "--device", "cpu"),
     ):
-        done = run_in_process(script, *flags)
-        assert done.status == 0, done.error
+        run_in_process(script, *flags).succeeded()
     return folder
 
 

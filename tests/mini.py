@@ -1,14 +1,13 @@
 """A training run small enough for a test: drawn slices, and a network whose step takes milliseconds."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from datasets import DatasetInfo, Preprocessing
+from datasets import DatasetInfo, Preprocessing, Volume
 from datasets.training_set import TrainingSet
 from networks import DMWLA
 from networks.registry import Baseline
@@ -47,29 +46,15 @@ class Drawings(TrainingSet):
         return {"image": image, "label": label, "name": self.names[index]}
 
 
-@dataclass
-class DrawnVolume:
-    name: str = "volume"
-    spacing = None
-    affine = None
-    planar = False
-
-    def __post_init__(self):
-        slices = [drawing(10**6 + i) for i in range(3)]
-        self.image = torch.cat([image for image, _ in slices]).numpy()
-        self.label = torch.stack([label for _, label in slices]).numpy().astype(np.uint8)
-
-    def network_input(self, img_size: int, part: slice) -> np.ndarray:
-        return self.image[part, None]
-
-    def restore(self, prediction: np.ndarray) -> np.ndarray:
-        return prediction
-
-
 class DrawnVolumes(list):
     @property
     def names(self) -> list[str]:
         return [volume.name for volume in self]
+
+
+def drawn_volume(name: str) -> Volume:
+    images, labels = zip(*(drawing(10**6 + i) for i in range(3)), strict=True)
+    return Volume(name, torch.cat(images).numpy(), torch.stack(labels).numpy().astype(np.uint8))
 
 
 class MiniNet(nn.Module):
@@ -113,7 +98,7 @@ def trainer(
     args, checkpoint = parse(folder, *flags)
     seed_everything(args.seed, deterministic=True)
     model = network(**network_arguments(args))
-    val_set = DrawnVolumes(DrawnVolume(str(i)) for i in range(volumes))
+    val_set = DrawnVolumes(drawn_volume(str(i)) for i in range(volumes))
     made = Trainer(model, DRAWINGS, Drawings(slices), val_set, args, torch.device(device))
     if checkpoint:
         made.load_state_dict(checkpoint)

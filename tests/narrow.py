@@ -13,14 +13,9 @@ def maxvit_narrow_test(img_size: int = 64, num_classes: int = 0, **_) -> MaxxVit
     return MaxxVit(cfg, img_size=img_size, num_classes=num_classes)
 
 
-def use_narrow_pico(monkeypatch) -> None:
-    """Let the scale ``pico`` mean the narrow MaxViT until the test ends."""
-    monkeypatch.setitem(maxvit.SCALES, "pico", "maxvit_narrow_test")
-
-
 @pytest.fixture(scope="module", autouse=True)
 def narrow_pico():
-    """Use the narrow MaxViT in every test and fixture of a module that imports this fixture."""
+    """Let the scale ``pico`` mean the narrow MaxViT in a module that imports this fixture."""
     with pytest.MonkeyPatch.context() as patch:
-        use_narrow_pico(patch)
+        patch.setitem(maxvit.SCALES, "pico", "maxvit_narrow_test")
         yield

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT
-from tests.test_scripts import folders
+from tests.conftest import ROOT, data_flags
 from utils.checkpoint import load_checkpoint
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -76,7 +75,7 @@ def test_the_memory_of_two_processes_is_that_of_one(one_and_two):
 
 @pytest.fixture
 def data(phantom) -> list[str]:
-    return folders(phantom)
+    return data_flags(phantom)
 
 
 def test_a_rank_that_dies_ends_the_run_in_view_and_torchrun_starts_it_again(data, tmp_path):

@@ -1,6 +1,5 @@
 """Runs that are killed, disks and memory that are full, bad numbers: nothing is lost, and one line says why."""
 
-import csv
 import errno
 import gc
 import os
@@ -13,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -21,14 +21,14 @@ from tests.conftest import ROOT, SMALL, data_flags
 from tests.mini import assert_same, trainer
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import RunError
+from utils.figures import save_progress
 from utils.watch import out_of_memory
 
 
 def test_a_killed_run_ends_bit_for_bit_as_one_left_alone(phantom, tmp_path, run_script):
     """SIGKILL at a random moment, with data-loader workers and a checkpoint at every third iteration."""
     flags = [*data_flags(phantom), *SMALL, "--max_iterations", "8", "--output_dir"]
-    done = run_script("train_acdc.py", *flags, tmp_path / "whole")
-    assert done.status == 0, done.error
+    run_script("train_acdc.py", *flags, tmp_path / "whole").succeeded()
     flags += [str(tmp_path / "killed"), "--num_workers", "2", "--checkpoint_iterations", "3", "--resume", "auto"]
     process = subprocess.Popen([sys.executable, "train_acdc.py", *flags], cwd=ROOT, stderr=subprocess.PIPE)
     while process.poll() is None and not (tmp_path / "killed/last.pth").exists():
@@ -37,16 +37,11 @@ def test_a_killed_run_ends_bit_for_bit_as_one_left_alone(phantom, tmp_path, run_
     process.kill()
     _, errors = process.communicate(timeout=120)
     assert process.returncode in (-signal.SIGKILL, 0), errors.decode()
-    done = run_script("train_acdc.py", *flags)
-    assert done.status == 0, done.error
+    run_script("train_acdc.py", *flags).succeeded()
     for name in ("last.pth", "best.pth"):
         assert_same(load_checkpoint(tmp_path / "killed" / name), load_checkpoint(tmp_path / "whole" / name))
-    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
-
-
-def rows(folder: Path) -> list[dict]:
-    with open(folder / "metrics.csv") as file:
-        return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in csv.DictReader(file)]
+    tables = [pd.read_csv(tmp_path / name / "metrics.csv") for name in ("killed", "whole")]
+    pd.testing.assert_frame_equal(*(table.filter(regex="(?<!seconds)$") for table in tables), check_exact=True)
 
 
 def test_a_process_killed_while_it_saves_leaves_a_checkpoint_that_loads(tmp_path):
@@ -168,8 +163,9 @@ def test_full_memory_is_an_error_that_says_what_to_change(tmp_path):
         made.fit()
 
 
-def test_memory_of_a_long_run_does_not_grow(tmp_path):
+def test_memory_of_a_long_run_does_not_grow(tmp_path, monkeypatch):
     """100 iterations, with validations, curves and checkpoints."""
+    monkeypatch.setattr("utils.run_folder.save_progress", save_progress)
     made = trainer(tmp_path, "--max_epochs", "10", "--keep", "2", "--eval_interval", "2", slices=20)
     resident, close = [], made.close_epoch
 
@@ -180,5 +176,5 @@ def test_memory_of_a_long_run_does_not_grow(tmp_path):
 
     made.close_epoch = measured
     made.fit()
-    assert made.iteration == 100
+    assert made.iteration == 100 and (tmp_path / "progress.png").read_bytes().startswith(b"\x89PNG")
     assert resident[-1] - resident[4] < 10 * 2**20, resident

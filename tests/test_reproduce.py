@@ -1,55 +1,172 @@
-"""Every command of docs/reproduce.md that trains, tests or compares runs as it stands, on tiny data with two steps."""
+"""Every data set as a user runs it: from raw files, by the commands of docs/reproduce.md as they stand, to one table.
 
+Only where the data are, what else is to be written and a budget of two steps are added to the commands.
+"""
+
+import json
+import shutil
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
+from PIL import Image
 
-from tests.conftest import ROOT, SMALL, data_flags, run_in_process
+from tests.conftest import ROOT, SMALL, Outcome, data_flags, run_in_process
 from tests.datasets.test_isic import write_raw as write_isic
 from tests.datasets.test_segpc import write_raw as write_segpc
+from tests.datasets.test_synapse import write_other
 from tests.datasets.test_synapse import write_raw as write_synapse
 from tests.narrow import narrow_pico  # noqa: F401, a fixture for the whole module
 from tests.test_docs import commands
+from tests.test_scripts import assert_one_line
 
-BUDGET = [*SMALL, *"--img_size 32 --img_size_dmwla 32 --max_iterations 2 --warmup_iterations 1 --batch_size 2".split()]
+TINY = [*SMALL, *"--max_iterations 2 --warmup_iterations 1 --batch_size 2".split()]
+IMAGES = ("segpc", "isic")
+ADDED = {
+    "train_synapse": ["--val_cases", "case0007"],
+    "test_synapse": ["--is_savenii"],
+    **{f"train_{name}": ["--photometric"] for name in IMAGES},
+    **{f"test_{name}": ["--save_masks", "--overlays", 1] for name in IMAGES},
+}
+
+
+def where(script: str, data: Path) -> list[str]:
+    """Return the flags that tell a script where a data set is."""
+    if script.endswith(IMAGES):
+        return ["--root_path", f"{data}", "--list_dir", f"{data}/lists"]
+    return data_flags(data)[0 if script.startswith("train") else 2 :]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, phantom) -> dict[str, list[str]]:
-    """Return for each data set the flags that say where its tiny files are."""
+def data(tmp_path_factory, phantom) -> dict[str, Path]:
+    """Prepare tiny data sets from raw files in ``raw``, beside them; of Synapse 5 and 7 train, and 1 tests."""
     folder = tmp_path_factory.mktemp("data")
-    write_synapse(folder / "synapse_raw", cases=(1, 5, 7))
-    write_segpc(folder / "segpc_raw/train", ("3", "5", "8", "9", "10"))
-    write_segpc(folder / "segpc_raw/valid", ("20", "21"))
-    write_isic(folder / "isic_raw", [f"ISIC_{number:07d}" for number in range(10)])
-    for name in ("synapse", "segpc", "isic"):
-        flags = ["--raw", folder / f"{name}_raw", "--out", folder / name, "--jobs", 1]
-        assert run_in_process("prepare_data.py", name, *flags).status == 0
+    write_synapse(folder / "raw/synapse", cases=(1, 5, 7))
+    write_segpc(folder / "raw/segpc/train", ("3", "5", "8", "9", "10"))
+    write_segpc(folder / "raw/segpc/valid", ("20", "21"))
+    write_isic(folder / "raw/isic", [f"ISIC_{number:07d}" for number in range(10)])
+    for name in ("synapse", *IMAGES):
+        flags = ["--raw", folder / "raw" / name, "--out", folder / name, "--jobs", 1]
+        done = run_in_process("prepare_data.py", name, *flags)
+        assert done.status == 0 and f"train_{name}.py --root_path" in done.error, done.error
     lists = folder / "synapse/lists"
     lists.mkdir(exist_ok=True)
     (lists / "train.txt").write_text("case0005\ncase0007\n")
     (lists / "test_vol.txt").write_text("case0001\n")
-    images = {n: ["--root_path", f"{folder / n}", "--list_dir", f"{folder / n}/lists"] for n in ("segpc", "isic")}
-    return {"acdc": data_flags(phantom), "synapse": data_flags(folder / "synapse")} | images
+    return {"acdc": phantom} | {name: folder / name for name in ("synapse", *IMAGES)}
 
 
-def test_every_row_trains_and_tests_with_a_budget_of_two_steps(data, tmp_path, monkeypatch):
-    rows = list(commands((ROOT / "docs/reproduce.md").read_text(encoding="utf-8")))
-    rows = [(script.name, flags) for script, flags in rows if script.parent == ROOT]
-    assert len(rows) == 21  # ten rows, each trained and tested, and the table
-    for script, flags in rows:
-        kind, _, dataset = Path(script).stem.partition("_")
-        flags = [flag.replace("runs/", f"{tmp_path}/") for flag in flags]
-        if kind == "train":
-            run = tmp_path / "reproduce" / Path(flags[flags.index("--output_dir") + 1]).name
-            flags += [*data[dataset], *BUDGET, "--select_from_epoch", "1"]
-            flags += ["--val_cases", "case0007"] if dataset == "synapse" else []
-        elif kind == "test":
-            flags += data[dataset][0 if dataset in ("segpc", "isic") else 2 :]
-        else:
-            flags = [*map(str, sorted((tmp_path / "reproduce").iterdir())), *flags[1:]]
-        done = run_in_process(script, *flags)
-        assert done.status == 0, f"{script} {flags}: {done.error}"
-        if kind == "test":
-            assert list(run.glob("results_*/summary.json")), run
-    assert (tmp_path / "reproduce_tables").is_dir()
+@pytest.fixture(scope="module")
+def rows(data, tmp_path_factory) -> tuple[Path, dict[str, list[Outcome]]]:
+    """Run every row; return the folder of the runs, and by row what training and testing printed."""
+    folder, printed = tmp_path_factory.mktemp("runs"), {}
+    for script, flags in commands((ROOT / "docs/reproduce.md").read_text(encoding="utf-8")):
+        if script.parent != ROOT or script.stem == "compare":
+            continue
+        flags = [flag.replace("runs/reproduce/", f"{folder}/") for flag in flags]
+        flags += [*where(script.stem, data[script.stem.split("_")[1]]), *ADDED.get(script.stem, [])]
+        if script.stem.startswith("train"):
+            run = Path(flags[flags.index("--output_dir") + 1])
+            flags += [*TINY, "--select_from_epoch", "1"]
+        done = run_in_process(script.name, *flags)
+        assert done.status == 0, f"{script.name} {flags}: {done.error}"
+        printed.setdefault(run.name, []).append(done)
+    return folder, printed
+
+
+def test_every_row_is_trained_and_tested_and_all_are_in_one_table(rows, run_script, tmp_path):
+    folder, printed = rows
+    assert [len(outcomes) for outcomes in printed.values()] == [2] * 10
+    assert len(list(folder.glob("*/results_*/summary.json"))) == 10
+    run_script("compare.py", *sorted(folder.iterdir()), "--output_dir", tmp_path).succeeded()
+    assert set(pd.read_csv(tmp_path / "comparison.csv")["dataset"].str.split().str[0]) >= {"synapse", *IMAGES}
+
+
+@pytest.mark.parametrize(("row", "select", "slices"), [("synapse", "val", 10), ("synapse_by_test", "test", 20)])
+def test_training_and_testing_say_what_the_best_epoch_was_chosen_on(rows, row, select, slices):
+    run, (trained, tested) = rows[0] / row, rows[1][row]
+    assert f"{slices} training samples, 1 validation cases" in trained.error
+    assert ("chosen on the test cases" in trained.error) == (select == "test")
+    assert ("Dice on the test volumes" in (run / "train.log").read_text()) == (select == "test")
+    assert f",{select}," in (run / "metrics.csv").read_text()
+    facts = torch.load(run / "best.pth", weights_only=True)["data"]
+    assert (facts["selected_on"], facts["class_names"][4]) == (select, "liver")
+    assert facts["preprocessing"] == {"orientation": "LAS", "window": (-125.0, 275.0)}
+    assert ("chosen on the test volumes" in tested.output) == (select == "test")
+    assert "HD95 [mm]" in tested.output and "left kidney" in tested.output
+    results = run / "results_test_vol"
+    assert json.loads((results / "summary.json").read_text())["selected_on"] == select
+    assert list(pd.read_csv(results / "cases.csv")["selected_on"]) == [select] * 8
+    assert (results / "nifti/case0001_pred.nii.gz").is_file()
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_images_get_tables_masks_and_overlays(data, rows, tmp_path, run_script, name):
+    run, (_, tested) = rows[0] / name, rows[1][name]
+    state = torch.load(run / "best.pth", weights_only=True)
+    assert state["network"]["in_channels"] == 3
+    assert state["data"]["preprocessing"] == {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    for words in ("HD95 [pixels]", "Jaccard, 0 below 0.65 [%]", "over the pixels of all cases together"):
+        assert words in tested.output
+    cases = (data[name] / "lists/test.txt").read_text().split()
+    for kind in ("masks", "overlays"):
+        assert sorted(path.stem for path in (run / "results_test" / kind).iterdir()) == sorted(cases)
+    assert set(pd.read_csv(run / "results_test/cases.csv", dtype=str)["case"]) == set(cases)
+
+    mask = np.asarray(Image.open(run / "results_test/masks" / f"{cases[0]}.png"))
+    image = next((data[name] / "images").glob(f"{cases[0]}.*"))
+    flags = ["--checkpoint", run / "best.pth", "--device", "cpu", "--overlays", 1]
+    run_script("predict.py", *flags, "--input", image, "--output", tmp_path / "one/mask.png").succeeded()
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "one/mask.png")), mask)
+    with Image.open(tmp_path / "one/mask_overlays/mask.png") as overlay, Image.open(image) as own:
+        assert overlay.size == own.size
+    areas = pd.read_csv(tmp_path / "one/mask_areas.csv")["pixels"].tolist()
+    assert areas == [(mask == c).sum() for c in range(1, len(areas) + 1)]
+    run_script("predict.py", *flags, "--input", image.parent, "--output", tmp_path / "many").succeeded()
+    assert len(list((tmp_path / "many").glob("*.png"))) == len(list(image.parent.iterdir()))
+
+
+def test_single_cells_are_tested_on_by_the_lists_of_their_images(data, rows, tmp_path, run_script):
+    flags = ["--raw", data["segpc"].parent / "raw/segpc", "--out", tmp_path / "data", "--jobs", 1]
+    run_script("prepare_data.py", "segpc", "--crops", *flags).succeeded()
+    flags = ["--checkpoint", rows[0] / "segpc/best.pth", "--test_save_dir", tmp_path / "results"]
+    done = run_script("test_segpc.py", *where("test_segpc", tmp_path / "data"), *flags).succeeded()
+    images, same = (
+        set((folder / "lists/test.txt").read_text().split()) for folder in (data["segpc"], tmp_path / "data")
+    )
+    cells = {path.stem for path in (tmp_path / "data/masks").glob("*.png") if path.stem.split("_cell")[0] in images}
+    assert images == same and len(cells) > len(images)
+    assert set(pd.read_csv(tmp_path / "results/cases.csv", dtype=str)["case"]) == cells
+    assert "best.pth was trained on whole images, but these are single cells" in done.error
+
+
+def test_other_files_need_their_label_order(rows, run_script, tmp_path):
+    theirs = write_other(tmp_path / "theirs", "transunet")
+    run = rows[0] / "synapse_by_test"
+    flags = ["--checkpoint", run / "best.pth", "--test_save_dir", tmp_path / "results", *data_flags(theirs)[2:]]
+    done = run_script("test_synapse.py", *flags)
+    assert done.status == 0 and "--label_order" in done.error and "warning" in done.error
+    done = run_script("test_synapse.py", *flags, "--label_order", "transunet")
+    assert done.status == 0 and "warning" not in done.error
+    flags = ["--resume", run / "last.pth", "--label_order", "transunet"]
+    assert_one_line(run_script("train_synapse.py", *flags), "--label_order transunet")
+
+
+def test_what_is_wrong_is_one_line(data, run_script, tmp_path):
+    not_there = ("train.txt", "case0001", "case0007", "--val_cases")
+    for cases, words in ((["case0001"], not_there), (["case0005", "case0007"], ["no entry is left"])):
+        flags = [*data_flags(data["synapse"]), *TINY, "--output_dir", tmp_path / "run", "--val_cases", *cases]
+        assert_one_line(run_script("train_synapse.py", *flags), *words)
+    checkpoint = {"model": {"w": torch.zeros(1)}, "network": {}, "data": {"dataset": "acdc", "class_names": ["a"]}}
+    torch.save(checkpoint, tmp_path / "acdc.pth")
+    done = run_script("test_synapse.py", "--checkpoint", tmp_path / "acdc.pth", *data_flags(data["synapse"])[2:])
+    assert_one_line(done, "acdc.pth", "test_acdc.py")
+    cells = Path(shutil.copytree(data["segpc"], tmp_path / "cells"))
+    name = (cells / "lists/train.txt").read_text().split()[0]
+    flags = [*where("train_segpc", cells), *TINY, "--output_dir", tmp_path / "run"]
+    mask = cells / f"masks/{name}.png"
+    mask.write_bytes(mask.read_bytes()[:40])
+    assert_one_line(run_script("train_segpc.py", *flags), mask)
+    assert not (tmp_path / "run").exists()

@@ -7,15 +7,10 @@ import torch
 
 from datasets import acdc
 from tests.mini import DRAWINGS, SPLITS, parse, trainer
-from tests.narrow import use_narrow_pico
+from tests.narrow import narrow_pico  # noqa: F401, a fixture for the whole module
 from utils.arguments import parse_training, training_parser
 from utils.checkpoint import load_checkpoint
 from utils.errors import RunError
-
-
-@pytest.fixture(autouse=True)
-def _narrow(monkeypatch):
-    use_narrow_pico(monkeypatch)
 
 
 @pytest.fixture(scope="module")

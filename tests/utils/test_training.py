@@ -1,33 +1,25 @@
 """The training loop on a few drawn slices: what a run leaves behind, and that it continues exactly."""
 
-import csv
 import json
 import os
 import shutil
 import signal
-import struct
 import time
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from networks import SimMPNet
 from networks.gates import Gate
 from tests.mini import MiniNet, assert_same, parse, trainer
-from tests.narrow import use_narrow_pico
+from tests.narrow import narrow_pico  # noqa: F401, a fixture for the whole module
 from utils.checkpoint import load_checkpoint
 from utils.errors import RunError, Stopped
 from utils.training import Trainer
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    """Train a narrow network, and draw no curves, which take longer than an epoch here."""
-    use_narrow_pico(monkeypatch)
-    monkeypatch.setattr("utils.run_folder.save_progress", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +36,16 @@ def copied(run, tmp_path) -> Path:
     return Path(shutil.copytree(run.run.path, tmp_path / "run"))
 
 
-def metrics(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "metrics.csv") as file:
-        return list(csv.DictReader(file))
-
-
 def test_a_run_folder_is_complete(run):
     folder = run.run.path
     config = json.loads((folder / "config.json").read_text())
     assert config["args"]["batch_size"] == 2 and config["args"]["base_lr"] == 1e-4
     assert config["versions"]["torch"] == version("torch") and "git" in config
-    rows = metrics(folder)
-    assert [row["epoch"] for row in rows] == ["1", "2"]
+    rows = pd.read_csv(folder / "metrics.csv")
+    assert list(rows["epoch"]) == [1, 2]
     columns = "epoch iteration lr train_loss train_ce_loss train_dice_loss k k_decoder cluster_use train_seconds"
-    assert list(rows[0]) == f"{columns} selected_on val_dice val_dice_ring val_dice_disc val_seconds".split()
-    assert all(np.isfinite(float(row[name])) for row in rows for name in row if name != "selected_on")
-    assert (folder / "progress.png").read_bytes().startswith(b"\x89PNG")
+    assert list(rows) == f"{columns} selected_on val_dice val_dice_ring val_dice_disc val_seconds".split()
+    assert np.isfinite(rows.drop(columns="selected_on").to_numpy()).all()
     assert {p.name for p in folder.glob("*.pth")} == {"last.pth", "best.pth"}
     assert not list(folder.rglob(".tmp*"))
 
@@ -199,23 +185,7 @@ def test_the_newest_epochs_are_kept_and_the_folder_does_not_grow(tmp_path):
     assert len(list(tmp_path.glob("config*"))) == 2
     assert not list(tmp_path.glob(".tmp*"))
     (events,) = (tmp_path / "events").iterdir()
-    assert [event.step for event in read_events(events) if has_loss(event)] == [1, 2, 3, 4, 5]
-
-
-def read_events(path: Path) -> list:
-    """Read a file of records: length (8 bytes), its checksum (4), an event, its checksum (4)."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    content, events = path.read_bytes(), []
-    while content:
-        (length,) = struct.unpack("<Q", content[:8])
-        events.append(Event.FromString(content[12 : 12 + length]))
-        content = content[16 + length :]
-    return events
-
-
-def has_loss(event) -> bool:
-    return any(value.tag == "train_loss" for value in event.summary.value)
+    assert events.read_bytes().count(b"train_loss") == 5
 
 
 def test_a_resumed_run_with_another_batch_size_ends_with_the_same_epoch(copied):
@@ -320,7 +290,7 @@ def test_a_gate_that_shuts_is_recorded_and_reported_once(tmp_path, caplog):
             return super().forward(x * self.gate(torch.full_like(x, 9.0 if self.training else self.logits.pop(0))))
 
     trainer(tmp_path, "--max_epochs", "4", network=Gated).fit()
-    gates = [float(row["gate_spatial_1"]) for row in metrics(tmp_path)]
+    gates = pd.read_csv(tmp_path / "metrics.csv")["gate_spatial_1"].tolist()
     assert gates == pytest.approx([1.2e-4, 1.2e-4, 0.5, 1.2e-4], rel=0.1)
     assert caplog.text.count("gate_spatial_1 is shut") == 2
 
