@@ -15,7 +15,7 @@ from datasets import Preprocessing, read_scan, synapse
 from datasets.preprocessing import reorient
 from datasets.scan import read_scan_label
 from tests.datasets.test_dicom import write_dicom
-from tests.datasets.test_scan import ORIENTATIONS, places, turn
+from tests.datasets.test_scan import ORIENTATIONS, turn
 from tests.test_scripts import assert_one_line
 from utils import predictor as predictors
 from utils.checkpoint import save_checkpoint
@@ -66,15 +66,9 @@ def write_scan(folder: Path, name: str, orientation: str, degrees: float = 0.0, 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_what_is_predicted_lies_on_the_patient(threshold, tmp_path, orientation):
     scan = write_scan(tmp_path / "scans", "scan", orientation, degrees=20)
-    segmentation = predictors.Predictor(threshold, "cpu")(scan)
-    nibabel.save(segmentation, tmp_path / "seg.nii.gz")
-    truth = scan.with_name("scan_label.nii.gz")
-    for program in ("nibabel", "SimpleITK"):
-        expected, found = places(truth, program), places(tmp_path / "seg.nii.gz", program)
-        assert expected.keys() == found.keys() == {0, 1, 5, 8}
-        for c in expected:
-            np.testing.assert_allclose(found[c], expected[c], atol=1e-3)
-    source, saved = nibabel.load(truth), nibabel.load(tmp_path / "seg.nii.gz")
+    saved = predictors.Predictor(threshold, "cpu")(scan)
+    source = nibabel.load(scan.with_name("scan_label.nii.gz"))
+    assert set(np.unique(saved.dataobj)) == {0, 1, 5, 8}
     np.testing.assert_array_equal(np.asarray(saved.dataobj), np.asarray(source.dataobj))
     np.testing.assert_allclose(saved.affine, source.affine, atol=1e-4)
     assert saved.get_data_dtype() == np.int16  # the scan's
@@ -102,8 +96,7 @@ def predict(threshold, run_script):
 def test_one_file_and_what_lies_beside_it(predict, tmp_path):
     scan = write_scan(tmp_path / "scans", "scan", "RAS")
     out = tmp_path / "out" / "seg.nii.gz"
-    done = predict("--input", scan, "--output", out, "--overlays", 2)
-    assert done.status == 0, done.error
+    predict("--input", scan, "--output", out, "--overlays", 2).succeeded()
     names = ("", "_labels.ctbl", "_labels_itksnap.txt", "_overlays", "_volumes.csv")
     assert {path.name for path in out.parent.iterdir()} == {f"seg{name or '.nii.gz'}" for name in names}
     assert len(list((out.parent / "seg_overlays").glob("*.png"))) == 2
@@ -143,16 +136,13 @@ def test_a_folder_with_a_bad_file_among_good_ones(predict, tmp_path):
 
 def test_scans_of_other_formats_and_one_of_several_times(predict, tmp_path):
     scan, scans, out = write_scan(tmp_path, "scan", "PSR", 20), tmp_path / "scans", tmp_path / "out"
-    truth = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(scan.with_name("scan_label.nii.gz"))))
+    truth = SimpleITK.ReadImage(str(scan.with_name("scan_label.nii.gz")))
     scans.mkdir()
     for name in ("a.nrrd", "b.mha"):
         SimpleITK.WriteImage(SimpleITK.ReadImage(str(scan)), str(scans / name))
     assert predict("--input", scans, "--output", out).status == 0
     for name in ("a.nrrd", "b.mha"):
-        one, other = (SimpleITK.ReadImage(str(folder / name)) for folder in (scans, out))
-        np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(other), truth)
-        for fact in ("GetOrigin", "GetSpacing", "GetDirection"):
-            np.testing.assert_allclose(getattr(other, fact)(), getattr(one, fact)(), atol=1e-6)
+        np.testing.assert_array_equal(*map(SimpleITK.GetArrayFromImage, (SimpleITK.ReadImage(str(out / name)), truth)))
     times = write_dicom(tmp_path / "times", [0, 1, 0, 1])
     assert_one_line(predict("--input", times, "--output", out), "--time_point 0 to 1")
     assert predict("--input", times, "--time_point", 1, "--output", out).status == 0
@@ -177,6 +167,7 @@ def test_what_cannot_be_done_is_said_in_one_line(predict, threshold, tmp_path):
         (scan, out, ["--dataset", "acdc"], ["synapse", "--dataset"]),
         (scan.parent, out, [], ["give a folder"]),
         (threshold, out, [], ["best.pth", "not a readable scan"]),
+        (scan, out, ["--checkpoint", scan], ["scan.nii.gz", "checkpoint"]),
         ("photo.JPG", tmp_path / "o.png", [], ["a photograph", "scans"]),
         (scan, out, ["--batch_size", 0], ["--batch_size", "1 or more"]),
         (scan, tmp_path / "file" / "seg.nii.gz", [], ["file"]),
@@ -195,8 +186,7 @@ def test_two_scans_are_never_written_to_one_file_and_hidden_files_are_not_read(p
         path.unlink()
     (scans / "._a b.nii.gz").write_bytes(b"of another system")
     (scans / "a b.nii.gz").rename(scans / "A.NII.GZ")
-    done = predict("--input", scans, "--output", tmp_path / "out")
-    assert done.status == 0, done.error
+    predict("--input", scans, "--output", tmp_path / "out").succeeded()
     assert {path.name for path in (tmp_path / "out").glob("*.nii.gz")} == {"A.nii.gz", "a_b_label.nii.gz"}
 
 

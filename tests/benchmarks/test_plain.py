@@ -1,9 +1,9 @@
-"""The plain side computes what the oracle and the network compute, and measurements count what they should."""
+"""The plain side computes what the oracle and the network compute."""
 
 import pytest
 import torch
 
-from benchmarks.measure import past_warm_up, peak_memory
+from benchmarks.measure import past_warm_up
 from benchmarks.plain import PlainDMWLA, plain_copy
 from networks import DMWLA, SimMPNet
 from tests import oracle
@@ -40,13 +40,3 @@ def test_a_plain_copy_of_a_network_in_warm_up_and_in_use_gives_its_logits():
             for a, b in zip(plain(x), model(x), strict=True):
                 torch.testing.assert_close(a, b)
         past_warm_up(model)
-
-
-def test_peak_memory_counts_what_lives_at_once():
-    def twice_after_each_other():
-        for _ in range(2):
-            torch.empty(1000, dtype=torch.uint8)
-
-    kept = []
-    assert peak_memory(twice_after_each_other) == 1000
-    assert peak_memory(lambda: kept.extend(torch.empty(1000, dtype=torch.uint8) for _ in range(2))) == 2000

@@ -10,7 +10,6 @@ import pytest
 
 from datasets import acdc, read_slice, read_volume, volumes
 from datasets.preprocessing import reorient
-from tests.conftest import REAL_ACDC
 from tests.datasets.test_segpc import interrupted
 
 AFFINE = np.array([[-1.5, 0, 0, 40], [0, -1.25, 0, 60], [0, 0, 8, -20], [0, 0, 0, 1.0]])
@@ -195,21 +194,3 @@ def test_a_missing_frame_is_logged_and_a_label_elsewhere_in_space_is_logged_or_r
     for affine in (np.eye(4), AFFINE @ np.diag([1, 1, 1.5, 1]), AFFINE @ np.diag([-1, 1, 1, 1])):  # not where it was
         nibabel.save(nibabel.Nifti1Image(label, affine), path)
         refused(lambda: acdc.prepare(raw, tmp_path / "out", overwrite=True), path, "affine")
-
-
-@pytest.mark.skipif(not REAL_ACDC.is_dir(), reason="the real ACDC volumes are not beside the checkout")
-def test_real_volumes_pass_through_unchanged(tmp_path):
-    (tmp_path / "raw").mkdir()
-    sources = sorted(REAL_ACDC.glob("*.h5"))[:160:80]
-    for source in sources:
-        (tmp_path / "raw" / source.name).symlink_to(source)
-    assert acdc.prepare(tmp_path / "raw", tmp_path / "out") == [source.stem for source in sources]
-    for source in sources:
-        case = read_volume(tmp_path / "out" / "test_vol_h5" / f"{source.stem}.npy.h5", 4)
-        with h5py.File(source) as file:
-            np.testing.assert_array_equal(case.image, file["image"][()])
-            np.testing.assert_array_equal(case.label, file["label"][()])
-        # The left ventricle lies inside the myocardium, so the class names are in the right order.
-        middle = case.label[len(case.label) // 2]
-        outer, inner = np.argwhere(middle == 2), np.argwhere(middle == 1 + case.class_names.index("left ventricle"))
-        assert (outer.min(0) < inner.min(0)).all() and (inner.max(0) < outer.max(0)).all()

@@ -111,7 +111,7 @@ def write_deep(path, image, bits):
 
 
 @pytest.mark.parametrize("ending", ["png", "tif"])
-@pytest.mark.parametrize("bits", range(9, 17))
+@pytest.mark.parametrize("bits", [9, 12, 16])
 def test_9_to_16_bits_are_read_like_the_same_picture_of_8(tmp_path, caplog, bits, ending):
     for image in (scene(20, 30), scene(20, 30)[..., 0]):
         write_deep(tmp_path / f"a.{ending}", image, bits)
@@ -204,15 +204,6 @@ def test_normalisation_is_that_of_the_weights_and_survives_a_checkpoint(refused)
     assert "bits" not in ColourPreprocessing().to_dict()  # as earlier versions wrote it
     for bad in ({}, {"mean": (0.5,) * 3}, {"mean": (0.5,) * 3, "std": (0.5, 0.5, 0)}, {"mean": "abc", "std": (1,) * 3}):
         refused(lambda bad=bad: ColourPreprocessing.from_dict(bad), "preprocessing", "train again")
-
-
-def test_shrinking_averages_and_keeps_the_proportions():
-    stripes = np.zeros((400, 640, 3), np.uint8)
-    stripes[:, ::2] = 255
-    assert shrunk_size((400, 640), 40) == (40, 64)
-    small = resize_image(stripes, (40, 64))
-    assert np.abs(small[:, 2:-2].astype(int) - 127).max() < 4
-    assert shrunk_size((30, 640), 40) == (30, 640)
 
 
 def test_a_mask_lies_on_its_image_after_any_change_of_size():

@@ -1,8 +1,7 @@
-"""The phantom is a valid data set like ACDC, its organs are nested, and brightness alone does not identify them."""
+"""The phantom is a valid data set like ACDC, and its seed decides it."""
 
 import numpy as np
 import pytest
-from scipy import ndimage
 
 from datasets import VolumeDataset, phantom
 from datasets.lists import read_list
@@ -19,13 +18,9 @@ def read(out, part):
     return VolumeDataset(out / "test_vol_h5", out / "lists", part, 4)
 
 
-@pytest.fixture(scope="module")
-def volumes(made):
-    return [volume for part in phantom.INFO.splits for volume in read(made[0], part)]
-
-
-def test_it_is_a_valid_data_set_with_its_own_lists(made, volumes):
+def test_it_is_a_valid_data_set_with_its_own_lists(made):
     out, names = made
+    volumes = [volume for part in phantom.INFO.splits for volume in read(out, part)]
     assert [len(read_list(out / "lists", part)) for part in phantom.INFO.splits] == [5, 2, 3]
     folders = (out / name for name in ("train_npz", "test_vol_h5", "lists"))
     parts, errors = full_check(*folders, phantom.INFO.splits, 4, phantom.INFO)
@@ -37,30 +32,6 @@ def test_it_is_a_valid_data_set_with_its_own_lists(made, volumes):
     for volume in volumes:
         assert volume.class_names == phantom.INFO.class_names and volume.spacing[0] > 3 * volume.spacing[1]
         assert (volume.image.min(), volume.image.max()) == (0, 1)
-
-
-def test_the_left_ventricle_lies_inside_the_myocardium(volumes):
-    for volume in volumes:
-        assert set(np.unique(volume.label)) == {0, 1, 2, 3}
-        for label in volume.label:
-            around = ndimage.binary_dilation(label == 3) & (label != 3)
-            assert (label[around] == 2).all()
-        for index in (1, 2, 3):
-            _, pieces = ndimage.label(volume.label == index, np.ones((3, 3, 3)))
-            assert pieces == 1
-
-
-def test_no_band_of_brightness_is_an_organ(volumes):
-    image = np.concatenate([volume.image.ravel() for volume in volumes])
-    label = np.concatenate([volume.label.ravel() for volume in volumes])
-    edges = np.linspace(0, 1, 21)
-    for index in (1, 2, 3):
-        mask = label == index
-        hits = np.concatenate([[0], np.cumsum(np.histogram(image[mask], edges)[0])])
-        taken = np.concatenate([[0], np.cumsum(np.histogram(image, edges)[0])])
-        low, high = np.triu_indices(len(edges), 1)
-        dice = 2 * (hits[high] - hits[low]) / (taken[high] - taken[low] + mask.sum())
-        assert dice.max() < 0.6
 
 
 def test_seed_and_number_make_the_patient_and_a_new_seed_replaces_all(tmp_path, made):

@@ -44,24 +44,9 @@ def write_phantom(folder, orientation="RAS", degrees=0.0, shape=(13, 11, 7), lab
     return paths
 
 
-def places(path, program: str) -> dict[int, np.ndarray]:
-    """Return the positions in mm of all voxels of each label, sorted, as one of two programs sees them."""
-    if program == "nibabel":
-        file = nibabel.load(path)
-        array = np.asarray(file.dataobj)
-        mm = {c: nibabel.affines.apply_affine(file.affine, np.argwhere(array == c)) for c in np.unique(array)}
-    else:
-        file = SimpleITK.ReadImage(str(path))
-        array = SimpleITK.GetArrayFromImage(file)
-        points = {c: np.argwhere(array == c)[:, ::-1].tolist() for c in np.unique(array)}
-        mm = {c: np.array([file.TransformIndexToPhysicalPoint(p) for p in points[c]]) for c in points}
-    return {int(c): p[np.lexsort(p.round(2).T)] for c, p in mm.items()}
-
-
-@pytest.mark.parametrize("program", ["nibabel", "SimpleITK"])
 @pytest.mark.parametrize("degrees", [0, 25])
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
-def test_what_is_saved_lies_on_the_patient(tmp_path, orientation, degrees, program):
+def test_what_is_saved_lies_on_the_patient(tmp_path, orientation, degrees):
     image, label = write_phantom(tmp_path, orientation, degrees)
     volume = read_scan(image, CT)
     volume.label = read_scan_label(label, volume)
@@ -71,15 +56,14 @@ def test_what_is_saved_lies_on_the_patient(tmp_path, orientation, degrees, progr
     for path in save_nifti(tmp_path / "saved", kept.label, kept):
         if path.name.endswith("_img.nii.gz"):
             continue
-        expected, found = places(label, program), places(path, program)
-        assert expected.keys() == found.keys() == {0, 1, 2, 3}
-        for c in expected:
-            np.testing.assert_allclose(found[c], expected[c], atol=1e-3)
         source, saved = nibabel.load(label), nibabel.load(path)
         np.testing.assert_array_equal(np.asarray(saved.dataobj), np.asarray(source.dataobj))
         np.testing.assert_allclose(saved.affine, source.affine, atol=1e-5)
         assert orientation_of(saved.affine) == orientation_of(source.affine)
         np.testing.assert_allclose(saved.header.get_zooms(), source.header.get_zooms(), rtol=1e-6)
+        as_itk = [SimpleITK.ReadImage(str(file)) for file in (path, label)]
+        for fact in ("GetOrigin", "GetSpacing", "GetDirection"):
+            np.testing.assert_allclose(*(getattr(file, fact)() for file in as_itk), atol=1e-4)
 
 
 @pytest.mark.parametrize("degrees", [0, 25])

@@ -15,7 +15,6 @@ from utils import verify
 nibabel = pytest.importorskip("nibabel")
 
 LISTS = Path(__file__).resolve().parents[2] / "lists" / "lists_Synapse"
-REAL_BTCV = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "BTCV"
 
 # Boxes (z, y, x) of a body that lies as LAS: the patient's right is at small x. Each organ with its BTCV id.
 ORGANS = {
@@ -69,7 +68,6 @@ def test_voxels_and_labels_arrive_where_they_belong(tmp_path):
     for case in (1, 5):
         volume = read_volume(tmp_path / "out" / "test_vol_h5" / f"case{case:04d}.npy.h5", 9)
         np.testing.assert_allclose(volume.image, np.clip((np.roll(image, case, 0) + 125) / 400, 0, 1), atol=1e-6)
-        np.testing.assert_array_equal(volume.label, ours(np.roll(label, case, 0)))
         for theirs in range(14):
             assert (volume.label[np.roll(label, case, 0) == theirs] == OUR_IDS.get(theirs, 0)).all()
         assert volume.class_names == synapse.CLASS_NAMES
@@ -167,14 +165,3 @@ def test_swapped_kidneys_are_found_in_every_orientation():
         assert "right kidney" in synapse.doubtful_places(views[1])[0]
     assert not synapse.doubtful_places(np.zeros_like(label))
     assert not synapse.doubtful_sizes(np.bincount(label.ravel(), minlength=9))
-
-
-@pytest.mark.skipif(not REAL_BTCV.is_dir(), reason="the real CT is not beside the checkout")
-def test_the_real_ct_is_prepared_without_doubt(tmp_path, caplog):
-    assert synapse.prepare(REAL_BTCV, tmp_path) == ["case0001"]
-    volume = read_volume(tmp_path / "test_vol_h5" / "case0001.npy.h5", 9)
-    assert not synapse.doubtful_places(volume.label)
-    raw = np.asarray(nibabel.load(REAL_BTCV / "RawData/Training/label/label0001.nii.gz").dataobj)
-    for theirs, mine in OUR_IDS.items():
-        assert (raw == theirs).sum() == (volume.label == mine).sum()
-    assert "warning" not in caplog.text.lower()

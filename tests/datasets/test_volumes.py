@@ -1,7 +1,5 @@
 """Volumes and slices: their files and their data sets; chance depends on seed, epoch and index alone."""
 
-import resource
-
 import h5py
 import numpy as np
 import pytest
@@ -70,16 +68,6 @@ def test_unfit_contents_are_refused(tmp_path, refused, case, ending):
     refused(lambda: read_volume(path, 4), path, words)
 
 
-@pytest.mark.parametrize("chunks", [None, (1, 5, 4)])
-def test_an_array_that_was_not_written_to_its_end_is_refused(tmp_path, refused, chunks):
-    _write(tmp_path / "v.h5", label=GOOD["label"])
-    with h5py.File(tmp_path / "v.h5", "a") as file:
-        image = file.create_dataset("image", (2, 5, 4), "f4", chunks=chunks)
-        if chunks:
-            image[0] = 1
-    refused(lambda: read_volume(tmp_path / "v.h5", 4), "never written")
-
-
 @pytest.mark.parametrize("ending", [".npy.h5", ".npz"])
 def test_a_file_that_is_not_there_or_empty_is_refused(tmp_path, refused, ending):
     path = tmp_path / f"v{ending}"
@@ -104,21 +92,6 @@ def test_unfit_attributes_are_refused(tmp_path, refused, make_volume, attribute,
     with h5py.File(path, "a") as file:
         file.attrs[attribute] = value
     refused(lambda: read_volume(path), path, attribute)
-
-
-def test_a_full_disk_leaves_the_old_file_as_it_was(tmp_path, make_volume):
-    volume, path = make_volume(shape=(3, 100, 100)), tmp_path / "file"
-    path.write_bytes(b"old")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for write in (write_volume, lambda path, volume: write_slice(path, volume, 0)):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-        try:
-            with pytest.raises(OSError) as caught:
-                write(path, volume)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert caught.value.filename == str(path)
-        assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"old"
 
 
 # Volumes of a split, ours and MT-UNet's

@@ -292,33 +292,6 @@ def test_a_network_is_rebuilt_as_its_checkpoint_says_or_not_at_all(trained, tmp_
     assert words in refusal(lambda: Predictor(path, device="cpu"), path)
 
 
-def test_scripts_refuse_damaged_files_in_one_line_and_write_nothing(whole, trained, tmp_path, run_script):
-    raw, out = tmp_path / "raw", tmp_path / "out"
-    scan, case = whole["scan.gz"], "patient001/patient001_frame01"
-    files = {
-        "good.pth": trained, "bad.pth": trained[len(trained) // 2 :],
-        "good.nii.gz": scan, "bad.nii.gz": scan[:-6] + b"\1" + scan[-5:],
-        f"nifti/{case}.nii.gz": scan, f"nifti/{case}_gt.nii.gz": scan[:-40],
-        "isic/images/1.jpg": whole["jpg"][:200], "isic/masks/1.png": whole["mask"],
-    }  # fmt: skip
-    for name, content in files.items():
-        (raw / name).parent.mkdir(parents=True, exist_ok=True)
-        (raw / name).write_bytes(content)
-    before = everything_in(tmp_path)
-    predict = ("predict.py", "--device", "cpu", "--output", out / "seg.nii.gz", "--checkpoint")
-    for command, words in (
-        ((*predict, raw / "bad.pth", "--input", raw / "good.nii.gz"), "bad.pth"),
-        ((*predict, raw / "good.pth", "--input", raw / "bad.nii.gz"), "bad.nii.gz"),
-        (("prepare_data.py", "acdc", "--jobs", 1, "--out", out, "--raw", raw / "nifti"), "_gt.nii.gz"),
-        (("prepare_data.py", "isic", "--jobs", 1, "--out", out, "--raw", raw / "isic"), "images/1.jpg"),
-    ):
-        done = run_script(*command)
-        errors = [line for line in done.error.splitlines() if "error:" in line]
-        assert (done.status, len(errors)) == (1, 1) and "Traceback" not in done.error, done.error
-        assert words in errors[0]
-        assert everything_in(tmp_path) == before, command
-
-
 def test_no_name_leads_out_of_the_output_folder(trained, tmp_path, run_script):
     names = ["../../evil", "/tmp/evil", "a\\..\\b"]
     scans, volumes = tmp_path / "in" / "scans", tmp_path / "in" / "volumes"
@@ -332,11 +305,9 @@ def test_no_name_leads_out_of_the_output_folder(trained, tmp_path, run_script):
     (volumes / "test.txt").write_text("patient001\n")
     before = everything_in(tmp_path)
     common = ("--device", "cpu", "--overlays", 1, "--checkpoint", tmp_path / "in" / "best.pth")
-    done = run_script("predict.py", *common, "--input", scans, "--output", tmp_path / "out" / "predicted")
-    assert done.status == 0, done.error
+    run_script("predict.py", *common, "--input", scans, "--output", tmp_path / "out" / "predicted").succeeded()
     saving = ("--is_savenii", "--test_save_dir", tmp_path / "out" / "tested")
-    done = run_script("test_acdc.py", *common, *saving, "--volume_path", volumes, "--list_dir", volumes)
-    assert done.status == 0, done.error
+    run_script("test_acdc.py", *common, *saving, "--volume_path", volumes, "--list_dir", volumes).succeeded()
     after = everything_in(tmp_path)
     assert before.items() <= after.items()
     new = {path.relative_to(tmp_path / "out").parts[0] for path in after.keys() - before.keys()}

@@ -1,54 +1,29 @@
 """Checkpoint files: whole or not at all, and never a way to run code."""
 
-import os
-import pickle
-
 import pytest
 import torch
 
 from tests.networks.test_weights import release_state
-from utils import checkpoint
 from utils.checkpoint import build_network, load_checkpoint, save_checkpoint
 from utils.errors import RunError
 
 STATE = {"model": {"w": torch.arange(3.0)}, "network": {}, "data": {"dataset": "acdc", "class_names": ("a", "b")}}
 
 
-def test_what_is_saved_is_loaded_and_a_failing_save_leaves_it(tmp_path, monkeypatch):
+def test_what_is_saved_is_loaded(tmp_path):
     save_checkpoint(tmp_path / "a.pth", STATE)
     assert torch.equal(load_checkpoint(tmp_path / "a.pth")["model"]["w"], STATE["model"]["w"])
-    before = (tmp_path / "a.pth").read_bytes()
-
-    def full_disk(state, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint.torch, "save", full_disk)
-    with pytest.raises(OSError, match=r"a\.pth"):
-        save_checkpoint(tmp_path / "a.pth", STATE)
-    assert (tmp_path / "a.pth").read_bytes() == before
-    assert os.listdir(tmp_path) == ["a.pth"]
 
 
-def test_files_that_are_no_checkpoints_are_refused_in_one_line_and_run_no_code(tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "ran"),)
-
-    save_checkpoint(tmp_path / "whole.pth", STATE)
-    whole = (tmp_path / "whole.pth").read_bytes()
-    for i, content in enumerate((b"", whole[:10], whole[:500], whole[500:], pickle.dumps(Bomb()))):
-        (tmp_path / f"damaged{i}.pth").write_bytes(content)
-    others = ({"epoch": 3}, [1, 2], {}, STATE | {"model": Bomb()}, STATE | {"model": 3}, STATE | {"data": {}})
-    for i, content in enumerate((*others, STATE | {"network": {"pretrained": "hub"}})):
-        torch.save(content, tmp_path / f"other{i}.pth")
-    paths = [path for path in tmp_path.iterdir() if path.name != "whole.pth"]
-    assert len(paths) == 12
-    for path in (*paths, tmp_path / "missing.pth"):
-        with pytest.raises(RunError) as error:
+def test_files_that_are_no_checkpoints_are_refused_in_one_line(tmp_path):
+    """Damaged ones, and those that would run code, are in tests/fuzz."""
+    path = tmp_path / "a.pth"
+    others = ({"epoch": 3}, [1, 2], {}, STATE | {"model": 3}, STATE | {"data": {}})
+    for content in (None, *others, STATE | {"network": {"pretrained": "hub"}}):
+        if content is not None:
+            torch.save(content, path)
+        with pytest.raises(RunError, match=rf"^[^\n]*{path}[^\n]*$"):
             load_checkpoint(path)
-        assert str(path) in str(error.value) and "\n" not in str(error.value)
-    assert not (tmp_path / "ran").exists()
 
 
 def test_a_release_checkpoint_rebuilds_its_network_and_another_state_dict_does_not(tmp_path):

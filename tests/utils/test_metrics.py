@@ -118,7 +118,3 @@ def test_pooled_scores_are_those_of_all_pixels_laid_side_by_side(pairs):
         "accuracy": (p == q).mean(),
     }
     assert pooled == pytest.approx(expected, nan_ok=True)
-    label, prediction = np.array([[0, 1, 1, 2]]), np.array([[1, 1, 2, 2]])
-    pooled = pooled_metrics(confusion(prediction, label, 3))
-    assert pooled["dice"].tolist() == [0.5, 2 / 3] and pooled["specificity"].tolist() == [0.5, 2 / 3]
-    assert pooled["sensitivity"].tolist() == [0.5, 1] and pooled["accuracy"].tolist() == [0.5, 0.75]

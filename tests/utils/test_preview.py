@@ -1,4 +1,4 @@
-"""The preview is drawn for every data set."""
+"""The preview shows what a training sees, of slices and of images."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,6 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from datasets import DATASETS
-from datasets.volumes import Volume, write_slice
 from tests.datasets.test_images import write_set
 from utils import preview
 from utils.figures import class_colour
@@ -14,16 +13,10 @@ from utils.figures import class_colour
 
 @pytest.fixture
 def made(tmp_path, prepared):
-    """Made-up data of every set: its folder of samples and its lists."""
-    rng = np.random.default_rng(0)
-    case = Volume("case0005", rng.random((3, 20, 14), np.float32), rng.integers(0, 9, (3, 20, 14)).astype(np.uint8))
-    for z in range(3):
-        write_slice(tmp_path / "synapse" / f"case0005_slice{z:03d}.npz", case, z)
-    (tmp_path / "synapse" / "train.txt").write_text("case0005\n")
+    """Made-up data of several sets: the folder of samples and that of lists."""
     cells = write_set(tmp_path / "segpc", ["106_cell1", "106_cell2", "7"])
     lesions = write_set(tmp_path / "isic", [f"ISIC_{number:07d}" for number in range(20)], ending=".jpg", num_classes=2)
     return {
-        "synapse": (tmp_path / "synapse", tmp_path / "synapse"),
         "acdc": (prepared / "train_npz", prepared / "lists"),
         "segpc": (cells, cells / "lists"),
         "isic": (lesions, lesions / "lists"),
@@ -39,8 +32,8 @@ def run(made, dataset, output, *more):
         return np.asarray(file.convert("RGB")).astype(int)
 
 
-@pytest.mark.parametrize("dataset", [name for name in DATASETS if name != "phantom"])
-def test_a_sheet_shows_every_class_of_every_set(made, tmp_path, dataset):
+@pytest.mark.parametrize("dataset", ["acdc", "segpc", "isic"])
+def test_a_sheet_shows_every_class(made, tmp_path, dataset):
     sheet = run(made, dataset, tmp_path / "sheets" / f"{dataset}.png", "--count", 5)[:-70]  # without the legend
     for c, name in enumerate(DATASETS[dataset].class_names, 1):
         colour = np.array([255 * part for part in to_rgb(class_colour(c))])

@@ -86,16 +86,6 @@ def test_a_class_that_is_never_there_is_left_out_of_the_strict_mean_only(results
     assert row == ["nowhere", "-", "-", "-", "-", "0", "0", "1"]
 
 
-def test_the_printed_tables_name_convention_and_units(results):
-    transunet, strict = format_summary(summarise(case_table(results, NAMES))).split("\n\n")
-    assert transunet.startswith("transunet convention, 3 cases") and strict.startswith("strict convention, 3 cases")
-    assert "HD95 [voxels]" in transunet and "HD95 [mm]" in strict and "test volumes" not in transunet
-    assert strict.splitlines()[3].split() == ["core", "66.67", "13.74", "66.67", "13.74", "1", "0", "0"]
-    images = format_summary(summarise(read_cases(FIXTURES / "pixels.csv"), CONFUSIONS["pixels"]))
-    for words in ("HD95 [pixels]", "Jaccard, 0 below 0.65 [%]", "over the pixels of all cases", "Sensitivity [%]"):
-        assert words in images
-
-
 def test_markdown_aligns_numbers_to_the_right_and_escapes_bars():
     frame = pd.DataFrame({"class": ["a|b", "c\nd"], "Dice": [84.1, np.nan], "HD95": ["1.20 ± 0.3", "-"], "n": [1, 20]})
     _, rule, *rows = markdown(frame, floatfmt=".2f").splitlines()

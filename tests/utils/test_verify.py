@@ -147,10 +147,6 @@ def test_other_intensities_than_of_0_to_1_are_in_the_checkpoint_and_no_scan_is_p
         assert bool(compare_with_checkpoint(test_set, acdc.INFO, checkpoint)[1]) == warned
 
 
-def test_axes_that_predict_would_not_make_are_refused(prepared, refused):
-    refused(lambda: quick(prepared, info=synapse.INFO), "run to RAS", "LAS")
-
-
 def named(*names: str):
     def name(volume: Volume) -> Volume:
         volume.class_names = names
@@ -183,6 +179,7 @@ def test_the_quick_check_finds_the_common_mistakes(prepared, refused):
     refused(lambda: acdc.INFO.require(root, f"{root}/x"), f"{root}/x", "prepare_data.py acdc")
     refused(lambda: quick(prepared, train="val"), "val.txt", "is also in")
     refused(lambda: quick(prepared, num_classes=3), "num_classes")
+    refused(lambda: quick(prepared, info=synapse.INFO), "run to RAS", "LAS")  # axes that predict.py would not make
     quick(prepared)
     last = Path(root, "patient002_frame09_slice002.npz")
     last.write_bytes(last.read_bytes()[:100])
