@@ -19,7 +19,7 @@ from utils import comparison_report as report
 from utils.cli import ArgumentParser, run_script
 from utils.comparison import Run, compare, name_methods, paired_tests, read_run
 from utils.errors import RunError
-from utils.results import markdown
+from utils.results import markdown, write_csv
 
 logger = logging.getLogger("compare")
 
@@ -58,7 +58,7 @@ def main() -> None:
     runs = read_runs(args)
     names = dict.fromkeys(run.data for run in runs)
     by_data = {data: name_methods([run for run in runs if run.data == data]) for data in names}
-    if len(names) > len({run.dataset for run in runs}):
+    if len(names) > len({run.info.name for run in runs}):
         logger.info("other data, other tables: %s; --volume_path FOLDER if they are the same data", ", ".join(names))
     comparisons = [comparison for of_data in by_data.values() for comparison in compare(of_data)]
     check_writable(args.output_dir)
@@ -72,13 +72,14 @@ def main() -> None:
         scores.append(rows if args.no_published else pd.concat([rows, report.published_rows(comparison)]))
         section = {"heading": f"{comparison.data}, {comparison.split}", "notes": report.notes(scores[-1])}
         section["tables"] = report.score_tables(comparison, scores[-1], tests[-1])
-        name = f"{i}_{comparison.dataset}_{file_stem(comparison.split)}_boxes.png"
+        name = f"{i}_{comparison.info.name}_{file_stem(comparison.split)}_boxes.png"
         sections.append(section | {"pictures": report.draw_boxes(figures / name, comparison)})
     for data, of_data in by_data.items():
         pictures = report.draw_curves(figures / f"{file_stem(data)}_training.png", of_data)
         section = {"heading": f"{data}, runs and training", "tables": report.run_tables(of_data)}
         sections.append(section | {"pictures": pictures})
-    report.write_csv(args.output_dir, scores, tests)
+    write_csv(args.output_dir / "comparison.csv", pd.concat(scores)[report.CSV_COLUMNS], "%.12g")
+    write_csv(args.output_dir / "paired_tests.csv", pd.concat(tests), "%.12g")
     report.write_pages(args.output_dir, sections)
     logger.info("wrote %s, tables and figures are beside it", args.output_dir / "comparison.html")
 

@@ -45,7 +45,6 @@ class Run:
     folder: Path
     info: DatasetInfo
     args: dict[str, Any]  # arguments of the training, with defaults for those that its version did not have
-    dataset: str
     data: str  # the data set, and the folder of its test cases if that is not the data set's own
     settings: dict[str, str]  # the arguments that make the method
     unusual: set[str]  # the names of those settings that are not defaults
@@ -58,7 +57,7 @@ class Run:
 class Comparison:
     """The methods that were tested on the same data."""
 
-    dataset: str
+    info: DatasetInfo
     data: str  # as in `Run`, with classes or first case where these distinguish it from other data
     split: str
     class_names: tuple[str, ...]
@@ -128,7 +127,7 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
         script = f"test_{info.name}.py" if info.fold is None else info.train_script.replace("train", "test", 1)
         command = f"python {script} {shlex.join(map(str, [*flags, args['list_dir']]))}"
         raise RunError(f"{folder} was not tested on {split}: test it with {command}")
-    return Run(folder, info, args, info.name, data, settings, unusual, history, pd.concat(tables), method)
+    return Run(folder, info, args, data, settings, unusual, history, pd.concat(tables), method)
 
 
 def _text(name: str, value: object) -> str:
@@ -188,7 +187,7 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
             if len(parts) > 1:
                 data += f" (data {number}: {cases['case'][0]}, ...)"
             methods = by_method([run for run in runs if str(run.folder) in set(cases["run"])])
-            comparisons.append(Comparison(info.name, data, split, class_names, methods, cases))
+            comparisons.append(Comparison(info, data, split, class_names, methods, cases))
     return comparisons
 
 
@@ -217,9 +216,8 @@ def paired_tests(comparison: Comparison) -> pd.DataFrame:
     from scipy.stats import wilcoxon
 
     rows, family = [], ["convention", "metric", "unit"]
-    for key, values in (
-        comparison.per_case().query("`class` == @MEAN and metric in @TESTED").groupby(family, sort=False)
-    ):
+    means = comparison.per_case().query("`class` == @MEAN and metric in @TESTED")
+    for key, values in means.groupby(family, sort=False):
         for first, second in itertools.combinations(comparison.methods, 2):
             pair = values[values["method"].isin([first, second])].pivot(index="case", columns="method", values="value")
             # Rounded, so that rounding errors do not order equal differences.

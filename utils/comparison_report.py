@@ -17,14 +17,16 @@ from utils.metrics import MISSED, SPURIOUS
 from utils.results import CONVENTIONS, OPTIMISTIC, markdown
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "docs" / "published_results.csv"
-CSV_COLUMNS = (
-    "dataset split source method chosen_on seeds cases convention class metric unit mean sd_over_seeds sd_over_cases"
-).split()
+CSV_COLUMNS = [
+    "dataset", "split", "source", "method", "chosen_on", "seeds", "cases", "convention", "class", "metric", "unit",
+    "mean", "sd_over_seeds", "sd_over_cases",
+]  # fmt: skip
+"""Of comparison.csv. Dice and Jaccard are in percent, unknown cells are empty."""
 
 
 def published_rows(comparison: Comparison) -> pd.DataFrame:
     """Return the published means, and Dice of each class, as printed, for runs on the data set's own test data."""
-    info = next(iter(comparison.methods.values()))[0].info
+    info = comparison.info
     lists = {Path(run.args["list_dir"]).resolve() for runs in comparison.methods.values() for run in runs}
     if lists != {Path(info.list_dir).resolve()} or comparison.split != info.splits[-1] or comparison.data != info.name:
         return pd.DataFrame()
@@ -133,13 +135,6 @@ def _draw(
         save_figure(grid.set_titles("{col_name}").set_ylabels("").figure, path)
     pyplot.close(grid.figure)
     return {path: caption}
-
-
-def write_csv(folder: Path, rows: Sequence[pd.DataFrame], tests: Sequence[pd.DataFrame]) -> None:
-    """Write `comparison.csv` and `paired_tests.csv`; Dice and Jaccard are in percent, unknown cells are empty."""
-    for name, frame in (("comparison", pd.concat(rows)[CSV_COLUMNS]), ("paired_tests", pd.concat(tests))):
-        with atomic_write(folder / f"{name}.csv") as temporary:
-            frame.to_csv(temporary, index=False, float_format="%.12g")
 
 
 def write_pages(folder: Path, sections: Sequence[Mapping[str, Any]]) -> None:
