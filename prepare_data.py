@@ -58,8 +58,10 @@ def parse_args() -> argparse.Namespace:
     parsers.choices["phantom"].add_argument("--seed", type=int, default=2222, help="seed of the random hearts")
     add = parsers.choices["custom"].add_argument
     add("--axis", choices=custom.AXES, help="plane of the slices; default: across the coarsest spacing")
+    add = parsers.choices["custom"].add_mutually_exclusive_group().add_argument
     add("--normalize", choices=("percentiles", "zscore"), help="of each scan; default: percentiles, of CT a window")
     add("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="intensities that become 0 and 1, of all scans")
+    add = parsers.choices["custom"].add_argument
     add("--class_names", nargs="+", help="names of the label values in rising order, where none are declared")
     add("--folds", type=number(int, 2), help="parts that validate in turn; default: 5, or one per patient if fewer")
     add("--test", type=number(int, 0, 90), default=0, help="percent of the patients that only test")
@@ -89,9 +91,9 @@ def main() -> None:
     splits = [split for split in info.splits if (list_dir / f"{split}.txt").is_file()]
     only = "" if len(splits) == len(info.splits) else f" --splits {' '.join(splits)}"
     logger.info("%d %s are ready in %s", len(names), "images" if info.planar else "volumes", out)
-    checked = f"custom --data {out}" if name == "custom" else name
-    logger.info("next, check them:  python -m utils.verify %s %s%s", checked, where, only)
-    logger.info("then train:        python %s %s", info.train_script, where)
+    checked = info.train_script.replace("train_custom.py", "custom") if name == "custom" else name
+    logger.info("next, check them:  python -m utils.verify %s", f"{checked} {where}{only}".rstrip())
+    logger.info("then train:        python %s", f"{info.train_script} {where}".rstrip())
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ writes the files that the named data sets have, ``lists/fold_<k>``, and ``datase
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -41,10 +42,12 @@ def info_of(folder: str | Path, fold: int = 0) -> DatasetInfo:
     """Return the facts of a prepared folder, with the lists of a fold; raises DataError for another folder."""
     path = Path(folder) / JSON
     if not path.is_file():
-        raise DataError(
-            f"{path}: no such file; prepare the data first: python prepare_data.py custom --raw FOLDER --out {folder}"
-        )
+        raise DataError(f"{path}: no such file; {_how_to_get(folder)}")
     return info_from(read_json(path), folder, fold)
+
+
+def _how_to_get(folder: str | Path) -> str:
+    return f"prepare the data first: python prepare_data.py custom --raw FOLDER --out {quote(str(folder))}"
 
 
 def info_from(facts: dict[str, Any], folder: str | Path, fold: int = 0) -> DatasetInfo:
@@ -58,8 +61,8 @@ def info_from(facts: dict[str, Any], folder: str | Path, fold: int = 0) -> Datas
             list_dir=f"{folder}/lists/fold_{fold}",
             splits=("train", "val", "test") if facts["test"] else ("train", "val"),
             preprocessing=preprocessing_from_dict(facts["preprocessing"]),
-            how_to_get=f"prepare the data first: python prepare_data.py custom --raw FOLDER --out {folder}",
-            train_script=f"train_custom.py --data {folder}",
+            how_to_get=_how_to_get(folder),
+            train_script=f"train_custom.py --data {quote(str(folder))}",
             planar=bool(facts["planar"]),
             channels=tuple(map(str, facts["channels"])),
             fold=fold,
@@ -89,23 +92,16 @@ def info_of_run(data: dict[str, Any], folder: str | Path, fold: int) -> DatasetI
 
 @dataclass
 class Look:
-    """What one case is, before it is prepared; ``problem`` says why it cannot be used."""
+    """What one case is, before it is prepared."""
 
-    problem: str = ""
-    size: tuple[int, ...] = ()  # (z, y, x) as stored, of a picture (H, W)
+    size: tuple[int, ...]  # (z, y, x) as stored, of a picture (H, W)
     spacing: dict[str, float] | None = None  # mm between slices, by the name of their plane
     values: tuple[int, ...] = ()  # of the label, without background
     foreground: tuple[np.ndarray, ...] = ()  # a sample of intensities inside the label, of each channel
 
 
 def _look(channels: int, classes: dict[int, str] | None, case: Case) -> Look:
-    try:
-        return _look_at(channels, classes, case)
-    except DataError as error:
-        return Look(str(error))
-
-
-def _look_at(channels: int, classes: dict[int, str] | None, case: Case) -> Look:
+    """Read a case as stored; channels: 0 for a picture."""
     if channels:
         as_stored = Preprocessing(scales=(Scale("window", 0, 1),) * channels)
         volume = read_scan(case.images, as_stored)
@@ -118,10 +114,10 @@ def _look_at(channels: int, classes: dict[int, str] | None, case: Case) -> Look:
         inside = np.random.default_rng(0).choice(inside, min(len(inside), SAMPLES), replace=False)
         for image in getattr(volume.image, "images", [volume.image]):
             foreground.append(np.asarray(image.intensities(image.voxels.flat[inside]), np.float32))
-        look = Look("", label.shape, spacing, foreground=tuple(foreground))
+        look = Look(label.shape, spacing, foreground=tuple(foreground))
     else:
         label = read_grey(case.labels[0], read_image(case.images[0], 16).shape[:2], indices=True)
-        look = Look("", label.shape)
+        look = Look(label.shape)
     look.values = tuple(value for value in np.unique(label).tolist() if value)
     unknown = [value for value in look.values if classes is not None and value not in classes]
     if unknown:
@@ -131,6 +127,13 @@ def _look_at(channels: int, classes: dict[int, str] | None, case: Case) -> Look:
             f"{brief(declared, 120)}: declare them there, or correct the file"
         )
     return look
+
+
+def _attempt(look: Callable[[Case], Look], case: Case) -> Look | DataError:
+    try:
+        return look(case)
+    except DataError as error:
+        return error
 
 
 _OPPOSITE = {"S": "I", "P": "A", "L": "R"}
@@ -150,13 +153,15 @@ def prepare(
     out the cases that cannot be used. jobs, overwrite: as in ``prepare_volumes``. Raises DataError for raw data that
     are missing or unfit, before anything is written.
     """
+    if window is not None and not window[0] < window[1]:
+        raise DataError(f"--window {window[0]:g} {window[1]:g}: expected two rising intensities")
     out, found = Path(out), recognise(raw)
     if out.resolve() == Path(raw).resolve():
         raise DataError(f"{out}: this is the raw folder, whose {JSON} would be overwritten; give another --out")
     channels = 0 if found.planar else len(found.channels)
-    looks = run_all(partial(_look, channels, found.classes), found.cases, (), "cases read", jobs)
-    problems = found.problems | {name: look.problem for name, look in looks.items() if look.problem}
-    looks = {name: look for name, look in looks.items() if not look.problem}
+    looks = run_all(partial(_attempt, partial(_look, channels, found.classes)), found.cases, (), "cases read", jobs)
+    problems = found.problems | {name: str(look) for name, look in looks.items() if isinstance(look, DataError)}
+    looks = {name: look for name, look in looks.items() if isinstance(look, Look)}
     cases = [case for case in found.cases if case.name in looks]
     _say(found, looks, problems)
     if problems and (not skip_bad or not cases):
@@ -171,7 +176,7 @@ def prepare(
     if not found.planar:
         used = [look for name, look in looks.items() if name not in tested]
         preprocessing = _preprocessing(found.channels, list(looks.values()), used, axis, normalize, window)
-        logger.info("slices      %s; %s become 0 and 1", _plane(preprocessing), _ends(preprocessing, found.channels))
+    logger.info("prepared    %s", preprocessing.described("--img_size"))
     sizes = ", ".join(f"{len(lists[0][part])} {part}" for part in lists[0])
     logger.info("splits      %d folds, the first: %s", len(lists), sizes)
     facts = {
@@ -283,16 +288,6 @@ def _preprocessing(
     if len(scales) == 1 and scales[0].kind == "window":
         return Preprocessing(orientation, (scales[0].low, scales[0].high))
     return Preprocessing(orientation, scales=tuple(scales))
-
-
-def _plane(preprocessing: Preprocessing) -> str:
-    return next(name for name, axes in AXES.items() if axes == preprocessing.orientation)
-
-
-def _ends(preprocessing: Preprocessing, channels: Sequence[str]) -> str:
-    if preprocessing.window is not None:
-        return "{:g} and {:g}".format(*preprocessing.window)
-    return ", ".join(f"of {name} {scale}" for name, scale in zip(channels, preprocessing.scales, strict=True))
 
 
 def _write_facts(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
