@@ -60,7 +60,10 @@ def choose(path: Path, count: int, time_point: int | slice | None, what: str) ->
     if isinstance(time_point, slice):
         return time_point
     if time_point is None and count > 1:
-        raise DataError(f"{path}: has {count} {what}; choose one (predict.py: --time_point 0 to {count - 1})")
+        raise DataError(
+            f"{path}: has {count} {what}; choose one (predict.py: --time_point 0 to {count - 1}), "
+            f"or declare them as channels in dataset.json (docs/adding_a_data_set.md)"
+        )
     if not 0 <= (time_point or 0) < count:
         raise DataError(f"{path}: has no time point {time_point}, but {count} {what}; the first one is 0")
     return time_point or 0

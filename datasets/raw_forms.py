@@ -73,21 +73,21 @@ def _declared(folder: Path, content: dict[str, Any]) -> Raw:
     classes = _classes(path, content.get("labels"))
     try:
         channels = tuple(str(names[key]) for key in sorted(names, key=int))
+        if not channels:
+            raise ValueError("none")
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f'{path}: its channels are {brief(names)}; expected {{"0": "T1", "1": "T2", ...}}') from error
-    if isinstance(content.get("dataset"), dict):
-        listed = [(*one.get("images", ()), one.get("label")) for one in content["dataset"].values()]
-    elif isinstance(content.get("training"), list):
-        listed = [(one.get("image"), one.get("label")) if isinstance(one, dict) else one for one in content["training"]]
-    else:
+    listed = content.get("dataset", content.get("training"))
+    if not isinstance(listed, dict | list):
         raw = _paired(folder / "imagesTr", folder / "labelsTr", f"nnU-Net, version 2 ({JSON})", len(channels))
         raw.classes, raw.channels = classes, raw.channels if raw.planar else channels
         return raw
     raw = Raw(f"Medical Segmentation Decathlon ({JSON})", [], classes, channels)
-    for entry in listed:
+    for entry in listed.values() if isinstance(listed, dict) else listed:
         try:
-            *images, label = (folder / name for name in entry)
-        except TypeError as error:
+            label, images = entry["label"], entry.get("images", [entry.get("image")])
+            *images, label = (folder / name for name in (*images, label))
+        except (AttributeError, KeyError, TypeError) as error:
             raise DataError(f'{path}: lists {brief(entry)}; expected an "image" and a "label"') from error
         raw.planar = label.name.lower().endswith(ENDINGS)
         if len(images) == 1 and not images[0].is_file():  # nnU-Net, version 1: the list leaves out _0000
@@ -121,8 +121,8 @@ def _classes(path: Path, labels: Any) -> dict[int, str]:
         if name == "ignore":
             raise DataError(f"{path}: declares a label to ignore, which is not supported; give its voxels a class")
         try:
-            number = int(number)
-        except (TypeError, ValueError) as error:
+            number = int(str(number))
+        except ValueError as error:
             raise DataError(
                 f"{path}: class {brief(key)} has no number but {brief(value)}; expected 1, 2, ..."
             ) from error

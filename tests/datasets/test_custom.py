@@ -144,6 +144,7 @@ def replace_label(**labels):
     return lambda raw: write_json(raw, labels=labels, channel_names={"0": "T1", "1": "T2"})
 
 
+NOWHERE = [{"image": "x", "label": "y"}]
 BAD = {
     "nothing": (lambda raw: shutil.rmtree(raw / "imagesTr") or (raw / JSON).unlink(), ["raw", "expected dataset.json"]),
     "no json": (lambda raw: (raw / JSON).write_text("{"), [JSON, "not a JSON file"]),
@@ -151,7 +152,8 @@ BAD = {
     "regions": (replace_label(background=0, whole=[1, 2]), ["whole", "regions are not supported"]),
     "ignore": (replace_label(background=0, organ=1, ignore=2), ["ignore"]),
     "too many": (replace_label(**{f"c{i}": i for i in range(301)}), ["256", "0 to 255"]),
-    "not there": (lambda raw: write_json(raw, labels={"a": 1}, training=[["x", "y"]]), ["x", "names it"]),
+    "not there": (lambda raw: write_json(raw, labels={"a": 1}, training=NOWHERE), ["x", "names it"]),
+    "no channel": (lambda raw: write_json(raw, labels={"a": 1}, channel_names={}), [JSON, "its channels are"]),
     "undeclared": (replace_label(background=0, organ=1), ["a.nii.gz", "label values 2", "1 organ"]),
     "no label": (lambda raw: (raw / "labelsTr/a.nii.gz").unlink(), ["a_0000.nii.gz", "no label"]),
     "no image": (lambda raw: [p.unlink() for p in raw.glob("imagesTr/a_*")], ["a.nii.gz", "no image"]),
