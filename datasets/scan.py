@@ -247,8 +247,10 @@ def _read_prepared(path: Path, preprocessing: Preprocessing) -> Volume:
             f"{path}: its intensities run from {low:g} to {high:g}, but the network was trained on {bottom:g} to "
             f"{top:g}; prepare it like the training data"
         )
-    if volume.image.shape[3:] != (() if preprocessing.channels == 1 else (preprocessing.channels,)):
-        raise DataError(f"{path}: its shape is {volume.image.shape}; expected {preprocessing.channels} channels")
+    channels = (preprocessing.channels,) if preprocessing.channels > 1 else ()
+    if volume.image.shape[3:] != channels:
+        expected = ", ".join(map(str, ("slices", "rows", "columns", *channels)))
+        raise DataError(f"{path}: its shape is {volume.image.shape}; expected ({expected}) as in training")
     found = None if volume.affine is None else orientation_of(volume.affine)
     if found and preprocessing.orientation not in (None, found):
         raise DataError(

@@ -60,3 +60,4 @@ def test_pictures_are_trained_and_tested_by_the_same_commands(tmp_path, do, run_
     missing = run_script("train_custom.py", "--data", tmp_path / "none")
     assert missing.status == 1 and "prepare_data.py custom" in missing.error
     assert "--data" in run_script("test_custom.py").error
+    assert "--fold x" in run_script("test_custom.py", "--data", data, "--fold", "x").error

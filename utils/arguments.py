@@ -150,7 +150,7 @@ def own_data(*resume: str) -> Iterator[tuple[DatasetInfo, list[str]]]:
     argv = sys.argv[1:]
     first = ArgumentParser(add_help=False)
     first.add_argument("--data")
-    first.add_argument("--fold", type=lambda text: text if text == "all" else number(int, 0)(text), default=0)
+    first.add_argument("--fold", default="0")
     for name in ("--output_dir", "--checkpoint", "--test_save_dir"):
         first.add_argument(name, type=Path)
     known, others = first.parse_known_args(argv)
@@ -159,7 +159,9 @@ def own_data(*resume: str) -> Iterator[tuple[DatasetInfo, list[str]]]:
             raise RunError("--data FOLDER is missing: give a folder that prepare_data.py custom wrote")
         yield custom.INFO, argv
     elif known.fold != "all":
-        yield custom.info_of(known.data, known.fold), argv
+        if not known.fold.isdecimal():
+            raise RunError(f"--fold {known.fold}: expected a number from 0, or all")
+        yield custom.info_of(known.data, int(known.fold)), argv
     else:
         for fold in range(custom.info_of(known.data).folds):
             flags = ["--data", known.data, "--fold", str(fold)]
