@@ -46,7 +46,7 @@ clean:
 	rm -rf $(VENV) runs/demo data/phantom
 
 PHANTOM := --root_path data/phantom/train_npz --volume_path data/phantom/test_vol_h5 --list_dir data/phantom/lists
-SMALL := --model_scale pico --pretrained none --img_size 96 --img_size_dmwla 64 --feature_dim 32 \
+SMALL := --model_scale pico --variant stable --pretrained none --img_size 96 --img_size_dmwla 64 --feature_dim 32 \
 	--decoder_feature_dim 32 --warmup_iterations 60 --batch_size 8 --max_epochs 12 --base_lr 1e-3 --lr_schedule cosine
 
 $(VENV)/.user: requirements.txt constraints.txt | $(VENV)/bin/uv
