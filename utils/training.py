@@ -137,6 +137,11 @@ class Trainer:
                 count_parameters(self.model) / 1e6, len(self.train_set), len(self.val_set), self.total_iterations,
                 world_size(), self.device, self.run.path,
             )  # fmt: skip
+            # Weights of another run may bring a memory that is past its warm-up.
+            waiting = [bank for bank in self.banks if bank.in_warmup and bank.sampling_steps >= self.total_iterations]
+            if waiting and not self.iteration:
+                text = "the run ends after %d iterations, before its memory is used: lower --warmup_iterations %d"
+                logger.warning(text, self.total_iterations, self.args.warmup_iterations)
         try:
             with self.signals:
                 while not self.is_over():

@@ -144,6 +144,12 @@ def test_checkpoints_within_an_epoch_come_by_iterations_and_by_minutes(tmp_path,
     assert saved == saved_at
 
 
+@pytest.mark.parametrize(("iterations", "warnings"), [(3, 1), (4, 0)])
+def test_a_run_that_ends_before_its_memory_is_used_warns(tmp_path, caplog, iterations, warnings):
+    trainer(tmp_path, "--max_iterations", str(iterations)).fit()
+    assert caplog.text.count("before its memory is used: lower --warmup_iterations 3") == warnings
+
+
 def test_resume_auto_starts_a_run_and_leaves_one_that_is_over_alone(tmp_path, caplog):
     trainer(tmp_path, "--resume", "auto").fit()
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
