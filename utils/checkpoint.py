@@ -51,15 +51,20 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         RunError: the file is missing, damaged, or something else.
     """
     path = Path(path)
+    if path.is_dir():
+        best = path / "best.pth"
+        raise RunError(f"{path} is a folder: give a checkpoint in it{f', {best}' if best.is_file() else ''}")
     if not path.is_file():
         raise RunError(f"no checkpoint at {path}: train first, or give the path of a best.pth or last.pth")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and its unpickler raise many kinds
-        raise RunError(
-            f"{path} is no checkpoint, or it is damaged ({type(error).__name__}: {brief(error, 100)}): "
-            "give a best.pth or last.pth, or copy it again"
-        ) from error
+    except (OSError, MemoryError) as error:
+        raise RunError(f"{path} cannot be read ({type(error).__name__}: {brief(error, 100)}): try again") from error
+    except Exception as error:  # torch and its unpickler raise many kinds, whose words are about unpickling
+        remedy = "give a best.pth or last.pth, or copy it again"
+        if path.suffix.lower() == ".onnx":
+            raise RunError(f"{path} is an ONNX file, which only predict.py reads: {remedy}") from error
+        raise RunError(f"{path} is no checkpoint of this project, or it is damaged: {remedy}") from error
     if isinstance(state, dict) and not all(key in state for key in REQUIRED):
         state = {"release": state}
     if not _has_the_right_types(state):

@@ -26,6 +26,17 @@ def test_files_that_are_no_checkpoints_are_refused_in_one_line(tmp_path):
             load_checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"), [("a.onnx", "ONNX file, which only predict.py"), ("a.nii.gz", "no checkpoint"), ("", "best.pth")]
+)
+def test_another_file_or_a_folder_is_told_without_the_words_of_pytorch(tmp_path, name, words):
+    for file in ("a.onnx", "a.nii.gz", "best.pth"):
+        (tmp_path / file).write_bytes(bytes(range(50)) * 9)
+    with pytest.raises(RunError, match=words) as raised:
+        load_checkpoint(tmp_path / name)
+    assert "weights" not in str(raised.value).lower() and "\n" not in str(raised.value)
+
+
 def test_a_release_checkpoint_rebuilds_its_network_and_another_state_dict_does_not(tmp_path):
     torch.save({f"module.{name}": value for name, value in release_state().items()}, tmp_path / "release.pth")
     model = build_network(load_checkpoint(tmp_path / "release.pth"), tmp_path / "release.pth")
