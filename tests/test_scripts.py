@@ -56,6 +56,38 @@ def test_testing_writes_every_file_and_the_same_scores_in_any_order_and_batch(tr
     assert "found" in str(scores) or "spurious" in str(scores)  # something was predicted
 
 
+def test_a_test_reads_the_data_of_its_training_and_replaces_an_earlier_test(trained, phantom, run_script, tmp_path):
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    volumes, lists = phantom / "test_vol_h5", phantom / "lists"
+    done = run_script("test_acdc.py", "--checkpoint", run, "--overlays", 1, "--is_savenii").succeeded()
+    assert f"the list {lists / 'test.txt'}, data in {volumes}" in done.error and "optimistic" not in done.error
+    results = run / "results_test"
+    data = {"volume_path": str(volumes), "list_dir": str(lists), "split": "test"}
+    assert json.loads((results / "summary.json").read_text())["data"] == data
+    (results / "nifti" / "notes.txt").write_text("of the user")
+    run_script("test_acdc.py", "--checkpoint", run / "best.pth").succeeded()
+    kept = [path.name for name in ("overlays", "nifti") for path in (results / name).iterdir()]
+    assert kept == ["notes.txt"]
+
+
+def test_a_test_without_the_folders_of_its_training_says_what_it_takes(trained, run_script, tmp_path):
+    checkpoint = torch.load(trained / "best.pth", weights_only=True)
+    checkpoint["args"] |= {"volume_path": "gone/volumes", "list_dir": "gone/lists"}
+    torch.save(checkpoint, tmp_path / "moved.pth")
+    done = run_script("test_acdc.py", "--checkpoint", tmp_path / "moved.pth", "--test_save_dir", tmp_path / "out")
+    if done.status:  # there is no ACDC on this machine
+        assert_one_line(done, "data/ACDC/test_vol_h5: no such folder; give the folder with --volume_path", "--list_dir")
+    else:
+        assert "gone/volumes does not exist here" in done.error
+
+
+def test_a_test_on_training_cases_warns(trained, phantom, data, run_script, tmp_path):
+    (data / "lists/mixed.txt").write_text("patient001\n" + (data / "lists/test.txt").read_text())
+    flags = ["--list_dir", data / "lists", "--split", "mixed", "--test_save_dir", tmp_path]
+    done = run_script("test_acdc.py", "--checkpoint", trained / "best.pth", *flags).succeeded()
+    assert len(re.findall("was trained on . of these . cases .patient001_frame01, ", done.error)) == 1
+
+
 def test_resume_continues_in_the_same_folder_with_moved_data(trained, data, run_script, tmp_path):
     """Without room to keep all slices in memory, and in bf16."""
     folder = Path(shutil.copytree(trained, tmp_path / "run"))

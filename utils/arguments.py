@@ -179,13 +179,14 @@ def testing_parser(description: str, info: DatasetInfo) -> ArgumentParser:
     parser = ArgumentParser(description=description)
     add, best = parser.add_argument, Path(run_folder(info), "best.pth")
     add("--checkpoint", type=Path, default=best, help="best.pth of a run, or one of the release")
-    add("--list_dir", type=Path, default=info.list_dir, help="folder of the lists")
+    own = "default: that of the checkpoint's training, if it is here"
+    add("--list_dir", type=Path, help=f"folder of the lists; {own}")
     add("--split", default=info.splits[-1], help="list to test on")
     if info.planar:
-        add("--root_path", type=Path, default=info.root_path, help="folder of images and masks")
+        add("--root_path", type=Path, help=f"folder of images and masks; {own}")
         saving = ("--save_masks", "save predictions as PNG")
     else:
-        add("--volume_path", type=Path, default=info.volume_path, help="folder of the volumes")
+        add("--volume_path", type=Path, help=f"folder of the volumes; {own}")
         add("--cases", nargs="+", help="only these patients of the list (case0005)")
         saving = ("--is_savenii", "save images, labels and predictions as NIfTI")
     add(saving[0], dest="save_predictions", action="store_true", help=saving[1])
@@ -320,7 +321,7 @@ def _resume(parser: ArgumentParser, info: DatasetInfo, argv: list[str], path: Pa
         checkpoint = load_checkpoint(path)
     except RunError as error:
         remedy = f"; try --resume {path.with_name('best.pth')} or an epoch_*.pth, or delete it to start a new run"
-        raise RunError(f"{error}{remedy if path.exists() else ''}") from error
+        raise RunError(f"{error}{remedy if path.is_file() else ''}") from error
     if not {"optimizer", "args", "in_epoch"} <= checkpoint.keys():
         raise RunError(f"{path} is not a training checkpoint: give the last.pth of a run")
     if (dataset := checkpoint["data"]["dataset"]) != info.name:

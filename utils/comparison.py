@@ -102,8 +102,8 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         data, given = config["data"], config["args"]
-        own = "data" in given  # of the user
-        info = custom.info_of_run(data, given["data"], given["fold"]) if own else DATASETS[data["dataset"]]
+        custom_set = "data" in given
+        info = custom.info_of_run(data, given["data"], given["fold"]) if custom_set else DATASETS[data["dataset"]]
         defaults = vars(training_parser("", info).parse_args([])) | VARIANT_DEFAULTS.get(given.get("variant"), {})
         args = defaults | {name: value for name, value in given.items() if value is not None}
         left_out = NOT_THE_METHOD | flags_of_others().get(args["network"], set())
@@ -117,8 +117,6 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
     settings = {n: _text(n, value) for n, value in args.items() if n not in left_out and value is not None}
     unusual = {name for name, value in settings.items() if value != _text(name, defaults.get(name))}
     where = "root_path" if info.planar else "volume_path"
-    used = _text(where, volume_path or args[where])
-    data = info.name if used == _text(where, info.volume_path) else f"{info.name} in {used}"
     paths = {path.parent.name.removeprefix("results_"): path for path in sorted(folder.glob("results_*/cases.csv"))}
     tables = [_long(read_cases(paths[s])).assign(split=s, run=str(folder)) for s in splits or paths if s in paths]
     if not tables:
@@ -127,7 +125,18 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
         script = f"test_{info.name}.py" if info.fold is None else info.train_script.replace("train", "test", 1)
         command = f"python {script} {shlex.join(map(str, [*flags, args['list_dir']]))}"
         raise RunError(f"{folder} was not tested on {split}: test it with {command}")
+    own = _text(where, info.volume_path)
+    used = [_text(where, volume_path or _tested(paths[s], where) or args[where]) for s in splits or paths if s in paths]
+    data = info.name if {*used} == {own} else f"{info.name} in {' and '.join(dict.fromkeys(used))}"
     return Run(folder, info, args, data, settings, unusual, history, pd.concat(tables), method)
+
+
+def _tested(cases: Path, where: str) -> str | None:
+    """Return the folder that a test read its cases from, of the summary beside cases.csv; None of an old one."""
+    try:
+        return json.loads(cases.with_name("summary.json").read_text(encoding="utf-8"))["data"][where]
+    except (KeyError, OSError, TypeError, ValueError):
+        return None
 
 
 def _text(name: str, value: object) -> str:

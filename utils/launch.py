@@ -14,6 +14,7 @@ from timm.layers import convert_sync_batchnorm
 from datasets import DatasetInfo, ImageDataset, ImageFolder, Picture, SliceDataset, Volume, VolumeDataset
 from datasets.errors import brief
 from datasets.files import file_stem
+from datasets.lists import list_path
 from networks import NETWORKS, default_weights
 from networks.ranks import rank
 from utils.arguments import check_n_gpu, network_arguments, script_of
@@ -117,7 +118,9 @@ def test(args: Namespace, info: DatasetInfo) -> None:
     device = pick_device(args.device)
     seed_everything(args.seed, deterministic=bool(args.deterministic))
     set_precision(args.amp, device)
-    if not args.checkpoint.is_file():
+    if (args.checkpoint / "best.pth").is_file():
+        args.checkpoint = args.checkpoint / "best.pth"
+    if not args.checkpoint.exists():
         remedy = f"train one with python {info.train_script}, or give another with --checkpoint"
         raise RunError(f"no checkpoint at {args.checkpoint}: {remedy}")
     checkpoint = load_checkpoint(args.checkpoint)
@@ -133,25 +136,44 @@ def test(args: Namespace, info: DatasetInfo) -> None:
             f"{args.checkpoint} has {num_classes} classes with background, but names {class_names}: give another one"
         )
 
+    where = "root_path" if info.planar else "volume_path"
+    notes = _choose_folders(args, info, where, checkpoint.get("args", {}))
+    tested = getattr(args, where)
+    if not tested.is_dir():
+        remedy = f"give the folder with --{where} and that of its lists with --list_dir, or {info.how_to_get}"
+        raise RunError(f"{tested}: no such folder; {remedy}")
     if info.planar:
-        cases = ImageFolder(info, args.root_path, args.list_dir, args.split, num_classes)
+        cases = ImageFolder(info, tested, args.list_dir, args.split, num_classes)
     else:
-        info.require(args.volume_path)
         order = info.label_order(vars(args).get("label_order"), num_classes)
-        cases = VolumeDataset(args.volume_path, args.list_dir, args.split, num_classes, order, only=args.cases)
+        cases = VolumeDataset(tested, args.list_dir, args.split, num_classes, order, only=args.cases)
     class_names, doubts = compare_with_checkpoint(cases, info, data)
     folder = args.test_save_dir or args.checkpoint.parent / f"results_{args.split}"
+    if folder.resolve() == tested.resolve():
+        raise RunError(f"--test_save_dir {folder} holds the data: give another folder")
+    again = (folder / "test.log").is_file()
     setup_logging(folder / "test.log")
+    if again:
+        _remove_pictures(folder)
+    for note in notes:
+        logger.info("%s", note)
     for doubt in doubts:
         logger.warning("%s: %s", cases.names[0], doubt)
     seen = args.split == checkpoint.get("args", {}).get("val_split") and data.get("selected_on") != "test"
     if seen and args.checkpoint.name == "best.pth":  # of those chosen on test volumes every table says it
         logger.warning("the best epoch was chosen on these cases, so its scores are optimistic; last.pth has fair ones")
+    trained = {f"training case {name}" for name in cases.names}.intersection(checkpoint.get("described", ()))
+    if trained:
+        logger.warning(
+            "the checkpoint was trained on %d of these %d cases (%s, ...), so their scores are optimistic",
+            len(trained), len(cases), min(trained).removeprefix("training case "),
+        )  # fmt: skip
     if data.get("kind", "") not in ("", getattr(cases, "kind", "")):
         logger.warning(
             "%s was trained on %s, but these are %s: check --root_path", args.checkpoint, data["kind"], cases.kind
         )
-    logger.info("%s on %d cases of the list %s, on %s", args.checkpoint, len(cases), args.split, device)
+    split = list_path(args.list_dir, args.split)
+    logger.info("%s on %d cases of the list %s, data in %s, on %s", args.checkpoint, len(cases), split, tested, device)
 
     def save(case: Volume | Picture, prediction: np.ndarray) -> None:
         case.class_names = class_names
@@ -173,7 +195,38 @@ def test(args: Namespace, info: DatasetInfo) -> None:
             logger.warning("no case has %s", name)
     table = case_table(results, class_names, data.get("selected_on", "val"))
     summary = summarise(table, sum(result.confusion for result in results) if info.planar else None)
+    summary["data"] = {where: str(tested), "list_dir": str(args.list_dir), "split": args.split}
     write_csv(folder / "cases.csv", table)
     write_summary(folder / "summary.json", summary)
     print(format_summary(summary))
     logger.info("results in %s", folder)
+
+
+def _choose_folders(args: Namespace, info: DatasetInfo, where: str, saved: dict[str, Any]) -> list[str]:
+    """Fill in the folders that the command line leaves out; return a line for each that is not the training's.
+
+    They are those of the checkpoint's training if they exist on this machine, else those of the data set.
+
+    Args:
+        args: gets ``where`` and ``list_dir``.
+        where: ``root_path`` or ``volume_path``, what the test cases are in.
+        saved: the arguments of the training, or nothing.
+    """
+    notes = []
+    of_these_data = all(str(saved.get(name)) == str(vars(args).get(name)) for name in ("data", "fold"))
+    for name in (where, "list_dir"):
+        if getattr(args, name) is not None:
+            continue
+        default = Path(getattr(info, name))
+        before = Path(saved[name]) if of_these_data and saved.get(name) else default
+        setattr(args, name, before if before.is_dir() else default)
+        if getattr(args, name) != before:
+            notes.append(f"the training's --{name} {before} does not exist here, so {default} is used")
+    return notes
+
+
+def _remove_pictures(folder: Path) -> None:
+    """Remove the predictions and pictures that an earlier test wrote to its folder of results."""
+    patterns = ("overlays/*.png", "masks/*.png", *(f"nifti/*_{kind}.nii.gz" for kind in ("pred", "img", "gt")))
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+        path.unlink()

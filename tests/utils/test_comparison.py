@@ -1,5 +1,6 @@
 """Which runs are compared, which are one method, what its scores and their spread are, and what the tests give."""
 
+import json
 import math
 
 import numpy as np
@@ -113,6 +114,14 @@ def test_runs_are_compared_only_if_they_were_tested_on_the_same_data(tmp_path, o
         [["sim_mpnet", "unet"]],
         [["sim_mpnet"], ["unet"]],
     )
+
+
+def test_the_folder_that_was_tested_names_the_data_not_that_of_the_training(tmp_path):
+    run = write_run(tmp_path / "a", CASES, volume_path="data/mine/test_vol_h5")
+    tested = {"data": {"volume_path": "data/yours/test_vol_h5"}}
+    for text, name in ((json.dumps(tested), "acdc in yours/test_vol_h5"), ("{}", "acdc in mine/test_vol_h5")):
+        (run / "results_test/summary.json").write_text(text)
+        assert read_run(run).data == name
 
 
 def test_all_splits_are_compared_and_an_untested_run_is_refused_with_the_command_that_tests_it(tmp_path):
