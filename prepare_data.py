@@ -17,6 +17,7 @@ import os
 from pathlib import Path
 
 from datasets import DATASETS, acdc, custom, isic, phantom, segpc, synapse
+from datasets.errors import counted
 from datasets.info import SLICE_FOLDER, VOLUME_FOLDER
 from datasets.lists import PATTERN_HELP
 from utils.cli import ArgumentParser, number, run_script
@@ -90,9 +91,12 @@ def main() -> None:
     where = info.flags(root, volumes, list_dir)
     splits = [split for split in info.splits if (list_dir / f"{split}.txt").is_file()]
     only = "" if len(splits) == len(info.splits) else f" --splits {' '.join(splits)}"
-    logger.info("%d %s are ready in %s", len(names), "images" if info.planar else "volumes", out)
+    made = counted(len(names), "image" if info.planar else "volume")
+    logger.info("prepared in %s: %s", out, made)
     checked = info.train_script.replace("train_custom.py", "custom") if name == "custom" else name
     logger.info("next, check them:  python -m utils.verify %s", f"{checked} {where}{only}".rstrip())
+    if name == "phantom":  # needs no downloaded weights
+        where += " --pretrained none --model_scale pico --output_dir runs/phantom"
     logger.info("then train:        python %s", f"{info.train_script} {where}".rstrip())
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from datasets.errors import DataError
+from datasets.errors import DataError, counted
 from datasets.info import VOLUME_FOLDER, DatasetInfo
 from datasets.lists import volume_name
 from datasets.preparation import Case, files_by_name, paired, prepare_volumes, read_case
@@ -63,7 +63,9 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
     cases.sort(key=lambda case: case.name)
     for patient, count in Counter(case.name.split("_")[0] for case in cases).items():
         if count != 2:
-            logger.warning("%s: %s has %d frames, not 2; is the archive unpacked completely?", raw, patient, count)
+            logger.warning(
+                "%s: %s has %s, not 2; is the archive unpacked completely?", raw, patient, counted(count, "frame")
+            )
     return prepare_volumes(read, cases, out, jobs, overwrite)
 
 

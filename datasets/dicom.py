@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from datasets.errors import DataError, brief
+from datasets.errors import DataError, brief, counted
 from datasets.storage import check_declared, reading
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def _find_series(path: Path) -> dict[Path, Any]:
         )
     if len(series) > 1:
         found = brief("; ".join(
-            f"{headers[files[0]].get('SeriesDescription', 'unnamed')}, {len(files)} files such as "
+            f"{headers[files[0]].get('SeriesDescription', 'unnamed')}, {counted(len(files), 'file')} such as "
             f"{files[0].relative_to(folder)}" for files in series.values()
         ))  # fmt: skip
         raise DataError(f"{path}: contains {len(series)} DICOM series ({found}); expected one: give one of its files")
@@ -121,7 +121,7 @@ def _find_series(path: Path) -> dict[Path, Any]:
     if left_out and whole:
         logger.warning("%s: left out, because they are not images: %s", folder, left_out)
     if not whole or files[0].parent != folder:
-        logger.info("%s: read as the series of %d files in %s", path, len(files), files[0].parent)
+        logger.info("%s: read as the series of %s in %s", path, counted(len(files), "file"), files[0].parent)
     return {file: headers[file] for file in files}
 
 
@@ -256,7 +256,7 @@ def _stack(path: Path, slices: list[Slice], time_point: int | None) -> tuple[lis
 
 def _irregular(slices: list[Slice], gaps: np.ndarray) -> str:
     """Say what is wrong with the distances of neighbouring slices in mm, (n - 1,), and what to do."""
-    found = ", ".join(f"{gap:g} mm ({n} times)" for gap, n in Counter(gaps.round(2).tolist()).most_common(4))
+    found = ", ".join(f"{gap:g} mm ({counted(n, 'time')})" for gap, n in Counter(gaps.round(2).tolist()).most_common(4))
     found += f", the widest after {slices[gaps.argmax()].file.name}"
     ratios = gaps / np.median(gaps)
     if np.abs(ratios - ratios.round()).max() < 2 * JITTER:

@@ -1,4 +1,4 @@
-"""The error of bad data, and how an error quotes text from a file."""
+"""The error of bad data, and how a message quotes text from a file and counts."""
 
 
 class DataError(ValueError):
@@ -9,6 +9,11 @@ def brief(value: object, limit: int = 300) -> str:
     """Return a value as one printable line of at most ``limit`` characters, for an error that quotes a file."""
     text = " ".join(printable(str(value)[: 2 * limit]).split())
     return text if len(text) <= limit else f"{text[: limit - 4]} ..."
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: ``1 volume``, ``2 volumes``."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def printable(text: str) -> str:

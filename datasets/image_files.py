@@ -16,7 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, ImageSequence
 from scipy import ndimage
 
-from datasets.errors import DataError
+from datasets.errors import DataError, counted
 from datasets.lists import natural_key
 from datasets.storage import checked_label, reading
 
@@ -26,6 +26,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")  # extensions of im
 MAX_PIXELS = 80_000_000  # of the largest image that is decoded, over three times 6000 x 4000
 IMAGE_FOLDER, MASK_FOLDER = "images", "masks"
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # no others: Pillow starts programs for some of them
+_CUSTOM = ", then use prepare_data.py custom with a folder of images and masks "  # of any classes
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 # Numbers of TIFF's tags.
 _NEW_SUBFILE_TYPE, _BITS_PER_SAMPLE, _PHOTOMETRIC, _DESCRIPTION, _MAX_SAMPLE_VALUES = 254, 258, 262, 270, (281, 341)
@@ -128,7 +129,8 @@ def common_bits(paths: Iterable[Path], known: int | None = None) -> int | None:
             found += [] if stated else [bits]
     bits = max(known or 0, *found, 0) or None
     if found:
-        logger.info("%d images in 16-bit files are read as %d bits, by the largest value", len(found), bits)
+        reason = "as in training" if known == bits else "by the largest value"
+        logger.info("%s read with %d bits of 16, %s", counted(len(found), "image"), bits, reason)
     return bits
 
 
@@ -209,7 +211,7 @@ def read_grey(path: str | Path, shape: tuple[int, int] | None, indices: bool = F
             colour = tuple(colours[coloured][0].tolist())
             raise DataError(
                 f"{path}: holds colours such as {colour}; expected greys, one for each class: write the class indices "
-                "0, 1, 2, ... in place of the colours (docs/adding_a_data_set.md)"
+                f"0, 1, 2, ... in place of the colours{' ' if indices else _CUSTOM}(docs/adding_a_data_set.md)"
             )
         bands = bands[..., 0]
     if shape is not None and bands.shape != tuple(shape):
@@ -241,7 +243,10 @@ def read_classes(path: str | Path, shape: tuple[int, int], greys: Sequence[int])
         greys = 0, high
     step = greys[1] - greys[0]
     if not greys[0] + step / 2 <= high < greys[-1] + step / 2:
-        raise DataError(f"{path}: its brightest grey is {high}; expected {wanted}; replace the mask")
+        raise DataError(
+            f"{path}: its brightest grey is {high}; expected {wanted}; replace the mask, or for "
+            f"other classes write indices{_CUSTOM}(docs/adding_a_data_set.md)"
+        )
     found = np.unique(grey).astype(float)
     others = found[np.abs(found[:, None] - greys).min(1) > step / 8]
     # On an edge neighbours differ; in an area they do not.
@@ -250,6 +255,6 @@ def read_classes(path: str | Path, shape: tuple[int, int], greys: Sequence[int])
     if areas.size > 8:
         raise DataError(
             f"{path}: holds an area of grey {int(np.median(areas))}; expected {wanted}: write class indices 0, 1, 2, "
-            "... in place of greys (docs/adding_a_data_set.md)"
+            f"... in place of greys{_CUSTOM}(docs/adding_a_data_set.md)"
         )
     return np.digitize(grey, np.add(greys[1:], greys[:-1]) / 2).astype(np.uint8)

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from datasets.errors import DataError, brief
+from datasets.errors import DataError, brief, counted
 from datasets.files import atomic_write
 from datasets.image_files import ENDINGS, IMAGE_FOLDER, MASK_FOLDER, common_bits, image_files, image_of
 from datasets.info import SLICE_FOLDER, VOLUME_FOLDER, DatasetInfo
@@ -118,8 +118,8 @@ def prepare_volumes(
     unmeasured = [name for name, spacing in done.items() if spacing is None]
     if unmeasured:
         logger.warning(
-            "%d volumes have no voxel spacing in their files, so distances will be in voxels, not in mm: %s",
-            len(unmeasured), brief(", ".join(unmeasured), 60),
+            "no voxel spacing in the files of %s, so distances will be in voxels, not in mm: %s",
+            counted(len(unmeasured), "volume"), brief(", ".join(unmeasured), 60),
         )  # fmt: skip
     return [case.name for case in cases]
 

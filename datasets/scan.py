@@ -208,7 +208,8 @@ def read_scan_label(path: str | Path, volume: Volume, num_classes: int | None = 
             "give it its image's affine if their voxels match by index"
         )
     if apart:
-        logger.warning("%s: has another position in space than its image; voxels are matched by index", path)
+        distance = np.linalg.norm(affine[:3, 3] - volume.affine[:3, 3])
+        logger.warning("%s: lies %.3g mm from its image's position; voxels are matched by index", path, distance)
     return label
 
 

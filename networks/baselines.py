@@ -24,7 +24,7 @@ from networks.registry import register
 Weights = str | Path | None
 REMEDY = (
     "connect to the Hugging Face hub, copy its cache (HF_HOME) from a machine that has the weights, "
-    "or start from random weights (pretrained=None, --pretrained none)"
+    "or start from random weights (--pretrained none)"
 )
 
 

@@ -137,7 +137,7 @@ def downloading(weights: str, remedy: str) -> Iterator[None]:
 def where_from(scale: str) -> str:
     """Return what a message says about getting weights of ``scale``: from where, and to which path."""
     path, config = pretrained_file(scale), timm.get_pretrained_cfg(SCALES[scale])
-    otherwise = "or start from random weights (pretrained=None, --pretrained none)"
+    otherwise = "or start from random weights (--pretrained none)"
     if path is not None:
         return f"download {config.url} to {path}, {otherwise}"
     if timm.list_pretrained(f"{SCALES[scale]}*"):

@@ -251,9 +251,10 @@ def parse_training(
     if args.pretrained == "none":
         foreign.discard("pretrained")  # true of a network without pretrained weights
     if foreign:
-        flags, remedy = ", ".join(f"--{flag}" for flag in sorted(foreign)), "leave that out"
+        it = "them" if len(foreign) > 1 else "it"
+        flags, remedy = ", ".join(f"--{flag}" for flag in sorted(foreign)), f"leave {it} out"
         if args.resume is not None:
-            remedy = f"leave that out to continue {args.resume}, or start a run in another --output_dir"
+            remedy = f"leave {it} out to continue {args.resume}, or start a run in another --output_dir"
         raise RunError(f"--network {args.network} does not take {flags}: {remedy}")
     if args.batch_size % args.accumulate:
         raise RunError(

@@ -12,7 +12,7 @@ import torch
 from timm.layers import convert_sync_batchnorm
 
 from datasets import DatasetInfo, ImageDataset, ImageFolder, Picture, SliceDataset, Volume, VolumeDataset
-from datasets.errors import brief
+from datasets.errors import brief, counted
 from datasets.files import file_stem
 from datasets.lists import list_path
 from networks import NETWORKS, default_weights
@@ -173,7 +173,8 @@ def test(args: Namespace, info: DatasetInfo) -> None:
             "%s was trained on %s, but these are %s: check --root_path", args.checkpoint, data["kind"], cases.kind
         )
     split = list_path(args.list_dir, args.split)
-    logger.info("%s on %d cases of the list %s, data in %s, on %s", args.checkpoint, len(cases), split, tested, device)
+    count = counted(len(cases), "case")
+    logger.info("%s on %s of the list %s, data in %s, on %s", args.checkpoint, count, split, tested, device)
 
     def save(case: Volume | Picture, prediction: np.ndarray) -> None:
         case.class_names = class_names

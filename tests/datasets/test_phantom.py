@@ -58,4 +58,6 @@ def test_the_script_writes_all_folders_and_names_the_commands_that_come_next(tmp
     assert done.status == 0, done.error
     assert all(list((tmp_path / folder).iterdir()) for folder in ("train_npz", "test_vol_h5", "lists"))
     where = f"--root_path {tmp_path}/train_npz --volume_path {tmp_path}/test_vol_h5 --list_dir {tmp_path}/lists"
-    assert f"python -m utils.verify phantom {where}" in done.error and "python train_acdc.py" in done.error
+    assert (
+        f"python -m utils.verify phantom {where}" in done.error and "--pretrained none --model_scale pico" in done.error
+    )
