@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets import DATASETS, DataError
+from datasets.errors import brief
 from datasets.files import atomic_write, check_writable, file_stem
 from datasets.image_files import ENDINGS as IMAGE_ENDINGS
 from datasets.image_files import common_bits
@@ -40,6 +41,8 @@ from utils.evaluation import save_mask
 from utils.figures import save_overlays, save_picture_overlay
 from utils.predictor import Predictor, class_sizes, write_colour_tables
 from utils.results import write_csv
+
+SECOND_FILES = (".img", ".img.gz", ".raw", ".raw.gz", ".zraw")
 
 logger = logging.getLogger("predict")
 
@@ -73,7 +76,12 @@ def find_inputs(source: Path, planar: bool, channels: int) -> list[Path]:
             f"--input {source} is a {found}, but the checkpoint is for {expected}: give another --checkpoint"
         )
     inside = sorted(source.iterdir()) if source.is_dir() else []
-    found = [path for path in inside if path.name.lower().endswith(endings) and not path.name.startswith(".")]
+    inside = [path for path in inside if not path.name.startswith(".")]
+    found = [path for path in inside if path.name.lower().endswith(endings)]
+    second = {scan_name(path) + ending for path in found for ending in SECOND_FILES}  # with the voxels of a scan
+    others = [path.name + "/" * path.is_dir() for path in inside if path not in found and path.name not in second]
+    if found and others:
+        logger.warning("%s: left out, each can be given alone: %s", source, brief(", ".join(others)))
     if not planar:
         found = list(dict.fromkeys(channel_files(path, channels)[0] for path in found))
     if planar and source.is_dir() and not found:

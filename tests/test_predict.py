@@ -134,6 +134,30 @@ def test_a_folder_with_a_bad_file_among_good_ones(predict, tmp_path):
     assert len((tmp_path / "out" / "volumes.csv").read_text().splitlines()) == 1 + 4 * 8
 
 
+def test_what_a_folder_holds_besides_scans_is_named(predict, tmp_path):
+    scans = write_scan(tmp_path / "scans", "a", "RAS").parent
+    write_dicom(scans / "series")
+    (scans / "notes.txt").write_text("of the reader")
+    SimpleITK.WriteImage(SimpleITK.ReadImage(str(scans / "a.nii.gz")), str(scans / "b.mhd"))  # with b.raw
+    done = predict("--input", scans, "--output", tmp_path / "out")
+    (line,) = (line for line in done.error.splitlines() if "left out" in line)
+    assert line.endswith(": notes.txt, series/")
+
+
+@pytest.mark.parametrize(("sides", "axis"), [((1, 8, 1.5), "second"), ((8, 1, 1.5), "first"), ((1, 1, 8), None)])
+@pytest.mark.parametrize("orientation", [None, "LAS"])
+def test_slices_along_another_axis_are_warned_of_unless_the_network_turns_scans(
+    threshold, tmp_path, caplog, sides, axis, orientation
+):
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.diag((*sides, 1))), tmp_path / "scan.nii")
+    predictor = predictors.Predictor(threshold, "cpu")
+    predictor.preprocessing = Preprocessing(orientation)
+    predictor.read(tmp_path / "scan.nii")
+    lines = [record.message for record in caplog.records if "third axis" in record.message]
+    assert len(lines) == (axis is not None and orientation is None)
+    assert all(f"its {axis} axis" in line for line in lines)
+
+
 def test_scans_of_other_formats_and_one_of_several_times(predict, tmp_path):
     scan, scans, out = write_scan(tmp_path, "scan", "PSR", 20), tmp_path / "scans", tmp_path / "out"
     truth = SimpleITK.ReadImage(str(scan.with_name("scan_label.nii.gz")))

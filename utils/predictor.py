@@ -3,6 +3,7 @@
 These are the colours and names of the labels, and the size of each organ.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from datasets import (
     read_scan,
 )
 from datasets.files import atomic_write
+from datasets.scan import Scan
 from utils.checkpoint import build_network, load_checkpoint
 from utils.cli import AMP_DTYPES, pick_device, set_precision
 from utils.errors import RunError
@@ -28,6 +30,8 @@ from utils.evaluation import predict_volume
 from utils.figures import class_rgb
 from utils.onnx_network import OnnxNetwork, is_onnx
 from utils.watch import out_of_memory
+
+logger = logging.getLogger(__name__)
 
 
 class Predictor:
@@ -108,6 +112,15 @@ class Predictor:
             return read_picture(path, class_names=self.class_names, preprocessing=self.preprocessing)
         volume = read_scan(path, self.preprocessing, time_point)
         volume.class_names = self.class_names
+        if self.preprocessing.orientation is None and isinstance(volume, Scan) and volume.spacing:
+            *_, second, coarsest = sorted(volume.spacing)
+            if coarsest > 1.5 * second and coarsest != volume.spacing[0]:
+                axis = "second" if coarsest == volume.spacing[1] else "first"
+                logger.warning(
+                    "%s: the network segments slices across the file's third axis (%.3g mm), but its %s axis looks "
+                    "like that of the slices (%.3g mm): store the slices along the third",
+                    path, volume.spacing[0], axis, coarsest,
+                )  # fmt: skip
         return volume
 
     def segment(self, volume: Volume | Picture) -> np.ndarray:
