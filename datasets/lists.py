@@ -49,6 +49,11 @@ def volume_name(path: str | Path) -> str:
     return "_volume_".join(filter(None, found.group("volume", "phase"))) if found else data_name(path)
 
 
+def has_person(name: str) -> bool:
+    """Return whether the name of a volume, slice or entry begins with a person's."""
+    return _PERSON.match(volume_name(name)) is not None
+
+
 def patient_of(name: str, pattern: str | None = None) -> str:
     """Return the patient of a volume, slice or entry.
 

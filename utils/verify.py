@@ -26,9 +26,18 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets import DATASETS, DataError, DatasetInfo, ImageDataset, ImageFolder, SliceDataset, VolumeDataset, custom
-from datasets.errors import brief
+from datasets.errors import brief, counted
 from datasets.image_files import image_of
-from datasets.lists import PATTERN_HELP, beginnings, list_path, natural_key, patient_of, read_list, volume_name
+from datasets.lists import (
+    PATTERN_HELP,
+    beginnings,
+    has_person,
+    list_path,
+    natural_key,
+    patient_of,
+    read_list,
+    volume_name,
+)
 from datasets.preprocessing import orientation_of
 from datasets.storage import PREPARE, LabelOrder
 from datasets.volumes import read_volume
@@ -36,6 +45,7 @@ from utils.cli import ArgumentParser, number, run_script
 
 logger = logging.getLogger(__name__)
 
+NAMELESS = "the files name no classes; those of %s are used: give --class_names in training if they are others"
 UNIT = -0.05, 1.05
 """Intensities of prepared scans: 0 to 1, and some room for what resampling adds."""
 
@@ -46,7 +56,9 @@ class Part:
     def __init__(self, data: Any, info: DatasetInfo, pattern: str | None = None):
         self.data, self.info = data, info
         self.kind = "images" if info.planar else "slices" if isinstance(data, SliceDataset) else "volumes"
-        self.patients = {patient_of(name, pattern) for name in (data.patients if info.planar else data.names)}
+        names = data.patients if info.planar else data.names
+        self.patients = {patient_of(name, pattern): name for name in names}  # each with a name in the list
+        self.grouped = info.planar or pattern is not None or any(map(has_person, names))
         self.read = 0  # cases
         self.voxels = np.zeros(data.num_classes, np.int64)  # of each class
         self.named: tuple[str, ...] = ()  # the classes, if a file names them
@@ -96,6 +108,12 @@ class Part:
         return self.named or tuple(self.data.class_names or ()) or self.info.names_for(len(self.voxels))
 
     @property
+    def nameless(self) -> bool:
+        """Whether the classes get the names of the data set only because there are as many."""
+        used = not self.named and not self.data.class_names and self.names == self.info.class_names
+        return used and self.read > 0 and not self.info.planar
+
+    @property
     def unscaled(self) -> bool:
         """Whether intensities are not from 0 to 1, as ``prepare_data.py`` writes them."""
         return not self.info.planar and self.read > 0 and not UNIT[0] < self.low <= self.high < UNIT[1]
@@ -115,8 +133,8 @@ class Part:
         """Print what was found."""
         owner, unit = ("image", "pixels") if self.info.planar else ("patient", "voxels")
         listed = brief(", ".join(sorted(self.patients, key=natural_key)), 80)
-        owners = f"{len(self.patients)} {owner}{'s' * (len(self.patients) > 1)}: {listed}"
-        print(f"{self.data.source.stem}: {len(self.data)} {self.kind} of {owners}")
+        cases = counted(len(self.data), self.kind[:-1])
+        print(f"{self.data.source.stem}: {cases} of {counted(len(self.patients), owner)}: {listed}")
         if not self.read:
             return
         axes = "slices, rows, columns" if self.kind == "volumes" else "rows, columns"
@@ -159,7 +177,7 @@ def quick_check(
     test_list = list_path(args.list_dir, info.splits[-1])
     if test_list != val_set.source and test_list.is_file():
         tested = map(image_of if info.planar else str, read_list(args.list_dir, info.splits[-1]))
-        splits.append((test_list, {patient_of(name, args.patient_pattern) for name in tested}))
+        splits.append((test_list, {patient_of(name, args.patient_pattern): name for name in tested}))
     for error in shared_patients(splits, info.planar or args.patient_pattern is not None):
         raise DataError(error)
     for part in parts:
@@ -169,6 +187,8 @@ def quick_check(
         names = names or part.named
     for error in differences(parts):
         raise DataError(error)
+    if not names and all(part.nameless for part in parts):
+        logger.warning(NAMELESS, info.name)
     for doubt in most_classes_absent(parts):
         logger.warning("%s", doubt)
     for part in parts:
@@ -206,7 +226,10 @@ def compare_with_checkpoint(
         names = part.named
     cases.class_names = names
     if info.planar:
-        bits = max(cases.preprocessing.bits or 0, data.get("preprocessing", {}).get("bits") or 0) or None
+        own, trained = cases.preprocessing.bits or 0, data.get("preprocessing", {}).get("bits") or 0
+        bits = max(own, trained) or None
+        if 0 < own < trained:
+            logger.info("images of 16-bit files are read with %d bits, as in training", bits)
         cases.preprocessing = replace(cases.preprocessing, bits=bits)
     return names, doubts
 
@@ -295,13 +318,14 @@ def _other_axes(path: Path, shape: tuple[int, ...], planes: dict[tuple[int, ...]
     )
 
 
-def shared_patients(splits: Iterable[tuple[Path, set[str]]], exact: bool) -> list[str]:
-    """Return one line for every patient in two splits, each given as (list, patients).
+def shared_patients(splits: Iterable[tuple[Path, dict[str, str]]], exact: bool) -> list[str]:
+    """Return one line for every patient in two splits, each given as (list, patients with a name in it).
 
     Unless ``exact``, a patient p7 is also p7_a, because an entry p7 of a list stands for that, too.
     """
     errors: list[str] = []
     first: dict[str, Path] = {}  # by every patient, the first list with it
+    entry: dict[str, str] = {}  # by every patient, its name there
     begun: dict[str, Path] = {}  # by every beginning of a patient's name
     for source, patients in splits:
         for patient in sorted(patients):
@@ -309,8 +333,13 @@ def shared_patients(splits: Iterable[tuple[Path, set[str]]], exact: bool) -> lis
             others += [] if exact else [begun.get(patient), *map(first.get, beginnings(patient))]
             other = next(filter(None, others), None)
             if other:
-                errors.append(f"{source}: {patient} is also in {other.name}; remove it from one of them")
-        first |= dict.fromkeys(patients - first.keys(), source)
+                here, there = (
+                    f" ({name})" if exact and name != patient else ""
+                    for name in (patients[patient], entry.get(patient))
+                )
+                errors.append(f"{source}: {patient}{here} is also in {other.name}{there}; remove it from one of them")
+        first |= dict.fromkeys(patients.keys() - first.keys(), source)
+        entry = patients | entry
         begun |= {name: begun.get(name, source) for patient in patients for name in beginnings(patient)}
     return errors
 
@@ -350,10 +379,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts, errors = full_check(*folders, args.splits or info.splits, num_classes, info, order, pattern)
     for part in parts:
         part.print()
+    if parts and all(part.nameless for part in parts):
+        print(f"warning: {NAMELESS % info.name}")
+    if not all(part.grouped for part in parts):
+        print("every volume counts as one patient; if several are of one, group them with --patient_pattern")
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
     if errors:
-        print(f"{len(errors)} error{'s' if len(errors) > 1 else ''} found", file=sys.stderr)
+        print(f"{counted(len(errors), 'error')} found", file=sys.stderr)
         return 1
     more = f"--label_order {args.label_order}" if args.label_order else f"--num_classes {num_classes}"
     more = "" if info.fold is not None and num_classes == info.num_classes else more

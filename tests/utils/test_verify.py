@@ -116,9 +116,12 @@ def test_a_set_of_any_names_is_right_unless_a_list_repeats_one(tmp_path, refused
 def test_the_pattern_says_which_scans_are_of_one_patient(tmp_path, refused, capsys):
     data = write(tmp_path / "set", "GLI-1-000 GLI-2-000 GLI-1-001")
     quick(data)
-    refused(lambda: quick(data, patient_pattern=r"GLI-\d+"), "GLI-1 is also in train.txt")
+    refused(lambda: quick(data, patient_pattern=r"GLI-\d+"), "GLI-1 (GLI-1-001) is also in train.txt (GLI-1-000)")
     assert main(data, "--patient_pattern", r"GLI-(\d+)") == 1
-    assert "1 patient: 2" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 volume of 1 patient: 2" in printed and "every volume counts" not in printed
+    main(data)
+    assert "every volume counts as one patient" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("order", [(1, 2, 0), (2, 1, 0), (1, 0, 2), (0, 2, 1)])
@@ -153,6 +156,16 @@ def named(*names: str):
         return volume
 
     return name
+
+
+def test_the_usual_names_are_given_to_files_without_names_only_with_a_warning(tmp_path, prepared, caplog, capsys):
+    plain, words = write(tmp_path / "plain", "a b c"), "the files name no classes; those of acdc are used"
+    for data, flags, warned in ((plain, {}, 1), (plain, {"class_names": ["x", "y", "z"]}, 0), (prepared, {}, 0)):
+        caplog.clear()
+        quick(data, **flags)
+        assert caplog.text.count(words) == warned
+        main(data)
+        assert capsys.readouterr().out.count(words) == (data == plain)
 
 
 def test_classes_are_called_as_the_files_say_or_the_user(tmp_path, refused):
