@@ -52,8 +52,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if path.is_dir():
-        best = path / "best.pth"
-        raise RunError(f"{path} is a folder: give a checkpoint in it{f', {best}' if best.is_file() else ''}")
+        found = [str(path / name) for name in ("best.pth", "last.pth") if (path / name).is_file()]
+        raise RunError(f"{path} is a folder: give {' or '.join(found) or 'the path of a best.pth or last.pth'}")
     if not path.is_file():
         raise RunError(f"no checkpoint at {path}: train first, or give the path of a best.pth or last.pth")
     try:
