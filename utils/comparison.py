@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from datasets import DATASETS, DatasetInfo, custom
-from datasets.errors import brief
+from datasets.errors import brief, counted
 from utils.arguments import VARIANT_DEFAULTS, flags_of_others, training_parser
 from utils.errors import RunError
 from utils.metrics import FOUND, MISSED, SPURIOUS
@@ -188,7 +188,7 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
             for name, left_out in cases[~shared].groupby("method")["case"].nunique().items():
                 if name not in set(cases["method"][shared]):
                     raise RunError(f"the seeds of {name} have no case of {split} in common: test them on the same list")
-                logger.warning("%s: %d cases of %s do not count, not all seeds have them", name, left_out, split)
+                logger.warning("%s: not in all seeds, left out of %s: %s", name, split, counted(left_out, "case"))
             cases = cases[shared].reset_index(drop=True)
             units = cases.groupby(["convention", "metric"])["unit"]
             cases["unit"] = units.transform(lambda unit: " or ".join(sorted(unit.unique())))
