@@ -15,10 +15,10 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.measure import machine
-from datasets import SliceDataset, acdc
-from networks import NETWORKS
-from utils.arguments import network_arguments, parse_training, training_parser
+from datasets import acdc
+from utils.arguments import parse_training, training_parser
 from utils.cli import ArgumentParser, pick_device, run_script, seed_everything, set_precision
+from utils.launch import build, open_training_data
 from utils.results import markdown
 from utils.training import Trainer
 
@@ -32,15 +32,13 @@ KINDS = {
 
 def train(args: Namespace, steps: int) -> pd.DataFrame:
     """Return loss per combination and the mean of each gate for each of the first ``steps`` steps of a training."""
-    seed_everything(args.seed)
+    train_set, val_set = open_training_data(args, acdc.INFO)
     device = pick_device(args.device)
+    seed_everything(args.seed, deterministic=bool(args.deterministic))
     set_precision(args.amp, device)
-    model = NETWORKS[args.network](**network_arguments(args))
-    train_set = SliceDataset(
-        args.root_path, args.list_dir, args.train_split, args.num_classes, args.img_size, augment=True, seed=args.seed
-    )
+    model = build(args, pretrained=True)
     train_set.keep(int(args.cache_gib * 2**30))
-    trainer = Trainer(model, acdc.INFO, train_set, [], args, device)
+    trainer = Trainer(model, acdc.INFO, train_set, val_set, args, device)
     combinations = 2 ** len(model.heads) - 1
     rows = []
     model.train()

@@ -40,7 +40,7 @@ def train(args: Namespace, checkpoint: dict[str, Any] | None, info: DatasetInfo)
         args, checkpoint: what ``parse_training`` returned.
         info: the data set.
     """
-    train_set, val_set = _open_training_data(args, info)
+    train_set, val_set = open_training_data(args, info)
     info = quick_check(train_set, val_set, info, args)
     device = rank_device(args.device)
     if args.sync_bn and device.type == "cpu":
@@ -48,7 +48,7 @@ def train(args: Namespace, checkpoint: dict[str, Any] | None, info: DatasetInfo)
     with process_group(device):
         seed_everything(args.seed, deterministic=bool(args.deterministic))
         set_precision(args.amp, device)
-        model = _build(args, pretrained=checkpoint is None)
+        model = build(args, pretrained=checkpoint is None)
         resumed = args.resume is not None
         lines = load_fitting(model, checkpoint, args.init_from) if checkpoint and not resumed else []
         if args.num_workers and multiprocessing.get_start_method() != "fork":
@@ -76,7 +76,7 @@ def train(args: Namespace, checkpoint: dict[str, Any] | None, info: DatasetInfo)
         trainer.fit()
 
 
-def _open_training_data(
+def open_training_data(
     args: Namespace, info: DatasetInfo
 ) -> tuple[SliceDataset | ImageDataset, VolumeDataset | ImageFolder]:
     """Return what to train on, and what to choose the best epoch on."""
@@ -93,7 +93,7 @@ def _open_training_data(
     return train_set, VolumeDataset(val_path, args.list_dir, args.val_split, classes, order, only=held_out)
 
 
-def _build(args: Namespace, pretrained: bool) -> torch.nn.Module:
+def build(args: Namespace, pretrained: bool) -> torch.nn.Module:
     """Build the network on the CPU, with ImageNet weights if it is to be ``pretrained``."""
     options = network_arguments(args)
     weights = None

@@ -1,7 +1,10 @@
 """Every benchmark runs at a small size and prints its table."""
 
+import pandas as pd
 import pytest
 import torch
+
+from tests.conftest import SMALL, data_flags
 
 NETWORK = "--model_scale pico --num_classes 3 --img_size 64 --img_size_dmwla 64"
 SPEED = {
@@ -49,3 +52,12 @@ def test_gpu_runs_on_a_cpu_and_writes_table_trace_and_profile(run_script, tmp_pa
     assert "| bf16" in table and "failed" not in table
     assert (tmp_path / "trace.json.gz").stat().st_size
     assert "bf16" in (tmp_path / "profile.txt").read_text(encoding="utf-8")
+
+
+def test_gates_trains_each_seed_once_and_reports_loss_and_gates(run_script, phantom, tmp_path):
+    flags = ["--seeds", 1, 2, "--steps", 2, "--report", 2, "--output_dir", tmp_path, "--", *data_flags(phantom), *SMALL]
+    first, again = (run_script("benchmarks/gates.py", *flags).succeeded() for _ in range(2))
+    steps = pd.read_csv(tmp_path / "seed_2.csv")
+    assert steps["step"].tolist() == [1, 2] and steps["gate"][0] == 0.5 and len(steps.columns) == 2 + 15
+    assert "loss at 2" in first.output and "0.50 to" in first.output
+    assert again.output.splitlines()[-6:-1] == first.output.splitlines()[-6:-1]
