@@ -48,9 +48,6 @@ from utils.run_folder import EventFile
 
 logger = logging.getLogger("inspect")
 
-COURSE = ("k", "k_decoder", "cluster_use")
-"""Columns of ``metrics.csv`` that TensorBoard shows beside the figures, with every gate's."""
-
 
 def inspect(model: SimMPNet, history: History, volume: Volume | Picture | None = None, z: int = 0) -> dict[str, Figure]:
     """Draw everything that there is something for; return the figures by name.
@@ -203,7 +200,8 @@ def write(folder: Path, figures: Mapping[str, Figure], history: History) -> None
             events.add_picture(name, np.asarray(picture.convert("RGB")))
     rows = []
     for row in history:
-        course = {f"memory/{name}": value for name, value in row.items() if name in COURSE or name.startswith("gate")}
+        shown = ("k", "cluster_use", "gate")  # with k_decoder and every gate
+        course = {f"memory/{name}": value for name, value in row.items() if name.startswith(shown)}
         rows.append({"epoch": row["epoch"], **course})
     events.add(rows)
 

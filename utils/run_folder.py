@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 
 GATE_SHUT = 0.01
 """A gate that lets less than this share pass, on average, is reported as shut."""
-SHUT_GATES = {  # what it means, by the beginning of the gate's name (SimMPNet.gates)
-    "gate_spatial": "the decoder sees almost nothing of this level's skip and sends the encoders almost no gradient",
-    "gate_channel": "the decoder sees almost nothing of this level's skip and sends the encoders almost no gradient",
+SHUT_GATES = {  # what it means, by how the gate's name begins (SimMPNet.gates)
+    ("gate_spatial", "gate_channel"): "the decoder sees almost nothing of this level's skip and sends the encoders "
+    "almost no gradient",
     "gate_maxvit": "almost nothing of the image is injected after this stage of MaxViT",
     "gate_dmwla": "almost nothing of the image is injected after this stage of the DMW-LA encoder",
     "gate": "the DMW-LA encoder sees almost nothing of the image",
