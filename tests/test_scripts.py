@@ -37,13 +37,16 @@ def assert_one_line(done: Outcome, *words: object) -> None:
 
 def test_testing_writes_every_file_and_the_same_scores_in_any_order_and_batch(trained, data, run_script):
     """Over validation and test volumes, forwards one slice at a time and backwards in batches of seven."""
+    checkpoint = torch.load(trained / "best.pth", weights_only=True)
+    checkpoint["model"]["heads.0.bias"][0] -= 10  # else rounding decides whether any organ is found
+    torch.save(checkpoint, data / "best.pth")
     patients = [line for name in ("val", "test") for line in (data / f"lists/{name}.txt").read_text().split()]
     scores = []
     for order, size in ((patients, 1), (patients[::-1], 7)):
         (data / "lists/test.txt").write_text("\n".join(order) + "\n")
         out = data / f"results_{size}"
         flags = ["--batch_size", size, "--is_savenii", "--overlays", 2, "--test_save_dir", out]
-        flags += ["--checkpoint", trained / "best.pth", *data_flags(data)[2:]]
+        flags += ["--checkpoint", data / "best.pth", *data_flags(data)[2:]]
         done = run_script("test_acdc.py", *flags).succeeded()
         scores.append(sorted((out / "cases.csv").read_text().splitlines()[1:]))
     for word in ("transunet", "strict", "right ventricle", "HD95 [voxels]", "HD95 [mm]"):
