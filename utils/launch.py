@@ -20,6 +20,7 @@ from networks.ranks import rank
 from utils.arguments import check_n_gpu, network_arguments, script_of
 from utils.checkpoint import build_network, load_checkpoint, load_fitting, refuse_other_data
 from utils.cli import AMP_DTYPES, pick_device, seed_everything, set_precision, setup_logging
+from utils.data_checks import compare_with_checkpoint, quick_check
 from utils.distribution import launched, process_group, rank_device
 from utils.errors import RunError
 from utils.evaluation import evaluate, save_mask, save_nifti
@@ -27,7 +28,6 @@ from utils.figures import save_overlays
 from utils.metrics import ABSENT, SPURIOUS
 from utils.results import case_table, format_summary, summarise, write_csv, write_summary
 from utils.training import Trainer
-from utils.verify import compare_with_checkpoint, quick_check
 from utils.watch import out_of_memory
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from datasets import DataError, ImageDataset, SliceDataset
 from utils.cli import number, run_script
 from utils.figures import add_legend, coloured, make_panels, save_figure
-from utils.verify import chosen_info, data_parser
+from utils.verify import data_parser, fill_in
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,17 +48,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--img_size", type=number(int, 1), default=256, help="side of a sample, in pixels")
     parser.add_argument("--output", type=Path, default=Path("preview.png"), help="PNG to write")
     args = parser.parse_args(argv)
-    info = chosen_info(args)
-    num_classes = args.num_classes or info.num_classes
-    where = args.root_path or info.root_path, args.list_dir or info.list_dir, args.split, num_classes
+    info = fill_in(args)
+    where = args.root_path, args.list_dir, args.split, args.num_classes
     options = {"img_size": args.img_size, "augment": True, "seed": args.seed}
-    names = info.names_for(num_classes)
+    names = info.names_for(args.num_classes)
     if info.planar:
         samples = ImageDataset(info, *where, **options, photometric=args.photometric)
     elif args.photometric:
         raise DataError(f"--photometric: {info.name} is grey, and this changes colours; leave it out")
     else:
-        samples = SliceDataset(*where, **options, label_order=info.label_order(args.label_order, num_classes))
+        samples = SliceDataset(*where, **options, label_order=info.label_order(args.label_order, args.num_classes))
         names = samples.open(0).class_names or names
     save_figure(draw(samples, names, args.count), args.output)
     print(args.output)

@@ -9,7 +9,7 @@ import pytest
 from datasets import SliceDataset, Volume, VolumeDataset, acdc, read_scan, synapse, write_slice, write_volume
 from tests.conftest import data_flags
 from utils import verify
-from utils.verify import compare_with_checkpoint, full_check, quick_check
+from utils.data_checks import compare_with_checkpoint, quick_check
 
 
 def folders(data: Path) -> list[str]:
@@ -58,10 +58,8 @@ def test_a_good_set_passes_and_what_it_holds_is_printed(prepared, capsys):
     ):  # fmt: skip
         assert words in lines
     assert "warning" not in lines
-    parts, errors = full_check(*folders(prepared), ("train", "val"), 4, acdc.INFO)
-    labels = [np.load(path)["label"] for path in (prepared / "train_npz").glob("patient00[12]*")]
-    np.testing.assert_array_equal(parts[0].voxels, np.bincount(np.stack(labels).ravel(), minlength=4))
-    assert errors == [] and parts[1].voxels.sum() == 2 * 3 * 20 * 14
+    labels = np.stack([np.load(path)["label"] for path in (prepared / "train_npz").glob("patient00[12]*")])
+    assert f"{(labels == 3).mean():8.3%} of voxels" in lines
 
 
 def test_a_class_without_voxels_is_a_warning_and_most_of_them_an_error(tmp_path, prepared, capsys, caplog):
@@ -116,7 +114,7 @@ def test_a_set_of_any_names_is_right_unless_a_list_repeats_one(tmp_path, refused
 def test_the_pattern_says_which_scans_are_of_one_patient(tmp_path, refused, capsys):
     data = write(tmp_path / "set", "GLI-1-000 GLI-2-000 GLI-1-001")
     quick(data)
-    refused(lambda: quick(data, patient_pattern=r"GLI-\d+"), "GLI-1 (GLI-1-001) is also in train.txt (GLI-1-000)")
+    refused(lambda: quick(data, patient_pattern=r"GLI-\d+"), "GLI-1 is also in train.txt (GLI-1-001 here, GLI-1-000")
     assert main(data, "--patient_pattern", r"GLI-(\d+)") == 1
     printed = capsys.readouterr().out
     assert "1 volume of 1 patient: 2" in printed and "every volume counts" not in printed

@@ -1,0 +1,301 @@
+"""Check prepared data: what each split holds, whether its files fit together, and whether they fit a checkpoint."""
+
+import logging
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from datasets import DataError, DatasetInfo, ImageDataset, ImageFolder, SliceDataset, VolumeDataset
+from datasets.errors import brief, counted
+from datasets.image_files import image_of
+from datasets.lists import beginnings, has_person, list_path, natural_key, patient_of, read_list, volume_name
+from datasets.preprocessing import orientation_of
+from datasets.storage import PREPARE
+from datasets.volumes import read_volume
+
+logger = logging.getLogger(__name__)
+
+NAMELESS = "the files name no classes; those of %s are used: give --class_names in training if they are others"
+UNIT = -0.05, 1.05
+"""Intensities of prepared scans: 0 to 1, and some room for what resampling adds."""
+
+
+class Part:
+    """What was found in the cases of one split that were read; ``pattern`` is ``--patient_pattern``."""
+
+    def __init__(self, data: Any, info: DatasetInfo, pattern: str | None = None):
+        self.data, self.info = data, info
+        self.kind = "images" if info.planar else "slices" if isinstance(data, SliceDataset) else "volumes"
+        names = data.patients if info.planar else data.names
+        self.patients = {patient_of(name, pattern): name for name in names}  # each with a name in the list
+        self.grouped = info.planar or pattern is not None or any(map(has_person, names))
+        self.read = 0  # cases
+        self.voxels = np.zeros(data.num_classes, np.int64)  # of each class
+        self.named: tuple[str, ...] = ()  # the classes, if a file names them
+        self.shapes: dict[tuple[int, ...], Path] = {}  # each with its first file
+        self.spacings: set[tuple[float, ...]] = set()
+        self.low, self.high = np.inf, -np.inf  # intensities
+        self.doubts: Counter[str] = Counter()  # what is probably wrong, and in how many cases
+
+    def add(self, index: int) -> None:
+        """Read and check a case. Raises DataError, also for class names other than those of a case before it."""
+        data, prepared = self.data, self.info.preprocessing
+        file = data.files[index] if self.kind == "slices" else data.files[data.names[index]][0]
+        case = data[index] if self.kind == "volumes" else data.open(index)
+        low, high = float(case.image.min()), float(case.image.max())
+        self.low, self.high, self.read = min(self.low, low), max(self.high, high), self.read + 1
+        self.voxels += np.bincount(case.label.ravel(), minlength=len(self.voxels))
+        self.shapes.setdefault(case.label.shape[1:] if self.info.planar else case.label.shape, file)
+        self.spacings |= {case.spacing} if case.spacing else set()
+        if case.class_names and not self.info.planar:
+            self.named = data.class_names = case.class_names  # from now on no file may name others
+        expected = len(self.info.channels)
+        if not self.info.planar and case.image.shape[case.label.ndim :] != ((expected,) if expected > 1 else ()):
+            raise DataError(
+                f"{file}: its image has shape {case.image.shape}; expected {expected} channel{'s' * (expected > 1)}: "
+                "store that many, or prepare the scans with prepare_data.py custom"
+            )
+        if self.kind != "volumes":
+            return
+        axes = prepared.orientation if case.affine is None else orientation_of(case.affine)
+        if prepared.orientation not in (None, axes):
+            raise DataError(
+                f"{file}: its axes x, y, z run to {axes}, those of a new scan to {prepared.orientation}; {PREPARE}"
+            )
+        if prepared.fills_unit and UNIT[0] < low <= high < UNIT[1] and (low > 0.1 or high < 0.9):
+            self.doubts["intensities do not run from 0 to 1 in each volume, as predict.py scales a scan"] += 1
+        if case.spacing and case.spacing[0] * 4 < case.spacing[2] and case.image.shape[0] * 4 < case.image.shape[2]:
+            self.doubts["few but thin slices: is the spacing that of slices, rows and columns, in this order?"] += 1
+        if self.names == self.info.class_names:
+            self.doubts.update(self.info.doubtful_places(case.label))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The classes as the files name them, or else as the data set does."""
+        return self.named or tuple(self.data.class_names or ()) or self.info.names_for(len(self.voxels))
+
+    @property
+    def nameless(self) -> bool:
+        """Whether the classes get the names of the data set only because there are as many."""
+        used = not self.named and not self.data.class_names and self.names == self.info.class_names
+        return used and self.read > 0 and not self.info.planar
+
+    @property
+    def unscaled(self) -> bool:
+        """Whether intensities are not from 0 to 1, as ``prepare_data.py`` writes them."""
+        return not self.info.planar and self.read > 0 and not UNIT[0] < self.low <= self.high < UNIT[1]
+
+    def warnings(self, trained_on: tuple[float, float] | None = None) -> list[str]:
+        """Return what is probably wrong, one line each; trained_on: intensities of a checkpoint, None for 0 to 1."""
+        doubts = self.doubts.copy()
+        if self.unscaled != bool(trained_on):
+            found, expected = ("{:g} to {:g}".format(*ends) for ends in ((self.low, self.high), trained_on or (0, 1)))
+            text = "" if trained_on else " (predict.py scales scans to this, and refuses a network trained on others)"
+            doubts[f"intensities run from {found}; expected {expected}{text}"] = 1
+        if self.names == self.info.class_names and (self.kind != "slices" or self.read == len(self.data)):
+            doubts.update(self.info.doubtful_sizes(self.voxels))
+        return [doubt + (f" ({count} {self.kind})" if count > 1 else "") for doubt, count in doubts.items()]
+
+    def print(self) -> None:
+        """Print what was found."""
+        owner, unit = ("image", "pixels") if self.info.planar else ("patient", "voxels")
+        listed = brief(", ".join(sorted(self.patients, key=natural_key)), 80)
+        cases = counted(len(self.data), self.kind[:-1])
+        print(f"{self.data.source.stem}: {cases} of {counted(len(self.patients), owner)}: {listed}")
+        if not self.read:
+            return
+        axes = "slices, rows, columns" if self.kind == "volumes" else "rows, columns"
+        print(f"  {'size':<20} {_extent(self.shapes)} ({axes})")
+        if self.spacings:
+            print(f"  {'spacing':<20} {_extent(self.spacings)} mm (slices, rows, columns)")
+        print(f"  {'intensities':<20} {self.low:.6g} to {self.high:.6g}")
+        print(f"  {'label ids':<20} {brief(', '.join(map(str, np.flatnonzero(self.voxels))), 80)}")
+        for name, share in zip(("background", *self.names), self.voxels / self.voxels.sum(), strict=True):
+            print(f"  {name:<20} {share:8.3%} of {unit}" + ("" if share else f"   warning: no {unit} of this class"))
+        for doubt in self.warnings():
+            print(f"  warning: {doubt}")
+
+
+def _extent(sizes: set[tuple[float, ...]]) -> str:
+    """Return sizes as text, of each axis the smallest and the largest: ``8 to 10 x 216 x 256``."""
+    ends = zip(np.min([*sizes], 0), np.max([*sizes], 0), strict=True)
+    return " x ".join(f"{low:g}" if low == high else f"{low:g} to {high:g}" for low, high in ends)
+
+
+def quick_check(
+    train_set: SliceDataset | ImageDataset, val_set: VolumeDataset | ImageFolder, info: DatasetInfo, args: Namespace
+) -> DatasetInfo:
+    """Check in seconds what training relies on, and return the facts of the data set as its files state them.
+
+    No patient may be in two splits, also not in the test split unless ``val_set`` is that. Three cases of each set are
+    read. The classes are called as ``--class_names`` says, else the files, else ``info``; from now on no file may call
+    them otherwise. Logs what looks wrong. Raises DataError for the first error.
+
+    args: of the training script.
+    """
+    names, order = tuple(args.class_names or ()), getattr(train_set, "label_order", None)
+    if names and (order or not len({*names}) == len(names) == args.num_classes - 1):
+        expected = f"{args.num_classes - 1} different names, or --num_classes {len({*names}) + 1}"
+        if order:
+            expected = f"none, because --label_order {order.name} names them, or train_acdc.py for other organs"
+        raise DataError(f"--class_names gives {', '.join(names)}; expected {expected}")
+    parts = [Part(data, info, args.patient_pattern) for data in (train_set, val_set)]
+    splits = [(part.data.source, part.patients) for part in parts]
+    test_list = list_path(args.list_dir, info.splits[-1])
+    if test_list != val_set.source and test_list.is_file():
+        tested = map(image_of if info.planar else str, read_list(args.list_dir, info.splits[-1]))
+        splits.append((test_list, {patient_of(name, args.patient_pattern): name for name in tested}))
+    for error in shared_patients(splits, info.planar or args.patient_pattern is not None):
+        raise DataError(error)
+    names, errors = read_parts(parts, names, few=True)
+    for error in errors + differences(parts):
+        raise DataError(error)
+    if not names and all(part.nameless for part in parts):
+        logger.warning(NAMELESS, info.name)
+    for doubt in most_classes_absent(parts):
+        logger.warning("%s", doubt)
+    for part in parts:
+        for doubt in part.warnings():
+            logger.warning("%s: %s", next(iter(part.shapes.values())), doubt)
+    unscaled = [end for part in parts if part.unscaled for end in (part.low, part.high)]
+    if unscaled:
+        info = replace(info, preprocessing=replace(info.preprocessing, stored=(min(unscaled), max(unscaled))))
+    if info.planar:
+        info = replace(info, preprocessing=train_set.preprocessing)  # with the bits of its 16-bit files
+    names = names or info.names_for(args.num_classes)
+    train_set.class_names = val_set.class_names = names
+    return replace(info, class_names=names)
+
+
+def compare_with_checkpoint(
+    cases: VolumeDataset | ImageFolder, info: DatasetInfo, data: dict[str, Any]
+) -> tuple[tuple[str, ...], list[str]]:
+    """Compare the first case of a test with what the checkpoint says of its training data.
+
+    data: of the checkpoint. Returns (names of the classes, what is probably wrong, one line each). From now on no file
+    may name other classes. Raises DataError for files that name other classes than the checkpoint.
+    """
+    part, names = Part(cases, info), tuple(data["class_names"])
+    part.add(0)
+    doubts, found = part.warnings(data.get("preprocessing", {}).get("stored")), ", ".join(part.named)
+    if part.named not in ((), names):
+        # Earlier versions stored the usual names, whatever the files said.
+        if names != info.class_names or {*names} & {*part.named}:
+            raise DataError(
+                f"{cases.source}: its files name the classes {found}; expected {', '.join(names)}, as in training: "
+                "test files with these classes, or another checkpoint"
+            )
+        doubts.append(f"names its classes {found}, and the checkpoint {', '.join(names)}; those of the file are used")
+        names = part.named
+    cases.class_names = names
+    if info.planar:
+        own, trained = cases.preprocessing.bits or 0, data.get("preprocessing", {}).get("bits") or 0
+        bits = max(own, trained) or None
+        if 0 < own < trained:
+            logger.info("images of 16-bit files are read with %d bits, as in training", bits)
+        cases.preprocessing = replace(cases.preprocessing, bits=bits)
+    return names, doubts
+
+
+def read_parts(
+    parts: Sequence[Part], names: tuple[str, ...] = (), few: bool = False
+) -> tuple[tuple[str, ...], list[str]]:
+    """Read the cases of every part, or only three of each. Returns (names of the classes, errors, one line each).
+
+    names: the classes as every file must call them; without any, as the first file that names them does.
+    """
+    errors = []
+    for part in parts:
+        part.data.class_names = names or None
+        count = len(part.data)
+        cases = sorted({0, count // 2, count - 1}) if few else range(count)
+        text = f"{part.data.source.stem}, {part.kind}"
+        for i in tqdm(cases, desc=text, disable=True if few else None, leave=False):
+            try:
+                part.add(i)
+            except DataError as error:
+                errors.append(str(error))
+        names = names or part.named
+    return names, errors
+
+
+def most_classes_absent(parts: Sequence[Part]) -> list[str]:
+    """Return one line if most classes have no voxel in any part."""
+    voxels = sum(part.voxels for part in parts)
+    ids = np.flatnonzero(voxels)
+    if not len(ids) or 2 * len(ids) >= len(voxels):
+        return []
+    return [
+        f"{parts[0].data.source.parent}: {len(voxels) - len(ids)} of {len(voxels)} classes are in no label read here, "
+        f"only {brief(', '.join(map(str, ids)), 60)}: is --num_classes right, and are the ids 0, 1, 2, ...?"
+    ]
+
+
+def differences(parts: Sequence[Part]) -> list[str]:
+    """Return one line for each way in which the slices and the volumes of a set contradict each other."""
+    errors = []
+    # Not those of which only black slices were read, and those that a percentile scaled.
+    read = sorted((part for part in parts if part.high - part.low > 0.1), key=lambda part: part.high - part.low)
+    if read and not read[0].unscaled and read[-1].unscaled and read[-1].high - read[-1].low > 10:
+        first, last = (f"{part.low:g} to {part.high:g} ({part.data.source})" for part in (read[0], read[-1]))
+        errors = [f"intensities run from {first} and from {last}; expected one preparation for all splits"]
+    volumes = [(file, shape) for part in parts if part.kind == "volumes" for shape, file in part.shapes.items()]
+    for slices in (part for part in parts if part.kind == "slices" and volumes):
+        # Where sizes vary, a volume may have the size of another patient's slice in other axes by chance.
+        alike = len(slices.shapes) == 1 and all(shape[1:] not in slices.shapes for _, shape in volumes)
+        errors += [_other_axes(file, shape, slices.shapes, alike) for file, shape in volumes]
+        for plane, file in slices.shapes.items():
+            own = volumes[0][0].with_name(f"{volume_name(file)}.npy.h5")  # the slice's volume, if it is there, too
+            with suppress(DataError):
+                image, volume = read_volume(file, ndim=2).image, read_volume(own).image
+                errors.append(_other_axes(own, volume.shape, {plane: file}, True))
+                if any(np.array_equal(image.T, z) and not np.array_equal(image, z) for z in volume):
+                    errors.append(f"{own}: its rows are the columns of {file.name}; store both as (rows, columns)")
+    return list(filter(None, errors))
+
+
+def _other_axes(path: Path, shape: tuple[int, ...], planes: dict[tuple[int, ...], Path], alike: bool) -> str | None:
+    """Return the error of a volume whose axes are not (slices, H, W), if the sizes of slices show it.
+
+    path, shape: of the volume; planes: the sizes (H, W) of slices, each with a file; alike: the volume's slices should
+    be of such a size.
+    """
+    low, high = min(map(min, planes)) / 3, max(map(max, planes)) * 3
+    others = [shape[:2], shape[1::-1], shape[::2], shape[::-2]]
+    sized = [low <= min(plane) and max(plane) <= high for plane in (shape[1:], *others)]
+    if shape[1:] in planes or not ((alike and planes.keys() & {*others}) or any(sized) > sized[0]):
+        return None
+    (height, width), file = next(iter(planes.items()))
+    return (
+        f"{path}: its shape {shape} means {shape[0]} slices of {shape[1]} rows and {shape[2]} columns, but "
+        f"{file.name} has {height} rows and {width} columns; store volumes as (slices, rows, columns)"
+    )
+
+
+def shared_patients(splits: Sequence[tuple[Path, dict[str, str]]], exact: bool) -> list[str]:
+    """Return one line for every patient in two splits, each given as (list, patients with a name in it).
+
+    Unless ``exact``, a patient p7 is also p7_a, because an entry p7 of a list stands for that, too.
+    """
+    errors: list[str] = []
+    whole: dict[str, tuple[Path, str]] = {}  # by every patient, the first list with it and its name there
+    begun: dict[str, tuple[Path, str]] = {}  # the same by every beginning of a patient's name
+    for source, patients in splits:
+        for patient, name in sorted(patients.items()):
+            others = map(whole.get, [patient] if exact else beginnings(patient))
+            other, there = next(filter(None, [None if exact else begun.get(patient), *others]), (None, ""))
+            if other:
+                names = f"({name} here, {there} there)"
+                errors.append(f"{source}: {patient} is also in {other.name} {names}; remove it from one of them")
+        for patient, name in patients.items():
+            whole.setdefault(patient, (source, name))
+            for beginning in beginnings(patient):
+                begun.setdefault(beginning, (source, name))
+    return errors
