@@ -80,15 +80,15 @@ class Outcome:
         return self
 
 
-def run_in_process(script: str, *arguments: object) -> Outcome:
-    """Run a script of the repository in this process, as ``python script.py ...`` would."""
+def run_in_process(script: str, *arguments: object, folder: Path = ROOT) -> Outcome:
+    """Run a script of the repository in this process, as ``python script.py ...`` would in ``folder``."""
     import torch
 
     output, error = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(error):
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
         patch.setattr(logging.getLogger(), "handlers", [])  # without pytest's, as in a process of its own
-        patch.chdir(ROOT)
+        patch.chdir(folder)
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
             status = 0

@@ -87,13 +87,6 @@ def test_links_and_named_tests_exist(page):
         )
 
 
-def test_the_library_example_of_the_readme_runs():
-    (code,) = (c for c in blocks((ROOT / "README.md").read_text(encoding="utf-8"), "python") if "SimMPNet" in c)
-    names: dict = {}
-    exec(code, names)
-    assert names["prediction"].shape == (2, 128, 128)
-
-
 @pytest.fixture
 def added(monkeypatch, tmp_path):
     """Add the data set and the network of the two pages ``docs/adding_*.md``; write the scripts into ``tmp_path``."""

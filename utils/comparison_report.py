@@ -34,7 +34,7 @@ def published_rows(comparison: Comparison) -> pd.DataFrame:
     names |= {f"class{i}": (name, "dice", "%") for i, name in enumerate(info.class_names, 1)}
     rows = pd.read_csv(PUBLISHED).query("dataset == @info.name")
     rows = rows.melt(["dataset", "method"], list(names), value_name="mean").dropna()
-    rows[["class", "metric", "unit"]] = rows["variable"].map(names).tolist()
+    rows = rows.join(pd.DataFrame.from_dict(names, "index", columns=["class", "metric", "unit"]), on="variable")
     return rows.assign(split=comparison.split, source="published", convention="transunet")
 
 
