@@ -2,10 +2,9 @@
 
 from datasets import acdc, custom, isic, phantom, segpc, synapse
 from datasets.errors import DataError
-from datasets.image_sets import ImageDataset, ImageFolder
-from datasets.images import ColourPreprocessing, Picture, read_picture
-from datasets.info import DatasetInfo, preprocessing_from_dict
-from datasets.preprocessing import Preprocessing
+from datasets.images import ImageDataset, ImageFolder, Picture, read_picture
+from datasets.info import DatasetInfo
+from datasets.preprocessing import ColourPreprocessing, Preprocessing, preprocessing_from_dict
 from datasets.scan import read_scan
 from datasets.volumes import SliceDataset, Volume, VolumeDataset, read_slice, read_volume, write_slice, write_volume
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from datasets.errors import DataError, counted
 from datasets.info import VOLUME_FOLDER, DatasetInfo
-from datasets.lists import volume_name
-from datasets.preparation import Case, files_by_name, paired, prepare_volumes, read_case
-from datasets.preprocessing import Preprocessing, to_unit
+from datasets.lists import files_by_name, volume_name
+from datasets.preparation import Case, paired, prepare_volumes, read_case
+from datasets.preprocessing import to_unit
 from datasets.volumes import Volume, group_by_volume, read_parts
 
 logger = logging.getLogger(__name__)
@@ -25,8 +25,6 @@ INFO = DatasetInfo(
     class_names=("right ventricle", "myocardium", "left ventricle"),
     folder="data/ACDC",
     list_dir="lists/lists_ACDC",
-    splits=("train", "val", "test"),
-    preprocessing=Preprocessing(),
     how_to_get=(
         "download ACDC (https://www.creatis.insa-lyon.fr/Challenge/acdc/databases.html), unpack it, then run: "
         "python prepare_data.py acdc --raw FOLDER"

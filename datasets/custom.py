@@ -7,8 +7,8 @@ writes the files that the named data sets have, ``lists/fold_<k>``, and ``datase
 
 import json
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -19,20 +19,19 @@ import numpy as np
 from datasets.errors import DataError, brief
 from datasets.files import atomic_write
 from datasets.image_files import read_grey, read_image
-from datasets.images import ColourPreprocessing
-from datasets.info import DatasetInfo, preprocessing_from_dict
+from datasets.info import DatasetInfo
 from datasets.lists import write_lists
-from datasets.preparation import Case, Pair, prepare_images, prepare_volumes, run_all
-from datasets.preprocessing import Preprocessing, Scale, orientation_of
+from datasets.preparation import Case, Pair, prepare_images, prepare_volumes, read_case, run_all
+from datasets.preprocessing import ColourPreprocessing, Preprocessing, Scale, orientation_of, preprocessing_from_dict
 from datasets.raw_forms import JSON, MAX_CLASSES, Raw, read_json, recognise
 from datasets.scan import read_scan, read_scan_label
 from datasets.splits import divide, refuse_names
-from datasets.volumes import Volume
 
 logger = logging.getLogger(__name__)
 
 # Directions of x, y and z for slices across each axis. Figures then show the front or the head at the top.
 AXES = {"axial": "LPS", "coronal": "LIP", "sagittal": "PIL"}
+_PLANES = dict(S="axial", I="axial", A="coronal", P="coronal", L="sagittal", R="sagittal")  # by the axis across them
 # What becomes 0 and 1 by default; 0.5 and 99.5 are nnU-Net's, which takes them of the foreground of all CT scans.
 PERCENTILES, DEVIATIONS = (0.5, 99.5), (-4.0, 4.0)
 SAMPLES = 10_000  # foreground voxels of a case from which the window of CT is found
@@ -63,7 +62,6 @@ def info_from(facts: dict[str, Any], folder: str | Path, fold: int = 0) -> Datas
             preprocessing=preprocessing_from_dict(facts["preprocessing"]),
             how_to_get=_how_to_get(folder),
             train_script=f"train_custom.py --data {quote(str(folder))}",
-            planar=bool(facts["planar"]),
             channels=tuple(map(str, facts["channels"])),
             fold=fold,
             folds=count,
@@ -86,7 +84,7 @@ INFO = DatasetInfo("custom", ("class 1",), "data/NAME", "data/NAME/lists/fold_0"
 
 def info_of_run(data: dict[str, Any], folder: str | Path, fold: int) -> DatasetInfo:
     """Return a DatasetInfo of what a run in a fold of a prepared folder stores of its data."""
-    facts = {"folds": fold + 1, "test": False, "patient_pattern": None, "planar": "mean" in data["preprocessing"]}
+    facts = {"folds": fold + 1, "test": False, "patient_pattern": None}
     return info_from(data | facts | {"name": data["dataset"]}, folder, fold)
 
 
@@ -96,29 +94,27 @@ class Look:
 
     size: tuple[int, ...]  # (z, y, x) as stored, of a picture (H, W)
     spacing: dict[str, float] | None = None  # mm between slices, by the name of their plane
-    values: tuple[int, ...] = ()  # of the label, without background
-    foreground: tuple[np.ndarray, ...] = ()  # a sample of intensities inside the label, of each channel
+    values: Sequence[int] = ()  # of the label, without background
+    foreground: list[np.ndarray] = field(default_factory=list)  # intensities inside the label, of each channel
 
 
 def _look(channels: int, classes: dict[int, str] | None, case: Case) -> Look:
     """Read a case as stored; channels: 0 for a picture."""
     if channels:
-        as_stored = Preprocessing(scales=(Scale("window", 0, 1),) * channels)
-        volume = read_scan(case.images, as_stored)
-        label, foreground, spacing = read_scan_label(case.labels[0], volume), [], None
+        volume = read_scan(case.images, Preprocessing(scales=(Scale("window", 0, 1),) * channels))
+        label = read_scan_label(case.labels[0], volume)
+        look = Look(label.shape)
         if volume.spacing is not None:
-            letters = orientation_of(volume.affine)[::-1]  # of slices, rows and columns
-            planes = {letter: name for name, axes in AXES.items() for letter in (axes[2], _OPPOSITE[axes[2]])}
-            spacing = {planes[letter]: side for letter, side in zip(letters, volume.spacing, strict=True)}
+            planes = (_PLANES[letter] for letter in orientation_of(volume.affine)[::-1])  # across slices, rows, columns
+            look.spacing = dict(zip(planes, volume.spacing, strict=True))
         inside = np.flatnonzero(label)
         inside = np.random.default_rng(0).choice(inside, min(len(inside), SAMPLES), replace=False)
-        for image in getattr(volume.image, "images", [volume.image]):
-            foreground.append(np.asarray(image.intensities(image.voxels.flat[inside]), np.float32))
-        look = Look(label.shape, spacing, foreground=tuple(foreground))
+        for one in volume.image.channels:
+            look.foreground.append(np.asarray(one.intensities(one.voxels.flat[inside]), np.float32))
     else:
         label = read_grey(case.labels[0], read_image(case.images[0], 16).shape[:2], indices=True)
         look = Look(label.shape)
-    look.values = tuple(value for value in np.unique(label).tolist() if value)
+    look.values = [value for value in np.unique(label).tolist() if value]
     unknown = [value for value in look.values if classes is not None and value not in classes]
     if unknown:
         declared = ", ".join(f"{value} {name}" for value, name in classes.items())
@@ -129,14 +125,11 @@ def _look(channels: int, classes: dict[int, str] | None, case: Case) -> Look:
     return look
 
 
-def _attempt(look: Callable[[Case], Look], case: Case) -> Look | DataError:
+def _attempt(channels: int, classes: dict[int, str] | None, case: Case) -> Look | DataError:
     try:
-        return look(case)
+        return _look(channels, classes, case)
     except DataError as error:
         return error
-
-
-_OPPOSITE = {"S": "I", "P": "A", "L": "R"}
 
 
 def prepare(
@@ -159,7 +152,7 @@ def prepare(
     if out.resolve() == Path(raw).resolve():
         raise DataError(f"{out}: this is the raw folder, whose {JSON} would be overwritten; give another --out")
     channels = 0 if found.planar else len(found.channels)
-    looks = run_all(partial(_attempt, partial(_look, channels, found.classes)), found.cases, (), "cases read", jobs)
+    looks = run_all(partial(_attempt, channels, found.classes), found.cases, "cases read", jobs)
     problems = found.problems | {name: str(look) for name, look in looks.items() if isinstance(look, DataError)}
     looks = {name: look for name, look in looks.items() if isinstance(look, Look)}
     cases = [case for case in found.cases if case.name in looks]
@@ -190,25 +183,19 @@ def prepare(
     if found.planar:
         prepare_images(partial(_read_picture, values), cases, raw, out, jobs, overwrite)
     else:
-        prepare_volumes(partial(_read_volume, preprocessing, values, tuple(names)), cases, out, jobs, overwrite)
+        read = partial(read_case, info_from(facts, out), relabel=partial(_indices, values))
+        prepare_volumes(read, cases, out, jobs, overwrite)
     for problem in problems.values():
         logger.warning("left out: %s", problem)
     return list(looks)
 
 
-def _read_volume(preprocessing: Preprocessing, values: Sequence[int], names: tuple[str, ...], case: Case) -> Volume:
-    volume = read_scan(case.images, preprocessing)
-    volume.label = _indices(read_scan_label(case.labels[0], volume), values)
-    volume.name, volume.image, volume.class_names = case.name, np.asarray(volume.image), names
-    return volume
-
-
 def _read_picture(values: Sequence[int], case: Case, bits: int | None) -> Pair:
-    image = read_image(case.images[0], bits)
-    return case.images[0], _indices(read_grey(case.labels[0], image.shape[:2], indices=True), values)
+    image, path = read_image(case.images[0], bits), case.labels[0]
+    return image, _indices(values, path, read_grey(path, image.shape[:2], indices=True))
 
 
-def _indices(label: np.ndarray, values: Sequence[int]) -> np.ndarray:
+def _indices(values: Sequence[int], _: Path, label: np.ndarray) -> np.ndarray:
     """Return the class indices 1, 2, ... of label values in their order: uint8."""
     table = np.zeros(max(values) + 1, np.uint8)
     table[list(values)] = np.arange(1, len(values) + 1)

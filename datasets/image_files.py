@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageOps, ImageSequence
 from scipy import ndimage
 
 from datasets.errors import DataError, counted
-from datasets.lists import natural_key
+from datasets.lists import files_by_name
 from datasets.storage import checked_label, reading
 
 logger = logging.getLogger(__name__)
@@ -45,12 +45,7 @@ def image_files(folder: str | Path) -> dict[str, Path]:
     """
     if not Path(folder).is_dir():
         raise DataError(f"{folder}: no such folder; prepare the data first (prepare_data.py, data/README.md)")
-    files: dict[str, Path] = {}
-    for path in sorted(Path(folder).iterdir(), key=lambda path: natural_key(path.name)):
-        found = path.suffix.lower() in ENDINGS and not path.name.startswith(".")
-        if found and files.setdefault(path.stem, path) != path:
-            raise DataError(f"{path}: {files[path.stem].name} has the same name; remove one of the two")
-    return files
+    return files_by_name(Path(folder).iterdir(), rf"(?i)(.+)(?:{'|'.join(map(re.escape, ENDINGS))})")
 
 
 @contextmanager

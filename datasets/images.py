@@ -1,16 +1,34 @@
-"""Resize and normalise colour images, and hold one with its mask for validation, testing and prediction."""
+"""Colour images with their masks: one for validation, testing and prediction, and the sets of a split.
 
-from dataclasses import asdict, dataclass
+An entry of a list is an ``<id>`` and names the image or all its crops ``<id>_cell<k>``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
+import torch
 from PIL import Image
 
-from datasets.errors import DataError, brief
-from datasets.image_files import read_image, read_mask
-
-RGB = ("red", "green", "blue")
+from datasets.image_files import (
+    IMAGE_FOLDER,
+    MASK_FOLDER,
+    common_bits,
+    image_files,
+    image_of,
+    read_drafted,
+    read_image,
+    read_mask,
+)
+from datasets.info import DatasetInfo
+from datasets.lists import list_path, named_files, read_list, refuse_missing
+from datasets.photometric import photometric
+from datasets.preprocessing import ColourPreprocessing
+from datasets.training_set import TrainingSet
+from datasets.transforms import augment
+from datasets.volumes import Volume
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -44,71 +62,17 @@ def shrunk_size(size: tuple[int, int], side: int) -> tuple[int, int]:
     return round(size[0] * factor), round(size[1] * factor)
 
 
-@dataclass(frozen=True)
-class ColourPreprocessing:
-    """The normalisation of RGB in [0, 1] to (value - mean) / std, channel by channel; stored in a checkpoint.
-
-    The default is the one with which timm's maxxvit_rmlp weights were trained.
-    """
-
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    bits: int | None = None  # that the training images use in 16-bit files, if there are such files
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for a checkpoint."""
-        return {key: value for key, value in asdict(self).items() if value is not None}  # as earlier versions
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "ColourPreprocessing":
-        """Return the preprocessing that ``to_dict`` described; raises DataError for anything else."""
-        try:
-            mean, std = (tuple(float(number) for number in values[key]) for key in ("mean", "std"))
-            bits = values.get("bits")
-            if len(mean) != 3 or len(std) != 3 or not np.isfinite([*mean, *std]).all() or min(std) <= 0:
-                raise ValueError(values)
-            if bits not in (None, *range(8, 17)):
-                raise ValueError(values)
-            return cls(mean, std, bits)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise DataError(f"the checkpoint's preprocessing {brief(values)} is unknown; train again") from error
-
-    def described(self, img_size: int) -> str:
-        """Return the steps from an image to the network's input in words, for users of an exported network."""
-        deep = f"; 16 bits are divided by {2 ** (self.bits - 8)}" if self.bits else ""
-        return (
-            f"RGB of 8 bits{deep}; shrunk in proportion to a shorter side of {img_size} where that is longer, then "
-            f"resized to {img_size} x {img_size}, both bicubic with averaging; v becomes (v / 255 - mean) / std in "
-            "each channel"
-        )
-
-    def normalise(self, image: np.ndarray) -> np.ndarray:
-        """Return images as the network's input: uint8 (..., H, W, 3) to float32 (..., 3, H, W)."""
-        scaled = (image.astype(np.float32) / 255 - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
-        return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))
-
-    def denormalise(self, image: np.ndarray) -> np.ndarray:
-        """Return the RGB in [0, 1] of normalised images: float32 (..., 3, H, W) to (..., H, W, 3)."""
-        return np.clip(np.moveaxis(image, -3, -1) * np.float32(self.std) + np.float32(self.mean), 0, 1)
-
-
 @dataclass
-class Picture:
+class Picture(Volume):
     """One image with its label for validation, testing and prediction, in the form of a volume of one slice.
 
-    image: uint8 (1, H, W, 3), RGB; label: uint8 (1, H, W) or None; class_names: without background. An image has no
-    voxel spacing and no position in space; ``planar`` means that it is measured in two dimensions.
+    image: uint8 (1, H, W, 3), RGB; label: uint8 (1, H, W) or None. An image has no voxel spacing and no position in
+    space; ``planar`` means that it is measured in two dimensions.
     """
 
-    name: str
-    image: np.ndarray
-    label: np.ndarray | None = None
-    class_names: tuple[str, ...] = ()
-    preprocessing: ColourPreprocessing = ColourPreprocessing()
+    preprocessing: ColourPreprocessing = field(default=ColourPreprocessing())
 
     planar: ClassVar[bool] = True
-    spacing: ClassVar[None] = None
-    affine: ClassVar[None] = None
 
     def network_input(self, img_size: int, part: slice = slice(None)) -> np.ndarray:
         """Return the image at the network's size, normalised: float32 (n, 3, S, S) with n = 1, or 0 by ``part``."""
@@ -136,4 +100,88 @@ def read_picture(
     preprocessing = preprocessing or ColourPreprocessing()
     image = read_image(path, preprocessing.bits)
     label = None if mask_path is None else read_mask(mask_path, image.shape[:2], num_classes)[None]
-    return Picture(Path(path).stem, image[None], label, class_names, preprocessing)
+    return Picture(Path(path).stem, image[None], label, class_names=class_names, preprocessing=preprocessing)
+
+
+class _Images:
+    """The images that a split's list names.
+
+    info: facts of the data set; folder: holds ``images`` and ``masks``; num_classes counts the background. ``source``
+    is the list, ``names`` the images' names, ``files`` their (image file, mask file) by name, ``kind`` what they show:
+    whole images, single cells, or both. Raises DataError at once for a bad list, a missing folder, entries without an
+    image, images without a mask, and an image that two entries name, and for a bad file when it is read.
+    """
+
+    def __init__(self, info: DatasetInfo, folder: str | Path, list_dir: str | Path, split: str, num_classes: int):
+        info.require(folder)
+        self.num_classes, self.class_names = num_classes, info.names_for(num_classes)
+        entries, self.source = read_list(list_dir, split), list_path(list_dir, split)
+        images, masks = Path(folder, IMAGE_FOLDER), Path(folder, MASK_FOLDER)
+        files = image_files(images)
+        named = {path: {path.name, name, image_of(name)} for name, path in files.items()}
+        self.names = [path.stem for path in named_files(self.source, entries, named, f"image in {images}")]
+        there = {path.stem for path in masks.glob("*.png")}
+        refuse_missing(masks, f"images of {self.source} have no mask <id>.png", self.names, there)
+        self.files = {name: (files[name], masks / f"{name}.png") for name in self.names}
+        bits = common_bits(files.values(), info.preprocessing.bits)  # of all splits alike
+        self.preprocessing = replace(info.preprocessing, bits=bits)
+        kinds = {"single cells" if name != image_of(name) else "whole images" for name in self.names}
+        self.kind = " and ".join(sorted(kinds))
+
+    @property
+    def patients(self) -> set[str]:
+        """The images (not crops) of this split. Their patients are not known."""
+        return {image_of(name) for name in self.names}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def open(self, index: int) -> Picture:
+        """Return an image with its mask as stored, checked."""
+        image, mask = self.files[self.names[index]]
+        return read_picture(image, mask, self.num_classes, self.class_names, self.preprocessing)
+
+
+class ImageDataset(_Images, TrainingSet):
+    """The images of a split for training, augmented and resized to the network's square.
+
+    augment: the specification's geometric augmentation; photometric: also change colour, focus and form. ``[i]``
+    returns ``image`` float32 (3, S, S), normalised, ``label`` int64 (S, S) and ``name``. An image is shrunk before it
+    is augmented, so a photograph costs little more than a small image.
+    """
+
+    def __init__(
+        self, info: DatasetInfo, folder: str | Path, list_dir: str | Path, split: str, num_classes: int,
+        img_size: int, augment: bool = False, photometric: bool = False, seed: int = 2222,
+    ):  # fmt: skip
+        _Images.__init__(self, info, folder, list_dir, split, num_classes)
+        TrainingSet.__init__(self, seed)
+        self.img_size, self.augment, self.photometric = img_size, augment, photometric
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shrunk image, uint8 (h, w, 3), and label, uint8 (h, w), of a sample."""
+        file, mask_file = self.files[self.names[index]]
+        image, own_size = read_drafted(file, self.img_size, self.preprocessing.bits)
+        size = shrunk_size(own_size, self.img_size)
+        return resize_image(image, size), resize_mask(read_mask(mask_file, own_size, self.num_classes), size)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
+        image, label = self.stored(index)
+        rng = self.generator(index)
+        if self.augment:
+            image, label = augment(image, label, rng)
+        if self.photometric:
+            image, label = photometric(image, label, rng)
+        size = (self.img_size, self.img_size)
+        return {
+            "image": torch.from_numpy(self.preprocessing.normalise(resize_image(image, size))),
+            "label": torch.from_numpy(resize_mask(label, size).astype(np.int64)),
+            "name": self.names[index],
+        }
+
+
+class ImageFolder(_Images, Sequence[Picture]):
+    """The images of a split for validation and testing: ``[i]`` reads and checks one and returns a Picture."""
+
+    def __getitem__(self, index: int) -> Picture:
+        return self.open(index)

@@ -3,21 +3,14 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from datasets.errors import DataError
-from datasets.images import ColourPreprocessing
-from datasets.preprocessing import Preprocessing
+from datasets.preprocessing import ColourPreprocessing, Preprocessing
 from datasets.storage import LabelOrder
 
 SLICE_FOLDER, VOLUME_FOLDER = "train_npz", "test_vol_h5"
-
-
-def preprocessing_from_dict(values: dict[str, Any]) -> Preprocessing | ColourPreprocessing:
-    """Return the preprocessing that a checkpoint stores, of scans or of colour images; raises DataError."""
-    return (ColourPreprocessing if isinstance(values, dict) and "mean" in values else Preprocessing).from_dict(values)
 
 
 def _no_doubts(_: np.ndarray) -> list[str]:
@@ -32,11 +25,11 @@ class DatasetInfo:
     class_names: tuple[str, ...]  # of label ids 1, 2, ...; 0 is background
     folder: str  # where it is prepared
     list_dir: str  # folder of its lists
-    splits: tuple[str, ...]  # names of its lists, the one to train on first
-    preprocessing: Preprocessing | ColourPreprocessing  # of every scan or image; every checkpoint stores it
-    how_to_get: str  # ends the message about missing data
-    train_script: str
-    planar: bool = False  # colour images with masks, not slices and volumes
+    splits: tuple[str, ...] = ("train", "val", "test")  # names of its lists, the one to train on first
+    # Of every scan or image; every checkpoint stores it.
+    preprocessing: Preprocessing | ColourPreprocessing = field(default=Preprocessing())
+    how_to_get: str = ""  # ends the message about missing data
+    train_script: str = ""
     channels: tuple[str, ...] = ("image",)
     fold: int | None = None  # of a set of the user's own: which of its lists
     folds: int = 1
@@ -50,6 +43,11 @@ class DatasetInfo:
     def num_classes(self) -> int:
         """Number of classes, background included."""
         return len(self.class_names) + 1
+
+    @property
+    def planar(self) -> bool:
+        """Whether these are colour images with masks, not slices and volumes."""
+        return isinstance(self.preprocessing, ColourPreprocessing)
 
     @property
     def root_path(self) -> str:

@@ -4,28 +4,27 @@ Codella et al., "Skin lesion analysis toward melanoma detection 2018", arXiv 190
 dataset", Scientific Data 2018. The paper does not publish its division of the 2594 training images; this one is ours.
 """
 
+from functools import partial
 from pathlib import Path
 
 from datasets.errors import DataError
-from datasets.image_files import image_files, read_classes, read_image
-from datasets.images import RGB, ColourPreprocessing
+from datasets.image_files import image_files
 from datasets.info import DatasetInfo
 from datasets.lists import write_lists
-from datasets.preparation import Case, Pair, paired, prepare_images, ready_made, split_names
+from datasets.preparation import paired, prepare_images, read_pair, ready_made, split_names
+from datasets.preprocessing import RGB, ColourPreprocessing
 
 INFO = DatasetInfo(
     name="isic",
     class_names=("lesion",),
     folder="data/ISIC",
     list_dir="data/ISIC/lists",
-    splits=("train", "val", "test"),
     preprocessing=ColourPreprocessing(),
     how_to_get=(
         "download training data and ground truth of ISIC 2018's task 1 (https://challenge.isic-archive.com/data/#2018),"
         " unpack both into one folder, then run: python prepare_data.py isic --raw FOLDER"
     ),
     train_script="train_isic.py",
-    planar=True,
     channels=RGB,
 )
 CLASS_NAMES = INFO.class_names
@@ -55,12 +54,6 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
         cases = ready_made(raw)
     if not cases:
         raise DataError(f"{raw}: must hold {IMAGES} and {TRUTH}, or images and masks; {INFO.how_to_get}")
-    names = prepare_images(read_case, cases, raw, out, jobs, overwrite)
+    names = prepare_images(partial(read_pair, (0, 255)), cases, raw, out, jobs, overwrite)
     write_lists(Path(out) / "lists", dict(zip(INFO.splits, split_names(names, COUNTS), strict=True)))
     return names
-
-
-def read_case(case: Case, bits: int | None) -> Pair:
-    """Read one image with its mask as a Pair; raises DataError."""
-    image = read_image(case.images[0], bits)
-    return case.images[0], read_classes(case.labels[0], image.shape[:2], (0, 255))

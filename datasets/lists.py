@@ -1,4 +1,4 @@
-"""The lists of a split, and the files that they name.
+"""Names of files and cases, the lists of a split, and the files that they name.
 
 ``<list_dir>/<split>.txt`` has one entry a line: a file name with its extension, or a patient, volume or slice, which
 stands for every file of that name or with ``_`` after it (``patient001`` for ``patient001_frame01...``, never for
@@ -7,7 +7,7 @@ stands for every file of that name or with ``_`` after it (``patient001`` for ``
 
 import re
 from collections import Counter
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from datasets.errors import DataError, brief
@@ -114,20 +114,28 @@ def read_list(list_dir: str | Path, split: str) -> list[str]:
     return entries
 
 
+def files_by_name(paths: Iterable[Path], pattern: str) -> dict[str, Path]:
+    """Return the files whose whole name matches ``pattern``, by its first group, in natural order.
+
+    Files whose name begins with a dot are left out. Raises DataError where two files have the same name.
+    """
+    files: dict[str, Path] = {}
+    for path in sorted(paths, key=lambda path: natural_key(path.name)):
+        found = None if path.name.startswith(".") else re.fullmatch(pattern, path.name)
+        if found and path.is_file() and files.setdefault(found[1], path) != path:
+            raise DataError(f"{path}: {files[found[1]]} has the same name; remove one of the two")
+    return files
+
+
 def select_files(
-    list_dir: str | Path,
-    split: str,
-    root: str | Path,
-    endings: Sequence[str] = ENDINGS,
-    only: Sequence[str] | None = None,
-    without: Sequence[str] = (),
-) -> list[Path]:
+    list_dir: str | Path, split: str, root: str | Path, endings: Sequence[str] = ENDINGS,
+    only: Sequence[str] | None = None, without: Sequence[str] = (),
+) -> list[Path]:  # fmt: skip
     """Return the files that a split's list names, entry by entry; those of one entry in natural order.
 
     root: folder of the files; a folder inside it with the split's name takes precedence (MT-UNet's layout). only,
     without: names to keep or to leave out, each of an entry's volume or of its first words (``case0005``). Raises
-    DataError as ``read_list`` does, for a name that the list does not have, for a missing folder, for entries without a
-    file, and for a file that two entries name.
+    DataError as ``read_list`` and ``named_files`` do, for a name that the list does not have, and for a missing folder.
     """
     source = list_path(list_dir, split)
     entries = _chosen(source, read_list(list_dir, split), only, without)
@@ -136,15 +144,26 @@ def select_files(
         raise DataError(f"{folder}: no such folder; prepare the data first (prepare_data.py, data/README.md)")
     inner = (folder / name for name in (split, _OTHER_NAMES.get(split, split)))
     folder = next((path for path in inner if path.is_dir()), folder)
-    files_of: dict[str, list[Path]] = {}  # by every entry that could name a file
-    for path in sorted(folder.iterdir(), key=lambda path: natural_key(path.name)):
-        if path.name.endswith(tuple(endings)) and not path.name.startswith("."):
-            for entry in {path.name, *beginnings(data_name(path))}:
-                files_of.setdefault(entry, []).append(path)
-    refuse_missing(source, f"entries have no file ({' or '.join(endings)}) in {folder}", entries, files_of)
+    files = sorted(folder.iterdir(), key=lambda path: natural_key(path.name))
+    files = [path for path in files if path.name.endswith(tuple(endings)) and not path.name.startswith(".")]
+    names = {path: {path.name, *beginnings(data_name(path))} for path in files}
+    return named_files(source, entries, names, f"file ({' or '.join(endings)}) in {folder}")
+
+
+def named_files(source: Path, entries: Sequence[str], names: Mapping[Path, Collection[str]], what: str) -> list[Path]:
+    """Return the files that the entries of a list name, entry by entry.
+
+    names: of every file, in order, the entries that would name it; what: a file and its place, in words. Raises
+    DataError for entries without a file, and for a file that two entries name.
+    """
+    files: dict[str, list[Path]] = {}
+    for path, entries_of_path in names.items():
+        for entry in entries_of_path:
+            files.setdefault(entry, []).append(path)
+    refuse_missing(source, f"entries have no {what}", entries, files)
     owner: dict[Path, str] = {}
     for entry in entries:
-        for path in files_of[entry]:
+        for path in files[entry]:
             if path in owner:
                 raise DataError(f"{source}: entries {owner[path]!r} and {entry!r} both name {path}; keep one of them")
             owner[path] = entry

@@ -18,7 +18,7 @@ from datasets.errors import DataError
 from datasets.info import DatasetInfo
 from datasets.lists import write_lists
 from datasets.preparation import prepare_volumes
-from datasets.preprocessing import Preprocessing, to_unit
+from datasets.preprocessing import to_unit
 from datasets.volumes import Volume
 
 NUM_PATIENTS = (16, 4, 6)  # for training, validation and test
@@ -30,8 +30,6 @@ INFO = DatasetInfo(
     class_names=CLASS_NAMES,
     folder="data/phantom",
     list_dir="data/phantom/lists",
-    splits=("train", "val", "test"),
-    preprocessing=Preprocessing(),
     how_to_get="make it: python prepare_data.py phantom",
     train_script="train_acdc.py",
 )

@@ -1,4 +1,4 @@
-"""What every preparation shares: finding raw files, splitting names, writing prepared files, progress.
+"""What every preparation shares: pairs of raw files, splitting names, reading cases, writing prepared files, progress.
 
 A case (one frame of a patient, one photograph, one cell) becomes prepared files. The last of them is written when all
 the others are complete, so a later run skips what is finished and repeats what is not.
@@ -7,9 +7,8 @@ the others are complete, so a later run skips what is finished and repeats what 
 import logging
 import multiprocessing
 import random
-import re
 import shutil
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -23,14 +22,25 @@ from tqdm import tqdm
 
 from datasets.errors import DataError, brief, counted
 from datasets.files import atomic_write
-from datasets.image_files import ENDINGS, IMAGE_FOLDER, MASK_FOLDER, common_bits, image_files, image_of
+from datasets.image_files import (
+    ENDINGS,
+    IMAGE_FOLDER,
+    MASK_FOLDER,
+    common_bits,
+    image_files,
+    image_of,
+    read_classes,
+    read_image,
+)
 from datasets.info import SLICE_FOLDER, VOLUME_FOLDER, DatasetInfo
 from datasets.lists import natural_key
 from datasets.scan import read_scan, read_scan_label
-from datasets.storage import LabelOrder
 from datasets.volumes import Volume, write_slice, write_volume
 
 logger = logging.getLogger(__name__)
+
+Relabel = Callable[[Path, np.ndarray], np.ndarray]  # takes a label and its file, returns class indices, uint8
+Pair = tuple[np.ndarray, np.ndarray]  # image, uint8 (H, W, 3); class indices, uint8 (H, W)
 
 
 @dataclass(frozen=True)
@@ -40,19 +50,6 @@ class Case:
     name: str
     images: tuple[Path, ...]
     labels: tuple[Path, ...] = ()
-
-
-def files_by_name(paths: Iterable[Path], pattern: str) -> dict[str, Path]:
-    """Return the files whose whole name matches ``pattern``, by its first group, sorted by path.
-
-    Raises DataError where two files have the same name.
-    """
-    files: dict[str, Path] = {}
-    for path in sorted(paths):
-        found = re.fullmatch(pattern, path.name)
-        if found and path.is_file() and files.setdefault(found[1], path) != path:
-            raise DataError(f"{path}: {files[found[1]]} is the same case; remove one of the two")
-    return files
 
 
 def paired(images: dict[str, Path], labels: dict[str, Path], image_name: str, label_name: str) -> list[Case]:
@@ -85,36 +82,41 @@ def split_names(names: Iterable[str], counts: Sequence[int], seed: int = 2222) -
     return [sorted(names[start:end], key=natural_key) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-# Scans: slices (npz) for training and volumes (HDF5) for testing
-
-
-def read_case(info: DatasetInfo, case: Case, label_order: LabelOrder | None = None) -> Volume:
+def read_case(info: DatasetInfo, case: Case, relabel: Relabel | None = None) -> Volume:
     """Read a scan and its label as ``info`` describes them: a Volume with intensities in [0, 1].
 
-    label_order: the order of the label's ids, None for that of ``info``. Logs a warning for a label that looks wrong.
+    relabel: of a label whose values are not the class indices of ``info``. Logs a warning for a label that looks wrong.
     Raises DataError for files that are missing, damaged or do not fit each other.
     """
-    (image_path,), (label_path,) = case.images, case.labels
-    volume = read_scan(image_path, info.preprocessing)
-    volume.label = read_scan_label(label_path, volume, None if label_order else info.num_classes)
-    if label_order:
-        volume.label = label_order.apply(label_path, volume.label, volume.image.shape, ())
+    volume = read_scan(case.images, info.preprocessing)
+    volume.label = read_scan_label(case.labels[0], volume, None if relabel else info.num_classes)
+    if relabel:
+        volume.label = relabel(case.labels[0], volume.label)
     for doubt in info.doubtful_places(volume.label):
-        logger.warning("%s: %s", label_path, doubt)
+        logger.warning("%s: %s", case.labels[0], doubt)
     volume.name, volume.image, volume.class_names = case.name, np.asarray(volume.image), info.class_names
     return volume
+
+
+def read_pair(greys: Sequence[int], case: Case, bits: int | None) -> Pair:
+    """Read an image and its masks, which show the classes in ``greys``; where masks overlap, the highest index wins.
+
+    bits: as in ``read_image``. Raises DataError.
+    """
+    image = read_image(case.images[0], bits)
+    return image, np.max([read_classes(path, image.shape[:2], greys) for path in case.labels], axis=0)
 
 
 def prepare_volumes(
     read: Callable[[Any], Volume], cases: Sequence[Any], out: str | Path, jobs: int = 1, overwrite: bool = False
 ) -> list[str]:
-    """Write the slices and the volume of every case and return the names.
+    """Write the slices (npz, for training) and the volume (HDF5, for testing) of every case and return the names.
 
     read: returns the Volume of a case (which has a ``name``), can be pickled; jobs: processes; overwrite: also write
     finished cases again. Raises the first error; finished cases stay. Logs how many have no voxel spacing.
     """
-    finished = [case.name for case in cases if not overwrite and _volume_file(out, case.name).is_file()]
-    done = run_all(partial(_prepare_volume, read, out), cases, finished, "volumes", jobs)
+    target = None if overwrite else partial(_volume_file, out)
+    done = run_all(partial(_prepare_volume, read, out), cases, "volumes", jobs, target)
     unmeasured = [name for name, spacing in done.items() if spacing is None]
     if unmeasured:
         logger.warning(
@@ -145,64 +147,67 @@ def _volume_file(out: str | Path, name: str) -> Path:
     return Path(out, VOLUME_FOLDER, f"{name}.npy.h5")
 
 
-# Colour images and masks
-
-
-Pair = tuple[np.ndarray | Path, np.ndarray]  # image, uint8 (H, W, 3), or its file to copy; class indices, uint8 (H, W)
-
-
 def prepare_images(
     read: Callable[[Case, int | None], Pair | None], cases: Sequence[Case], raw: str | Path, out: str | Path,
     jobs: int = 1, overwrite: bool = False,
 ) -> list[str]:  # fmt: skip
     """Write the image and the mask of every case and return the names of all that are there.
 
-    read: takes a case and the ``common_bits`` of all, returns its Pair, or None to leave it out; can be pickled; raw:
-    the folder of the cases; jobs, overwrite: as in ``prepare_volumes``. Raises DataError where ``out`` is ``raw``, or
-    would then hold both crops and whole images.
+    Files of whole images are copied. read: takes a case and the ``common_bits`` of all, returns its Pair, or None to
+    leave it out; can be pickled; raw: the folder of the cases; jobs, overwrite: as in ``prepare_volumes``. Raises
+    DataError where ``out`` is ``raw``, or would then hold both crops and whole images.
     """
-    out = Path(out)
-    if Path(raw).resolve() == out.resolve():
+    if Path(raw).resolve() == Path(out).resolve():
         raise DataError(f"{out}: this is the raw folder, and its masks would be overwritten; give another --out")
+    mask_file = partial(_mask_file, out)
     names = [case.name for case in cases]
-    there = [path.stem for path in (out / MASK_FOLDER).glob("*.png")]
+    there = [path.stem for path in Path(out, MASK_FOLDER).glob("*.png")]
     kinds = {name != image_of(name): name for name in (*names, *there)}  # one name of each kind
     if len(kinds) > 1:
         raise DataError(f"{out}: {kinds[False]} is a whole image and {kinds[True]} a crop of one; give another --out")
-    finished = [name for name in names if not overwrite and _mask_file(out, name).is_file()]
     bits = common_bits({case.images[0] for case in cases})
-    run_all(partial(_prepare_image, read, bits, out), cases, finished, "images", jobs)
-    return [name for name in names if _mask_file(out, name).is_file()]
+    run_all(partial(_prepare_image, read, bits, out), cases, "images", jobs, None if overwrite else mask_file)
+    return [name for name in names if mask_file(name).is_file()]
 
 
-def _prepare_image(read: Callable[[Case, int | None], Pair | None], bits: int | None, out: Path, case: Case) -> None:
+def _prepare_image(
+    read: Callable[[Case, int | None], Pair | None], bits: int | None, out: str | Path, case: Case
+) -> None:
     pair = read(case, bits)
     if pair is None:
         return
-    image, mask = pair
-    targets = {ending: out / IMAGE_FOLDER / f"{case.name}{ending}" for ending in ENDINGS}
-    for old in (_mask_file(out, case.name), *targets.values()):
+    target, mask_file = Path(out, IMAGE_FOLDER, case.name), _mask_file(out, case.name)
+    for old in (mask_file, *(Path(f"{target}{ending}") for ending in ENDINGS)):
         old.unlink(missing_ok=True)
-    target = targets[image.suffix.lower() if isinstance(image, Path) else ".png"]
-    for path, content in ((target, image), (_mask_file(out, case.name), mask)):
-        with atomic_write(path) as temporary:
-            if isinstance(content, Path):
-                shutil.copyfile(content, temporary)
-            else:  # zlib's fastest level: twice as fast to write as the default and hardly larger
-                Image.fromarray(content).save(temporary, compress_level=1)
+    source = case.images[0]
+    if case.name == image_of(case.name):
+        with atomic_write(f"{target}{source.suffix.lower()}") as temporary:
+            shutil.copyfile(source, temporary)
+    else:
+        _save_png(f"{target}.png", pair[0])
+    _save_png(mask_file, pair[1])
 
 
-def _mask_file(out: Path, name: str) -> Path:
-    return out / MASK_FOLDER / f"{name}.png"
+def _save_png(path: str | Path, array: np.ndarray) -> None:
+    with atomic_write(path) as temporary:  # zlib's fastest level: twice as fast as the default and hardly larger files
+        Image.fromarray(array).save(temporary, compress_level=1)
+
+
+def _mask_file(out: str | Path, name: str) -> Path:
+    return Path(out, MASK_FOLDER, f"{name}.png")
 
 
 def run_all(
-    work: Callable[[Any], Any], cases: Sequence[Any], finished: Collection[str], what: str, jobs: int
+    work: Callable[[Any], Any], cases: Sequence[Any], what: str, jobs: int, target: Callable[[str], Path] | None = None
 ) -> dict[str, Any]:
-    """Return what ``work`` returns for every case that is not finished, by its name; raises the first error."""
-    waiting = {case.name: case for case in cases if case.name not in finished}
-    if finished:
-        logger.info("%d of %d %s are already prepared; --overwrite does them again", len(finished), len(cases), what)
+    """Return what ``work`` returns for every case by its name; raises the first error.
+
+    target: gives the file that ``work`` writes last for a case of this name; a case that has it is left out.
+    """
+    waiting = {case.name: case for case in cases if target is None or not target(case.name).is_file()}
+    if len(waiting) < len(cases):
+        done = len(cases) - len(waiting)
+        logger.info("%d of %d %s are already prepared; --overwrite does them again", done, len(cases), what)
     progress = partial(tqdm, total=len(waiting), desc=what, disable=None)
     if jobs <= 1 or len(waiting) <= 1:
         return {name: work(case) for name, case in progress(waiting.items())}

@@ -1,4 +1,4 @@
-"""From a scan as stored to the image that a network sees: the direction of the axes, and the intensities.
+"""From a scan or picture as stored to what a network sees: the direction of the axes, and the intensities.
 
 Arrays of this project are (z, y, x). An affine maps the indices (x, y, z) to mm in NIfTI's space, whose axes run to the
 patient's right, anterior and superior (R, A, S). Axes are only swapped and reversed, never interpolated.
@@ -7,7 +7,7 @@ patient's right, anterior and superior (R, A, S). Axes are only swapped and reve
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,8 +16,12 @@ from datasets.errors import DataError, brief
 LENGTHS = 1e-6, 1e6
 """Smallest and largest side of a voxel in mm (a nanometre, a kilometre); other values are damaged numbers."""
 
-
-KINDS = ("window", "percentiles", "deviations")
+RGB = ("red", "green", "blue")
+KINDS = {
+    "window": "{:g} and {:g}",
+    "percentiles": "the scan's percentiles {:g} and {:g}",
+    "deviations": "the scan's mean with {:g} and {:g} standard deviations",
+}
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,7 @@ class Scale:
         return self.low, self.high
 
     def __str__(self) -> str:
-        low, high = f"{self.low:g}", f"{self.high:g}"
-        text = {"window": "{} and {}", "percentiles": "the scan's percentiles {} and {}"}
-        return text.get(self.kind, "the scan's mean with {} and {} standard deviations").format(low, high)
+        return KINDS[self.kind].format(self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,12 @@ class Preprocessing:
     # Of each channel, in place of a window; none: one channel.
     scales: tuple[Scale, ...] = ()
 
+    def __post_init__(self):
+        if self.orientation is not None and not is_orientation(self.orientation):
+            raise ValueError("the orientation is not three letters like RAS")
+        if self.window is not None and not -np.inf < self.window[0] < self.window[1] < np.inf:
+            raise ValueError("the window is not two rising intensities")
+
     @property
     def channels(self) -> int:
         """Number of channels."""
@@ -79,29 +87,8 @@ class Preprocessing:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values that a checkpoint stores."""
-        values = asdict(self)
-        for name in ("stored", "scales"):
-            if not values[name]:  # as earlier versions wrote it
-                del values[name]
-        return values
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
-        """Return the preprocessing that ``to_dict`` described; raises DataError for anything else."""
-        try:
-            orientation, window, stored = values["orientation"], values["window"], values.get("stored")
-            window = None if window is None else (float(window[0]), float(window[1]))
-            stored = None if stored is None else (float(stored[0]), float(stored[1]))
-            scales = tuple(Scale(str(s["kind"]), float(s["low"]), float(s["high"])) for s in values.get("scales", ()))
-            if orientation is not None and not is_orientation(orientation):
-                raise ValueError("the orientation is not three letters like RAS")
-            if window is not None and not -np.inf < window[0] < window[1] < np.inf:
-                raise ValueError("the window is not two rising intensities")
-        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
-            raise DataError(
-                f"the checkpoint's preprocessing {brief(values)} is not valid ({brief(error)}); train again"
-            ) from error
-        return cls(orientation, window, stored, scales)
+        values = asdict(self).items()  # as earlier versions wrote them
+        return {name: value for name, value in values if value or name in ("orientation", "window")}
 
     def described(self, img_size: int) -> str:
         """Return in words how a scan becomes the network's input, for other programs."""
@@ -117,6 +104,63 @@ class Preprocessing:
         )
 
 
+@dataclass(frozen=True)
+class ColourPreprocessing:
+    """The normalisation of RGB in [0, 1] to (value - mean) / std, channel by channel; stored in a checkpoint.
+
+    The default is the one with which timm's maxxvit_rmlp weights were trained.
+    """
+
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    bits: int | None = None  # that the training images use in 16-bit files, if there are such files
+
+    def __post_init__(self):
+        values = np.array([self.mean, self.std], float)
+        if values.shape != (2, 3) or not np.isfinite(values).all() or min(self.std) <= 0:
+            raise ValueError("mean and std are not three numbers each")
+        if self.bits not in (None, *range(8, 17)):
+            raise ValueError("bits are not 8 to 16")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for a checkpoint."""
+        return {key: value for key, value in asdict(self).items() if value is not None}  # as earlier versions
+
+    def described(self, img_size: int) -> str:
+        """Return the steps from an image to the network's input in words, for users of an exported network."""
+        deep = f"; 16 bits are divided by {2 ** (self.bits - 8)}" if self.bits else ""
+        return (
+            f"RGB of 8 bits{deep}; shrunk in proportion to a shorter side of {img_size} where that is longer, then "
+            f"resized to {img_size} x {img_size}, both bicubic with averaging; v becomes (v / 255 - mean) / std in "
+            "each channel"
+        )
+
+    def normalise(self, image: np.ndarray) -> np.ndarray:
+        """Return images as the network's input: uint8 (..., H, W, 3) to float32 (..., 3, H, W)."""
+        scaled = (image.astype(np.float32) / 255 - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))
+
+    def denormalise(self, image: np.ndarray) -> np.ndarray:
+        """Return the RGB in [0, 1] of normalised images: float32 (..., 3, H, W) to (..., H, W, 3)."""
+        return np.clip(np.moveaxis(image, -3, -1) * np.float32(self.std) + np.float32(self.mean), 0, 1)
+
+
+def preprocessing_from_dict(values: dict[str, Any]) -> Preprocessing | ColourPreprocessing:
+    """Return the preprocessing of scans or of colour images that ``to_dict`` described; raises DataError."""
+    try:
+        if "mean" in values:
+            mean, std = (tuple(map(float, values[key])) for key in ("mean", "std"))
+            return ColourPreprocessing(mean, std, values.get("bits"))
+        pairs = values["window"], values.get("stored")
+        window, stored = (None if pair is None else (float(pair[0]), float(pair[1])) for pair in pairs)
+        scales = tuple(Scale(str(s["kind"]), float(s["low"]), float(s["high"])) for s in values.get("scales", ()))
+        return Preprocessing(values["orientation"], window, stored, scales)
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise DataError(
+            f"the checkpoint's preprocessing {brief(values)} is not valid ({brief(error)}); train again"
+        ) from error
+
+
 def to_unit(image: np.ndarray, low: float | None = None, high: float | None = None) -> np.ndarray:
     """Return an image as float32 in [0, 1]: ``low`` becomes 0, ``high`` becomes 1, values beyond are clipped.
 
@@ -129,57 +173,60 @@ def to_unit(image: np.ndarray, low: float | None = None, high: float | None = No
     return ((np.clip(image, low, high).astype(np.float64) - low) / (high - low)).astype(np.float32)
 
 
+class Stored(NamedTuple):
+    """Voxels as stored, (z, y, x), and what their file says of them.
+
+    affine: float64 (4, 4), or None where the file gives no voxel size; the intensities are ``slope * voxels +
+    intercept``; header: NIfTI's, with both codes 0 where the file does not say how the scan lies.
+    """
+
+    voxels: np.ndarray
+    affine: np.ndarray | None
+    slope: float = 1.0
+    intercept: float = 0.0
+    header: Any = None
+
+    def intensities(self, voxels: np.ndarray) -> np.ndarray:
+        """Return what some of the voxels mean."""
+        return voxels if (self.slope, self.intercept) == (1, 0) else voxels * self.slope + self.intercept
+
+
 class ScanImage:
     """The image of a scan, scaled to [0, 1] slice by slice on access, so that only the stored voxels are in memory.
 
-    voxels: (z, y, x), as stored; intensities are ``slope * voxels + intercept``. ``image[part]`` returns float32:
-    (H, W) for a number, (n, H, W) for any other index of the first axis.
+    ``image[part]`` returns float32: (H, W) for a number, (n, H, W) for any other index of the first axis; of several
+    ``channels`` (H, W, C) or (n, H, W, C). ``extent`` is the lowest and the highest intensity of all.
     """
 
     dtype = np.dtype(np.float32)
-    ndim = 3
 
-    def __init__(
-        self, voxels: np.ndarray, slope: float, intercept: float, preprocessing: Preprocessing, channel: int = 0
-    ):
-        self.voxels, self.slope, self.intercept = voxels, slope, intercept
-        self.shape = voxels.shape
+    def __init__(self, channels: Sequence[Stored], preprocessing: Preprocessing):
+        self.channels, self._ends = channels, []
+        self.shape = channels[0].voxels.shape + ((len(channels),) if len(channels) > 1 else ())
+        self.ndim = len(self.shape)
         with np.errstate(over="ignore"):
-            ends = self.intensities(np.array([voxels.min(), voxels.max()]))
-        self.extent = float(ends.min()), float(ends.max())  # the lowest and the highest intensity
-        self.low, self.high = preprocessing.window or self.extent
-        if preprocessing.scales and np.isfinite(self.extent).all():
-            self.low, self.high = preprocessing.scales[channel].ends(self.intensities(voxels))
-
-    def intensities(self, voxels: np.ndarray) -> np.ndarray:
-        """Return what some of the stored voxels mean."""
-        return voxels if (self.slope, self.intercept) == (1, 0) else voxels * self.slope + self.intercept
+            extents = [np.sort(one.intensities(np.array([one.voxels.min(), one.voxels.max()]))) for one in channels]
+        self.extent = float(np.min(extents)), float(np.max(extents))
+        for number, (one, (low, high)) in enumerate(zip(channels, extents, strict=True)):
+            if preprocessing.scales and np.isfinite(self.extent).all():
+                low, high = preprocessing.scales[number].ends(one.intensities(one.voxels))
+            self._ends.append(preprocessing.window or (float(low), float(high)))
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, part) -> np.ndarray:
-        return to_unit(self.intensities(self.voxels[part]), self.low, self.high)
+        planes = [
+            to_unit(one.intensities(one.voxels[part]), *ends)
+            for one, ends in zip(self.channels, self._ends, strict=True)
+        ]
+        return np.stack(planes, -1) if self.ndim == 4 else planes[0]
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         image = np.empty(self.shape, dtype or self.dtype)
         for z in range(len(self)):  # only one slice at a time is in double precision
             image[z] = self[z]
         return image
-
-
-class ChannelImage(ScanImage):
-    """The images of several channels as one of the shape (D, H, W, C), computed slice by slice on access."""
-
-    ndim = 4
-
-    def __init__(self, images: Sequence[ScanImage]):
-        self.images = images
-        self.shape = (*images[0].shape, len(images))
-        self.extent = min(image.extent[0] for image in images), max(image.extent[1] for image in images)
-
-    def __getitem__(self, part) -> np.ndarray:
-        return np.stack([image[part] for image in self.images], -1)
 
 
 def is_orientation(text: object) -> bool:
@@ -224,30 +271,3 @@ def reorient(array: np.ndarray, affine: np.ndarray, orientation: str) -> tuple[n
     array = array.T  # (x, y, z), the order of nibabel
     turned = orientations.apply_orientation(array, change)
     return turned.T, affine @ orientations.inv_ornt_aff(change, array.shape)
-
-
-def nifti_image(
-    array: np.ndarray, affine: np.ndarray | None, spacing: tuple[float, float, float] | None, orientation: str | None
-):
-    """Return a nibabel image of an array (z, y, x), with axes as in the file from which the array was read.
-
-    affine: of the array; if None, it is diagonal with the spacing (z, y, x), or with 1 mm without a spacing;
-    orientation: of the file; if None, the array's own.
-    """
-    import nibabel
-
-    if affine is None:
-        z, y, x = spacing or (1.0, 1.0, 1.0)
-        affine = np.diag([x, y, z, 1.0])
-    if orientation is not None:
-        array, affine = reorient(array, affine, orientation)
-    image = nibabel.Nifti1Image(np.asarray(array).T, affine, dtype=array.dtype)
-    # Both forms, because some programs read only one of them. A qform cannot express axes that are not at right angles;
-    # it gets rows and columns as they are and slices at right angles to them, as ITK reads a tilted DICOM series.
-    axes, sides = np.linalg.qr(affine[:3, :3])
-    upright = affine.copy()
-    upright[:3, :3] = axes * np.sign(np.diag(sides)) * np.linalg.norm(affine[:3, :3], axis=0)
-    image.set_sform(affine, code=1)
-    image.set_qform(upright, code=1)
-    image.header.set_xyzt_units("mm")
-    return image

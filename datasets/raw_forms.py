@@ -6,20 +6,21 @@ These are a task of the Medical Segmentation Decathlon, a raw data set of nnU-Ne
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets.errors import DataError, brief
 from datasets.image_files import ENDINGS
-from datasets.lists import natural_key
+from datasets.lists import files_by_name
 from datasets.preparation import Case
+from datasets.preprocessing import RGB
 from datasets.scan import FOLDER_ENDINGS, PREPARED, scan_name
 
 JSON = "dataset.json"
 MAX_CLASSES = 255  # without background: labels are stored as uint8
 _SCANS = tuple(ending for ending in FOLDER_ENDINGS if ending not in PREPARED)
+_FILE = rf"(?i)(.+?)(?:{'|'.join(map(re.escape, (*_SCANS, *ENDINGS)))})"  # longest endings first
 _FOLDERS = (("images", "labels"), ("images", "masks"), ("imagesTr", "labelsTr"))
 _EXPECTED = f"expected {JSON} (Decathlon, nnU-Net), or folders images and labels or masks with files of the same names"
 
@@ -142,39 +143,28 @@ def _paired(image_folder: Path, label_folder: Path, form: str, channels: int | N
     for folder in (image_folder, label_folder):
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder; {_EXPECTED}")
-    images, labels = ([*_files(folder)] for folder in (image_folder, label_folder))
-    planar = any(path.name.lower().endswith(ENDINGS) for path in images)
-    if planar and not all(path.name.lower().endswith(ENDINGS) for path in images):
+    images, labels = (files_by_name(folder.iterdir(), _FILE) for folder in (image_folder, label_folder))
+    planar = {path.name.lower().endswith(ENDINGS) for path in images.values()}
+    if len(planar) > 1:
         raise DataError(f"{image_folder}: holds pictures and scans; put them into two data sets")
-    raw = Raw(form, [], None, (), planar)
-    label_of: dict[str, Path] = {}
-    for path in labels:
-        if label_of.setdefault(_name(path), path) != path:
-            raise DataError(f"{path}: {label_of[_name(path)].name} is a label of the same name; remove one of the two")
-    files_of: dict[str, list[Path]] = {}
-    for path in images:
-        whole, channel = _name(path), re.sub("_[0-9]{4}$", "", _name(path))
-        is_channel = whole not in label_of and (channels is not None or channel in label_of)
-        files_of.setdefault(channel if is_channel else whole, []).append(path)
+    files_of: dict[str, list[tuple[int, Path]]] = {}  # by case, with the numbers of their channels
+    for name, path in images.items():
+        found = None if name in labels else re.fullmatch("(.+)_([0-9]{4})", name)
+        case, channel = found.groups() if found and (channels or found[1] in labels) else (name, 0)
+        files_of.setdefault(case, []).append((int(channel), path))
     expected = channels or max(map(len, files_of.values()), default=1)
-    for name, files in files_of.items():
-        if name not in label_of:
+    raw = Raw(form, [], None, tuple(f"channel {c}" for c in range(expected)), True in planar)
+    if raw.planar:
+        raw.channels = RGB
+    for name, numbered in files_of.items():
+        numbers, files = zip(*numbered, strict=True)
+        if name not in labels:
             raw.problems[name] = f"{files[0]}: has no label of its name in {label_folder}; add it or remove the image"
-        elif len(files) != expected and (channels is None or len(files) > 1):  # one file may hold all channels
-            raw.problems[name] = f"{files[0]}: has {len(files)} channel files; expected {expected}, one per channel"
+        elif numbers != (*range(expected),) and (channels is None or numbers != (0,)):  # one file may hold all
+            found = ", ".join(f"{number:04d}" for number in numbers)
+            raw.problems[name] = f"{files[0]}: has the channel files {found}; expected {expected}, from 0000 on"
         else:
-            raw.cases.append(Case(name, tuple(files), (label_of[name],)))
-    for name in label_of.keys() - files_of.keys():
-        raw.problems[name] = f"{label_of[name]}: has no image of its name in {image_folder}; add it or remove the label"
-    raw.channels = ("red", "green", "blue") if planar else tuple(f"channel {c}" for c in range(expected))
+            raw.cases.append(Case(name, files, (labels[name],)))
+    for name in labels.keys() - files_of.keys():
+        raw.problems[name] = f"{labels[name]}: has no image of its name in {image_folder}; add it or remove the label"
     return raw
-
-
-def _files(folder: Path) -> Iterable[Path]:
-    for path in sorted(folder.iterdir(), key=lambda path: natural_key(path.name)):
-        if path.name.lower().endswith((*_SCANS, *ENDINGS)) and not path.name.startswith("."):
-            yield path
-
-
-def _name(path: Path) -> str:
-    return path.stem if path.name.lower().endswith(ENDINGS) else scan_name(path)

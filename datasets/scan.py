@@ -8,14 +8,14 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from datasets.dicom import TO_RAS, choose, itk, load_dicom
 from datasets.errors import DataError, brief
 from datasets.lists import data_name
-from datasets.preprocessing import ChannelImage, Preprocessing, ScanImage, is_affine, is_rigid, orientation_of, reorient
+from datasets.preprocessing import Preprocessing, ScanImage, Stored, is_affine, is_rigid, orientation_of, reorient
 from datasets.storage import (
     MAX_INFLATION,
     check_declared,
@@ -64,16 +64,6 @@ class Scan(Volume):
         for key in keys:
             image.header[key] = self.header[key]
         return nibabel.Nifti1Image(image.dataobj, image.header.get_best_affine(), image.header)
-
-
-class _Stored(NamedTuple):
-    """Voxels as stored, (z, y, x), and what a file says of them; affine: None where it gives no voxel size."""
-
-    voxels: np.ndarray
-    affine: np.ndarray | None
-    slope: float = 1.0
-    intercept: float = 0.0
-    header: Any = None  # NIfTI's; both codes 0 where the file does not say how the scan lies
 
 
 def scan_name(path: str | Path) -> str:
@@ -142,13 +132,12 @@ def read_scan(path: str | Path | Sequence[Path], preprocessing: Preprocessing, t
             "qform without the tilt for programs that need right angles (ITK, 3D Slicer, ITK-SNAP)", path,
         )  # fmt: skip
     orientation, stored_type = orientation_of(affine), voxels.dtype.name
-    wanted, of_file = preprocessing.orientation or orientation, affine
-    images = []
-    for number, one in enumerate(channels):
-        voxels, affine = reorient(one.voxels, of_file, wanted)
-        images.append(ScanImage(voxels, one.slope, one.intercept, preprocessing, number))
+    turned = [reorient(one.voxels, affine, preprocessing.orientation or orientation) for one in channels]
+    affine = turned[0][1]
+    image = ScanImage(
+        [one._replace(voxels=voxels) for one, (voxels, _) in zip(channels, turned, strict=True)], preprocessing
+    )
     spacing = tuple(np.linalg.norm(affine[:3, :3], axis=0)[::-1].tolist()) if measured else None
-    image = ChannelImage(images) if len(images) > 1 else images[0]
     low, high = image.extent
     if not np.isfinite([low, high]).all():
         raise DataError(f"{path}: the image has values that are NaN or infinite; repair the file")
@@ -163,7 +152,7 @@ def read_scan(path: str | Path | Sequence[Path], preprocessing: Preprocessing, t
     return Scan(name, image, None, spacing, affine, (), orientation, stored_type, header)
 
 
-def _load_channels(files: Sequence[Path], count: int, time_point: int | None) -> list[_Stored]:
+def _load_channels(files: Sequence[Path], count: int, time_point: int | None) -> list[Stored]:
     """Return a scan's channels as stored, of a file each or all of one file."""
     if count == 1 or len(files) > 1:
         channels = [_load(file, time_point) for file in files]
@@ -195,10 +184,8 @@ def read_scan_label(path: str | Path, volume: Volume, num_classes: int | None = 
     stored = _load(Path(path))
     voxels, affine = stored.voxels, TO_RAS if stored.affine is None else stored.affine
     volume.stored_type = voxels.dtype.name
-    if (stored.slope, stored.intercept) != (1, 0):
-        voxels = voxels * stored.slope + stored.intercept
     found, wanted = orientation_of(affine), orientation_of(volume.affine)
-    voxels, affine = reorient(voxels, affine, wanted)
+    voxels, affine = reorient(stored.intensities(voxels), affine, wanted)
     label = checked_label(path, voxels, volume.image.shape[:3], num_classes)
     between = np.linalg.inv(volume.affine) @ affine  # from the label's voxels to the image's
     apart = not np.allclose(between[:3, 3], 0, atol=0.1)
@@ -260,12 +247,12 @@ def _read_prepared(path: Path, preprocessing: Preprocessing) -> Volume:
     return volume
 
 
-def _load(path: Path, time_point: int | slice | None = None) -> _Stored:
+def _load(path: Path, time_point: int | slice | None = None) -> Stored:
     """Read a scan's voxels and geometry, and check them."""
     name = path.name.lower()
     with reading(path, "scan", "copy, unpack or export it again"):
         if path.is_dir() or name.endswith(("dicomdir", *_DICOM)) or _is_dicom(path):
-            stored = _Stored(*load_dicom(path, None if isinstance(time_point, slice) else time_point))
+            stored = Stored(*load_dicom(path, None if isinstance(time_point, slice) else time_point))
         elif name.endswith(_ITK):
             stored = _load_itk(path, time_point)
         else:
@@ -285,7 +272,7 @@ def _is_dicom(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
-def _load_itk(path: Path, time_point: int | slice | None) -> _Stored:
+def _load_itk(path: Path, time_point: int | slice | None) -> Stored:
     """Load an NRRD or MetaImage file; channels count as time points."""
     import SimpleITK
     from nibabel import Nifti1Header
@@ -324,10 +311,10 @@ def _load_itk(path: Path, time_point: int | slice | None) -> _Stored:
         header["pixdim"][1:4] = image.GetSpacing()[:3]
     sized = says(b"spacings:|space directions:|ElementSpacing|ElementSize")
     other_units = says(rb'(space )?units: *"(?!mm")|DistanceUnits *= *(?!mm|\?)')
-    return _Stored(array, TO_RAS @ affine if sized and not other_units else None, header=header)
+    return Stored(array, TO_RAS @ affine if sized and not other_units else None, header=header)
 
 
-def _load_nibabel(path: Path, time_point: int | slice | None) -> _Stored:
+def _load_nibabel(path: Path, time_point: int | slice | None) -> Stored:
     """Load NIfTI (one file or two), Analyze or FreeSurfer's MGH."""
     import nibabel
 
@@ -367,12 +354,12 @@ def _load_nibabel(path: Path, time_point: int | slice | None) -> _Stored:
     voxels = voxels.astype(dtype.newbyteorder("="), copy=False).T
     if isinstance(header, nibabel.Nifti1Header):
         if not (np.all(sides) or header["sform_code"]):
-            return _Stored(voxels, None, proxy.slope, proxy.inter, header)
+            return Stored(voxels, None, proxy.slope, proxy.inter, header)
         affine = np.diag([*[_MILLIMETRES.get(int(header["xyzt_units"]) & 7, 1.0)] * 3, 1]) @ header.get_best_affine()
-        return _Stored(voxels, affine, proxy.slope, proxy.inter, header)
+        return Stored(voxels, affine, proxy.slope, proxy.inter, header)
     if is_mgh and header["goodRASFlag"]:
-        return _Stored(voxels, np.array(image.affine, float))
+        return Stored(voxels, np.array(image.affine, float))
     forms = nibabel.Nifti1Header()
     forms.set_data_shape(shape[:3])
     forms.set_zooms(header.get_zooms()[:3])
-    return _Stored(voxels, forms.get_best_affine(), proxy.slope, proxy.inter, forms)
+    return Stored(voxels, forms.get_best_affine(), proxy.slope, proxy.inter, forms)

@@ -16,11 +16,11 @@ import numpy as np
 from scipy import ndimage
 
 from datasets.errors import DataError, brief
-from datasets.image_files import image_files, image_of, read_classes, read_image
-from datasets.images import RGB, ColourPreprocessing
+from datasets.image_files import image_files, image_of
 from datasets.info import DatasetInfo
 from datasets.lists import write_lists
-from datasets.preparation import Case, Pair, prepare_images, ready_made, split_names
+from datasets.preparation import Case, Pair, prepare_images, read_pair, ready_made, split_names
+from datasets.preprocessing import RGB, ColourPreprocessing
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +29,12 @@ INFO = DatasetInfo(
     class_names=("cytoplasm", "nucleus"),
     folder="data/SegPC",
     list_dir="lists/lists_SegPC",
-    splits=("train", "val", "test"),
     preprocessing=ColourPreprocessing(),
     how_to_get=(
         "download SegPC-2021 (https://segpc-2021.grand-challenge.org), unpack it, then run: "
         "python prepare_data.py segpc --raw FOLDER"
     ),
     train_script="train_segpc.py",
-    planar=True,
     channels=RGB,
 )
 CLASS_NAMES = INFO.class_names
@@ -78,14 +76,13 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
 
 
 def read_case(case: Case, bits: int | None) -> Pair | None:
-    """Read one image with its masks as a Pair, cut to the cell if the case is one; None for an empty cell.
+    """Read one image with its masks as ``read_pair``, cut to the cell if the case is one; None for an empty cell.
 
-    Where cells overlap, the higher index wins: nuclei lie over cytoplasm. Raises DataError.
+    Nuclei lie over the cytoplasm of other cells.
     """
-    image = read_image(case.images[0], bits)
-    mask = np.max([read_classes(path, image.shape[:2], GREYS) for path in case.labels], axis=0)
+    image, mask = read_pair(GREYS, case, bits)
     if image_of(case.name) == case.name:
-        return case.images[0], mask
+        return image, mask
     return crop(image, mask) if mask.any() else None
 
 

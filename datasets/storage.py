@@ -219,21 +219,21 @@ class LabelOrder:
     file_classes: tuple[str, ...]
     class_names: tuple[str, ...]
 
-    def apply(self, path: str | Path, label: np.ndarray, shape: tuple[int, ...], names: tuple[str, ...]) -> np.ndarray:
-        """Return a file's label with our ids, uint8.
+    def apply(self, path: str | Path, label: np.ndarray, names: tuple[str, ...] = ()) -> np.ndarray:
+        """Return a file's label, uint8, with our ids.
 
-        path: for messages; shape: of the image; names: the classes that the file itself states, or (). Raises
-        DataError for an id outside this order, and for a file that states another order.
+        path: for messages; names: the classes that the file itself states. Raises DataError for an id outside this
+        order, and for a file that states another order.
         """
+        high = int(label.max())
+        found = f"holds label id {high}" if high > len(self.file_classes) else ""
         if names and names != self.file_classes:
+            found = f"names its classes {brief(', '.join(names))}"
+        if found:
             raise DataError(
-                f"{path}: names its classes {brief(', '.join(names))}, but --label_order {self.name} is "
-                f"{self.described()}: give the order that the file has, or train on other organs with train_acdc.py"
+                f"{path}: {found}, but --label_order {self.name} is {self.described()}: give the order that the file "
+                "has, or train on other organs with train_acdc.py"
             )
-        try:
-            label = checked_label(path, label, shape, len(self.file_classes) + 1)
-        except DataError as error:
-            raise DataError(f"{error} (ids were read as --label_order {self.name}, {self.described()})") from error
         ours = {name: index for index, name in enumerate(self.class_names, 1)}
         return np.array([0, *(ours.get(name, 0) for name in self.file_classes)], np.uint8)[label]
 

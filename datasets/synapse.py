@@ -12,7 +12,8 @@ import numpy as np
 
 from datasets.errors import DataError
 from datasets.info import DatasetInfo
-from datasets.preparation import Case, files_by_name, paired, prepare_volumes, read_case
+from datasets.lists import files_by_name
+from datasets.preparation import Case, paired, prepare_volumes, read_case
 from datasets.preprocessing import Preprocessing
 from datasets.storage import LabelOrder
 
@@ -118,5 +119,5 @@ def prepare(
     if not numbered:
         raise DataError(f"{folder / 'img'}: holds no files like img0001.nii.gz; {INFO.how_to_get}")
     cases = [Case(f"case{case.name}", case.images, case.labels) for case in numbered]
-    read = partial(read_case, INFO, label_order=LABEL_ORDERS[label_order])
+    read = partial(read_case, INFO, relabel=LABEL_ORDERS[label_order].apply)
     return prepare_volumes(read, cases, out, jobs, overwrite)

@@ -20,8 +20,17 @@ import torch
 from datasets.errors import DataError, brief
 from datasets.files import atomic_write
 from datasets.lists import data_name, is_slice, list_path, natural_key, select_files, volume_name
-from datasets.preprocessing import nifti_image
-from datasets.storage import PREPARE, LabelOrder, checked_facts, checked_image, checked_label, read_fields, reading
+from datasets.preprocessing import reorient
+from datasets.storage import (
+    FACTS,
+    PREPARE,
+    LabelOrder,
+    checked_facts,
+    checked_image,
+    checked_label,
+    read_fields,
+    reading,
+)
 from datasets.training_set import TrainingSet
 from datasets.transforms import augment, resize_cubic, resize_nearest
 
@@ -67,11 +76,26 @@ class Volume:
     def to_nifti(self, array: np.ndarray):
         """Return a nibabel image of an array (D, H, W) of this volume, with axes as in the original file.
 
-        Class indices (uint8) get the number type of the original file if that is an integer type.
+        Class indices (uint8) get the number type of the original file if that is an integer type. Without an affine
+        it is diagonal with the spacing, or with 1 mm.
         """
+        import nibabel
+
         if array.dtype == np.uint8 and self.stored_type and np.dtype(self.stored_type).kind in "iu":
             array = array.astype(self.stored_type)
-        return nifti_image(array, self.affine, self.spacing, self.orientation)
+        affine = np.diag([*(self.spacing or (1.0, 1.0, 1.0))[::-1], 1.0]) if self.affine is None else self.affine
+        if self.orientation is not None:
+            array, affine = reorient(array, affine, self.orientation)
+        image = nibabel.Nifti1Image(np.asarray(array).T, affine, dtype=array.dtype)
+        # Both forms, because some programs read only one of them. A qform cannot express axes that are not at right
+        # angles; it gets rows and columns as they are and slices at right angles to them, as ITK reads a tilted series.
+        axes, sides = np.linalg.qr(affine[:3, :3])
+        upright = affine.copy()
+        upright[:3, :3] = axes * np.sign(np.diag(sides)) * np.linalg.norm(affine[:3, :3], axis=0)
+        image.set_sform(affine, code=1)
+        image.set_qform(upright, code=1)
+        image.header.set_xyzt_units("mm")
+        return image
 
 
 def _channels_first(image: np.ndarray, several: bool) -> np.ndarray:
@@ -93,10 +117,9 @@ def read_volume(
         image = checked_image(path, fields["image"], ndim)
         facts = checked_facts(path, fields)
         named = facts.get("class_names", ())
-        if label_order is None:
-            label = checked_label(path, fields["label"], image.shape[:ndim], num_classes)
-        else:
-            label = label_order.apply(path, fields["label"], image.shape[:ndim], named)
+        label = checked_label(path, fields["label"], image.shape[:ndim], None if label_order else num_classes)
+        if label_order:
+            label = label_order.apply(path, label, named)
             facts["class_names"] = named = label_order.class_names
     if named and num_classes and len(named) != num_classes - 1:
         raise DataError(
@@ -126,7 +149,7 @@ def write_volume(path: str | Path, volume: Volume) -> None:
         for key in ("image", "label"):
             data = getattr(volume, key)
             file.create_dataset(key, data=data, chunks=(1, *data.shape[1:]), **packing)
-        for key in ("class_names", "spacing", "affine", "orientation", "stored_type"):
+        for key in FACTS:
             value = getattr(volume, key)
             if value is not None and len(value):
                 # Texts of fixed length: others lie in HDF5's heap, in which damage may make it loop for ever.

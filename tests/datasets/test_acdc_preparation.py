@@ -144,7 +144,7 @@ def test_unfit_raw_folders_are_refused(raw, tmp_path, refused):
     refused(lambda: acdc.prepare(tmp_path / "empty", out), tmp_path / "empty", "patientXXX_frameYY.h5")
 
     shutil.copy(image, raw / image.name)
-    refuse(image, raw / image.name, "same case")
+    refuse(image, raw / image.name, "same name")
     (raw / image.name).rename(tmp_path / "copy.nii.gz")
     image.unlink()
     refuse(label, "patient001_frame12.nii.gz is missing")

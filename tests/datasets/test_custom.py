@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import DataError, Preprocessing, custom, read_scan, read_volume
+from datasets import DataError, custom, read_scan, read_volume
 from datasets.custom import divide, info_of, prepare
 from datasets.lists import read_list
-from datasets.preprocessing import Scale
+from datasets.preprocessing import Scale, preprocessing_from_dict
 from datasets.raw_forms import JSON, recognise
 
 NAMES = ("a", "b", "c d", "é")
@@ -124,7 +124,7 @@ def test_ct_is_clipped_to_the_foreground_of_the_cases_that_do_not_test_and_flags
     assert info.preprocessing.orientation == "PIL" and info.splits == ("train", "val", "test")
     prepare(raw, tmp_path / "z", normalize="zscore")
     zscore = info_of(tmp_path / "z").preprocessing
-    assert zscore.scales == (Scale("deviations", -4, 4),) and Preprocessing.from_dict(zscore.to_dict()) == zscore
+    assert zscore.scales == (Scale("deviations", -4, 4),) and preprocessing_from_dict(zscore.to_dict()) == zscore
     array = read_scan(raw / "imagesTr/b.nii.gz", zscore).image
     expected = (image(1) - image(1).mean()) / image(1).std() / 8 + 0.5
     np.testing.assert_allclose(array, np.clip(expected, 0, 1).T, atol=1e-6)

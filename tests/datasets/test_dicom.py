@@ -46,7 +46,8 @@ def write_dicom(folder, positions=range(7), degrees=0.0, first=0, **elements):
 
 def values(volume):
     """Return a scan's real values, (D, H, W)."""
-    return volume.image.voxels * volume.image.slope + volume.image.intercept
+    (stored,) = volume.image.channels
+    return stored.intensities(stored.voxels)
 
 
 @pytest.mark.parametrize("degrees", [0, 25])

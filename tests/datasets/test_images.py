@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from datasets.image_files import common_bits, image_of, read_image, read_mask
-from datasets.image_sets import ImageDataset, ImageFolder
-from datasets.images import ColourPreprocessing, read_picture, resize_image, resize_mask, shrunk_size
+from datasets.images import ImageDataset, ImageFolder, read_picture, resize_image, resize_mask, shrunk_size
+from datasets.preprocessing import ColourPreprocessing, preprocessing_from_dict
 from datasets.segpc import INFO
 from tests.datasets.test_volumes import assert_samples_depend_on_epoch_and_seed_alone
 
@@ -206,12 +206,12 @@ def test_normalisation_is_that_of_the_weights_and_survives_a_checkpoint(refused)
         expected = [(image[..., c] / 255 - preprocessing.mean[c]) / preprocessing.std[c] for c in range(3)]
         np.testing.assert_allclose(out, expected, atol=1e-6)
         np.testing.assert_allclose(preprocessing.denormalise(out) * 255, image, atol=1e-3)
-        assert ColourPreprocessing.from_dict(preprocessing.to_dict()) == preprocessing
+        assert preprocessing_from_dict(preprocessing.to_dict()) == preprocessing
     assert ColourPreprocessing().normalise(np.stack([image, image])).shape == (2, 3, 6, 5)
-    assert ColourPreprocessing.from_dict(ColourPreprocessing(bits=12).to_dict()).bits == 12
+    assert preprocessing_from_dict(ColourPreprocessing(bits=12).to_dict()).bits == 12
     assert "bits" not in ColourPreprocessing().to_dict()  # as earlier versions wrote it
     for bad in ({}, {"mean": (0.5,) * 3}, {"mean": (0.5,) * 3, "std": (0.5, 0.5, 0)}, {"mean": "abc", "std": (1,) * 3}):
-        refused(lambda bad=bad: ColourPreprocessing.from_dict(bad), "preprocessing", "train again")
+        refused(lambda bad=bad: preprocessing_from_dict(bad), "preprocessing", "train again")
 
 
 def test_a_mask_lies_on_its_image_after_any_change_of_size():

@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from datasets import isic
 from datasets.image_files import read_classes
-from datasets.image_sets import ImageFolder
+from datasets.images import ImageFolder
 from datasets.lists import read_list
 from datasets.preparation import split_names
 

@@ -4,8 +4,8 @@ import h5py
 import numpy as np
 import pytest
 
-from datasets import Preprocessing, read_scan, read_volume, write_volume
-from datasets.preprocessing import nifti_image, orientation_of, reorient
+from datasets import Preprocessing, Volume, read_scan, read_volume, write_volume
+from datasets.preprocessing import orientation_of, reorient
 from datasets.scan import label_ending, read_scan_label, write_segmentation
 from utils.evaluation import save_nifti
 
@@ -108,7 +108,7 @@ def test_class_indices_get_the_number_type_of_the_file_if_it_is_one_of_integers(
     volume.label = read_scan_label(label, volume)
     expected = np.uint8 if stored == np.float32 else stored
     assert volume.to_nifti(volume.label).get_data_dtype() == expected
-    assert nifti_image(volume.label, None, None, None).get_data_dtype() == np.uint8
+    assert Volume("a", volume.image).to_nifti(volume.label).get_data_dtype() == np.uint8
 
 
 def test_scaled_integers_are_what_their_header_says(tmp_path):
@@ -117,7 +117,7 @@ def test_scaled_integers_are_what_their_header_says(tmp_path):
     file.set_data_dtype(np.int16)
     nibabel.save(file, tmp_path / "scan.nii")
     volume = read_scan(tmp_path / "scan.nii", Preprocessing(None, (-1000.0, 1600.0)))
-    assert volume.image.voxels.dtype == np.int16
+    assert volume.image.channels[0].voxels.dtype == np.int16
     np.testing.assert_allclose(np.asarray(volume.image), (values.T + 1000) / 2600, atol=1e-4)
 
 
@@ -251,7 +251,7 @@ def test_one_of_several_volumes_is_chosen(tmp_path, refused):
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(np.moveaxis(array, 0, 3), isVector=True), str(tmp_path / "b.nrrd"))
     for name in ("a.nii", "a.nrrd", "b.nrrd"):
         refused(lambda name=name: read_scan(tmp_path / name, Preprocessing()), name, "3 volumes", "--time_point 0 to 2")
-        np.testing.assert_array_equal(read_scan(tmp_path / name, Preprocessing(), 1).image.voxels, array[1])
+        np.testing.assert_array_equal(read_scan(tmp_path / name, Preprocessing(), 1).image.channels[0].voxels, array[1])
         refused(lambda name=name: read_scan(tmp_path / name, Preprocessing(), 3), name, "no time point 3")
 
 

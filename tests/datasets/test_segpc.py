@@ -13,7 +13,7 @@ from PIL import Image
 from datasets import preparation, segpc
 from datasets.files import atomic_write
 from datasets.image_files import read_image, read_mask
-from datasets.image_sets import ImageFolder
+from datasets.images import ImageFolder
 from datasets.lists import read_list
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from datasets import SliceDataset, Volume, VolumeDataset, acdc, read_scan, synapse, write_slice, write_volume
+from datasets.preprocessing import preprocessing_from_dict
 from tests.conftest import data_flags
 from utils import verify
 from utils.data_checks import compare_with_checkpoint, quick_check
@@ -140,7 +141,7 @@ def test_other_intensities_than_of_0_to_1_are_in_the_checkpoint_and_no_scan_is_p
     info = quick(data)
     assert "intensities run from 0 to 255; expected 0 to 1" in caplog.text
     assert main(data) == 0 and "intensities run from 0 to 255" in capsys.readouterr().out
-    stored = type(info.preprocessing).from_dict(info.preprocessing.to_dict())
+    stored = preprocessing_from_dict(info.preprocessing.to_dict())
     refused(lambda: read_scan(tmp_path, stored), tmp_path, "from 0 to 255")
     test_set = VolumeDataset(*folders(data)[1:], "test", 4)
     for preprocessing, warned in ((stored.to_dict(), False), ({}, True)):
