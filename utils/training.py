@@ -117,7 +117,7 @@ class Trainer:
         whole_epochs = self.args.max_epochs - self.epoch - bool(self.samples)
         rest = self.batches.count(self.samples) if self.samples else 0
         end = self.iteration + rest + max(whole_epochs, 0) * self.batches.count()
-        return end if self.args.max_iterations is None else min(end, self.args.max_iterations)
+        return max(self.iteration, min(end, self.args.max_iterations or end))
 
     def fit(self) -> None:
         """Train until the last epoch or iteration.
@@ -137,6 +137,12 @@ class Trainer:
                 count_parameters(self.model) / 1e6, len(self.train_set), len(self.val_set), self.total_iterations,
                 world_size(), self.device, self.run.path,
             )  # fmt: skip
+            before, now = self.optimizer.param_groups[0]["lr"], self.learning_rate(self.iteration - 1)
+            if self.iteration and not math.isclose(before, now):
+                text = (
+                    "iteration %d had the learning rate %.3g, these flags give it %.3g: this is not the same as one run"
+                )
+                logger.warning(text, self.iteration, before, now)
             # Weights of another run may bring a memory that is past its warm-up.
             waiting = [bank for bank in self.banks if bank.in_warmup and bank.sampling_steps >= self.total_iterations]
             if waiting and not self.iteration:

@@ -271,6 +271,28 @@ def test_learning_rate_schedules(tmp_path, schedule, middle, end):
     assert [made.learning_rate(i) for i in (0, total // 2, total)] == pytest.approx([1e-4, middle, end])
 
 
+@pytest.mark.parametrize(
+    ("schedule", "epochs", "warnings"), [("constant", 3, 0), ("poly", 2, 0), ("poly", 3, 1), ("cosine", 3, 1)]
+)
+def test_a_resumed_run_says_when_its_learning_rate_is_not_that_of_one_long_run(
+    tmp_path, caplog, schedule, epochs, warnings
+):
+    trainer(tmp_path, "--lr_schedule", schedule, "--keep", "2").fit()
+    (tmp_path / "last.pth").unlink()
+    trainer(tmp_path, "--resume", str(tmp_path / "epoch_0001.pth"), "--max_epochs", str(epochs)).fit()
+    assert caplog.text.count("iteration 2 had the learning rate") == warnings
+
+
+def test_a_run_resumed_with_less_to_do_closes_its_epoch(tmp_path):
+    made = trainer(tmp_path, "--lr_schedule", "poly", "--checkpoint_iterations", "3")
+    made.validate = lambda: (made.epoch and pytest.fail("killed")) or {}
+    with pytest.raises(pytest.fail.Exception):
+        made.fit()
+    resumed = trainer(tmp_path, "--resume", "auto", "--max_iterations", "1")
+    resumed.fit()
+    assert (resumed.iteration, resumed.epoch) == (3, 2)
+
+
 def test_max_iterations_ends_an_epoch_early_also_in_bf16(tmp_path):
     made = trainer(tmp_path, "--max_iterations", "3", "--amp", "bf16")
     made.fit()
