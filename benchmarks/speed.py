@@ -53,29 +53,6 @@ def dmwla(channels=96, feature_dim=256, side=56, batch_size=4, repeats=9):
     return compare(work, repeats)
 
 
-def scaling(channels=96, feature_dim=256, side=112, repeats=5):
-    """Run one DMW-LA block with growing maps, clusters and columns, beside the multiply-adds of the specification.
-
-    For N tokens, n columns and e = min(C, d): projections N C (4 e + d), global interaction 2 N^2 e, intra-cluster
-    interaction 2 N n e, update N d clusters + n d. While GFLOP/s do not fall, no term grows faster than these.
-    """
-    c, d, e, rows = channels, feature_dim, min(channels, feature_dim), []
-    settings = [(s, 9, 100) for s in (side // 8, side // 4, side // 2, side)]
-    settings += [(side // 4, *memory) for memory in ((2, 100), (16, 100), (64, 100), (9, 25), (9, 400))]
-    for size, clusters, columns in settings:
-        tokens, pool = size * size, clusters * columns
-        work = tokens * c * (4 * e + d) + 2 * tokens * (tokens + pool) * e + tokens * d * clusters + pool * d
-        block = DMWLA(c, d, clusters, columns, replaced_columns=columns // 2)
-        past_warm_up(block)
-        x = torch.randn(1, c, size, size).contiguous(memory_format=torch.channels_last)
-        calls = {"forward": lambda b=block, x=x: block_forward(b, x), "step": lambda b=block, x=x: block_step(b, x)}
-        seconds = time_sides(calls, repeats)
-        row = {"map": f"{size} x {size}", "clusters": clusters, "columns": columns, "G multiply-adds": work / 1e9}
-        row |= {f"{name} [s]": value for name, value in seconds.items()}
-        rows.append(row | {"GFLOP/s of the forward": 2 * work / seconds["forward"] / 1e9})
-    return pd.DataFrame(rows)
-
-
 def loss(batch_size=4, num_classes=9, img_size=256, repeats=7):
     """Run the subset loss forward and backward, beside the softmaxes of its 15 subsets, which no form can avoid."""
     data = torch.randn(4, batch_size, num_classes, img_size, img_size)
@@ -187,7 +164,7 @@ def ct_volume(slices: int) -> Volume:
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     names = parser.add_subparsers(dest="benchmark", required=True, metavar="NAME")
-    for benchmark in (network, dmwla, scaling, loss, evaluation, input_pipeline):
+    for benchmark in (network, dmwla, loss, evaluation, input_pipeline):
         text = inspect.getdoc(benchmark)
         flags = names.add_parser(benchmark.__name__, help=text.split("\n")[0], description=text)
         flags.set_defaults(benchmark=benchmark)

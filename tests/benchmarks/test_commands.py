@@ -10,7 +10,6 @@ NETWORK = "--model_scale pico --num_classes 3 --img_size 64 --img_size_dmwla 64"
 SPEED = {
     "network": (f"{NETWORK} --batch_size 1 --repeats 1", "training step [MiB]"),
     "dmwla": ("--channels 4 --feature_dim 8 --side 6 --batch_size 1 --repeats 1", "training step [MiB]"),
-    "scaling": ("--channels 4 --feature_dim 8 --side 16 --repeats 1", "GFLOP/s"),
     "loss": ("--batch_size 1 --num_classes 3 --img_size 32 --repeats 1", "ours / softmaxes"),
     "evaluation": ("--slices 4", "plain / ours"),
     "input_pipeline": ("--slices 2 --workers 0 --batch_size 2 --repeats 1", "from memory"),
