@@ -1,24 +1,18 @@
 """Plain code, the other side of the ratios: it follows the specification step by step and does nothing for speed.
 
-It stores full attention matrices, loops over clusters and over the subsets of the loss, predicts one slice at a time,
-resizes with ``scipy.ndimage.zoom``, and computes metrics with medpy on full volumes, as the authors' release does.
+It stores full attention matrices, loops over clusters and over the subsets of the loss, and computes metrics with medpy
+on full volumes, as the authors' release does.
 ``tests/benchmarks`` checks it against ``tests/oracle.py`` and against the network.
 """
 
 import copy
 from itertools import combinations
-from pathlib import Path
-from typing import Any
 
-import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
 from torch import Tensor, nn
 
-from datasets import SliceDataset
-from datasets.transforms import augment
 from networks import DMWLA
 from utils.losses import SMOOTH
 
@@ -95,31 +89,6 @@ def subset_loss(logits: list[Tensor], label: Tensor, ce_weight: float = 0.3, dic
                 dice = dice + 1 - (2 * overlap + SMOOTH) / (union + SMOOTH)
             loss = loss + ce_weight * F.cross_entropy(total, label) + dice_weight * dice / num_classes
     return loss
-
-
-class PlainSlices(SliceDataset):
-    """Read, augment and resize a slice anew each time."""
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        with np.load(self.files[index]) as file:
-            image, label = augment(file["image"], file["label"], self.generator(index))
-        image, label = zoom(image[None], (self.img_size,) * 2, 3), zoom(label[None], (self.img_size,) * 2, 0)[0]
-        return {"image": torch.from_numpy(image), "label": torch.from_numpy(label.astype(np.int64))}
-
-
-def zoom(slices: np.ndarray, size: tuple[int, int], order: int) -> np.ndarray:
-    """Resize (D, H, W) to (D, *size) by splines of an order (0 is nearest neighbour), slice by slice."""
-    factors = size[0] / slices.shape[1], size[1] / slices.shape[2]
-    return np.stack([ndimage.zoom(plane, factors, order=order) for plane in slices])
-
-
-def evaluate(model: nn.Module, path: Path, num_classes: int, img_size: int) -> list[tuple[float, ...]]:
-    """Read, predict and score a volume slice by slice; return Dice, HD95, Jaccard and ASSD of each class."""
-    with h5py.File(path) as file:
-        image, label = file["image"][()], file["label"][()]
-    slices = torch.from_numpy(zoom(image, (img_size, img_size), 3))
-    prediction = np.stack([sum(model(s[None, None])).argmax(1)[0].numpy() for s in slices])
-    return metrics(zoom(prediction.astype(np.uint8), label.shape[1:], 0), label, num_classes)
 
 
 def metrics(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> list[tuple[float, float, float, float]]:

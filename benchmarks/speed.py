@@ -1,7 +1,8 @@
 """Compare the speed of this code with that of plain code for the same work: ``python -m benchmarks.speed NAME``.
 
-Each benchmark runs both sides in turn in one process, and prints the machine and a table of medians. The plain side is
-``benchmarks/plain.py``. All figures depend on the processor and on what else runs; a ratio moves less than a time.
+Each benchmark runs its sides in turn in one process, and prints the machine and a table of medians. The plain side is
+``benchmarks/plain.py``; the input pipeline has none. All figures depend on the processor and on what else runs; a ratio
+moves less than a time.
 """
 
 import inspect
@@ -13,18 +14,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks import plain
 from benchmarks.gpu import Form
 from benchmarks.measure import Sides, machine, past_warm_up, peak_memory, time_sides
-from datasets import SliceDataset, Volume, read_volume
-from datasets.volumes import write_slice, write_volume
+from datasets import SliceDataset, Volume, write_slice
 from networks import DMWLA
 from utils.cli import ArgumentParser, run_script
-from utils.evaluation import evaluate
 from utils.losses import subset_loss
+from utils.metrics import case_metrics
 from utils.results import markdown
 
 
@@ -77,52 +77,36 @@ def loss(batch_size=4, num_classes=9, img_size=256, repeats=7):
 
 
 def evaluation(slices=150, repeats=1):
-    """Evaluate a CT volume from its file to its scores, without a network: read, resize, resize back, metrics.
-
-    The image is the label, moved by some voxels, under noise; rounding it gives the prediction.
-    """
-    num_classes, scores, volume = 9, {}, ct_volume(slices)
-    noise = np.random.default_rng(0).uniform(-0.3, 0.3, volume.label.shape)
-    volume.image = ((np.roll(volume.label, (3, 2), (1, 2)) + noise) / num_classes).astype(np.float32)
-
-    class Rounding(nn.Module):
-        def forward(self, x: Tensor) -> list[Tensor]:
-            found = (x * num_classes).round().clamp(0, num_classes - 1)
-            return [(found == torch.arange(num_classes)[:, None, None]).half()]
+    """Score a CT volume of eight organs with medpy and with ours; the prediction is the label moved by some voxels."""
+    num_classes, label, scores = 9, ct_volume(slices).label, {}
+    prediction = np.roll(label, (3, 2), (1, 2))
 
     def run_ours() -> None:
-        (case,) = evaluate(Rounding(), [read_volume(path)], num_classes, img_size=256, batch_size=20)
-        scores["ours"] = [c.transunet for c in case.classes]
+        scores["ours"] = [c.transunet for c in case_metrics(prediction, label, num_classes)]
 
     def run_plain() -> None:
-        scores["plain"] = plain.evaluate(Rounding(), path, num_classes, img_size=256)
+        scores["plain"] = plain.metrics(prediction, label, num_classes)
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "case0001.npy.h5")
-        write_volume(path, volume)
-        seconds = time_sides({"plain": run_plain, "ours": run_ours}, repeats, warmup=0)
+    seconds = time_sides({"plain": run_plain, "ours": run_ours}, repeats, warmup=0)
     difference = np.nanmax(np.abs(np.subtract(scores["plain"], scores["ours"])))
     row = {"": f"{slices} slices of 512 x 512 [s]", **seconds, "plain / ours": seconds["plain"] / seconds["ours"]}
     return pd.DataFrame([row | {"largest difference of a score": difference}])
 
 
 def input_pipeline(slices=200, batch_size=20, workers=2, repeats=3):
-    """Load an epoch of augmented CT slices at 256 x 256: read anew, from files, and from memory (``--cache_gib``)."""
+    """Load an epoch of augmented CT slices at 256 x 256, from files and from memory (``--cache_gib``)."""
     with tempfile.TemporaryDirectory() as folder:
         volume, names = ct_volume(slices), [f"case0001_slice{z:03d}" for z in range(slices)]
         for z, name in enumerate(names):
             write_slice(Path(folder, f"{name}.npz"), volume, z)
         Path(folder, "train.txt").write_text("\n".join(names) + "\n")
-        arguments = folder, folder, "train", 9, 256, True
-        sets = {"plain": plain.PlainSlices(*arguments), "from files": SliceDataset(*arguments)}
-        sets["from memory"] = SliceDataset(*arguments)
+        sets = {name: SliceDataset(folder, folder, "train", 9, 256, True) for name in ("from files", "from memory")}
         sets["from memory"].keep(4 * 2**30)
         kept = {"num_workers": workers, "persistent_workers": workers > 0}
         loaders = {name: DataLoader(dataset, batch_size, shuffle=True, **kept) for name, dataset in sets.items()}
         seconds = time_sides({n: lambda loader=loader: list(loader) for n, loader in loaders.items()}, repeats)
         del loaders  # ends the workers before the files go
-    row = {name: slices / value for name, value in seconds.items()}
-    return pd.DataFrame([{"": "slices per second", **row, "memory / plain": row["from memory"] / row["plain"]}])
+    return pd.DataFrame([{"": "slices per second", **{name: slices / value for name, value in seconds.items()}}])
 
 
 def compare(work: dict[str, Sides], repeats: int) -> pd.DataFrame:
