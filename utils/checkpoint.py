@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
+from copy import copy
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 from pathlib import Path
@@ -39,6 +40,17 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
         except RuntimeError as error:  # torch's error for a write that was cut short
             reason = str(error).splitlines()[0]
             raise RunError(f"{path} could not be written ({reason}): make room on the disk") from error
+
+
+def on_cpu(state: Any) -> Any:
+    """Copy tensors, and the dictionaries and lists that hold them, to CPU memory: no later step changes the copy."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        copied = copy(state)  # with the versions that a module's state dict carries
+        copied.update((name, on_cpu(value)) for name, value in state.items())
+        return copied
+    return type(state)(map(on_cpu, state)) if isinstance(state, list | tuple) else state
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

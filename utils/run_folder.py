@@ -6,12 +6,14 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from datasets.files import atomic_write, remove_temporaries
+from utils.checkpoint import on_cpu, save_checkpoint
 from utils.errors import RunError
 from utils.figures import dice_name, save_progress
 from utils.results import write_csv
@@ -40,6 +42,8 @@ class RunFolder:
         self.path = Path(path)
         self.last, self.best = self.path / "last.pth", self.path / "best.pth"
         self._lock = self._events = None
+        self._thread, self._writing = ThreadPoolExecutor(max_workers=1), Future()
+        self._writing.set_result(None)
 
     def open(self, config: dict[str, Any], history: Sequence[dict[str, Any]], resumed: bool) -> None:
         """Lock the folder, remove what a killed process left, and write the settings and the epochs so far.
@@ -86,6 +90,36 @@ class RunFolder:
         write_csv(self.path / "metrics.csv", pd.DataFrame(history, dtype=object), float_format=None)
         if "val_dice" in history[-1]:
             save_progress(self.path / "progress.png", history)
+
+    def save(self, state: dict[str, Any], is_best: bool = False, keep: int = 0) -> None:
+        """Write ``last.pth`` in a thread, while the training goes on; the checkpoint before is on the disk then.
+
+        Args:
+            state: the checkpoint, which is copied to CPU memory first.
+            is_best: make it ``best.pth`` too.
+            keep: make it ``epoch_<epoch>.pth`` too, and keep so many of these; with 0 none.
+
+        Raises:
+            RunError, OSError: the checkpoint before could not be written.
+        """
+        self.wait_for_checkpoint()
+        self._writing = self._thread.submit(self._write, on_cpu(state), is_best, keep)
+
+    def _write(self, state: dict[str, Any], is_best: bool, keep: int) -> None:
+        save_checkpoint(self.last, state)
+        if is_best:
+            self.keep_best(self.last)
+        if keep:
+            self.keep_epoch(state["epoch"], keep)
+
+    def raise_errors(self) -> None:
+        """Raise the RunError or OSError of a checkpoint that could not be written, without waiting for one."""
+        if self._writing.done():
+            self._writing.result()
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until the last checkpoint is on the disk; raise the RunError or OSError if it could not be written."""
+        self._writing.result()
 
     def keep_best(self, source: Path) -> None:
         """Make ``best.pth`` a second name of the checkpoint ``source``."""

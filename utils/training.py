@@ -25,7 +25,7 @@ from datasets import DatasetInfo, Picture, Volume
 from datasets.training_set import TrainingSet
 from networks.complexity import count_parameters
 from networks.ranks import rank, world_size
-from utils.checkpoint import describe_data, provenance, save_checkpoint
+from utils.checkpoint import describe_data, provenance
 from utils.cli import AMP_DTYPES, random_state, set_random_state
 from utils.distribution import EpochBatches, distribute, gather_over_ranks, largest_over_ranks, share_buffers
 from utils.errors import RunError, Stopped
@@ -157,6 +157,7 @@ class Trainer:
                     self.close_epoch(self.validate() if due else {})
         finally:
             self.loader = None  # ends its workers
+            self.run.wait_for_checkpoint()
         best = f"best {dice_name(self.args.selected_on)} {100 * self.best_dice:.2f} % in {self.run.best}"
         if self.best_dice == -math.inf:
             best = f"no epoch from {self.args.select_from_epoch} on was validated, so there is no best.pth"
@@ -264,6 +265,7 @@ class Trainer:
         due |= bool(args.checkpoint_iterations) and self.iteration % args.checkpoint_iterations == 0
         if largest_over_ranks(int(due)):
             self.save()
+        self.run.raise_errors()
 
     def stop_if_asked(self) -> None:
         """Save and raise Stopped if any rank has received a signal."""
@@ -347,18 +349,14 @@ class Trainer:
             self.best_dice, self.best_epoch = row["val_dice"], self.epoch
         if self.writes:
             self.run.record(self.history, self.args.max_epochs)
-        self.save()
-        if self.writes and is_best:
-            self.run.keep_best(self.run.last)
-        if self.writes and self.args.keep:
-            self.run.keep_epoch(self.epoch, self.args.keep)
+        self.save(is_best, self.args.keep)
 
-    def save(self) -> None:
-        """Write ``last.pth``, unless a number of the steps so far is not finite."""
+    def save(self, is_best: bool = False, keep: int = 0) -> None:
+        """Write ``last.pth`` (see ``RunFolder.save``), unless a number of the steps so far is not finite."""
         self.watch.check()
         state = self.state_dict()
         if self.writes:
-            save_checkpoint(self.run.last, state)
+            self.run.save(state, is_best, keep)
         self.saved_at = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:

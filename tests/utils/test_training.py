@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from networks import SimMPNet
 from networks.gates import Gate
 from tests.mini import MiniNet, assert_same, parse, trainer
 from tests.narrow import narrow_pico  # noqa: F401, a fixture for the whole module
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import RunError, Stopped
 from utils.training import Trainer
 
@@ -139,9 +140,43 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path, before):
 def test_checkpoints_within_an_epoch_come_by_iterations_and_by_minutes(tmp_path, flags, saved_at):
     made = trainer(tmp_path, *flags, "--max_epochs", "1", slices=8)
     saved, save = [], made.save
-    made.save = lambda: (saved.append(made.iteration), save())
+    made.save = lambda *options: (saved.append(made.iteration), save(*options))
     made.fit()
     assert saved == saved_at
+
+
+def test_a_checkpoint_is_written_beside_the_training_and_holds_the_state_of_its_iteration(tmp_path, monkeypatch):
+    made = trainer(tmp_path, "--max_epochs", "1", "--checkpoint_iterations", "2", slices=8)
+    third, weights, written = threading.Event(), {}, {}
+
+    def step(batch, train_step=made.train_step):
+        losses = train_step(batch)
+        weights[made.iteration] = made.model.heads[0].weight.detach().clone()
+        if made.iteration == 3:
+            third.set()
+        return losses
+
+    def write(path, state):
+        assert third.wait(60), "the training waited for the checkpoint"
+        written[state["iteration"]] = state["model"]["heads.0.weight"]
+        save_checkpoint(path, state)
+
+    monkeypatch.setattr("utils.run_folder.save_checkpoint", write)
+    made.train_step = step
+    made.fit()
+    assert torch.equal(written[2], weights[2]) and torch.equal(written[4], weights[4])
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
+    made = trainer(tmp_path, "--max_epochs", "9", "--checkpoint_iterations", "1")
+
+    def write(path, state):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("utils.run_folder.save_checkpoint", write)
+    with pytest.raises(OSError, match="No space"):
+        made.fit()
+    assert made.iteration <= 2 and not list(tmp_path.glob("*.pth"))
 
 
 @pytest.mark.parametrize(("iterations", "warnings"), [(3, 1), (4, 0)])
