@@ -224,10 +224,12 @@ def write_segmentation(path: Path, volume: Volume, prediction: np.ndarray) -> No
 
 
 def _read_prepared(path: Path, preprocessing: Preprocessing) -> Volume:
-    """Read the image of a prepared volume, with or without a label, whose intensities are those of the network."""
+    """Read the image of a prepared volume or slice, with or without a label, on the intensities of the network."""
     with reading(path, "npz or HDF5 file"):
         fields = read_fields(path, ("image",))
-        volume = Volume(data_name(path), checked_image(path, fields["image"], 3), **checked_facts(path, fields))
+        image = fields["image"]
+        image = image[None] if image.ndim == 2 + (preprocessing.channels > 1) else image  # a slice
+        volume = Volume(data_name(path), checked_image(path, image, 3), **checked_facts(path, fields))
     low, high, (bottom, top) = volume.image.min(), volume.image.max(), preprocessing.stored or (0.0, 1.0)
     slack = (top - bottom) / 10
     if low < bottom - slack or not bottom + slack <= high <= top + slack:

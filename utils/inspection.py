@@ -4,7 +4,8 @@
     python -m utils.inspection --checkpoint runs/acdc/best.pth --input scan.nii.gz --slice 5
     tensorboard --logdir runs/acdc/inspection
 
-Writes into a folder beside the checkpoint, as PNG and for TensorBoard:
+Writes into the folder inspection beside the checkpoint, or a folder in it for each slice that is looked at, as PNG and
+for TensorBoard:
     memory_use.png     over the epochs, share of clusters in use and K; share of an epoch's keys in each cluster
     prototypes.png     cosine similarity of the prototypes of each block
     clusters.png       with --input: the cluster of each token over the image, for each block
@@ -29,6 +30,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from datasets import DATASETS, Picture, Volume
+from datasets.files import file_stem
 from networks import SimMPNet
 from utils.cli import ArgumentParser, run_script
 from utils.errors import RunError
@@ -209,7 +211,7 @@ def write(folder: Path, figures: Mapping[str, Figure], history: History) -> None
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="best.pth of a run, or one of the release")
-    parser.add_argument("--input", type=Path, help="scan (NIfTI, DICOM folder), photograph, or prepared .npy.h5")
+    parser.add_argument("--input", type=Path, help="scan (NIfTI, DICOM folder), photograph, .npy.h5 or .npz")
     parser.add_argument("--slice", type=int, help="z of the slice of a scan, from 0; default: the middle")
     parser.add_argument("--output", type=Path, help="folder; default: inspection, beside the checkpoint")
     parser.add_argument("--dataset", choices=DATASETS, help="what a checkpoint of the release was trained on")
@@ -220,14 +222,14 @@ def main() -> None:
     if not isinstance(predictor.model, SimMPNet):
         name = predictor.model.config["network"]
         raise RunError(f"--checkpoint {args.checkpoint}: {name} has no memory to inspect: give one of sim_mpnet")
-    volume, z = None, 0
+    volume, z, folder = None, 0, args.output or args.checkpoint.parent / "inspection"
     if args.input is not None:
         volume = predictor.read(args.input)
         depth = len(volume.image)
         z = depth // 2 if args.slice is None else args.slice
         if not 0 <= z < depth:
             raise RunError(f"--slice {z}: {args.input} has {depth} slices, numbered from 0")
-    folder = args.output or args.checkpoint.parent / "inspection"
+        folder /= file_stem(volume.name) + f"_slice{z}" * (depth > 1)
     write(folder, inspect(predictor.model, predictor.history, volume, z), predictor.history)
     logger.info("figures and, for TensorBoard, events are in %s", folder)
 
