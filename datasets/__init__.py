@@ -10,25 +10,3 @@ from datasets.volumes import SliceDataset, Volume, VolumeDataset, read_slice, re
 
 # The facts of every data set, by its name in commands and checkpoints.
 DATASETS = {info.name: info for info in (synapse.INFO, acdc.INFO, segpc.INFO, isic.INFO, phantom.INFO)}
-
-__all__ = [
-    "DATASETS",
-    "ColourPreprocessing",
-    "DataError",
-    "DatasetInfo",
-    "ImageDataset",
-    "ImageFolder",
-    "Picture",
-    "Preprocessing",
-    "SliceDataset",
-    "Volume",
-    "VolumeDataset",
-    "custom",
-    "preprocessing_from_dict",
-    "read_picture",
-    "read_scan",
-    "read_slice",
-    "read_volume",
-    "write_slice",
-    "write_volume",
-]

@@ -26,7 +26,8 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")  # extensions of im
 MAX_PIXELS = 80_000_000  # of the largest image that is decoded, over three times 6000 x 4000
 IMAGE_FOLDER, MASK_FOLDER = "images", "masks"
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # no others: Pillow starts programs for some of them
-_CUSTOM = ", then use prepare_data.py custom with a folder of images and masks "  # of any classes
+_INDICES = "class indices 0, 1, 2, ... as docs/adding_a_data_set.md shows"
+_CUSTOM = f"{_INDICES}, then use prepare_data.py custom with a folder of images and masks"  # of any classes
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 # Numbers of TIFF's tags.
 _NEW_SUBFILE_TYPE, _BITS_PER_SAMPLE, _PHOTOMETRIC, _DESCRIPTION, _MAX_SAMPLE_VALUES = 254, 258, 262, 270, (281, 341)
@@ -205,8 +206,8 @@ def read_grey(path: str | Path, shape: tuple[int, int] | None, indices: bool = F
         if coloured.any():
             colour = tuple(colours[coloured][0].tolist())
             raise DataError(
-                f"{path}: holds colours such as {colour}; expected greys, one for each class: write the class indices "
-                f"0, 1, 2, ... in place of the colours{' ' if indices else _CUSTOM}(docs/adding_a_data_set.md)"
+                f"{path}: holds colours such as {colour}; expected one grey for each class: replace the colours by "
+                f"{_INDICES if indices else _CUSTOM}"
             )
         bands = bands[..., 0]
     if shape is not None and bands.shape != tuple(shape):
@@ -239,8 +240,8 @@ def read_classes(path: str | Path, shape: tuple[int, int], greys: Sequence[int])
     step = greys[1] - greys[0]
     if not greys[0] + step / 2 <= high < greys[-1] + step / 2:
         raise DataError(
-            f"{path}: its brightest grey is {high}; expected {wanted}; replace the mask, or for "
-            f"other classes write indices{_CUSTOM}(docs/adding_a_data_set.md)"
+            f"{path}: its brightest grey is {high}; expected {wanted}; replace the mask, or for other classes write "
+            f"{_CUSTOM}"
         )
     found = np.unique(grey).astype(float)
     others = found[np.abs(found[:, None] - greys).min(1) > step / 8]
@@ -249,7 +250,6 @@ def read_classes(path: str | Path, shape: tuple[int, int], greys: Sequence[int])
     areas = grey[flat & np.isin(grey, others)]
     if areas.size > 8:
         raise DataError(
-            f"{path}: holds an area of grey {int(np.median(areas))}; expected {wanted}: write class indices 0, 1, 2, "
-            f"... in place of greys{_CUSTOM}(docs/adding_a_data_set.md)"
+            f"{path}: holds an area of grey {int(np.median(areas))}; expected {wanted}: replace the greys by {_CUSTOM}"
         )
     return np.digitize(grey, np.add(greys[1:], greys[:-1]) / 2).astype(np.uint8)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import torch
 from PIL import Image
 
 from datasets.image_files import (
@@ -24,10 +23,8 @@ from datasets.image_files import (
 )
 from datasets.info import DatasetInfo
 from datasets.lists import list_path, named_files, read_list, refuse_missing
-from datasets.photometric import photometric
 from datasets.preprocessing import ColourPreprocessing
 from datasets.training_set import TrainingSet
-from datasets.transforms import augment
 from datasets.volumes import Volume
 
 
@@ -143,11 +140,9 @@ class _Images:
 
 
 class ImageDataset(_Images, TrainingSet):
-    """The images of a split for training, augmented and resized to the network's square.
+    """The images of a split for training.
 
-    augment: the specification's geometric augmentation; photometric: also change colour, focus and form. ``[i]``
-    returns ``image`` float32 (3, S, S), normalised, ``label`` int64 (S, S) and ``name``. An image is shrunk before it
-    is augmented, so a photograph costs little more than a small image.
+    An image is shrunk before it is augmented, so a photograph costs little more than a small image.
     """
 
     def __init__(
@@ -155,8 +150,8 @@ class ImageDataset(_Images, TrainingSet):
         img_size: int, augment: bool = False, photometric: bool = False, seed: int = 2222,
     ):  # fmt: skip
         _Images.__init__(self, info, folder, list_dir, split, num_classes)
-        TrainingSet.__init__(self, seed)
-        self.img_size, self.augment, self.photometric = img_size, augment, photometric
+        TrainingSet.__init__(self, seed, img_size, augment, photometric)
+        self.samples = self.names
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the shrunk image, uint8 (h, w, 3), and label, uint8 (h, w), of a sample."""
@@ -165,19 +160,10 @@ class ImageDataset(_Images, TrainingSet):
         size = shrunk_size(own_size, self.img_size)
         return resize_image(image, size), resize_mask(read_mask(mask_file, own_size, self.num_classes), size)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
-        image, label = self.stored(index)
-        rng = self.generator(index)
-        if self.augment:
-            image, label = augment(image, label, rng)
-        if self.photometric:
-            image, label = photometric(image, label, rng)
+    def fit(self, image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return an image at the network's size, normalised, and its label."""
         size = (self.img_size, self.img_size)
-        return {
-            "image": torch.from_numpy(self.preprocessing.normalise(resize_image(image, size))),
-            "label": torch.from_numpy(resize_mask(label, size).astype(np.int64)),
-            "name": self.names[index],
-        }
+        return self.preprocessing.normalise(resize_image(image, size)), resize_mask(label, size)
 
 
 class ImageFolder(_Images, Sequence[Picture]):

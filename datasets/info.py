@@ -78,14 +78,12 @@ class DatasetInfo:
         """
         if name is None and (num_classes != self.num_classes or not self.label_orders):
             return None
-        if name is not None and name not in self.label_orders:
-            known = ", ".join(self.label_orders)
+        known = ", ".join(self.label_orders) if num_classes == self.num_classes else ""
+        if name is not None and (name not in self.label_orders or not known):
             raise DataError(
-                f"--label_order {name}: {self.name} has {known or 'only one order'}; "
+                f"--label_order {name}: {self.name} with {num_classes} classes has {known or 'no such order'}; "
                 f"{'choose one of these' if known else 'leave it out'}"
             )
-        if num_classes != self.num_classes:
-            raise DataError(f"--label_order {name} gives {self.num_classes} classes, not {num_classes}; leave it out")
         return self.label_orders[name or next(iter(self.label_orders))]
 
     def flags(self, root_path: object, volume_path: object, list_dir: object) -> str:

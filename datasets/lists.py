@@ -49,6 +49,11 @@ def volume_name(path: str | Path) -> str:
     return "_volume_".join(filter(None, found.group("volume", "phase"))) if found else data_name(path)
 
 
+def has_path(name: str) -> bool:
+    """Return whether a name could lead out of a folder, or is that of a hidden file."""
+    return re.search(r"[/\\\0]|\.\.|^\.", name) is not None
+
+
 def has_person(name: str) -> bool:
     """Return whether the name of a volume, slice or entry begins with a person's."""
     return _PERSON.match(volume_name(name)) is not None
@@ -104,7 +109,7 @@ def read_list(list_dir: str | Path, split: str) -> list[str]:
     if not entries:
         raise DataError(f"{path}: the list is empty; write one patient, volume or slice name per line")
     for entry in entries:
-        if re.search(r"[/\\\0]|\.\.|^\.", entry):
+        if has_path(entry):
             raise DataError(
                 f"{path}: entry {brief(repr(entry))} contains a path; write the name alone, without folders"
             )
@@ -144,9 +149,8 @@ def select_files(
         raise DataError(f"{folder}: no such folder; prepare the data first (prepare_data.py, data/README.md)")
     inner = (folder / name for name in (split, _OTHER_NAMES.get(split, split)))
     folder = next((path for path in inner if path.is_dir()), folder)
-    files = sorted(folder.iterdir(), key=lambda path: natural_key(path.name))
-    files = [path for path in files if path.name.endswith(tuple(endings)) and not path.name.startswith(".")]
-    names = {path: {path.name, *beginnings(data_name(path))} for path in files}
+    files = files_by_name(folder.iterdir(), f"(.+(?:{'|'.join(map(re.escape, endings))}))")
+    names = {path: {name, *beginnings(data_name(name))} for name, path in files.items()}
     return named_files(source, entries, names, f"file ({' or '.join(endings)}) in {folder}")
 
 

@@ -64,6 +64,15 @@ def paired(images: dict[str, Path], labels: dict[str, Path], image_name: str, la
     return [Case(name, (path,), (labels[name],)) for name, path in images.items()]
 
 
+def refuse_twins(cases: Iterable[Case]) -> None:
+    """Raise DataError where two cases have the same name."""
+    first: dict[str, Case] = {}
+    for case in cases:
+        other = first.setdefault(case.name, case)
+        if other is not case:
+            raise DataError(f"{case.images[0]}: {other.images[0]} is called {case.name}, too; remove one or rename it")
+
+
 def ready_made(raw: Path) -> list[Case]:
     """Return the cases of ``images/<id>`` and ``masks/<id>.png`` in a folder, or none; raises as ``paired``."""
     folders = raw / IMAGE_FOLDER, raw / MASK_FOLDER

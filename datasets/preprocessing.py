@@ -257,6 +257,14 @@ def is_rigid(affine: np.ndarray) -> bool:
     return np.allclose(axes.T @ axes, np.eye(3), atol=1e-4)
 
 
+def upright(affine: np.ndarray) -> np.ndarray:
+    """Return an affine with slices at right angles to rows and columns, as a qform needs it and ITK reads a tilt."""
+    axes, sides = np.linalg.qr(affine[:3, :3])
+    straight = affine.copy()
+    straight[:3, :3] = axes * np.sign(np.diag(sides)) * np.linalg.norm(affine[:3, :3], axis=0)
+    return straight
+
+
 def reorient(array: np.ndarray, affine: np.ndarray, orientation: str) -> tuple[np.ndarray, np.ndarray]:
     """Swap and reverse the axes of an array so that they have the given directions.
 

@@ -7,13 +7,14 @@ These are a task of the Medical Segmentation Decathlon, a raw data set of nnU-Ne
 import json
 import re
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from datasets.errors import DataError, brief
 from datasets.image_files import ENDINGS
 from datasets.lists import files_by_name
-from datasets.preparation import Case
+from datasets.preparation import Case, refuse_twins
 from datasets.preprocessing import RGB
 from datasets.scan import FOLDER_ENDINGS, PREPARED, scan_name
 
@@ -52,6 +53,7 @@ def recognise(folder: str | Path) -> Raw:
         raw = _paired(*(folder / name for name in found), f"folders {found[0]} and {found[1]}, no {JSON}")
     if not raw.cases and not raw.problems:
         raise DataError(f"{folder}: holds no image with a label ({', '.join((*_SCANS, *ENDINGS))}); {_EXPECTED}")
+    refuse_twins(raw.cases)
     if raw.planar and any(len(case.images) > 1 for case in raw.cases):
         raise DataError(f"{folder}: a picture has several files; expected its colours in one file, as PNG or TIFF")
     return raw
@@ -84,7 +86,7 @@ def _declared(folder: Path, content: dict[str, Any]) -> Raw:
         raw.classes, raw.channels = classes, raw.channels if raw.planar else channels
         return raw
     raw = Raw(f"Medical Segmentation Decathlon ({JSON})", [], classes, channels)
-    for entry in listed.values() if isinstance(listed, dict) else listed:
+    for given, entry in listed.items() if isinstance(listed, dict) else zip(repeat(None), listed):
         try:
             label, images = entry["label"], entry.get("images", [entry.get("image")])
             *images, label = (folder / name for name in (*images, label))
@@ -98,7 +100,7 @@ def _declared(folder: Path, content: dict[str, Any]) -> Raw:
             ]
             if numbered[0].is_file():
                 raw.form, images = f"nnU-Net, version 1 ({JSON})", numbered
-        name = label.stem if raw.planar else scan_name(label)
+        name = str(given or (label.stem if raw.planar else scan_name(label)))
         missing = [file for file in (*images, label) if not file.is_file()]
         if missing:
             raw.problems[name] = f"{missing[0]}: no such file, but {JSON} names it; copy it there or correct {JSON}"

@@ -15,7 +15,16 @@ import numpy as np
 from datasets.dicom import TO_RAS, choose, itk, load_dicom
 from datasets.errors import DataError, brief
 from datasets.lists import data_name
-from datasets.preprocessing import Preprocessing, ScanImage, Stored, is_affine, is_rigid, orientation_of, reorient
+from datasets.preprocessing import (
+    Preprocessing,
+    ScanImage,
+    Stored,
+    is_affine,
+    is_rigid,
+    orientation_of,
+    reorient,
+    upright,
+)
 from datasets.storage import (
     MAX_INFLATION,
     check_declared,
@@ -132,11 +141,9 @@ def read_scan(path: str | Path | Sequence[Path], preprocessing: Preprocessing, t
             "qform without the tilt for programs that need right angles (ITK, 3D Slicer, ITK-SNAP)", path,
         )  # fmt: skip
     orientation, stored_type = orientation_of(affine), voxels.dtype.name
-    turned = [reorient(one.voxels, affine, preprocessing.orientation or orientation) for one in channels]
-    affine = turned[0][1]
-    image = ScanImage(
-        [one._replace(voxels=voxels) for one, (voxels, _) in zip(channels, turned, strict=True)], preprocessing
-    )
+    wanted = preprocessing.orientation or orientation
+    channels = [one._replace(voxels=reorient(one.voxels, affine, wanted)[0]) for one in channels]
+    image, affine = ScanImage(channels, preprocessing), reorient(voxels, affine, wanted)[1]
     spacing = tuple(np.linalg.norm(affine[:3, :3], axis=0)[::-1].tolist()) if measured else None
     low, high = image.extent
     if not np.isfinite([low, high]).all():
@@ -160,17 +167,15 @@ def _load_channels(files: Sequence[Path], count: int, time_point: int | None) ->
         stored = _load(files[0], slice(None) if time_point is None else time_point)
         voxels = stored.voxels if stored.voxels.ndim == 4 else stored.voxels[None]
         channels = [stored._replace(voxels=channel) for channel in voxels]
-    first = channels[0]
     if len(channels) != count:
         raise DataError(f"{files[0]}: has {len(channels)} channels; expected {count}, in this file or in a file each")
-    for file, other in zip(files, channels, strict=False):
-        placed = (first.affine is None) == (other.affine is None)
-        if other.voxels.shape != first.voxels.shape or not (
-            placed and (first.affine is None or np.allclose(first.affine, other.affine, rtol=1e-3, atol=1e-2))
-        ):
+    grids = [np.zeros((4, 4)) if one.affine is None else one.affine for one in channels]
+    shapes = [one.voxels.shape[::-1] for one in channels]
+    for file, grid, shape in zip(files, grids, shapes, strict=False):
+        if shape != shapes[0] or not np.allclose(grid, grids[0], rtol=1e-3, atol=1e-2):
             raise DataError(
-                f"{file}: differs in shape, spacing or position from {files[0].name} ({other.voxels.shape[::-1]} and "
-                f"{first.voxels.shape[::-1]} voxels); expected the channels of a case on one grid: resample one of them"
+                f"{file}: differs in shape, spacing or position from {files[0].name} ({shape} and {shapes[0]} voxels); "
+                "expected the channels of a case on one grid: resample one of them"
             )
     return channels
 
@@ -266,7 +271,28 @@ def _load(path: Path, time_point: int | slice | None = None) -> Stored:
         return stored._replace(header=Nifti1Header())
     if not is_affine(affine) or "?" in orientation_of(affine):
         raise DataError(f"{path}: its affine does not say how the three axes run in mm; repair the header")
+    _compare_forms(path, stored.header)
     return stored
+
+
+def _compare_forms(path: Path, header: Any) -> None:
+    """Warn of a NIfTI header whose qform and sform put the scan at two places, by more than the rounding of float32."""
+    from nibabel.spatialimages import HeaderDataError
+
+    try:
+        qform, sform = (None, None) if header is None else (header.get_qform(True)[0], header.get_sform(True)[0])
+    except (HeaderDataError, ValueError):  # not a rotation
+        return
+    if qform is None or sform is None:
+        return
+    corners = np.array([*np.ndindex(2, 2, 2)]).T * np.reshape(header.get_data_shape()[:3], (3, 1))
+    apart = np.linalg.norm((qform - upright(sform)) @ [*corners, np.ones(8)], axis=0).max()
+    side = np.linalg.norm(sform[:3, :3], axis=0).min()
+    if apart > 0.01 * side:
+        logger.warning(
+            "%s: its qform and sform put it at two places, up to %.3g voxels apart; the sform is used, and programs "
+            "that use the qform show the scan elsewhere", path, apart / side,
+        )  # fmt: skip
 
 
 def _is_dicom(path: Path) -> bool:
@@ -300,6 +326,10 @@ def _load_itk(path: Path, time_point: int | slice | None) -> Stored:
     def says(words: bytes) -> re.Match | None:
         return re.search(rb"^(%s)" % words, text, re.MULTILINE | re.IGNORECASE)
 
+    def number(key: bytes, default: float) -> float:
+        found = says(key + rb" *= *(\S+)")
+        return float(found[2]) if found else default
+
     start = says(rb"ElementDataFile *= *LOCAL\r?\n")
     if start and says(b"CompressedData *= *True"):
         zlib.decompress(path.read_bytes()[start.end() :])  # compares the checksum, which ITK does not
@@ -313,7 +343,9 @@ def _load_itk(path: Path, time_point: int | slice | None) -> Stored:
         header["pixdim"][1:4] = image.GetSpacing()[:3]
     sized = says(b"spacings:|space directions:|ElementSpacing|ElementSize")
     other_units = says(rb'(space )?units: *"(?!mm")|DistanceUnits *= *(?!mm|\?)')
-    return Stored(array, TO_RAS @ affine if sized and not other_units else None, header=header)
+    # A MetaImage's line from stored numbers to intensities, which ITK does not apply.
+    line = number(b"ElementToIntensityFunctionSlope", 1), number(b"ElementToIntensityFunctionOffset", 0)
+    return Stored(array, TO_RAS @ affine if sized and not other_units else None, *line, header)
 
 
 def _load_nibabel(path: Path, time_point: int | slice | None) -> Stored:

@@ -19,7 +19,7 @@ from datasets.errors import DataError, brief
 from datasets.image_files import image_files, image_of
 from datasets.info import DatasetInfo
 from datasets.lists import write_lists
-from datasets.preparation import Case, Pair, prepare_images, read_pair, ready_made, split_names
+from datasets.preparation import Case, Pair, prepare_images, read_pair, ready_made, refuse_twins, split_names
 from datasets.preprocessing import RGB, ColourPreprocessing
 
 logger = logging.getLogger(__name__)
@@ -115,10 +115,7 @@ def _find_images(raw: Path) -> dict[str, list[Case]]:
             f"{raw}: holds no x/<id>.bmp with masks y/<id>_<k>.bmp, directly or in train, valid and test, and no "
             f"images/<id> with masks/<id>.png; {INFO.how_to_get}"
         )
-    first: dict[str, Path] = {}
-    for case in (case for part in parts.values() for case in part):
-        if first.setdefault(case.name, case.images[0]) != case.images[0]:
-            raise DataError(f"{case.images[0]}: {first[case.name]} has the same id; remove one of the two")
+    refuse_twins(case for part in parts.values() for case in part)
     return parts
 
 

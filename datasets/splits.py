@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from datasets.errors import DataError, brief
-from datasets.lists import beginnings, is_slice, list_path, natural_key, patient_of, read_list
+from datasets.lists import beginnings, has_path, is_slice, list_path, natural_key, patient_of, read_list
 from datasets.preparation import split_names
 
 
@@ -17,7 +17,7 @@ def refuse_names(raw: str | Path, names: Collection[str]) -> None:
         other = next((start for start in beginnings(name)[:-1] if start in names), None)
         if other is not None:
             raise DataError(f"{raw}: in lists, {other} also means {name}; rename one of the two cases")
-        if is_slice(name) or ".." in name or name != name.strip():
+        if is_slice(name) or has_path(name) or name != name.strip():
             raise DataError(f"{raw}: a case is called {name!r}, which lists read otherwise; rename it")
 
 

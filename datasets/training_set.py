@@ -1,27 +1,49 @@
-"""What the training sets share: random numbers for each sample, and a cache in memory."""
+"""What the training sets share: augmentation with random numbers for each sample, and a cache in memory."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from datasets.photometric import photometric
+from datasets.transforms import augment
+
 
 class TrainingSet(Dataset):
-    """Samples that are read, the same in every epoch, and then augmented at random.
+    """Samples that are read, the same in every epoch, and then augmented at random and resized to ``img_size`` squared.
 
-    A subclass defines ``read``, and ``names``: of the images, or of the volumes of the slices.
+    augment: the specification's geometric augmentation; photometric: also change colour, focus and form. ``[i]`` is a
+    dictionary of ``image`` float32 (C, S, S), ``label`` int64 (S, S) and ``name``.
+    A subclass defines ``read(index)``, which returns image and label of a sample, checked; ``fit(image, label)``, which
+    returns them as (C, S, S) and (S, S); their names, ``samples``; and ``names``: of the images, or of the volumes.
     Sample i of an epoch draws from a generator seeded by (seed, epoch, i), so it does not depend on the number of
     workers or on the order. Call ``set_epoch`` before iterating over the epoch's loader.
     """
 
-    names: list[str]
+    names: Sequence[str]
+    samples: Sequence[str]
 
-    def __init__(self, seed: int):
-        self.seed = seed
+    def __init__(self, seed: int, img_size: int = 0, augment: bool = False, photometric: bool = False):
+        self.seed, self.img_size, self.augment, self.photometric = seed, img_size, augment, photometric
         self._kept: list[tuple[np.ndarray, np.ndarray]] = []  # the first samples, as read
         # In shared memory, so that workers which live through several epochs see the new one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
+        image, label = self.stored(index)
+        rng = self.generator(index)
+        if self.augment:
+            image, label = augment(image, label, rng)
+        if self.photometric:
+            image, label = photometric(image, label, rng)
+        image, label = self.fit(image, label)
+        label = torch.from_numpy(label.astype(np.int64))
+        return {"image": torch.from_numpy(image), "label": label, "name": self.samples[index]}
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose augmentation is drawn, in this process and in its loader's workers."""
@@ -30,10 +52,6 @@ class TrainingSet(Dataset):
     def generator(self, index: int) -> np.random.Generator:
         """Return the generator of a sample; index -1 is the last sample."""
         return np.random.default_rng((self.seed, int(self._epoch), index % len(self)))
-
-    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return image and label of a sample before augmentation, checked."""
-        raise NotImplementedError
 
     def stored(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return what ``read`` returns, from memory if it is kept there; do not write to it."""

@@ -11,16 +11,15 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import h5py
 import numpy as np
-import torch
 
 from datasets.errors import DataError, brief
 from datasets.files import atomic_write
 from datasets.lists import data_name, is_slice, list_path, natural_key, select_files, volume_name
-from datasets.preprocessing import reorient
+from datasets.preprocessing import reorient, upright
 from datasets.storage import (
     FACTS,
     PREPARE,
@@ -32,7 +31,7 @@ from datasets.storage import (
     reading,
 )
 from datasets.training_set import TrainingSet
-from datasets.transforms import augment, resize_cubic, resize_nearest
+from datasets.transforms import resize_cubic, resize_nearest
 
 logger = logging.getLogger(__name__)
 
@@ -87,13 +86,8 @@ class Volume:
         if self.orientation is not None:
             array, affine = reorient(array, affine, self.orientation)
         image = nibabel.Nifti1Image(np.asarray(array).T, affine, dtype=array.dtype)
-        # Both forms, because some programs read only one of them. A qform cannot express axes that are not at right
-        # angles; it gets rows and columns as they are and slices at right angles to them, as ITK reads a tilted series.
-        axes, sides = np.linalg.qr(affine[:3, :3])
-        upright = affine.copy()
-        upright[:3, :3] = axes * np.sign(np.diag(sides)) * np.linalg.norm(affine[:3, :3], axis=0)
-        image.set_sform(affine, code=1)
-        image.set_qform(upright, code=1)
+        image.set_sform(affine, code=1)  # both forms, because some programs read only one of them
+        image.set_qform(upright(affine), code=1)
         image.header.set_xyzt_units("mm")
         return image
 
@@ -240,25 +234,21 @@ class SliceDataset(TrainingSet):
     """The slices (npz) that a list names, augmented at their own size and then resized for the network.
 
     root_path: folder of the slices; a folder inside it with the split's name takes precedence. num_classes counts the
-    background; label_order translates a file's ids to ours; without: names in the list to leave out. ``[i]`` returns
-    ``image``, float32 (C, S, S), resized by cubic splines, ``label``, int64 (S, S), nearest neighbour, and ``name``.
-    ``names`` are the volumes' names; ``source`` and ``class_names`` are those of VolumeDataset. Raises DataError: for a
-    bad list in the constructor, for a bad file on indexing.
+    background; label_order translates a file's ids to ours; without: names in the list to leave out. ``names`` are the
+    volumes' names; ``source`` and ``class_names`` are those of VolumeDataset. Raises DataError: for a bad list in the
+    constructor, for a bad file on indexing.
     """
 
     def __init__(
         self, root_path: str | Path, list_dir: str | Path, split: str, num_classes: int, img_size: int,
         augment: bool = False, seed: int = 2222, label_order: LabelOrder | None = None, without: Sequence[str] = (),
     ):  # fmt: skip
-        super().__init__(seed)
+        super().__init__(seed, img_size, augment)
         self.source = list_path(list_dir, split)
         self.files = select_files(list_dir, split, root_path, endings=(".npz",), without=without)
+        self.samples = [data_name(file) for file in self.files]
         self.names = list(dict.fromkeys(map(volume_name, self.files)))
         self.num_classes, self.label_order, self.class_names = num_classes, label_order, None
-        self.img_size, self.augment = img_size, augment
-
-    def __len__(self) -> int:
-        return len(self.files)
 
     def open(self, index: int) -> Volume:
         """Return a slice as stored: a Volume whose image and label have the shape (H, W)."""
@@ -269,13 +259,7 @@ class SliceDataset(TrainingSet):
         single = self.open(index)
         return single.image, single.label
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        image, label = self.stored(index)
-        if self.augment:
-            image, label = augment(image, label, self.generator(index))
+    def fit(self, image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return a slice resized by cubic splines, and its label, nearest neighbour."""
         size = (self.img_size, self.img_size)
-        return {
-            "image": torch.from_numpy(resize_cubic(_channels_first(image, image.ndim == 3), size)),
-            "label": torch.from_numpy(resize_nearest(label, size)).long(),
-            "name": data_name(self.files[index]),
-        }
+        return resize_cubic(_channels_first(image, image.ndim == 3), size), resize_nearest(label, size)

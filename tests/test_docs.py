@@ -92,7 +92,7 @@ def added(monkeypatch, tmp_path):
     """Add the data set and the network of the two pages ``docs/adding_*.md``; write the scripts into ``tmp_path``."""
     exec(blocks((ROOT / "docs/adding_a_network.md").read_text(encoding="utf-8"), "python")[0], {})
     page = (ROOT / "docs/adding_a_data_set.md").read_text(encoding="utf-8")
-    code, entry = blocks(page, "python")
+    *_, code, entry = blocks(page, "python")
     module = types.ModuleType("datasets.spleen")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(compile(code, "spleen.py", "exec"), vars(module))

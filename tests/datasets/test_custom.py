@@ -1,6 +1,7 @@
 """Data of the user's own: the forms in which they come, how they are prepared and divided, and what is refused."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from datasets.custom import divide, info_of, prepare
 from datasets.lists import read_list
 from datasets.preprocessing import Scale, preprocessing_from_dict
 from datasets.raw_forms import JSON, recognise
+from tests.conftest import ROOT
 
 NAMES = ("a", "b", "c d", "é")
 LABEL = np.zeros((8, 6, 5), np.uint8)  # (x, y, z)
@@ -144,6 +146,14 @@ def replace_label(**labels):
     return lambda raw: write_json(raw, labels=labels, channel_names={"0": "T1", "1": "T2"})
 
 
+def listed(raw: Path, *names: str) -> None:
+    """Write pairs of images and labels into folders of their own, and a list of them."""
+    pairs = [{"image": f"{name}_i.nii.gz", "label": f"{name}.nii.gz"} for name in names]
+    for path in (path for pair in pairs for path in pair.values()):
+        scan(raw / path, LABEL)
+    write_json(raw, labels={"organ": 1, "tumour": 2}, training=pairs)
+
+
 NOWHERE = [{"image": "x", "label": "y"}]
 BAD = {
     "nothing": (lambda raw: shutil.rmtree(raw / "imagesTr") or (raw / JSON).unlink(), ["raw", "expected dataset.json"]),
@@ -159,14 +169,17 @@ BAD = {
     "no image": (lambda raw: [p.unlink() for p in raw.glob("imagesTr/a_*")], ["a.nii.gz", "no image"]),
     "channels": (lambda raw: scan(raw / "imagesTr/a_0001.nii.gz", image(0)[:7]), ["a_0001", "on one grid"]),
     "place": (lambda raw: scan(raw / "imagesTr/a_0001.nii.gz", image(0), shift=9), ["a_0001", "on one grid"]),
+    "gap": (lambda raw: [p.rename(raw / "imagesTr/a_0002.nii.gz") for p in raw.rglob("a_0001*")], ["0000, 0002"]),
     "one channel": (lambda raw: (raw / "imagesTr/a_0001.nii.gz").unlink(), ["a_0000", "expected 2"]),
     "grid": (lambda raw: scan(raw / "labelsTr/a.nii.gz", LABEL, (2, 1, 3)), ["a.nii.gz", "resample"]),
     "shape": (lambda raw: scan(raw / "labelsTr/a.nii.gz", LABEL[:5]), ["a.nii.gz", "expected (5, 6, 8)"]),
     "cut": (lambda raw: (raw / "imagesTr/a_0000.nii.gz").write_bytes(b"\x1f\x8b123"), ["a_0000.nii.gz", "truncated"]),
     "one case": (lambda raw: [p.unlink() for n in NAMES[1:] for p in raw.rglob(f"{n}*")], ["1 case", "2 or more"]),
+    "twice": (lambda raw: scan(raw / "imagesTr/a_0001.nii", image(0)), ["a_0001.nii", "same name"]),
+    "twins": (lambda raw: listed(raw, "a/x", "b/x"), ["is called x, too"]),
     "alike": (lambda raw: [p.rename(p.with_name(p.name.replace("b", "a_b", 1))) for p in raw.rglob("b*.gz")], ["a_b"]),
 }  # fmt: skip
-OF_ONE_CASE = ("no label", "no image", "channels", "place", "one channel", "grid", "shape", "cut")
+OF_ONE_CASE = ("no label", "no image", "channels", "place", "gap", "one channel", "grid", "shape", "cut")
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -187,6 +200,20 @@ def test_instances_and_greys_are_no_classes(tmp_path, refused, values):
     raw = folders(tmp_path / "raw")
     scan(raw / "labels/a.nii.gz", np.resize([0, *values], LABEL.shape).astype(np.int16))
     refused(lambda: prepare(raw, tmp_path / "out"), "raw" if max(values) < 300 else "a.nii.gz")
+
+
+def test_a_coloured_mask_is_refused_and_the_remedy_that_is_named_makes_it_readable(tmp_path, refused, monkeypatch):
+    raw = pictures(tmp_path / "raw")
+    for path in (raw / "masks").iterdir():
+        colours = np.array([(0, 0, 0), (255, 0, 0), (0, 255, 0)], np.uint8)[LABEL.max(2)]
+        Image.fromarray(colours).save(path)
+    page = re.search(r"docs/\S+", refused(lambda: prepare(raw, tmp_path / "out"), "colours such as (255, 0, 0)"))[0]
+    (raw / "masks").rename(raw / "coloured_masks")
+    (raw / "masks").mkdir()
+    monkeypatch.chdir(raw)
+    exec(re.search(r"^```python\n(.*?)^```$", (ROOT / page).read_text("utf-8"), re.DOTALL | re.MULTILINE)[1], {})
+    assert prepare(raw, tmp_path / "out") == list(NAMES)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/masks/é.png")), LABEL.max(2))
 
 
 def test_a_folder_of_another_kind_is_refused_with_the_command_that_prepares_it(tmp_path, refused):

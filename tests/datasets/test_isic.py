@@ -99,7 +99,7 @@ COLOURS = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [255, 255, 0]], np.uint
 @pytest.mark.parametrize(
     ("mask", "word"),
     [
-        (Image.fromarray(COLOURS), "in place of the colours, then use prepare_data.py custom"),
+        (Image.fromarray(COLOURS), "adding_a_data_set.md shows, then use prepare_data.py custom"),
         (Image.fromarray(COLOURS).quantize(4), "colours"),
         (saved(Image.fromarray(COLOURS), "JPEG", quality=60), "colours"),
         (Image.fromarray((PARTS * 85).astype(np.uint8)), "grey 85"),

@@ -190,7 +190,7 @@ FORMS = {
 @pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
 @pytest.mark.parametrize("units", ["mm", "micron", "unknown"])
 @pytest.mark.parametrize("forms", FORMS)
-def test_a_segmentation_has_the_forms_of_its_scan(tmp_path, forms, units, kind):
+def test_a_segmentation_has_the_forms_of_its_scan(tmp_path, caplog, forms, units, kind):
     """So that every program, whichever form it prefers, shows both on one place."""
     voxels = np.random.default_rng(0).permutation(6 * 5 * 4).reshape(6, 5, 4).astype(np.int16)
     scan = kind(voxels, None)
@@ -201,7 +201,10 @@ def test_a_segmentation_has_the_forms_of_its_scan(tmp_path, forms, units, kind):
     paths = [tmp_path / "scan.nii", tmp_path / "seg.nii.gz"]
     nibabel.save(scan, paths[0])
     for target in (None, "LAS", "PIR"):
+        caplog.clear()
         volume = read_scan(paths[0], Preprocessing(target))
+        told = [record.getMessage() for record in caplog.records if "the sform is used" in record.getMessage()]
+        assert len(told) == (forms in ("differ", "sheared")) and all("scan.nii" in line for line in told)
         assert abs(abs(np.linalg.det(volume.affine)) / (9 * (1e-9 if units == "micron" else 1)) - 1) < 1e-5
         write_segmentation(paths[1], volume, np.rint(255 * np.asarray(volume.image)).astype(np.uint8))
         one, other = (nibabel.load(path) for path in paths)
@@ -274,6 +277,15 @@ def test_what_the_header_does_not_say_is_not_invented(tmp_path, caplog, refused,
     path.write_bytes(path.read_bytes()[:-20])
     refused(lambda: read_scan(path, Preprocessing()), path, "not a readable scan")
     assert not capfd.readouterr().err  # ITK's libraries write there
+
+
+def test_the_line_from_stored_numbers_to_intensities_is_applied_for_metaimage_as_for_nifti(tmp_path):
+    line, voxels = "ElementToIntensityFunction{} = {}\n", np.arange(120, dtype=np.int16).tobytes()
+    lines = f"{line.format('Slope', 2.5)}{line.format('Offset', -10)}ElementSpacing = 1 1 3\nElementType"
+    (tmp_path / "a.mha").write_bytes(MHA.replace("ElementType", lines).encode() + voxels)
+    volume = read_scan(tmp_path / "a.mha", Preprocessing(None, (-10, 287.5)))
+    assert volume.image.extent == (-10, 287.5) and volume.spacing == (3, 1, 1)
+    np.testing.assert_allclose(np.ravel(volume.image), np.arange(120) / 119, atol=1e-6)
 
 
 def test_a_prepared_volume_is_taken_as_it_is(tmp_path, refused, make_volume):

@@ -175,7 +175,7 @@ def test_unfit_raw_folders_are_refused(tmp_path, refused):
     refused(lambda: segpc.prepare(raw, out), "9999_1.bmp", "no image for this mask")
     (raw / "y" / "9999_1.bmp").unlink()
     write_raw(raw / "valid", ["106"])
-    refused(lambda: segpc.prepare(raw, out), raw / "valid" / "x" / "106.bmp", "same id")
+    refused(lambda: segpc.prepare(raw, out), raw / "valid" / "x" / "106.bmp", "is called 106, too")
     assert not (out / "masks" / "106.png").exists()
 
 
