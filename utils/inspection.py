@@ -2,10 +2,8 @@
 
     python -m utils.inspection --checkpoint runs/acdc/best.pth
     python -m utils.inspection --checkpoint runs/acdc/best.pth --input scan.nii.gz --slice 5
-    tensorboard --logdir runs/acdc/inspection
 
-Writes into the folder inspection beside the checkpoint, or a folder in it for each slice that is looked at, as PNG and
-for TensorBoard:
+Writes into the folder inspection beside the checkpoint, or a folder in it for each slice that is looked at:
     memory_use.png     over the epochs, share of clusters in use and K; share of an epoch's keys in each cluster
     prototypes.png     cosine similarity of the prototypes of each block
     clusters.png       with --input: the cluster of each token over the image, for each block
@@ -27,7 +25,6 @@ import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image
 
 from datasets import DATASETS, Picture, Volume
 from datasets.files import file_stem
@@ -46,7 +43,6 @@ from utils.figures import (
 )
 from utils.onnx_network import is_onnx
 from utils.predictor import Predictor
-from utils.run_folder import EventFile
 
 logger = logging.getLogger("inspect")
 
@@ -193,21 +189,6 @@ def _colours(count: int) -> list[tuple[float, float, float]]:
     return [hsv_to_rgb(cluster / count, 0.8, 0.95) for cluster in range(count)]
 
 
-def write(folder: Path, figures: Mapping[str, Figure], history: History) -> None:
-    """Write figures as PNG and, with the course of K, cluster use and gates, for TensorBoard; older events go."""
-    events = EventFile(folder / "events")
-    for name, figure in figures.items():
-        save_figure(figure, folder / f"{name}.png")
-        with Image.open(folder / f"{name}.png") as picture:
-            events.add_picture(name, np.asarray(picture.convert("RGB")))
-    rows = []
-    for row in history:
-        shown = ("k", "cluster_use", "gate")  # with k_decoder and every gate
-        course = {f"memory/{name}": value for name, value in row.items() if name.startswith(shown)}
-        rows.append({"epoch": row["epoch"], **course})
-    events.add(rows)
-
-
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="best.pth of a run, or one of the release")
@@ -230,8 +211,9 @@ def main() -> None:
         if not 0 <= z < depth:
             raise RunError(f"--slice {z}: {args.input} has {depth} slices, numbered from 0")
         folder /= file_stem(volume.name) + f"_slice{z}" * (depth > 1)
-    write(folder, inspect(predictor.model, predictor.history, volume, z), predictor.history)
-    logger.info("figures and, for TensorBoard, events are in %s", folder)
+    for name, figure in inspect(predictor.model, predictor.history, volume, z).items():
+        save_figure(figure, folder / f"{name}.png")
+    logger.info("figures are in %s", folder)
 
 
 if __name__ == "__main__":

@@ -185,16 +185,10 @@ class EventFile:
 
     def add(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Write the finite numbers of rows as scalars of their ``epoch``, to the disk; other values are left out."""
+        summary, event = self._library.summary, self._library.proto.event_pb2.Event
         for row in history:
             for name, value in row.items():
                 if name != "epoch" and isinstance(value, int | float) and np.isfinite(value):
-                    self._write(self._library.summary.scalar(name, value), row["epoch"])
+                    point = summary.scalar(name, value)
+                    self._writer.write_event(event(wall_time=time.time(), step=row["epoch"], summary=point))
         self._writer.flush()
-
-    def add_picture(self, name: str, picture: np.ndarray) -> None:
-        """Write a picture, uint8 (H, W, 3)."""
-        self._write(self._library.summary.image(name, picture, dataformats="HWC"), 0)
-
-    def _write(self, summary: Any, step: int) -> None:
-        event = self._library.proto.event_pb2.Event(wall_time=time.time(), step=step, summary=summary)
-        self._writer.write_event(event)
