@@ -99,21 +99,22 @@ def _has_the_right_types(state: Any) -> bool:
         return False
 
 
-def build_network(checkpoint: dict[str, Any], path: str | Path, release_channels: int = 1) -> torch.nn.Module:
+def build_network(checkpoint: dict[str, Any], path: str | Path, channels: int | None = None) -> torch.nn.Module:
     """Rebuild the trained network of a checkpoint, ours or the release's, on the CPU.
 
     Args:
         checkpoint: what ``load_checkpoint`` returned.
         path: its file, for messages.
-        release_channels: 1 or 3, the channels of the images, which a checkpoint of the release does not say.
+        channels: of the images, 1 or 3 for a checkpoint of the release, which does not say them; None: as it says.
 
     Raises:
-        RunError: the weights do not fit the network that the checkpoint describes, or are not finite.
+        RunError: the weights do not fit the network that the checkpoint describes, or are not finite, or the network
+            has other classes or channels than the data.
     """
-    options = network_arguments_of(checkpoint, path)
+    options, names = network_arguments_of(checkpoint, path), checkpoint.get("data", {}).get("class_names")
     try:
         if "release" in checkpoint:
-            model = build(**options, in_channels=release_channels)
+            model = build(**options, in_channels=channels or 1)
             load_release_state_dict(model, checkpoint["release"])
         else:
             with torch.device("meta"):  # takes no memory, whatever sizes are described
@@ -122,6 +123,13 @@ def build_network(checkpoint: dict[str, Any], path: str | Path, release_channels
             model.load_state_dict(checkpoint["model"])
     except Exception as error:  # the description may hold anything
         raise RunError(f"{path}: its weights do not fit the network that it describes, {brief(error)}") from error
+    has = model.config["num_classes"], model.config["in_channels"]
+    expected = has[0] if names is None else len(names) + 1, channels or has[1]
+    if has != expected:
+        raise RunError(
+            f"{path}: its network has {has[0]} classes with background and {has[1]} input channels, but its data have "
+            f"{expected[0]} and {expected[1]}: give the data that it was trained on, or train again"
+        )
     for name, value in model.state_dict().items():
         if not torch.isfinite(value).all():
             raise RunError(f"{path}: {name} has values that are NaN or infinite: use an earlier checkpoint")
@@ -148,7 +156,8 @@ def load_fitting(model: torch.nn.Module, checkpoint: dict[str, Any], path: Path)
     Raises:
         RunError: nothing fits, or the checkpoint is damaged.
     """
-    weights, own = build_network(checkpoint, path, model.config["in_channels"]).state_dict(), model.state_dict()
+    channels = model.config["in_channels"] if "release" in checkpoint else None
+    weights, own = build_network(checkpoint, path, channels).state_dict(), model.state_dict()
     modules = {name: name.rpartition(".")[0] for name in own}
     unfit = {modules[name] for name in own if name not in weights or weights[name].shape != own[name].shape}
     names = [name for name in own if modules[name] not in unfit and not name.endswith(".replaced_columns")]

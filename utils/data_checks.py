@@ -176,11 +176,11 @@ def quick_check(
 
 def compare_with_checkpoint(
     cases: VolumeDataset | ImageFolder, info: DatasetInfo, data: dict[str, Any]
-) -> tuple[tuple[str, ...], list[str]]:
-    """Compare the first case of a test with what the checkpoint says of its training data.
+) -> tuple[str, ...]:
+    """Compare the first case of a test with what the checkpoint says of its training data; log what looks wrong.
 
-    data: of the checkpoint. Returns (names of the classes, what is probably wrong, one line each). From now on no file
-    may name other classes. Raises DataError for files that name other classes than the checkpoint.
+    data: of the checkpoint. Returns the names of the classes; from now on no file may name others. Raises DataError for
+    files that name other classes than the checkpoint.
     """
     part, names = Part(cases, info), tuple(data["class_names"])
     part.add(0)
@@ -201,7 +201,9 @@ def compare_with_checkpoint(
         if 0 < own < trained:
             logger.info("images of 16-bit files are read with %d bits, as in training", bits)
         cases.preprocessing = replace(cases.preprocessing, bits=bits)
-    return names, doubts
+    for doubt in doubts:
+        logger.warning("%s: %s", cases.names[0], doubt)
+    return names
 
 
 def read_parts(

@@ -130,14 +130,9 @@ def test(args: Namespace, info: DatasetInfo) -> None:
         script = script_of("test", data["dataset"])
         raise RunError(f"{args.checkpoint} was trained on {data['dataset']}: test it with {script}")
     model = build_network(checkpoint, args.checkpoint, len(info.channels)).to(device)
-    num_classes, class_names = model.config["num_classes"], tuple(data["class_names"])
-    if len(class_names) != num_classes - 1:
-        raise RunError(
-            f"{args.checkpoint} has {num_classes} classes with background, but names {class_names}: give another one"
-        )
-
+    num_classes = model.config["num_classes"]
     where = "root_path" if info.planar else "volume_path"
-    notes = _choose_folders(args, info, where, checkpoint.get("args", {}))
+    _choose_folders(args, info, where, checkpoint.get("args", {}))
     tested = getattr(args, where)
     if not tested.is_dir():
         remedy = f"give the folder with --{where} and that of its lists with --list_dir, or {info.how_to_get}"
@@ -147,18 +142,14 @@ def test(args: Namespace, info: DatasetInfo) -> None:
     else:
         order = info.label_order(vars(args).get("label_order"), num_classes)
         cases = VolumeDataset(tested, args.list_dir, args.split, num_classes, order, only=args.cases)
-    class_names, doubts = compare_with_checkpoint(cases, info, data)
     folder = args.test_save_dir or args.checkpoint.parent / f"results_{args.split}"
     if folder.resolve() == tested.resolve():
         raise RunError(f"--test_save_dir {folder} holds the data: give another folder")
     again = (folder / "test.log").is_file()
     setup_logging(folder / "test.log")
+    class_names = compare_with_checkpoint(cases, info, data)
     if again:
         _remove_pictures(folder)
-    for note in notes:
-        logger.info("%s", note)
-    for doubt in doubts:
-        logger.warning("%s: %s", cases.names[0], doubt)
     seen = args.split == checkpoint.get("args", {}).get("val_split") and data.get("selected_on") != "test"
     if seen and args.checkpoint.name == "best.pth":  # of those chosen on test volumes every table says it
         logger.warning("the best epoch was chosen on these cases, so its scores are optimistic; last.pth has fair ones")
@@ -203,17 +194,12 @@ def test(args: Namespace, info: DatasetInfo) -> None:
     logger.info("results in %s", folder)
 
 
-def _choose_folders(args: Namespace, info: DatasetInfo, where: str, saved: dict[str, Any]) -> list[str]:
-    """Fill in the folders that the command line leaves out; return a line for each that is not the training's.
+def _choose_folders(args: Namespace, info: DatasetInfo, where: str, saved: dict[str, Any]) -> None:
+    """Fill in ``where`` and ``list_dir``, the folders of the test, where the command line leaves them out.
 
-    They are those of the checkpoint's training if they exist on this machine, else those of the data set.
-
-    Args:
-        args: gets ``where`` and ``list_dir``.
-        where: ``root_path`` or ``volume_path``, what the test cases are in.
-        saved: the arguments of the training, or nothing.
+    They are those of the training, whose arguments are ``saved``, if they exist on this machine, else those of the data
+    set.
     """
-    notes = []
     of_these_data = all(str(saved.get(name)) == str(vars(args).get(name)) for name in ("data", "fold"))
     for name in (where, "list_dir"):
         if getattr(args, name) is not None:
@@ -222,8 +208,7 @@ def _choose_folders(args: Namespace, info: DatasetInfo, where: str, saved: dict[
         before = Path(saved[name]) if of_these_data and saved.get(name) else default
         setattr(args, name, before if before.is_dir() else default)
         if getattr(args, name) != before:
-            notes.append(f"the training's --{name} {before} does not exist here, so {default} is used")
-    return notes
+            logger.info("the training's --%s %s does not exist here, so %s is used", name, before, default)
 
 
 def _remove_pictures(folder: Path) -> None:

@@ -96,15 +96,9 @@ class Predictor:
             self.model = build_network(state, checkpoint, channels).to(self.device)
         self.origin = {name: state[name] for name in ("epoch", "iteration", "git", "versions") if name in state}
         self.history = state.get("history", [])
-        num_classes, in_channels = self.model.config["num_classes"], self.model.config["in_channels"]
         self.channels = tuple(data.get("channels", ("image",) * channels))
-        self.class_names = tuple(data["class_names"] if data else DATASETS[self.dataset].names_for(num_classes))
-        if (num_classes, in_channels) != (len(self.class_names) + 1, channels):
-            raise RunError(
-                f"{checkpoint}: its network has {num_classes} classes with background and {in_channels} input "
-                f"channels, expected {len(self.class_names) + 1} and {channels} as its data have: copy it again, or "
-                "train again"
-            )
+        names = data["class_names"] if data else DATASETS[self.dataset].names_for(self.model.config["num_classes"])
+        self.class_names = tuple(names)
 
     def read(self, path: str | Path, time_point: int | None = None) -> Volume | Picture:
         """Open a scan or an image, prepared for the network. time_point: of a scan with several volumes, from 0."""

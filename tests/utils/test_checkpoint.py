@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from networks import SimMPNet
+from tests.comparison_runs import save_network
 from tests.networks.test_weights import release_state
 from utils.checkpoint import build_network, load_checkpoint, save_checkpoint
 from utils.errors import RunError
@@ -45,3 +47,13 @@ def test_a_release_checkpoint_rebuilds_its_network_and_another_state_dict_does_n
     torch.save({"weight": torch.zeros(3)}, tmp_path / "linear.pth")
     with pytest.raises(RunError, match=r"linear\.pth"):
         build_network(load_checkpoint(tmp_path / "linear.pth"), tmp_path / "linear.pth")
+
+
+def test_a_network_with_other_classes_or_channels_than_its_data_is_refused(tmp_path):
+    model = SimMPNet(4, img_size=32, img_size_dmwla=32, model_scale="pico")
+    state = load_checkpoint(save_network(tmp_path / "best.pth", model))
+    with pytest.raises(RunError, match="4 classes with background and 1 input channels, but its data have 4 and 2"):
+        build_network(state, tmp_path / "best.pth", 2)
+    state["data"]["class_names"] = ("left", "right")
+    with pytest.raises(RunError, match="but its data have 3 and 1"):
+        build_network(state, tmp_path / "best.pth", 1)
