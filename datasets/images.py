@@ -100,8 +100,8 @@ def read_picture(
     return Picture(Path(path).stem, image[None], label, class_names=class_names, preprocessing=preprocessing)
 
 
-class _Images:
-    """The images that a split's list names.
+class ImageFolder(Sequence[Picture]):
+    """The images that a split's list names, for validation and testing; ``[i]`` reads and checks one.
 
     info: facts of the data set; folder: holds ``images`` and ``masks``; num_classes counts the background. ``source``
     is the list, ``names`` the images' names, ``files`` their (image file, mask file) by name, ``kind`` what they show:
@@ -133,13 +133,16 @@ class _Images:
     def __len__(self) -> int:
         return len(self.names)
 
+    def __getitem__(self, index: int) -> Picture:
+        return self.open(index)
+
     def open(self, index: int) -> Picture:
         """Return an image with its mask as stored, checked."""
         image, mask = self.files[self.names[index]]
         return read_picture(image, mask, self.num_classes, self.class_names, self.preprocessing)
 
 
-class ImageDataset(_Images, TrainingSet):
+class ImageDataset(TrainingSet, ImageFolder):
     """The images of a split for training.
 
     An image is shrunk before it is augmented, so a photograph costs little more than a small image.
@@ -149,7 +152,7 @@ class ImageDataset(_Images, TrainingSet):
         self, info: DatasetInfo, folder: str | Path, list_dir: str | Path, split: str, num_classes: int,
         img_size: int, augment: bool = False, photometric: bool = False, seed: int = 2222,
     ):  # fmt: skip
-        _Images.__init__(self, info, folder, list_dir, split, num_classes)
+        ImageFolder.__init__(self, info, folder, list_dir, split, num_classes)
         TrainingSet.__init__(self, seed, img_size, augment, photometric)
         self.samples = self.names
 
@@ -164,10 +167,3 @@ class ImageDataset(_Images, TrainingSet):
         """Return an image at the network's size, normalised, and its label."""
         size = (self.img_size, self.img_size)
         return self.preprocessing.normalise(resize_image(image, size)), resize_mask(label, size)
-
-
-class ImageFolder(_Images, Sequence[Picture]):
-    """The images of a split for validation and testing: ``[i]`` reads and checks one and returns a Picture."""
-
-    def __getitem__(self, index: int) -> Picture:
-        return self.open(index)

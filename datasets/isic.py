@@ -27,7 +27,6 @@ INFO = DatasetInfo(
     train_script="train_isic.py",
     channels=RGB,
 )
-CLASS_NAMES = INFO.class_names
 
 IMAGES, TRUTH = "ISIC2018_Task1-2_Training_Input", "ISIC2018_Task1_Training_GroundTruth"  # the challenge's folders
 COUNTS = (1815, 259, 520)  # images for training, validation and test

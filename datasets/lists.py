@@ -12,6 +12,7 @@ from pathlib import Path
 
 from datasets.errors import DataError, brief
 from datasets.files import atomic_write
+from datasets.storage import reading
 
 ENDINGS = (".npy.h5", ".h5", ".npz")  # extensions of volumes and slices, longest first
 _OTHER_NAMES = {"val": "valid", "valid": "val"}
@@ -101,10 +102,8 @@ def read_list(list_dir: str | Path, split: str) -> list[str]:
     path = list_path(list_dir, split)
     if not path.is_file():
         raise DataError(f"{path}: no such list; give the folder that holds {split}.txt with --list_dir (see lists/)")
-    try:
+    with reading(path, "text file", "write one name per line"):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not a text file ({error.reason}); expected one name per line") from error
     entries = [line.strip() for line in lines if line.strip()]
     if not entries:
         raise DataError(f"{path}: the list is empty; write one patient, volume or slice name per line")

@@ -16,7 +16,8 @@ from datasets.image_files import ENDINGS
 from datasets.lists import files_by_name
 from datasets.preparation import Case, refuse_twins
 from datasets.preprocessing import RGB
-from datasets.scan import FOLDER_ENDINGS, PREPARED, scan_name
+from datasets.scan import FOLDER_ENDINGS, PREPARED, channel_files, scan_name
+from datasets.storage import reading
 
 JSON = "dataset.json"
 MAX_CLASSES = 255  # without background: labels are stored as uint8
@@ -61,10 +62,8 @@ def recognise(folder: str | Path) -> Raw:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object of a JSON file; raises DataError for anything else."""
-    try:
+    with reading(path, "JSON file", "correct it or copy it again"):
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path}: not a JSON file ({brief(error)}); correct it or copy it again") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds a {type(content).__name__}; expected an object with labels and channels")
     return content
@@ -95,11 +94,9 @@ def _declared(folder: Path, content: dict[str, Any]) -> Raw:
         raw.planar = label.name.lower().endswith(ENDINGS)
         if len(images) == 1 and not images[0].is_file():  # nnU-Net, version 1: the list leaves out _0000
             stem = scan_name(images[0])
-            numbered = [
-                images[0].with_name(f"{stem}_{c:04d}{images[0].name[len(stem) :]}") for c in range(len(channels))
-            ]
-            if numbered[0].is_file():
-                raw.form, images = f"nnU-Net, version 1 ({JSON})", numbered
+            first = images[0].with_name(f"{stem}_0000{images[0].name[len(stem) :]}")
+            if first.is_file():
+                raw.form, images = f"nnU-Net, version 1 ({JSON})", channel_files(first, len(channels))
         name = str(given or (label.stem if raw.planar else scan_name(label)))
         missing = [file for file in (*images, label) if not file.is_file()]
         if missing:

@@ -14,7 +14,6 @@ import numpy as np
 
 from datasets.dicom import TO_RAS, choose, itk, load_dicom
 from datasets.errors import DataError, brief
-from datasets.lists import data_name
 from datasets.preprocessing import (
     Preprocessing,
     ScanImage,
@@ -25,16 +24,8 @@ from datasets.preprocessing import (
     reorient,
     upright,
 )
-from datasets.storage import (
-    MAX_INFLATION,
-    check_declared,
-    checked_facts,
-    checked_image,
-    checked_label,
-    read_fields,
-    reading,
-)
-from datasets.volumes import Volume
+from datasets.storage import MAX_INFLATION, check_declared, checked_label, reading
+from datasets.volumes import Volume, read_volume
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +108,8 @@ def read_scan(path: str | Path | Sequence[Path], preprocessing: Preprocessing, t
     file that is missing, damaged, too large, not one scan of three axes, or not finite, and for channels that are not
     on one grid.
     """
+    from nibabel import Nifti1Header
+
     files = channel_files(path, preprocessing.channels) if isinstance(path, str | Path) else list(path)
     path = files[0]
     if path.name.lower().endswith(PREPARED):
@@ -129,6 +122,7 @@ def read_scan(path: str | Path | Sequence[Path], preprocessing: Preprocessing, t
     channels = _load_channels(files, preprocessing.channels, time_point)
     voxels, affine, *_, header = channels[0]
     measured = affine is not None
+    header = header if measured else Nifti1Header()
     if header is not None and not (header["qform_code"] or header["sform_code"]):
         logger.warning(
             "%s: its header does not give the orientation in the patient%s; left and right may be exchanged",
@@ -230,11 +224,7 @@ def write_segmentation(path: Path, volume: Volume, prediction: np.ndarray) -> No
 
 def _read_prepared(path: Path, preprocessing: Preprocessing) -> Volume:
     """Read the image of a prepared volume or slice, with or without a label, on the intensities of the network."""
-    with reading(path, "npz or HDF5 file"):
-        fields = read_fields(path, ("image",))
-        image = fields["image"]
-        image = image[None] if image.ndim == 2 + (preprocessing.channels > 1) else image  # a slice
-        volume = Volume(data_name(path), checked_image(path, image, 3), **checked_facts(path, fields))
+    volume = read_volume(path, labelled=False)
     low, high, (bottom, top) = volume.image.min(), volume.image.max(), preprocessing.stored or (0.0, 1.0)
     slack = (top - bottom) / 10
     if low < bottom - slack or not bottom + slack <= high <= top + slack:
@@ -258,21 +248,21 @@ def _load(path: Path, time_point: int | slice | None = None) -> Stored:
     """Read a scan's voxels and geometry, and check them."""
     name = path.name.lower()
     with reading(path, "scan", "copy, unpack or export it again"):
-        if path.is_dir() or name.endswith(("dicomdir", *_DICOM)) or _is_dicom(path):
+        if path.is_dir() or name.endswith(("dicomdir", *_DICOM)) or _beginning(path, 132)[128:] == b"DICM":
             stored = Stored(*load_dicom(path, None if isinstance(time_point, slice) else time_point))
         elif name.endswith(_ITK):
             stored = _load_itk(path, time_point)
         else:
             stored = _load_nibabel(path, time_point)
-    affine = stored.affine
-    if affine is None:
-        from nibabel import Nifti1Header
-
-        return stored._replace(header=Nifti1Header())
-    if not is_affine(affine) or "?" in orientation_of(affine):
+    if stored.affine is not None and (not is_affine(stored.affine) or "?" in orientation_of(stored.affine)):
         raise DataError(f"{path}: its affine does not say how the three axes run in mm; repair the header")
     _compare_forms(path, stored.header)
     return stored
+
+
+def _beginning(path: Path, count: int) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(count)
 
 
 def _compare_forms(path: Path, header: Any) -> None:
@@ -295,11 +285,6 @@ def _compare_forms(path: Path, header: Any) -> None:
         )  # fmt: skip
 
 
-def _is_dicom(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
-
-
 def _load_itk(path: Path, time_point: int | slice | None) -> Stored:
     """Load an NRRD or MetaImage file; channels count as time points."""
     import SimpleITK
@@ -320,8 +305,7 @@ def _load_itk(path: Path, time_point: int | slice | None) -> Stored:
     array = SimpleITK.GetArrayFromImage(image)  # (t, z, y, x) or (z, y, x, t)
     array = np.moveaxis(array, -1, 0) if shape[-1] > 1 else array
     array = array.reshape((count, *shape[2::-1]))[chosen]
-    with open(path, "rb") as file:
-        text = file.read(2**16)
+    text = _beginning(path, 2**16)
 
     def says(words: bytes) -> re.Match | None:
         return re.search(rb"^(%s)" % words, text, re.MULTILINE | re.IGNORECASE)
@@ -358,13 +342,11 @@ def _load_nibabel(path: Path, time_point: int | slice | None) -> Stored:
     if name.removesuffix(".gz").endswith((".hdr", ".img")):
         image = nibabel.load(path)
         data = Path(image.file_map["image"].filename)
-    with open(data, "rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
+    packed = _beginning(data, 2) == b"\x1f\x8b"
     with (gzip.open if packed else open)(data, "rb") as stream:
         if image is None:
-            start = stream.read(4)
+            is_second = stream.read(4) in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")  # 540, the length of NIfTI-2's header
             stream.seek(0)
-            is_second = 540 in (int.from_bytes(start, order) for order in ("little", "big"))
             kind = nibabel.MGHImage if is_mgh else nibabel.Nifti2Image if is_second else nibabel.Nifti1Image
             image = kind.from_stream(stream)
             if not is_mgh and not image.header["magic"].item().startswith(b"n+"):

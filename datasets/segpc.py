@@ -37,7 +37,6 @@ INFO = DatasetInfo(
     train_script="train_segpc.py",
     channels=RGB,
 )
-CLASS_NAMES = INFO.class_names
 
 CROPS_FOLDER = "data/SegPC_crops"  # where --crops writes by default
 GREYS = (0, 20, 40)  # background, cytoplasm and nucleus in the challenge's masks
@@ -94,7 +93,7 @@ def crop(image: np.ndarray, cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     (box,) = ndimage.find_objects(np.minimum(cell, 1))
     side = max(CROP_MINIMUM, math.ceil(CROP_SCALE * max(part.stop - part.start for part in box)))
-    _, nucleus = ndimage.find_objects(cell, max_label=len(CLASS_NAMES))
+    _, nucleus = ndimage.find_objects(cell, max_label=len(INFO.class_names))
     square = tuple(slice(first, first + side) for first in ((p.start + p.stop + side) // 2 for p in nucleus or box))
     # Black like the corners after a rotation; repeating the border's pixels would draw a nucleus without a label.
     return np.pad(image, ((side, side), (side, side), (0, 0)))[square], np.pad(cell, side)[square]

@@ -7,6 +7,7 @@ from pathlib import Path
 from datasets.errors import DataError, brief
 from datasets.lists import beginnings, has_path, is_slice, list_path, natural_key, patient_of, read_list
 from datasets.preparation import split_names
+from datasets.storage import reading
 
 
 def refuse_names(raw: str | Path, names: Collection[str]) -> None:
@@ -58,13 +59,9 @@ def _given(names: Sequence[str], splits: Path, left_out: Sequence[str]) -> list[
         there = [part for part in ("train", "val", "test") if list_path(splits, part).is_file()]
         lists = [{part: read_list(splits, part) for part in there}]
     else:
-        try:
+        with reading(splits, "splits_final.json", "correct it, or give another or a folder of lists as --splits"):
             lists = json.loads(splits.read_text(encoding="utf-8-sig"))
             lists = [{part: list(map(str, one[part])) for part in one} for one in lists]
-        except FileNotFoundError as error:
-            raise DataError(f"{splits}: no such file; correct --splits") from error
-        except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
-            raise DataError(f"{splits}: {brief(error)}; expected a splits_final.json or a folder of lists") from error
     for one in lists:
         missing = {"train", "val"} - {part for part in one if one[part]}
         unknown = sorted({name for part in one.values() for name in part} - {*names, *left_out})

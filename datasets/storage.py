@@ -49,7 +49,7 @@ def reading(path: str | Path, what: str, remedy: str = PREPARE) -> Iterator[None
         ) from error
 
 
-def read_fields(path: str | Path, wanted: tuple[str, ...] = ("image", "label")) -> dict[str, Any]:
+def read_fields(path: str | Path, wanted: tuple[str, ...]) -> dict[str, Any]:
     """Return the wanted arrays and the facts (keys of ``FACTS``) of a file; call it within ``reading``.
 
     path: npz where it ends in ``.npz``, else HDF5, whose facts are attributes. An image called ``img`` is returned as

@@ -99,19 +99,21 @@ def _channels_first(image: np.ndarray, several: bool) -> np.ndarray:
 
 def read_volume(
     path: str | Path, num_classes: int | None = None, label_order: LabelOrder | None = None, ndim: int = 3,
-    class_names: tuple[str, ...] | None = None,
+    class_names: tuple[str, ...] | None = None, labelled: bool = True,
 ) -> Volume:  # fmt: skip
     """Read and check one volume, HDF5 or npz; with ``ndim`` 2 one slice, whose arrays are (H, W).
 
     num_classes, with background, bounds the label ids; label_order translates a file's ids to ours; class_names are
-    those that the file must name, if it names any. Raises DataError, which names the file.
+    those that the file must name, if it names any; not labelled: read only the image. Raises DataError, which names
+    the file.
     """
     with reading(path, "npz or HDF5 file"):
-        fields = read_fields(path)
+        fields = read_fields(path, ("image", "label") if labelled else ("image",))
         image = checked_image(path, fields["image"], ndim)
         facts = checked_facts(path, fields)
-        named = facts.get("class_names", ())
-        label = checked_label(path, fields["label"], image.shape[:ndim], None if label_order else num_classes)
+        named, label = facts.get("class_names", ()), fields.get("label")
+        if label is not None:
+            label = checked_label(path, label, image.shape[:ndim], None if label_order else num_classes)
         if label_order:
             label = label_order.apply(path, label, named)
             facts["class_names"] = named = label_order.class_names

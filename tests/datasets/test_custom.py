@@ -157,7 +157,7 @@ def listed(raw: Path, *names: str) -> None:
 NOWHERE = [{"image": "x", "label": "y"}]
 BAD = {
     "nothing": (lambda raw: shutil.rmtree(raw / "imagesTr") or (raw / JSON).unlink(), ["raw", "expected dataset.json"]),
-    "no json": (lambda raw: (raw / JSON).write_text("{"), [JSON, "not a JSON file"]),
+    "no json": (lambda raw: (raw / JSON).write_text("{"), [JSON, "not a readable JSON file"]),
     "no labels": (lambda raw: write_json(raw, labels={}), [JSON, 'declares no "labels"']),
     "regions": (replace_label(background=0, whole=[1, 2]), ["whole", "regions are not supported"]),
     "ignore": (replace_label(background=0, organ=1, ignore=2), ["ignore"]),
