@@ -1,6 +1,6 @@
 """Segment scans or photographs of your own with a trained checkpoint.
 
-A scan, a DICOM series (its folder, one of its files, or a DICOMDIR), or a folder of scans:
+A scan, a DICOM series (its folder, one of its files, or a DICOMDIR), or a folder of scans or of folders of series:
     python predict.py --checkpoint runs/synapse/best.pth --input scan.nii.gz --output seg.nii.gz
     python predict.py --checkpoint runs/synapse/best.pth --input dicom_folder --output seg.nii.gz
     python predict.py --checkpoint runs/synapse/best.pth --input scans --output segmentations --overlays 3
@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets import DATASETS, DataError
+from datasets.dicom import several_series
 from datasets.errors import brief
 from datasets.files import atomic_write, check_writable, file_stem
 from datasets.image_files import ENDINGS as IMAGE_ENDINGS
@@ -65,7 +66,7 @@ def parse_args() -> Namespace:
 
 
 def find_inputs(source: Path, planar: bool, channels: int) -> list[Path]:
-    """Return the scans or images that --input names: those in a folder, or the one file or DICOM series.
+    """Return the scans or images that --input names: those in a folder, its DICOM series, or the one file or series.
 
     Of a scan of several channels in files of their own, it is the first.
     """
@@ -86,6 +87,8 @@ def find_inputs(source: Path, planar: bool, channels: int) -> list[Path]:
         found = list(dict.fromkeys(channel_files(path, channels)[0] for path in found))
     if planar and source.is_dir() and not found:
         raise RunError(f"--input {source} contains no image ({', '.join(endings)})")
+    if inside and not found:
+        found = several_series(source)
     return found or [source]
 
 

@@ -52,6 +52,19 @@ def load_dicom(path: Path, time_point: int | None = None) -> tuple[np.ndarray, n
     return _pixels(slices), affine
 
 
+def several_series(folder: Path) -> list[Path]:
+    """Return the subfolders and files of a folder that are a DICOM series each, or none if it is one series in all."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        header = next((header for file in files if file.is_file() and not _kind(header := _header(file))), None)
+        if header is not None and header.get("SeriesInstanceUID") in found:
+            return []
+        if header is not None:
+            found[header.get("SeriesInstanceUID")] = path
+    return list(found.values()) if len(found) > 1 else []
+
+
 def choose(path: Path, count: int, time_point: int | slice | None, what: str) -> int | slice:
     """Return the index of the wanted one of ``count`` volumes; raises DataError if that is not clear.
 

@@ -144,6 +144,22 @@ def test_what_a_folder_holds_besides_scans_is_named(predict, tmp_path):
     assert line.endswith(": notes.txt, series/")
 
 
+def test_a_folder_of_patients_gives_a_segmentation_for_each_of_their_dicom_series(predict, tmp_path):
+    folder, out = tmp_path / "patients", tmp_path / "out"
+    write_dicom(folder / "a" / "study", first=0)
+    write_dicom(folder / "b", SeriesInstanceUID="1.2.5")
+    (folder / "LICENSE").write_text("of the archive")
+    write_dicom(folder / "reports", [0], SOPClassUID="1.2.840.10008.5.1.4.1.1.481.5", SeriesInstanceUID="1.9")
+    predict("--input", folder, "--output", out).succeeded()
+    write_dicom(folder / "b" / "more", SeriesInstanceUID="1.2.6")
+    done = predict("--input", folder, "--output", out)
+    assert done.status == 1 and "contains 2 DICOM series" in done.error and "1 of 2" in done.error
+    write_dicom(folder, range(2), SeriesInstanceUID="1.2.7")
+    assert_one_line(predict("--input", folder, "--output", out), "contains 4 DICOM series")
+    assert {path.name for path in out.glob("*.nii.gz")} == {"a.nii.gz", "b.nii.gz"}
+    assert len(pd.read_csv(out / "volumes.csv")) == len(NAMES)
+
+
 @pytest.mark.parametrize(("sides", "axis"), [((1, 8, 1.5), "second"), ((8, 1, 1.5), "first"), ((1, 1, 8), None)])
 @pytest.mark.parametrize("orientation", [None, "LAS"])
 def test_slices_along_another_axis_are_warned_of_unless_the_network_turns_scans(
