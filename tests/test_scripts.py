@@ -149,6 +149,8 @@ def test_bad_data_is_one_line_before_anything_is_written(data, run_script, damag
     [
         (["--img_size", "100"], ["img_size", "96", "128"]),
         (["--unknown", "1"], ["--unknown"]),
+        (["--max-epochs=3"], ["did you mean --max_epochs?"]),
+        (["--network", "unett"], ["did you mean unet?"]),
         (["--resume", "nowhere.pth"], ["nowhere.pth"]),
         ([], ["nowhere", "prepare_data.py", "download"]),
     ],

@@ -11,6 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,6 +47,10 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False} | options)
 
     def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"(?:arguments: .*?(?=--)|choice: ')([^ =']+)", message)
+        known = re.findall(r"[\w-]+", message.partition("choose from")[2]) or [*self._option_string_actions]
+        if close := wrong and get_close_matches(wrong[1], known, 1):
+            message += f", did you mean {close[0]}?"
         self.exit(1, f"{self.prog}: error: {_one_line(message)} (see {self.prog} --help)\n")
 
 
