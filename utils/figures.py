@@ -13,15 +13,11 @@ from datasets.files import atomic_write, file_stem
 from utils.metrics import dice_only
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = ("#E69F00", "#56B4E9", "#D55E00", "#009E73", "#F0E442", "#CC79A7", "#0072B2", "#FFFFFF")
 """Okabe and Ito's colours, which colour-blind people can distinguish; those that stand out on grey come first."""
-
-History = Sequence[Mapping[str, Any]]
-"""Rows of metrics.csv, numbers or text."""
 
 
 def class_colour(c: int) -> str:
@@ -146,87 +142,73 @@ def save_picture_overlay(path: str | Path, image: np.ndarray, mask: np.ndarray) 
         picture.save(temporary)
 
 
-def save_progress(path: str | Path, history: History) -> None:
+def save_progress(path: str | Path, history: Sequence[Mapping[str, Any]]) -> None:
     """Draw the course of a training: losses with the learning rate, validation Dice, K, cluster use and gates.
 
-    The columns are ``epoch``, all ``*_loss``, ``val_dice`` in [0, 1], ``k``, ``lr``, ``cluster_use`` in [0, 1] and all
-    ``gate*`` in [0, 1]. A value that is missing, empty or NaN is not drawn.
+    history: rows of metrics.csv, numbers or text. Drawn are over ``epoch`` all ``*_loss``, ``val_dice`` in [0, 1],
+    ``k``, ``lr``, ``cluster_use`` in [0, 1] and all ``gate*`` in [0, 1]; of gates a kind has a colour, a level a line
+    style. A value that is missing, empty or not finite is not drawn.
     """
+    import pandas as pd
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    has_gates = any(name.startswith("gate") for row in history for name in row)
-    figure = Figure(figsize=(15 if has_gates else 10, 6.4), layout="constrained")
+    numbers = pd.DataFrame(list(history)).apply(pd.to_numeric, errors="coerce").replace([-np.inf, np.inf], np.nan)
+    losses = [name for name in numbers if name.endswith("_loss")]
+    gates = [name for name in numbers if name.startswith("gate")]
+    figure = Figure(figsize=(15 if gates else 10, 6.4), layout="constrained")
     rows = [["loss", "dice"], ["k", "use"]]
-    panels = figure.subplot_mosaic([[*row, "gates"] for row in rows] if has_gates else rows, sharex=True)
-    loss, dice, k, use, *gates = panels.values()
-    names = dict.fromkeys(name for row in history for name in row if name.endswith("_loss"))
-    for name, colour in zip(names, (COLOURS[6], *COLOURS), strict=False):
-        draw_series(loss, "loss", history, name, colour, label=name.removesuffix("_loss"))
-    if len(names) > 1:
-        loss.legend(frameon=False)
-    rate = loss.twinx()
-    draw_series(rate, "learning rate (dotted)", history, "lr", "0.5", linestyle=":")
-    rate.grid(False)
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    rate.set_ylim(bottom=0)
+    panels = figure.subplot_mosaic([[*row, "gates"] for row in rows] if gates else rows, sharex=True)
+    panels["rate"] = panels["loss"].twinx()
+
+    def draw(panel: str, title: str, name: str, colour: str, scale: float = 1, **style: Any) -> pd.DataFrame:
+        """Draw a column; return its points, with columns ``epoch`` and ``name``."""
+        points = numbers.reindex(columns=["epoch", name]).dropna()
+        points[name] *= scale
+        marker = "." if len(points) < 40 else None
+        panels[panel].plot(points["epoch"], points[name], color=colour, marker=marker, **style)
+        panels[panel].set_ylabel(title)
+        panels[panel].grid(alpha=0.3)
+        return points
+
+    for name, colour in zip(losses, (COLOURS[6], *COLOURS), strict=False):
+        draw("loss", "loss", name, colour, label=name.removesuffix("_loss"))
+    draw("rate", "learning rate (dotted)", "lr", "0.5", linestyle=":")
     selected_on = "test" if any(row.get("selected_on") == "test" for row in history) else "val"
-    points = draw_series(dice, f"{dice_name(selected_on)} [%]", history, "val_dice", COLOURS[2], scale=100)
+    points = draw("dice", f"{dice_name(selected_on)} [%]", "val_dice", COLOURS[2], 100)
     if len(points):
         epoch, best = points.loc[points["val_dice"].idxmax()]
-        dice.plot(epoch, best, "*", color="black", markersize=12)
-        dice.set_title(f"best {best:.2f} % in epoch {epoch:.0f}", fontsize=10)
-    draw_series(k, "K (columns replaced)", history, "k", COLOURS[3])
-    draw_series(use, "clusters in use [%]", history, "cluster_use", COLOURS[5], scale=100)
-    use.set_ylim(-4, 104)
-    k.set_ylim(bottom=0)
-    for axes in gates:
-        draw_gates(axes, history)
-    for axes in (k, use, *gates):
-        count_epochs(axes)
+        panels["dice"].plot(epoch, best, "*", color="black", markersize=12)
+        panels["dice"].set_title(f"best {best:.2f} % in epoch {epoch:.0f}", fontsize=10)
+    draw("k", "K (columns replaced)", "k", COLOURS[3])
+    draw("use", "clusters in use [%]", "cluster_use", COLOURS[5], 100)
+    kinds = list(dict.fromkeys(name.rstrip("_1234") for name in gates))
+    for name in gates:
+        line = ("-", "--", "-.", ":")[int(name[-1]) - 1 if name[-1].isdigit() else 0]
+        colour = COLOURS[kinds.index(name.rstrip("_1234"))]
+        draw("gates", "gates let through [%]", name, colour, 100, linestyle=line, label=name)
+    if len(losses) > 1:
+        panels["loss"].legend(frameon=False)
+    if gates:
+        panels["gates"].legend(frameon=False, fontsize="x-small", ncols=2)
+    panels["rate"].grid(False)
+    panels["rate"].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    for name, axes in panels.items():
+        if name in ("use", "gates"):
+            axes.set_ylim(-4, 104)
+        if name in ("rate", "k"):
+            axes.set_ylim(bottom=0)
+        if name in ("k", "use", "gates"):  # whole epochs, also if there is only one
+            axes.set_xlabel("epoch")
+            low, high = axes.get_xlim()
+            axes.set_xlim(min(low, (low + high - 1) / 2), max(high, (low + high + 1) / 2))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     save_figure(figure, path)
-
-
-def draw_gates(axes: "Axes", history: History) -> None:
-    """Draw the mean of every gate (``SimMPNet.gates``) over the epochs; a kind has a colour, a level a line style."""
-    names = dict.fromkeys(name for row in history for name in row if name.startswith("gate"))
-    kinds = list(dict.fromkeys(name.rstrip("_1234") for name in names))
-    for name in names:
-        kind, level = name.rstrip("_1234"), int(name[-1]) if name[-1].isdigit() else 1
-        style = dict(linestyle=("-", "--", "-.", ":")[level - 1], label=name)
-        draw_series(axes, "gates let through [%]", history, name, COLOURS[kinds.index(kind)], scale=100, **style)
-    axes.set_ylim(-4, 104)
-    if names:
-        axes.legend(frameon=False, fontsize="x-small", ncols=2)
 
 
 def dice_name(selected_on: str | None) -> str:
     """Return what to call the Dice that chooses the best epoch, where ``selected_on`` is ``val`` or ``test``."""
     return "Dice on the test volumes" if selected_on == "test" else "validation Dice"
-
-
-def draw_series(
-    axes: "Axes", title: str, history: History, key: str, colour: str, scale: float = 1, **style: Any
-) -> "pd.DataFrame":
-    """Draw one column over the epochs; return the points with a finite number, columns ``epoch`` and ``key``."""
-    import pandas as pd
-
-    points = pd.DataFrame(list(history), columns=["epoch", key]).apply(pd.to_numeric, errors="coerce").astype(float)
-    points = points[np.isfinite(points).all(axis=1)]
-    points[key] *= scale
-    axes.plot(points["epoch"], points[key], color=colour, marker="." if len(points) < 40 else None, **style)
-    axes.set_ylabel(title)
-    axes.grid(alpha=0.3)
-    return points
-
-
-def count_epochs(axes: "Axes") -> None:
-    """Label the x axis with whole epochs, also if there is only one."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_xlabel("epoch")
-    low, high = axes.get_xlim()
-    axes.set_xlim(min(low, (low + high - 1) / 2), max(high, (low + high + 1) / 2))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def save_figure(figure: "Figure", path: str | Path) -> None:

@@ -4,12 +4,12 @@
     python -m utils.inspection --checkpoint runs/acdc/best.pth --input scan.nii.gz --slice 5
 
 Writes into the folder inspection beside the checkpoint, or a folder in it for each slice that is looked at:
-    memory_use.png     over the epochs, share of clusters in use and K; share of an epoch's keys in each cluster
+    memory_use.png     share of the last epoch's keys in each cluster, for each block
     prototypes.png     cosine similarity of the prototypes of each block
     clusters.png       with --input: the cluster of each token over the image, for each block
     windows.png        with --input: the two windows that DS-GIM selects, for each of its positions
     gates.png          with --input: the gate between the encoders and the decoder's spatial gates over the image, and
-                       the mean of every gate; without it, the means over the epochs
+                       the mean of every gate
 A cluster has the same colour in clusters.png and in memory_use.png. The two pictures may disagree: training assigns a
 key to the cluster with the largest dot product, a token reads the cluster with the largest cosine.
 """
@@ -31,28 +31,18 @@ from datasets.files import file_stem
 from networks import SimMPNet
 from utils.cli import ArgumentParser, run_script
 from utils.errors import RunError
-from utils.figures import (
-    COLOURS,
-    History,
-    count_epochs,
-    draw_gates,
-    draw_series,
-    make_panels,
-    save_figure,
-    upright_steps,
-)
+from utils.figures import COLOURS, make_panels, save_figure, upright_steps
 from utils.onnx_network import is_onnx
 from utils.predictor import Predictor
 
 logger = logging.getLogger("inspect")
 
 
-def inspect(model: SimMPNet, history: History, volume: Volume | Picture | None = None, z: int = 0) -> dict[str, Figure]:
+def inspect(model: SimMPNet, volume: Volume | Picture | None = None, z: int = 0) -> dict[str, Figure]:
     """Draw everything that there is something for; return the figures by name.
 
     Args:
         model: on the CPU; is put into evaluation mode, its memory frozen.
-        history: rows of ``metrics.csv``, or none.
         volume: what to look at; without it, clusters, windows and gates are not drawn.
         z: the slice of it.
 
@@ -64,9 +54,8 @@ def inspect(model: SimMPNet, history: History, volume: Volume | Picture | None =
     figures = {}
     if banks and not in_use:
         logger.warning("the memory is in its warm-up: it has no clusters and no prototypes yet")
-    if banks and (in_use or history):
-        figures["memory_use"] = draw_memory_use(history, {name: b.key_counts.numpy() for name, b in banks.items()})
     if in_use:
+        figures["memory_use"] = draw_memory_use({name: bank.key_counts.numpy() for name, bank in banks.items()})
         figures["prototypes"] = draw_prototypes({name: bank.prototypes for name, bank in banks.items()})
     if volume is not None:
         for bank in banks.values():
@@ -80,35 +69,22 @@ def inspect(model: SimMPNet, history: History, volume: Volume | Picture | None =
         if seen.windows is not None:
             figures["windows"] = draw_windows(image, seen.windows[0].numpy().reshape(-1, 2, 2)[:, steps[0], steps[1]])
         figures["gates"] = draw_gates_of_image(image, {name: m[0, 0].numpy()[steps] for name, m in seen.gates.items()})
-    elif any(name.startswith("gate") for row in history for name in row):
-        figures["gates"] = Figure(figsize=(8, 6), layout="constrained")
-        draw_gates(figures["gates"].subplots(), history)
     if not figures:
         raise RunError("nothing to draw: no memory is in use, and windows and gates need --input")
     return figures
 
 
-def draw_memory_use(history: History, key_counts: Mapping[str, np.ndarray]) -> Figure:
-    """Draw, over the epochs, the share of clusters in use and K, and the share of keys in each cluster.
-
-    key_counts: keys in the checkpoint's epoch, (num_clusters,) by name of the block.
-    """
-    figure = Figure(figsize=(10, 6.4), layout="constrained")
-    axes = figure.subplot_mosaic([["use", "k"], ["keys", "keys"]])
-    draw_series(axes["use"], "clusters in use [%]", history, "cluster_use", COLOURS[5], scale=100)
-    axes["use"].set_ylim(-4, 104)
-    draw_series(axes["k"], "K (columns replaced)", history, "k", COLOURS[3], label="encoder", linewidth=4)
-    draw_series(axes["k"], "K (columns replaced)", history, "k_decoder", COLOURS[6], label="decoder", linestyle="--")
-    axes["k"].set_ylim(bottom=0)
-    axes["k"].legend(frameon=False)
-    for name in ("use", "k"):
-        count_epochs(axes[name])
+def draw_memory_use(key_counts: Mapping[str, np.ndarray]) -> Figure:
+    """Draw the share of keys in each cluster; key_counts: of the last epoch, (num_clusters,) by name of block."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots()
     for name, counts in key_counts.items():
         share = 100 * counts / max(counts.sum(), 1)
-        below = share.cumsum() - share
-        axes["keys"].bar([name] * len(share), share, bottom=below, color=_colours(len(share)), edgecolor="white")
-    axes["keys"].set_ylabel("keys of the last epoch,\nby cluster [%]")
-    axes["keys"].tick_params(axis="x", rotation=90)
+        axes.bar(
+            [name] * len(share), share, bottom=share.cumsum() - share, color=_colours(len(share)), edgecolor="white"
+        )
+    axes.set_ylabel("keys of the last epoch,\nby cluster [%]")
+    axes.tick_params(axis="x", rotation=90)
     return figure
 
 
@@ -211,7 +187,7 @@ def main() -> None:
         if not 0 <= z < depth:
             raise RunError(f"--slice {z}: {args.input} has {depth} slices, numbered from 0")
         folder /= file_stem(volume.name) + f"_slice{z}" * (depth > 1)
-    for name, figure in inspect(predictor.model, predictor.history, volume, z).items():
+    for name, figure in inspect(predictor.model, volume, z).items():
         save_figure(figure, folder / f"{name}.png")
     logger.info("figures are in %s", folder)
 

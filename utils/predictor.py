@@ -52,7 +52,6 @@ class Predictor:
         channels: names of the channels, in order.
         dataset: what it was trained on, or None if that is not known.
         origin: epoch, iteration, git revision and versions of the checkpoint, as far as it has them.
-        history: rows of ``metrics.csv``, or none.
 
     Raises:
         RunError, DataError, NetworkError: the checkpoint is missing or damaged, or does not fit the other arguments.
@@ -95,7 +94,6 @@ class Predictor:
         if not is_onnx(checkpoint):
             self.model = build_network(state, checkpoint, channels).to(self.device)
         self.origin = {name: state[name] for name in ("epoch", "iteration", "git", "versions") if name in state}
-        self.history = state.get("history", [])
         self.channels = tuple(data.get("channels", ("image",) * channels))
         names = data["class_names"] if data else DATASETS[self.dataset].names_for(self.model.config["num_classes"])
         self.class_names = tuple(names)

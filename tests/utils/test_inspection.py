@@ -17,10 +17,6 @@ from utils import inspection
 from utils.inspection import inspect
 
 SIZE = 64
-HISTORY = [
-    {"epoch": e, "k": 50 - e, "k_decoder": 50, "cluster_use": e / 9, "gate": 1 / e, "val_dice": 0.5}
-    for e in range(1, 9)
-]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +69,7 @@ def test_observing_shows_every_block_and_changes_nothing(model):
 
 def test_the_command_writes_every_picture(model, tmp_path, run_script):
     """Of a volume whose rows and columns are reversed to draw it upright."""
-    checkpoint = save_network(tmp_path / "run" / "best.pth", model, history=HISTORY)
+    checkpoint = save_network(tmp_path / "run" / "best.pth", model)
     image = np.random.default_rng(0).random((3, 80, 70), np.float32)
     volume = Volume("case", image, np.zeros((3, 80, 70), np.uint8), affine=np.diag([1.5, 1.5, 8.0, 1.0]))
     write_volume(tmp_path / "case.npy.h5", volume)
@@ -85,27 +81,27 @@ def test_the_command_writes_every_picture(model, tmp_path, run_script):
     assert (folder.parent / "one" / "clusters.png").is_file()
     names = {"memory_use", "prototypes", "clusters", "windows", "gates"}
     assert {path.stem for path in folder.glob("*.png")} == names
+    assert inspect(model).keys() == {"memory_use", "prototypes"}  # without an image
     for path in folder.glob("*.png"):
         with Image.open(path) as picture:
             assert np.asarray(picture).std() > 0
 
 
 @pytest.mark.parametrize(
-    ("ablation", "in_use", "history", "pictures"),
+    ("ablation", "in_use", "pictures"),
     [
-        ({}, True, [], {"memory_use", "prototypes"}),
-        ({}, False, HISTORY, {"memory_use", "gates"}),
-        (dict(attention="plain"), True, [], {"windows", "gates"}),
-        (dict(encoders="maxvit"), True, HISTORY, {"memory_use", "prototypes", "clusters", "gates"}),
+        (dict(attention="plain"), True, {"windows", "gates"}),
+        (dict(encoders="maxvit"), True, {"memory_use", "prototypes", "clusters", "gates"}),
+        (dict(encoders="maxvit"), False, {"gates"}),
     ],
-    ids=["no image", "warm-up", "plain", "maxvit"],
+    ids=["plain", "maxvit", "warm-up"],
 )
-def test_what_there_is_is_drawn(model, ablation, in_use, history, pictures):
+def test_what_there_is_is_drawn(model, ablation, in_use, pictures):
     ablated = SimMPNet(**model.config | ablation)
     if in_use:
         past_warm_up(ablated)
     image = np.random.default_rng(0).random((SIZE, SIZE), np.float32)
-    assert inspect(ablated, history, volume_of(image) if ablation else None).keys() == pictures
+    assert inspect(ablated, volume_of(image)).keys() == pictures
 
 
 def test_pictures_are_drawn_upright(model, monkeypatch):
@@ -114,7 +110,7 @@ def test_pictures_are_drawn_upright(model, monkeypatch):
         monkeypatch.setattr(inspection, name, lambda *what: drawn.append(what))
     image = np.random.default_rng(0).random((SIZE, SIZE), np.float32)
     for y in (-1.0, 1.0):  # rows run to the back, or to the front
-        inspect(model, [], volume_of(image, np.diag([-1.0, y, 1.0, 1.0])))
+        inspect(model, volume_of(image, np.diag([-1.0, y, 1.0, 1.0])))
     for (whole, overlay, *_), (turned, turned_overlay, *_) in zip(drawn[:3], drawn[3:], strict=True):
         np.testing.assert_array_equal(turned, whole[::-1])
         maps, turned_maps = (x if isinstance(x, dict) else {"": x} for x in (overlay, turned_overlay))
