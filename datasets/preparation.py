@@ -168,6 +168,7 @@ def prepare_images(
     """
     if Path(raw).resolve() == Path(out).resolve():
         raise DataError(f"{out}: this is the raw folder, and its masks would be overwritten; give another --out")
+    refuse_twins(cases)
     mask_file = partial(_mask_file, out)
     names = [case.name for case in cases]
     there = [path.stem for path in Path(out, MASK_FOLDER).glob("*.png")]

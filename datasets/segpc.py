@@ -19,7 +19,7 @@ from datasets.errors import DataError, brief
 from datasets.image_files import image_files, image_of
 from datasets.info import DatasetInfo
 from datasets.lists import write_lists
-from datasets.preparation import Case, Pair, prepare_images, read_pair, ready_made, refuse_twins, split_names
+from datasets.preparation import Case, Pair, prepare_images, read_pair, ready_made, split_names
 from datasets.preprocessing import RGB, ColourPreprocessing
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def crop(image: np.ndarray, cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _find_images(raw: Path) -> dict[str, list[Case]]:
-    """Return the images with masks for train and test; raises DataError where there are none, or two of one name."""
+    """Return the images with masks for train and test; raises DataError where there are none."""
     INFO.require(raw)
     part_of_raw = PARTS.get(raw.resolve().name, "train")
     parts: dict[str, list[Case]] = {"train": [], "test": []}
@@ -114,7 +114,6 @@ def _find_images(raw: Path) -> dict[str, list[Case]]:
             f"{raw}: holds no x/<id>.bmp with masks y/<id>_<k>.bmp, directly or in train, valid and test, and no "
             f"images/<id> with masks/<id>.png; {INFO.how_to_get}"
         )
-    refuse_twins(case for part in parts.values() for case in part)
     return parts
 
 

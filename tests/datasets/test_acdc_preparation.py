@@ -8,9 +8,8 @@ import nibabel
 import numpy as np
 import pytest
 
-from datasets import acdc, read_slice, read_volume, volumes
+from datasets import acdc, read_slice, read_volume
 from datasets.preprocessing import reorient
-from tests.datasets.test_segpc import interrupted
 
 AFFINE = np.array([[-1.5, 0, 0, 40], [0, -1.25, 0, 60], [0, 0, 8, -20], [0, 0, 0, 1.0]])
 SHAPE = (11, 13, 4)  # nibabel's (x, y, z)
@@ -97,29 +96,6 @@ def test_what_was_prepared_inside_the_raw_folder_is_not_raw_and_a_missing_slice_
         assert acdc.prepare(raw, raw, overwrite=True) == NAMES[:1]
     assert f"slice 3 of {NAMES[0]} is missing" in caplog.text
     assert len(read_volume(raw / "test_vol_h5" / f"{NAMES[0]}.npy.h5").image) == 3
-
-
-def times(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.*")}
-
-
-def test_an_interrupted_preparation_continues_where_it_stopped(raw, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    monkeypatch.setattr(volumes, "atomic_write", interrupted(2 * (SHAPE[2] + 1) + 2))
-    with pytest.raises(OSError, match="slice001"):
-        acdc.prepare(raw, out)
-    monkeypatch.undo()
-    before = times(out)
-    assert len(before) == 2 * (SHAPE[2] + 1) + 1
-    for path in before:
-        (read_volume if path.suffix == ".h5" else read_slice)(path, 4)
-    acdc.prepare(raw, out)
-    after = times(out)
-    assert len(after) == 4 * (SHAPE[2] + 1)
-    assert all(after[path] == before[path] for path in before if path.name.startswith("patient001"))
-
-    acdc.prepare(raw, out, overwrite=True)
-    assert all(time > after[path] for path, time in times(out).items())
 
 
 def test_two_processes_write_the_same_files_and_report_errors(raw, tmp_path, refused):

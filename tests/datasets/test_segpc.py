@@ -1,17 +1,12 @@
 """SegPC's cell masks become one mask per image, or one crop per cell, split by image."""
 
-import itertools
 import logging
-import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from datasets import preparation, segpc
-from datasets.files import atomic_write
 from datasets.image_files import read_image, read_mask
 from datasets.images import ImageFolder
 from datasets.lists import read_list
@@ -120,41 +115,6 @@ def test_a_ready_made_folder_is_taken_as_it_is(tmp_path, refused):
     refused(lambda: segpc.prepare(first, tmp_path / "crops", crops=True), first / "masks", "one per cell")
     refused(lambda: segpc.prepare(first, first), first, "--out")
     refused(lambda: segpc.prepare(tmp_path / "raw", first, crops=True), first, "_cell3 a crop", "--out")
-
-
-def interrupted(stop):
-    """Return an atomic_write for which the disk is full in the middle of its ``stop``-th file."""
-    calls = itertools.count(1)
-
-    @contextmanager
-    def write(path):
-        with atomic_write(path) as temporary:
-            if next(calls) == stop:
-                temporary.write_bytes(b"half of it")
-                raise OSError(28, "No space left on device")
-            yield temporary
-
-    return write
-
-
-@pytest.mark.parametrize("crops", [False, True])
-def test_an_interrupted_preparation_continues_where_it_stopped(tmp_path, monkeypatch, crops):
-    raw, out = write_raw(tmp_path / "raw", ["1", "2"], CELLS[:2]), tmp_path / "out"
-    names = segpc.prepare(raw, tmp_path / "whole", crops=crops)
-    for stop in range(1, 2 * len(names) + 1):
-        shutil.rmtree(out, ignore_errors=True)
-        monkeypatch.setattr(preparation, "atomic_write", interrupted(stop))
-        with pytest.raises(OSError, match="No space left"):
-            segpc.prepare(raw, out, crops=crops)
-        monkeypatch.undo()
-        before = {path: path.stat().st_mtime_ns for path in out.glob("masks/*")}
-        segpc.prepare(raw, out, crops=crops)
-        assert files(out) == files(tmp_path / "whole")
-        assert all(path.stat().st_mtime_ns == time for path, time in before.items())  # finished images are skipped
-    monkeypatch.setattr(preparation, "atomic_write", interrupted(2))
-    with pytest.raises(OSError, match="No space left"):
-        segpc.prepare(raw, out, overwrite=True, crops=crops)
-    assert not (out / "masks" / f"{names[0]}.png").exists()  # an old mask must not stay beside a new image
 
 
 def test_unfit_raw_folders_are_refused(tmp_path, refused):
