@@ -14,11 +14,11 @@ The lists decide which of them train, validate and test. An interrupted preparat
 import argparse
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from datasets import DATASETS, acdc, custom, isic, phantom, segpc, synapse
 from datasets.errors import counted
-from datasets.info import SLICE_FOLDER, VOLUME_FOLDER
 from datasets.lists import PATTERN_HELP
 from utils.cli import ArgumentParser, number, run_script
 
@@ -83,16 +83,13 @@ def main() -> None:
     names = SETS[name][0](**options)
 
     info = custom.info_of(out) if name == "custom" else DATASETS[name]
-    written = (
-        out / "lists" / ("fold_0" if name == "custom" else "")
-    )  # by this preparation; without these the lists in git are used
-    list_dir = written if written.is_dir() else Path(info.list_dir)
-    root, volumes = (out, out) if info.planar else (out / SLICE_FOLDER, out / VOLUME_FOLDER)
-    where = info.flags(root, volumes, list_dir)
+    written = out / "lists" / ("fold_0" if name == "custom" else "")
+    list_dir = written if written.is_dir() else Path(info.list_dir)  # without lists of its own those in git
+    made = replace(info, folder=str(out))
+    where = info.flags(made.root_path, made.volume_path, list_dir)
     splits = [split for split in info.splits if (list_dir / f"{split}.txt").is_file()]
     only = "" if len(splits) == len(info.splits) else f" --splits {' '.join(splits)}"
-    made = counted(len(names), "image" if info.planar else "volume")
-    logger.info("prepared in %s: %s", out, made)
+    logger.info("prepared in %s: %s", out, counted(len(names), "image" if info.planar else "volume"))
     checked = info.train_script.replace("train_custom.py", "custom") if name == "custom" else name
     logger.info("next, check them:  python -m utils.verify %s", f"{checked} {where}{only}".rstrip())
     if name == "phantom":  # needs no downloaded weights

@@ -7,8 +7,8 @@ names and lists are as for ACDC. Each patient has one or two frames; in the seco
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
@@ -17,7 +17,7 @@ from datasets.acdc import CLASS_NAMES
 from datasets.errors import DataError
 from datasets.info import DatasetInfo
 from datasets.lists import write_lists
-from datasets.preparation import prepare_volumes
+from datasets.preparation import Case, prepare_volumes
 from datasets.preprocessing import to_unit
 from datasets.volumes import Volume
 
@@ -33,15 +33,6 @@ INFO = DatasetInfo(
     how_to_get="make it: python prepare_data.py phantom",
     train_script="train_acdc.py",
 )
-
-
-class Case(NamedTuple):
-    """One frame of one simulated patient."""
-
-    name: str
-    patient: int
-    contracted: bool
-    seed: int
 
 
 def write_phantom(
@@ -60,23 +51,24 @@ def write_phantom(
         )
     patients = {number: f"patient{number:03d}" for number in range(1, sum(num_patients) + 1)}
     cases = [
-        Case(f"{name}_frame{frame:02d}", patient, frame > 1, seed)
+        Case(f"{name}_frame{frame:02d}", ())
         for patient, name in patients.items()
         for frame in (1, 8)[: 1 + int(np.random.default_rng((seed, patient)).integers(2))]
     ]
-    prepare_volumes(make_volume, cases, out, jobs, overwrite=True)
+    prepare_volumes(partial(make_volume, seed), cases, out, jobs, overwrite=True)
     names, train, val = list(patients.values()), num_patients[0], sum(num_patients[:2])
     parts = {"train": names[:train], "val": names[train:val], "test": names[val:], "trainval": names[:val]}
     write_lists(Path(out) / "lists", parts)
     return [case.name for case in cases]
 
 
-def make_volume(case: Case) -> Volume:
+def make_volume(seed: int, case: Case) -> Volume:
     """Make the Volume of one case: 7 to 9 slices of about 96 x 104, intensities in [0, 1]."""
-    anatomy = np.random.default_rng((case.seed, case.patient, 1))
+    patient, contracted = int(case.name[7:].partition("_")[0]), not case.name.endswith("frame01")
+    anatomy = np.random.default_rng((seed, patient, 1))
     shape = tuple(int(anatomy.integers(low, high)) for low, high in ((7, 10), (88, 105), (96, 113)))
-    label, brightness = _draw_heart(shape, anatomy, case.contracted)
-    image = to_unit(_scan(brightness, np.random.default_rng((case.seed, case.patient, 2, case.contracted))))
+    label, brightness = _draw_heart(shape, anatomy, contracted)
+    image = to_unit(_scan(brightness, np.random.default_rng((seed, patient, 2, contracted))))
     return Volume(case.name, image, label, SPACING, np.diag([*SPACING[::-1], 1.0]), CLASS_NAMES)
 
 

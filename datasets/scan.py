@@ -250,10 +250,10 @@ def _load(path: Path, time_point: int | slice | None = None) -> Stored:
     with reading(path, "scan", "copy, unpack or export it again"):
         if path.is_dir() or name.endswith(("dicomdir", *_DICOM)) or _beginning(path, 132)[128:] == b"DICM":
             stored = Stored(*load_dicom(path, None if isinstance(time_point, slice) else time_point))
-        elif name.endswith(_ITK):
-            stored = _load_itk(path, time_point)
         else:
-            stored = _load_nibabel(path, time_point)
+            stored = _load_itk(path) if name.endswith(_ITK) else _load_nibabel(path)  # voxels (t, z, y, x)
+            chosen = choose(path, len(stored.voxels), time_point, "volumes")
+            stored = stored._replace(voxels=stored.voxels[chosen])
     if stored.affine is not None and (not is_affine(stored.affine) or "?" in orientation_of(stored.affine)):
         raise DataError(f"{path}: its affine does not say how the three axes run in mm; repair the header")
     _compare_forms(path, stored.header)
@@ -285,8 +285,8 @@ def _compare_forms(path: Path, header: Any) -> None:
         )  # fmt: skip
 
 
-def _load_itk(path: Path, time_point: int | slice | None) -> Stored:
-    """Load an NRRD or MetaImage file; channels count as time points."""
+def _load_itk(path: Path) -> Stored:
+    """Load an NRRD or MetaImage file, with voxels (t, z, y, x); channels count as time points."""
     import SimpleITK
     from nibabel import Nifti1Header
 
@@ -299,12 +299,11 @@ def _load_itk(path: Path, time_point: int | slice | None) -> Stored:
     if len(shape) < 4 or 1 not in (shape[-1], count // shape[-1]):
         raise DataError(f"{path}: has shape {brief(shape)}; expected one scan with three axes")
     check_declared(path, "image", shape, np.dtype(np.float32), remedy="convert or crop it")
-    chosen = choose(path, count, time_point, "volumes")
     with itk():
         image = reader.Execute()
     array = SimpleITK.GetArrayFromImage(image)  # (t, z, y, x) or (z, y, x, t)
     array = np.moveaxis(array, -1, 0) if shape[-1] > 1 else array
-    array = array.reshape((count, *shape[2::-1]))[chosen]
+    array = array.reshape((count, *shape[2::-1]))
     text = _beginning(path, 2**16)
 
     def says(words: bytes) -> re.Match | None:
@@ -332,8 +331,8 @@ def _load_itk(path: Path, time_point: int | slice | None) -> Stored:
     return Stored(array, TO_RAS @ affine if sized and not other_units else None, *line, header)
 
 
-def _load_nibabel(path: Path, time_point: int | slice | None) -> Stored:
-    """Load NIfTI (one file or two), Analyze or FreeSurfer's MGH."""
+def _load_nibabel(path: Path) -> Stored:
+    """Load NIfTI (one file or two), Analyze or FreeSurfer's MGH, with voxels (t, z, y, x)."""
     import nibabel
 
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # it prints what the errors below say
@@ -358,11 +357,10 @@ def _load_nibabel(path: Path, time_point: int | slice | None) -> Stored:
         check_declared(path, "image", shape, dtype, remedy="convert or crop it")
         if len(shape) < 3 or 0 in shape or sum(length > 1 for length in shape[3:]) > 1:
             raise DataError(f"{path}: has shape {brief(shape)}; expected one scan with three axes")
-        chosen = choose(path, math.prod(shape[3:]), time_point, "volumes")
         end, size = proxy.offset + math.prod(shape) * dtype.itemsize, data.stat().st_size
         if end > size * (MAX_INFLATION if packed else 1):
             raise ValueError(f"{size} bytes, its header declares {end}{' unpacked' if packed else ''}")
-        voxels = np.asanyarray(proxy.get_unscaled()).reshape((*shape[:3], -1), order="F")[..., chosen]
+        voxels = np.asanyarray(proxy.get_unscaled()).reshape((*shape[:3], -1), order="F")
         stream.seek(end)
         # At the end of the stream gzip compares the checksum; nibabel does not read that far. MGH continues with facts.
         if stream.read(2**20) and not is_mgh:
