@@ -151,6 +151,8 @@ def prepare(
     out, found = Path(out), recognise(raw)
     if out.resolve() == Path(raw).resolve():
         raise DataError(f"{out}: this is the raw folder, whose {JSON} would be overwritten; give another --out")
+    if found.planar and (axis or normalize or window):
+        raise DataError(f"{raw}: holds pictures, but --axis, --normalize and --window are for scans; leave them out")
     channels = 0 if found.planar else len(found.channels)
     looks = run_all(partial(_attempt, channels, found.classes), found.cases, "cases read", jobs)
     problems = found.problems | {name: str(look) for name, look in looks.items() if isinstance(look, DataError)}

@@ -55,6 +55,11 @@ def recognise(folder: str | Path) -> Raw:
     if not raw.cases and not raw.problems:
         raise DataError(f"{folder}: holds no image with a label ({', '.join((*_SCANS, *ENDINGS))}); {_EXPECTED}")
     refuse_twins(raw.cases)
+    kinds = {path.name.lower().endswith(ENDINGS) for case in raw.cases for path in (*case.images, *case.labels)}
+    if len(kinds) > 1:
+        raise DataError(f"{folder}: holds pictures and scans; put them into two data sets")
+    raw.planar = True in kinds
+    raw.channels = RGB if raw.planar else raw.channels
     if raw.planar and any(len(case.images) > 1 for case in raw.cases):
         raise DataError(f"{folder}: a picture has several files; expected its colours in one file, as PNG or TIFF")
     return raw
@@ -82,7 +87,7 @@ def _declared(folder: Path, content: dict[str, Any]) -> Raw:
     listed = content.get("dataset", content.get("training"))
     if not isinstance(listed, dict | list):
         raw = _paired(folder / "imagesTr", folder / "labelsTr", f"nnU-Net, version 2 ({JSON})", len(channels))
-        raw.classes, raw.channels = classes, raw.channels if raw.planar else channels
+        raw.classes, raw.channels = classes, channels
         return raw
     raw = Raw(f"Medical Segmentation Decathlon ({JSON})", [], classes, channels)
     for given, entry in listed.items() if isinstance(listed, dict) else zip(repeat(None), listed):
@@ -91,13 +96,13 @@ def _declared(folder: Path, content: dict[str, Any]) -> Raw:
             *images, label = (folder / name for name in (*images, label))
         except (AttributeError, KeyError, TypeError) as error:
             raise DataError(f'{path}: lists {brief(entry)}; expected an "image" and a "label"') from error
-        raw.planar = label.name.lower().endswith(ENDINGS)
         if len(images) == 1 and not images[0].is_file():  # nnU-Net, version 1: the list leaves out _0000
             stem = scan_name(images[0])
             first = images[0].with_name(f"{stem}_0000{images[0].name[len(stem) :]}")
             if first.is_file():
                 raw.form, images = f"nnU-Net, version 1 ({JSON})", channel_files(first, len(channels))
-        name = str(given or (label.stem if raw.planar else scan_name(label)))
+        found = re.fullmatch(_FILE, label.name)
+        name = str(given or (found[1] if found else label.name))
         missing = [file for file in (*images, label) if not file.is_file()]
         if missing:
             raw.problems[name] = f"{missing[0]}: no such file, but {JSON} names it; copy it there or correct {JSON}"
@@ -143,18 +148,13 @@ def _paired(image_folder: Path, label_folder: Path, form: str, channels: int | N
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder; {_EXPECTED}")
     images, labels = (files_by_name(folder.iterdir(), _FILE) for folder in (image_folder, label_folder))
-    planar = {path.name.lower().endswith(ENDINGS) for path in images.values()}
-    if len(planar) > 1:
-        raise DataError(f"{image_folder}: holds pictures and scans; put them into two data sets")
     files_of: dict[str, list[tuple[int, Path]]] = {}  # by case, with the numbers of their channels
     for name, path in images.items():
         found = None if name in labels else re.fullmatch("(.+)_([0-9]{4})", name)
         case, channel = found.groups() if found and (channels or found[1] in labels) else (name, 0)
         files_of.setdefault(case, []).append((int(channel), path))
     expected = channels or max(map(len, files_of.values()), default=1)
-    raw = Raw(form, [], None, tuple(f"channel {c}" for c in range(expected)), True in planar)
-    if raw.planar:
-        raw.channels = RGB
+    raw = Raw(form, [], None, tuple(f"channel {c}" for c in range(expected)))
     for name, numbered in files_of.items():
         numbers, files = zip(*numbered, strict=True)
         if name not in labels:

@@ -75,6 +75,13 @@ def pictures(folder: Path) -> Path:
     return folder
 
 
+def listed_pictures(folder: Path) -> Path:
+    pictures(folder)
+    pairs = [{"image": f"images/{name}.png", "label": f"masks/{name}.png"} for name in NAMES]
+    write_json(folder, labels={"cell": 255}, modality={"0": "microscope"}, training=pairs)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("make", "form", "channels", "classes"),
     [
@@ -83,8 +90,9 @@ def pictures(folder: Path) -> Path:
         (nnunet, "nnU-Net, version 2", ("T1", "T2"), ("organ", "tumour")),
         (folders, "no dataset.json", ("channel 0",), ("class 1", "class 2")),
         (pictures, "no dataset.json", ("red", "green", "blue"), ("class 1",)),
+        (listed_pictures, "Decathlon", ("red", "green", "blue"), ("cell",)),
     ],
-    ids=["decathlon", "decathlon, 4D", "nnunet", "folders", "pictures"],
+    ids=["decathlon", "decathlon, 4D", "nnunet", "folders", "pictures", "listed pictures"],
 )
 def test_each_form_is_said_and_prepared_like_the_named_sets(tmp_path, caplog, make, form, channels, classes):
     caplog.set_level("INFO")
@@ -98,6 +106,8 @@ def test_each_form_is_said_and_prepared_like_the_named_sets(tmp_path, caplog, ma
     if info.planar:
         mask = np.asarray(Image.open(out / "masks/é.png"))
         np.testing.assert_array_equal(mask, LABEL[..., 2] > 0)
+        with pytest.raises(DataError, match="pictures, but --axis"):
+            prepare(raw, out, window=(0, 1))
         return
     volume = read_volume(out / "test_vol_h5/c d.npy.h5")
     assert info.preprocessing.orientation == "LPS" and volume.spacing == (3, 1, 1)  # across the coarsest spacing
@@ -146,11 +156,12 @@ def replace_label(**labels):
     return lambda raw: write_json(raw, labels=labels, channel_names={"0": "T1", "1": "T2"})
 
 
-def listed(raw: Path, *names: str) -> None:
-    """Write pairs of images and labels into folders of their own, and a list of them."""
+def listed(raw: Path, *names: str, more: tuple[str, ...] = ()) -> None:
+    """Write pairs of images and labels, and a list of them and of ``more`` files."""
     pairs = [{"image": f"{name}_i.nii.gz", "label": f"{name}.nii.gz"} for name in names]
     for path in (path for pair in pairs for path in pair.values()):
         scan(raw / path, LABEL)
+    pairs += [{"image": path, "label": path} for path in more]
     write_json(raw, labels={"organ": 1, "tumour": 2}, training=pairs)
 
 
@@ -177,6 +188,7 @@ BAD = {
     "one case": (lambda raw: [p.unlink() for n in NAMES[1:] for p in raw.rglob(f"{n}*")], ["1 case", "2 or more"]),
     "twice": (lambda raw: scan(raw / "imagesTr/a_0001.nii", image(0)), ["a_0001.nii", "same name"]),
     "twins": (lambda raw: listed(raw, "a/x", "b/x"), ["is called x, too"]),
+    "pictures": (lambda raw: pictures(raw) and listed(raw, "a", more=["images/b.png"]), ["pictures and scans"]),
     "alike": (lambda raw: [p.rename(p.with_name(p.name.replace("b", "a_b", 1))) for p in raw.rglob("b*.gz")], ["a_b"]),
 }  # fmt: skip
 OF_ONE_CASE = ("no label", "no image", "channels", "place", "gap", "one channel", "grid", "shape", "cut")
