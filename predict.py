@@ -154,7 +154,7 @@ def main() -> None:
         sizes += class_sizes(volume, prediction)
         found = len(np.unique(prediction[prediction > 0]))
         classes = len(predictor.class_names)
-        logger.info("%d/%d %s: %d of %d classes found", i, len(inputs), target, found, classes)
+        logger.info("%d/%d %s: classes found: %d of %d", i, len(inputs), target, found, classes)
     if sizes:
         write_csv(f"{beside}{'areas' if predictor.planar else 'volumes'}.csv", sizes)
     if not predictor.planar:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from datasets.errors import DataError, brief
+from datasets.errors import DataError, brief, counted
 from datasets.files import atomic_write
 from datasets.image_files import read_grey, read_image
 from datasets.info import DatasetInfo
@@ -173,7 +173,7 @@ def prepare(
         preprocessing = _preprocessing(found.channels, list(looks.values()), used, axis, normalize, window)
     logger.info("prepared    %s", preprocessing.described("--img_size"))
     sizes = ", ".join(f"{len(lists[0][part])} {part}" for part in lists[0])
-    logger.info("splits      %d folds, the first: %s", len(lists), sizes)
+    logger.info("splits      %s, the first: %s", counted(len(lists), "fold"), sizes)
     facts = {
         "name": out.resolve().name, "class_names": names, "channels": found.channels, "planar": found.planar,
         "preprocessing": preprocessing.to_dict(), "label_values": values, "folds": len(lists), "test": bool(tested),
@@ -241,7 +241,7 @@ def _classes(
             "store 1, 2, ... in uncompressed files, not objects numbered one by one"
         )
     if class_names and not len({*class_names}) == len(class_names) == len(values):
-        raise DataError(f"--class_names gives {len(class_names)} names; expected {len(values)} different ones")
+        raise DataError(f"--class_names: {counted(len(class_names), 'name')}; expected {len(values)} different")
     return values, list(class_names or names)
 
 

@@ -12,8 +12,8 @@ def brief(value: object, limit: int = 300) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number with its noun: ``1 volume``, ``2 volumes``."""
-    return f"{number} {noun}{'s' * (number != 1)}"
+    """Return a number with its noun: ``1 volume``, ``2 volumes``, ``2 classes``."""
+    return f"{number} {noun}{('es' if noun.endswith('s') else 's') * (number != 1)}"
 
 
 def printable(text: str) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from datasets.dicom import TO_RAS, choose, itk, load_dicom
-from datasets.errors import DataError, brief
+from datasets.errors import DataError, brief, counted
+from datasets.lists import is_slice
 from datasets.preprocessing import (
     Preprocessing,
     ScanImage,
@@ -162,7 +163,7 @@ def _load_channels(files: Sequence[Path], count: int, time_point: int | None) ->
         voxels = stored.voxels if stored.voxels.ndim == 4 else stored.voxels[None]
         channels = [stored._replace(voxels=channel) for channel in voxels]
     if len(channels) != count:
-        raise DataError(f"{files[0]}: has {len(channels)} channels; expected {count}, in this file or in a file each")
+        raise DataError(f"{files[0]}: has {counted(len(channels), 'channel')}; expected {count}, or a file for each")
     grids = [np.zeros((4, 4)) if one.affine is None else one.affine for one in channels]
     shapes = [one.voxels.shape[::-1] for one in channels]
     for file, grid, shape in zip(files, grids, shapes, strict=False):
@@ -224,7 +225,9 @@ def write_segmentation(path: Path, volume: Volume, prediction: np.ndarray) -> No
 
 def _read_prepared(path: Path, preprocessing: Preprocessing) -> Volume:
     """Read the image of a prepared volume or slice, with or without a label, on the intensities of the network."""
-    volume = read_volume(path, labelled=False)
+    volume = read_volume(path, labelled=False, ndim=2 if is_slice(path) else 3)
+    if is_slice(path):
+        volume.image = volume.image[None]
     low, high, (bottom, top) = volume.image.min(), volume.image.max(), preprocessing.stored or (0.0, 1.0)
     slack = (top - bottom) / 10
     if low < bottom - slack or not bottom + slack <= high <= top + slack:

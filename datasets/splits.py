@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from datasets.errors import DataError, brief
+from datasets.errors import DataError, brief, counted
 from datasets.lists import beginnings, has_path, is_slice, list_path, natural_key, patient_of, read_list
 from datasets.preparation import split_names
 from datasets.storage import reading
@@ -13,7 +13,7 @@ from datasets.storage import reading
 def refuse_names(raw: str | Path, names: Collection[str]) -> None:
     """Raise DataError for fewer than two cases, and for names by which lists could not tell files apart."""
     if len(names) < 2:
-        raise DataError(f"{raw}: has {len(names)} case; expected 2 or more, one to train on and one to validate on")
+        raise DataError(f"{raw}: has {counted(len(names), 'case')}; expected 2 or more, to train and to validate on")
     for name in names:
         other = next((start for start in beginnings(name)[:-1] if start in names), None)
         if other is not None:
@@ -41,7 +41,7 @@ def divide(
     held, *validating = split_names(patients, [test * folds / (100 - test), *[1] * folds], seed)
     if folds < 2 or not all(validating) or (test and not held):
         raise DataError(
-            f"--folds {folds} --test {test}: {len(patients)} patients are too few, or --folds 1; expected a patient or "
+            f"--folds {folds} --test {test}: too few patients ({len(patients)}), or --folds 1; expected a patient or "
             "more in each fold and in the test part"
         )
     lists = []

@@ -15,7 +15,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from datasets.errors import DataError, brief
+from datasets.errors import DataError, brief, counted
 from datasets.preprocessing import LENGTHS, is_affine, is_orientation
 
 MAX_BYTES = 4 * 2**30
@@ -128,7 +128,7 @@ def checked_image(path: str | Path, image: np.ndarray, ndim: int) -> np.ndarray:
     finite = np.isfinite(image)
     if not finite.all():
         count = image.size - int(finite.sum())
-        raise DataError(f"{path}: the image has {count} values that are NaN or infinite; {PREPARE}")
+        raise DataError(f"{path}: the image is NaN or infinite in {counted(count, 'value')}; {PREPARE}")
     return image
 
 

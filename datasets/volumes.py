@@ -16,7 +16,7 @@ from typing import ClassVar
 import h5py
 import numpy as np
 
-from datasets.errors import DataError, brief
+from datasets.errors import DataError, brief, counted
 from datasets.files import atomic_write
 from datasets.lists import data_name, is_slice, list_path, natural_key, select_files, volume_name
 from datasets.preprocessing import reorient, upright
@@ -119,8 +119,8 @@ def read_volume(
             facts["class_names"] = named = label_order.class_names
     if named and num_classes and len(named) != num_classes - 1:
         raise DataError(
-            f"{path}: names {len(named)} classes ({brief(', '.join(named))}); expected {num_classes - 1}: train and "
-            f"check with --num_classes {len(named) + 1}, background included"
+            f"{path}: names {counted(len(named), 'class')} ({brief(', '.join(named))}); expected {num_classes - 1}: "
+            f"train and check with --num_classes {len(named) + 1}, background included"
         )
     if named and class_names and named != class_names:
         raise DataError(
@@ -226,7 +226,7 @@ def group_by_volume(paths: Iterable[Path]) -> dict[str, list[Path]]:
         missing = [number for number in range(numbers[0], numbers[-1]) if number not in numbers] if numbers else []
         if missing:
             logger.warning(
-                "%s: slice %d of %s is missing (%d are), so distances across it are too short; add it, and to the list",
+                "%s: slice %d of %s is missing (%d in all), so distances across it are too short; add it, listed too",
                 members[0].parent, missing[0], name, len(missing),
             )  # fmt: skip
     return files

@@ -58,8 +58,8 @@ def test_a_new_run_starts_from_an_old_one_and_makes_anew_what_does_not_fit(old_r
     assert all(torch.equal(new["model"][name], old["model"][name]) for name in kept)
     model = build(**old["network"] | {"num_classes": 5, "num_clusters": 5})
     _, memory, heads = load_fitting(model, old, old_run)
-    assert heads == f"new heads: that of {old_run} does not fit (heads.0, heads.1, heads.2, heads.3)"
-    assert memory.startswith(f"new memory: that of {old_run} does not fit (dmwla_encoder.stages.0.0.bank, ")
+    assert heads == f"new heads: {old_run} has none that fits (heads.0, heads.1, heads.2, heads.3)"
+    assert memory.startswith(f"new memory: {old_run} has none that fits (dmwla_encoder.stages.0.0.bank, ")
     assert [int(bank.warmup_counter) > 0 for bank in model.memory_banks()] == [False] * 12 + [True] * 4
 
 

@@ -87,7 +87,7 @@ def test_every_row_is_trained_and_tested_and_all_are_in_one_table(rows, run_scri
 @pytest.mark.parametrize(("row", "select", "slices"), [("synapse", "val", 10), ("synapse_by_test", "test", 20)])
 def test_training_and_testing_say_what_the_best_epoch_was_chosen_on(rows, row, select, slices):
     run, (trained, tested) = rows[0] / row, rows[1][row]
-    assert f"{slices} training samples, 1 validation cases" in trained.error
+    assert f"{slices} training samples, 1 validation case," in trained.error
     assert ("chosen on the test cases" in trained.error) == (select == "test")
     assert ("Dice on the test volumes" in (run / "train.log").read_text()) == (select == "test")
     assert f",{select}," in (run / "metrics.csv").read_text()

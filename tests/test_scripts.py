@@ -88,7 +88,7 @@ def test_a_test_on_training_cases_warns(trained, phantom, data, run_script, tmp_
     (data / "lists/mixed.txt").write_text("patient001\n" + (data / "lists/test.txt").read_text())
     flags = ["--list_dir", data / "lists", "--split", "mixed", "--test_save_dir", tmp_path]
     done = run_script("test_acdc.py", "--checkpoint", trained / "best.pth", *flags).succeeded()
-    assert len(re.findall("was trained on . of these . cases .patient001_frame01, ", done.error)) == 1
+    assert len(re.findall("was trained on cases of this list .2 of 4, such as patient001_frame01.:", done.error)) == 1
 
 
 def test_resume_continues_in_the_same_folder_with_moved_data(trained, data, run_script, tmp_path):

@@ -167,7 +167,7 @@ def load_fitting(model: torch.nn.Module, checkpoint: dict[str, Any], path: Path)
     parts: dict[str, list[str]] = {}
     for name in sorted(unfit):
         parts.setdefault("memory" if name.endswith(".bank") else name.partition(".")[0], []).append(name)
-    new = [f"new {part}: that of {path} does not fit ({brief(', '.join(names))})" for part, names in parts.items()]
+    new = [f"new {part}: {path} has none that fits ({brief(', '.join(names))})" for part, names in parts.items()]
     return [f"the weights are those of {path}", *new]
 
 

@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from datasets import DATASETS, Picture, Volume
+from datasets.errors import counted
 from datasets.files import file_stem
 from networks import SimMPNet
 from utils.cli import ArgumentParser, run_script
@@ -185,7 +186,7 @@ def main() -> None:
         depth = len(volume.image)
         z = depth // 2 if args.slice is None else args.slice
         if not 0 <= z < depth:
-            raise RunError(f"--slice {z}: {args.input} has {depth} slices, numbered from 0")
+            raise RunError(f"--slice {z}: {args.input} has {counted(depth, 'slice')}, numbered from 0")
         folder /= file_stem(volume.name) + f"_slice{z}" * (depth > 1)
     for name, figure in inspect(predictor.model, volume, z).items():
         save_figure(figure, folder / f"{name}.png")

@@ -156,7 +156,7 @@ def test(args: Namespace, info: DatasetInfo) -> None:
     trained = {f"training case {name}" for name in cases.names}.intersection(checkpoint.get("described", ()))
     if trained:
         logger.warning(
-            "the checkpoint was trained on %d of these %d cases (%s, ...), so their scores are optimistic",
+            "the checkpoint was trained on cases of this list (%d of %d, such as %s): their scores are optimistic",
             len(trained), len(cases), min(trained).removeprefix("training case "),
         )  # fmt: skip
     if data.get("kind", "") not in ("", getattr(cases, "kind", "")):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasets.errors import brief
+from datasets.errors import brief, counted
 from datasets.files import atomic_write
 from utils.errors import RunError
 from utils.metrics import ABSENT, MISSED, SPURIOUS, Metrics, pooled_metrics
@@ -146,7 +146,8 @@ def format_summary(summary: dict[str, Any]) -> str:
             if "thresholded_jaccard" in summary:
                 title = f"Jaccard, 0 below {ISIC_THRESHOLD} [%]"
                 table[title] = 100 * _with_mean(summary["thresholded_jaccard"])["mean"]
-        blocks += [f"{convention} convention, {summary['num_cases']} cases ({note})\n{markdown(table, **plain)}"]
+        heading = f"{convention} convention, {counted(summary['num_cases'], 'case')} ({note})"
+        blocks += [f"{heading}\n{markdown(table, **plain)}"]
     if "pooled" in summary:
         table = 100 * _with_mean(summary["pooled"])
         table.columns = [f"{name.capitalize()} [%]" for name in table]

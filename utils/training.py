@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets import DatasetInfo, Picture, Volume
+from datasets.errors import counted
 from datasets.training_set import TrainingSet
 from networks.complexity import count_parameters
 from networks.ranks import rank, world_size
@@ -101,7 +102,7 @@ class Trainer:
         """Return the loader of this rank's batches; raise RunError if there are none."""
         have, need = len(self.train_set), self.batches.step
         if have < need:
-            raise RunError(f"{have} training samples do not fill a batch of {need}: lower --batch_size")
+            raise RunError(f"{counted(have, 'training sample')} for a batch of {need}: lower --batch_size")
         return DataLoader(
             self.train_set,
             batch_sampler=self.batches,
@@ -133,21 +134,20 @@ class Trainer:
                 config = {"args": vars(self.args), "data": self.data, "ranks": world_size(), **provenance()}
                 self.run.open(config, self.history, resumed=self.iteration > 0)
             logger.info(
-                "%.2f M parameters, %d training samples, %d validation cases, %d iterations, on %d x %s; run folder %s",
-                count_parameters(self.model) / 1e6, len(self.train_set), len(self.val_set), self.total_iterations,
+                "%.2f M parameters, %s, %s, %s, on %d x %s; run folder %s",
+                count_parameters(self.model) / 1e6, counted(len(self.train_set), "training sample"),
+                counted(len(self.val_set), "validation case"), counted(self.total_iterations, "iteration"),
                 world_size(), self.device, self.run.path,
             )  # fmt: skip
             before, now = self.optimizer.param_groups[0]["lr"], self.learning_rate(self.iteration - 1)
             if self.iteration and not math.isclose(before, now):
-                text = (
-                    "iteration %d had the learning rate %.3g, these flags give it %.3g: this is not the same as one run"
-                )
+                text = "iteration %d had learning rate %.3g, by these flags it has %.3g: this differs from one run"
                 logger.warning(text, self.iteration, before, now)
             # Weights of another run may bring a memory that is past its warm-up.
             waiting = [bank for bank in self.banks if bank.in_warmup and bank.sampling_steps >= self.total_iterations]
             if waiting and not self.iteration:
-                text = "the run ends after %d iterations, before its memory is used: lower --warmup_iterations %d"
-                logger.warning(text, self.total_iterations, self.args.warmup_iterations)
+                text = "the run ends after %s, before its memory is used: lower --warmup_iterations %d"
+                logger.warning(text, counted(self.total_iterations, "iteration"), self.args.warmup_iterations)
         try:
             with self.signals:
                 while not self.is_over():
@@ -161,7 +161,7 @@ class Trainer:
         best = f"best {dice_name(self.args.selected_on)} {100 * self.best_dice:.2f} % in {self.run.best}"
         if self.best_dice == -math.inf:
             best = f"no epoch from {self.args.select_from_epoch} on was validated, so there is no best.pth"
-        logger.info("done after %d iterations: %s", self.iteration, best)
+        logger.info("done after %s: %s", counted(self.iteration, "iteration"), best)
 
     def is_over(self) -> bool:
         """Return whether all iterations are done and the last epoch is recorded."""

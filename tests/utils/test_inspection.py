@@ -73,12 +73,12 @@ def test_the_command_writes_every_picture(model, tmp_path, run_script):
     image = np.random.default_rng(0).random((3, 80, 70), np.float32)
     volume = Volume("case", image, np.zeros((3, 80, 70), np.uint8), affine=np.diag([1.5, 1.5, 8.0, 1.0]))
     write_volume(tmp_path / "case.npy.h5", volume)
-    np.savez(tmp_path / "one.npz", image=image[1])
+    np.savez(tmp_path / "one_slice001.npz", image=image[1])
     folder = tmp_path / "run" / "inspection" / "case_slice1"
     flags = "--checkpoint", checkpoint, "--input", tmp_path / "case.npy.h5", "--slice", 1
     run_script("utils/inspection.py", *flags).succeeded()
-    run_script("utils/inspection.py", *flags[:3], tmp_path / "one.npz").succeeded()
-    assert (folder.parent / "one" / "clusters.png").is_file()
+    run_script("utils/inspection.py", *flags[:3], tmp_path / "one_slice001.npz").succeeded()
+    assert (folder.parent / "one_slice001" / "clusters.png").is_file()
     names = {"memory_use", "prototypes", "clusters", "windows", "gates"}
     assert {path.stem for path in folder.glob("*.png")} == names
     assert inspect(model).keys() == {"memory_use", "prototypes"}  # without an image
