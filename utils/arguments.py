@@ -241,9 +241,8 @@ def parse_training(
         checkpoint = load_checkpoint(args.init_from)
         saved = network_arguments_of(checkpoint, args.init_from)
         # The data determine these three; by default there is a cluster for each class.
-        parser.set_defaults(
-            **{k: v for k, v in saved.items() if k not in ("num_classes", "in_channels", "num_clusters")}
-        )
+        saved = {k: v for k, v in saved.items() if k not in ("num_classes", "in_channels", "num_clusters")}
+        parser.set_defaults(**saved | VARIANT_DEFAULTS[args.variant])  # how to select is no part of the network
         args = parser.parse_args(argv)
 
     typed = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}

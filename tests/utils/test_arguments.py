@@ -71,6 +71,11 @@ def test_variant_chooses_splits_and_selection_unless_they_are_typed(tmp_path):
     assert (paper.train_split, paper.val_split, paper.select_from_epoch) == ("train", "val", 1)
     typed, _ = parse(tmp_path, "--variant", "release", "--val_split", "val", "--select_from_epoch", "3")
     assert (typed.val_split, typed.select_from_epoch) == ("val", 3)
+    state = {"model": {"w": torch.ones(1)}, "data": {"class_names": []}, "network": {"variant": "release"}}
+    torch.save(state, tmp_path / "release.pth")
+    for flags, select in (((), "val"), (("--variant", "release"), "test")):
+        taken, _ = parse(tmp_path, "--init_from", str(tmp_path / "release.pth"), *flags)
+        assert (taken.variant, taken.select) == ("release", select)
 
 
 @pytest.mark.parametrize(
