@@ -60,3 +60,11 @@ def test_gates_trains_each_seed_once_and_reports_loss_and_gates(run_script, phan
     assert steps["step"].tolist() == [1, 2] and steps["gate"][0] == 0.5 and len(steps.columns) == 2 + 15
     assert "loss at 2" in first.output and "0.50 to" in first.output
     assert again.output.splitlines()[-6:-1] == first.output.splitlines()[-6:-1]
+
+
+def test_grid_costs_labels_and_predictions_what_is_finer_than_it(run_script, phantom, trained):
+    flags = [*data_flags(phantom)[2:], "--img_size", 64, "--grids", 32, 4]
+    done = run_script("benchmarks/grid.py", trained / "best.pth", *flags).succeeded()
+    labels, predicted = ([float(x) for x in line.split("|")[2:5]] for line in done.output.splitlines()[-2:])
+    assert labels[0] > 90 and labels == sorted(labels, reverse=True) and labels[2] < labels[0] - 10
+    assert len(predicted) == 3
