@@ -240,6 +240,11 @@ def _classes(
             f"{raw}: its labels hold {len(values)} values, {brief(values, 60)}; expected 1 to {MAX_CLASSES} classes: "
             "store 1, 2, ... in uncompressed files, not objects numbered one by one"
         )
+    if values == [1, 255] and found.classes is None and not class_names:
+        raise DataError(
+            f"{raw}: its labels hold 1 and 255, often one class in two forms; store 1 in all files, or name both "
+            "classes with --class_names"
+        )
     if class_names and not len({*class_names}) == len(class_names) == len(values):
         raise DataError(f"--class_names: {counted(len(class_names), 'name')}; expected {len(values)} different")
     return values, list(class_names or names)

@@ -184,8 +184,7 @@ def _chosen(source: Path, entries: list[str], only: Sequence[str] | None, withou
             f"{source}: does not name {', '.join(unknown)}; it has {brief(', '.join(patients))}: choose among these "
             f"{among}"
         )
-    kept = [entry for entry in entries if only is None or names[entry] & {*only}]
-    kept = [entry for entry in kept if not names[entry] & {*without}]
+    kept = [e for e in entries if (only is None or names[e] & {*only}) and not names[e] & {*without}]
     if not kept:
         raise DataError(f"{source}: no entry is left without {', '.join(without)}; hold out fewer with --val_cases")
     return kept

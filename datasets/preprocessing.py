@@ -208,9 +208,12 @@ class ScanImage:
             extents = [np.sort(one.intensities(np.array([one.voxels.min(), one.voxels.max()]))) for one in channels]
         self.extent = float(np.min(extents)), float(np.max(extents))
         for number, (one, (low, high)) in enumerate(zip(channels, extents, strict=True)):
+            ends = preprocessing.window or (float(low), float(high))
             if preprocessing.scales and np.isfinite(self.extent).all():
-                low, high = preprocessing.scales[number].ends(one.intensities(one.voxels))
-            self._ends.append(preprocessing.window or (float(low), float(high)))
+                found = preprocessing.scales[number].ends(one.intensities(one.voxels))
+                # Both percentiles are one intensity where nearly all voxels are the black around a small object.
+                ends = found if found[0] < found[1] else ends
+            self._ends.append(ends)
 
     def __len__(self) -> int:
         return self.shape[0]

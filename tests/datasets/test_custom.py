@@ -142,6 +142,29 @@ def test_ct_is_clipped_to_the_foreground_of_the_cases_that_do_not_test_and_flags
     np.testing.assert_allclose(array, np.clip(expected, 0, 1).T, atol=1e-6)
 
 
+def test_a_small_object_on_black_is_not_lost_where_both_percentiles_are_black(tmp_path):
+    raw = decathlon(tmp_path / "raw")
+    dark = np.zeros((30, 30, 5), np.int16)
+    dark[3, 4, 2] = 900
+    scan(raw / "imagesTr/a.nii.gz", dark)
+    scan(raw / "labelsTr/a.nii.gz", (dark > 0).astype(np.uint8))
+    prepare(raw, tmp_path / "out")
+    volume = read_volume(tmp_path / "out/test_vol_h5/a.npy.h5")
+    np.testing.assert_array_equal(volume.image, volume.label)
+
+
+def test_masks_of_one_bit_are_read_and_masks_of_1_and_of_255_are_no_two_classes_unless_named(tmp_path, refused):
+    raw = pictures(tmp_path / "raw")
+    mask = Image.fromarray(LABEL[..., 2] > 0)
+    mask.save(raw / "masks/a.png")
+    refused(lambda: prepare(raw, tmp_path / "out"), "1 and 255", "--class_names")
+    assert prepare(raw, tmp_path / "two", class_names=["one", "other"]) == list(NAMES)
+    for name in NAMES:
+        mask.save(raw / f"masks/{name}.png")
+    assert prepare(raw, tmp_path / "out") == list(NAMES)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/masks/a.png")), LABEL[..., 2] > 0)
+
+
 def test_patients_are_divided_once_and_never_into_two_parts():
     names = [f"p{patient}_{scan}" for patient in range(11) for scan in range(2)]
     lists = divide(names, 3, 20, pattern="p[0-9]+")
