@@ -19,7 +19,7 @@ KEY = "sim_mpnet"
 """Name of the file's metadata, a JSON object."""
 
 INPUT, OUTPUT = "image", "logits"
-CUDA_REMEDY = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+CUDA_REMEDY = "pip uninstall onnxruntime, then pip install 'onnxruntime-gpu[cuda,cudnn]'"
 FACTS = ("num_classes", "in_channels", "img_size", "dataset", "class_names", "preprocessing", "checkpoint")
 """Metadata that prediction needs."""
 
@@ -44,7 +44,14 @@ class OnnxNetwork(nn.Module):
         runtime = require("onnxruntime")
         if not Path(path).is_file():
             raise RunError(f"no file at {path}: write one with export.py, or correct --checkpoint")
-        providers = _providers(runtime, device)
+        place = pick_device(device)
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if place.type == "cuda":
+            if hasattr(runtime, "preload_dlls"):
+                runtime.preload_dlls()  # loads the CUDA libraries that PyTorch came with
+            # Full float32, and no search for the fastest convolution at each new batch size.
+            exact = {"device_id": place.index or 0, "use_tf32": 0, "cudnn_conv_algo_search": "HEURISTIC"}
+            providers.insert(0, ("CUDAExecutionProvider", exact))
         options = runtime.SessionOptions()
         options.log_severity_level = 3  # errors
         options.intra_op_num_threads = torch.get_num_threads()
@@ -52,7 +59,7 @@ class OnnxNetwork(nn.Module):
             try:
                 self.session = runtime.InferenceSession(str(path), options, providers=providers)
             except Exception:  # some versions raise where the CUDA provider does not load
-                self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+                self.session = runtime.InferenceSession(str(path), options, providers=providers[-1:])
         except Exception as error:  # the exceptions of onnxruntime have no common class
             raise RunError(
                 f"{path} is not an ONNX file that onnxruntime {runtime.__version__} can open ({type(error).__name__}): "
@@ -66,8 +73,8 @@ class OnnxNetwork(nn.Module):
         if missing:
             raise RunError(f"{path} has no metadata of this project ({', '.join(missing)}): write it with export.py")
         self.config = {name: self.metadata[name] for name in ("num_classes", "in_channels", "img_size")}
-        if len(providers) > 1 and self.session.get_providers()[0] != "CUDAExecutionProvider":
-            problem = f"onnxruntime {runtime.__version__} could not load its CUDA provider"
+        if place.type == "cuda" and self.session.get_providers()[0] != "CUDAExecutionProvider":
+            problem = f"onnxruntime {runtime.__version__} cannot compute on the GPU"
             if device != "auto":
                 raise RunError(f"--device {device}: {problem}: {CUDA_REMEDY}, or use --device cpu")
             logger.warning("%s and runs on the CPU: %s", problem, CUDA_REMEDY)
@@ -92,21 +99,3 @@ def require(*names: str) -> ModuleType:
             "pip install -r requirements-export.txt -c constraints.txt"
         ) from error
     return modules[0]
-
-
-def _providers(runtime: ModuleType, device: str) -> list[Any]:
-    """Return what onnxruntime may compute with, first choice first; the CPU is always the last."""
-    has_cuda = "CUDAExecutionProvider" in runtime.get_available_providers()
-    if device.startswith("cuda") and not has_cuda:
-        raise RunError(
-            f"--device {device}: onnxruntime {runtime.__version__} has no CUDA provider: use --device cpu, or "
-            f"pip uninstall onnxruntime and then {CUDA_REMEDY}"
-        )
-    place = pick_device("cpu" if device == "auto" and not has_cuda else device)
-    if place.type == "cpu":
-        return ["CPUExecutionProvider"]
-    if hasattr(runtime, "preload_dlls"):
-        runtime.preload_dlls()  # loads the CUDA libraries that PyTorch came with
-    # Full float32, and no search for the fastest convolution at each new batch size.
-    options = {"device_id": place.index or 0, "use_tf32": 0, "cudnn_conv_algo_search": "HEURISTIC"}
-    return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
