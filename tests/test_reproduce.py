@@ -150,6 +150,11 @@ def test_other_files_need_their_label_order(rows, run_script, tmp_path):
     assert done.status == 0 and "--label_order" in done.error and "warning" in done.error
     done = run_script("test_synapse.py", *flags, "--label_order", "transunet")
     assert done.status == 0 and "--label_order" not in done.error
+    state = torch.load(run / "best.pth", weights_only=True)
+    state["args"] |= {"volume_path": flags[5], "list_dir": flags[7], "label_order": "transunet"}
+    torch.save(state, tmp_path / "theirs.pth")
+    done = run_script("test_synapse.py", "--checkpoint", tmp_path / "theirs.pth", *flags[2:4])
+    assert done.status == 0 and "--label_order" not in done.error  # that of the training
     flags = ["--resume", run / "last.pth", "--label_order", "transunet"]
     assert_one_line(run_script("train_synapse.py", *flags), "--label_order transunet")
 

@@ -203,7 +203,7 @@ def _add_shared(add: Callable[..., Any], info: DatasetInfo) -> None:
         add("--data", default=info.folder, help="folder that prepare_data.py custom wrote")
         add("--fold", type=int, default=info.fold, help="whose lists are used, from 0, or all: one after the other")
     if info.label_orders:
-        text = f"meaning of the files' label ids; default: {next(iter(info.label_orders))}"
+        text = f"meaning of the files' label ids; default: {next(iter(info.label_orders))}, in a test as in training"
         add("--label_order", choices=info.label_orders, help=text)
     add("--seed", type=int, default=2222, help="of everything random")
     add("--deterministic", type=int, default=1, choices=[0, 1], help="1: repeatable, 0: faster")

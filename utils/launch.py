@@ -198,7 +198,7 @@ def _choose_folders(args: Namespace, info: DatasetInfo, where: str, saved: dict[
     """Fill in ``where`` and ``list_dir``, the folders of the test, where the command line leaves them out.
 
     They are those of the training, whose arguments are ``saved``, if they exist on this machine, else those of the data
-    set.
+    set. Of the folder of the training the label order is that of the training too.
     """
     of_these_data = all(str(saved.get(name)) == str(vars(args).get(name)) for name in ("data", "fold"))
     for name in (where, "list_dir"):
@@ -209,6 +209,8 @@ def _choose_folders(args: Namespace, info: DatasetInfo, where: str, saved: dict[
         setattr(args, name, before if before.is_dir() else default)
         if getattr(args, name) != before:
             logger.info("the training's --%s %s does not exist here, so %s is used", name, before, default)
+    if vars(args).get("label_order", "") is None and str(getattr(args, where)) == str(saved.get(where)):
+        args.label_order = saved.get("label_order")
 
 
 def _remove_pictures(folder: Path) -> None:
