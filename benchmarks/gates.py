@@ -17,10 +17,9 @@ import pandas as pd
 from benchmarks.measure import machine
 from datasets import acdc
 from utils.arguments import parse_training, training_parser
-from utils.cli import ArgumentParser, pick_device, run_script, seed_everything, set_precision
-from utils.launch import build, open_training_data
+from utils.cli import ArgumentParser, pick_device, run_script
+from utils.launch import make_trainer
 from utils.results import markdown
-from utils.training import Trainer
 
 KINDS = {
     "between the encoders": "gate",
@@ -32,22 +31,14 @@ KINDS = {
 
 def train(args: Namespace, steps: int) -> pd.DataFrame:
     """Return loss per combination and the mean of each gate for each of the first ``steps`` steps of a training."""
-    train_set, val_set = open_training_data(args, acdc.INFO)
-    device = pick_device(args.device)
-    seed_everything(args.seed, deterministic=bool(args.deterministic))
-    set_precision(args.amp, device)
-    model = build(args, pretrained=True)
-    train_set.keep(int(args.cache_gib * 2**30))
-    trainer = Trainer(model, acdc.INFO, train_set, val_set, args, device)
-    combinations = 2 ** len(model.heads) - 1
-    rows = []
-    model.train()
+    trainer, rows = make_trainer(args, None, acdc.INFO, pick_device(args.device)), []
+    model = trainer.model.train()
     for epoch in range(1, args.max_epochs + 1):
-        train_set.set_epoch(epoch)
+        trainer.train_set.set_epoch(epoch)
         trainer.batches.start(epoch, 0)
         for batch in trainer.loader:
             with model.gates_observed() as gates:
-                loss = trainer.train_step(batch)[0].item() / combinations
+                loss = trainer.train_step(batch)[0].item() / (2 ** len(model.heads) - 1)
             passed = {name: maps[0].mean().item() for name, maps in gates.items()}
             rows.append({"step": len(rows) + 1, "loss": loss, **passed})
             if len(rows) == steps:

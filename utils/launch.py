@@ -34,46 +34,51 @@ logger = logging.getLogger(__name__)
 
 
 def train(args: Namespace, checkpoint: dict[str, Any] | None, info: DatasetInfo) -> None:
-    """Open and check the data, build the network, load the checkpoint to continue or start from, and train.
-
-    Args:
-        args, checkpoint: what ``parse_training`` returned.
-        info: the data set.
-    """
-    train_set, val_set = open_training_data(args, info)
-    info = quick_check(train_set, val_set, info, args)
+    """Train a network; args, checkpoint: what ``parse_training`` returned; info: the data set."""
     device = rank_device(args.device)
     if args.sync_bn and device.type == "cpu":
         raise RunError("--sync_bn needs GPUs, and this run is on the CPU: leave --sync_bn out")
     with process_group(device):
-        seed_everything(args.seed, deterministic=bool(args.deterministic))
-        set_precision(args.amp, device)
-        model = build(args, pretrained=checkpoint is None)
-        resumed = args.resume is not None
-        lines = load_fitting(model, checkpoint, args.init_from) if checkpoint and not resumed else []
-        if args.num_workers and multiprocessing.get_start_method() != "fork":
-            logger.info("nothing is kept in memory: on this system each worker would hold a copy; see --num_workers 0")
-        else:  # reads the files: a damaged one is found before anything is written
-            kept = train_set.keep(int(args.cache_gib * 2**30))
-            if kept < len(train_set):
-                logger.info("%d of %d training samples fit into --cache_gib %g", kept, len(train_set), args.cache_gib)
-        if rank():
-            torch.manual_seed(args.seed + rank())  # equal networks, but random numbers of its own for drop path
-        trainer = Trainer(model, info, train_set, val_set, args, device)
-        if resumed:  # an old checkpoint does not describe its data
-            refuse_other_data(args.resume, checkpoint.get("described", trainer.described), trainer.described)
-            try:
-                trainer.load_state_dict(checkpoint)
-            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-                remedy = "give a last.pth of this version"
-                raise RunError(f"cannot resume from {args.resume} ({brief(error)}): {remedy}") from error
-            lines = [f"continue after epoch {trainer.epoch}, iteration {trainer.iteration} from {args.resume}"]
-        setup_logging(Path(args.output_dir) / "train.log")
-        if args.selected_on == "test":
-            logger.warning("the best epoch is chosen on the test cases, as the release does: its scores are optimistic")
-        for line in lines:
-            logger.info("%s", line)
-        trainer.fit()
+        make_trainer(args, checkpoint, info, device).fit()
+
+
+def make_trainer(
+    args: Namespace, checkpoint: dict[str, Any] | None, info: DatasetInfo, device: torch.device
+) -> Trainer:
+    """Open and check the data, build the network, and load the checkpoint to continue or start from.
+
+    args, checkpoint, info: those of ``train``. From then on the log goes to train.log too.
+    """
+    train_set, val_set = open_training_data(args, info)
+    info = quick_check(train_set, val_set, info, args)
+    seed_everything(args.seed, deterministic=bool(args.deterministic))
+    set_precision(args.amp, device)
+    model = build(args, pretrained=checkpoint is None)
+    resumed = args.resume is not None
+    lines = load_fitting(model, checkpoint, args.init_from) if checkpoint and not resumed else []
+    if args.num_workers and multiprocessing.get_start_method() != "fork":
+        logger.info("nothing is kept in memory: on this system each worker would hold a copy; see --num_workers 0")
+    else:  # reads the files: a damaged one is found before anything is written
+        kept = train_set.keep(int(args.cache_gib * 2**30))
+        if kept < len(train_set):
+            logger.info("%d of %d training samples fit into --cache_gib %g", kept, len(train_set), args.cache_gib)
+    if rank():
+        torch.manual_seed(args.seed + rank())  # equal networks, but random numbers of its own for drop path
+    trainer = Trainer(model, info, train_set, val_set, args, device)
+    if resumed:  # an old checkpoint does not describe its data
+        refuse_other_data(args.resume, checkpoint.get("described", trainer.described), trainer.described)
+        try:
+            trainer.load_state_dict(checkpoint)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            remedy = "give a last.pth of this version"
+            raise RunError(f"cannot resume from {args.resume} ({brief(error)}): {remedy}") from error
+        lines = [f"continue after epoch {trainer.epoch}, iteration {trainer.iteration} from {args.resume}"]
+    setup_logging(Path(args.output_dir) / "train.log")
+    if args.selected_on == "test":
+        logger.warning("the best epoch is chosen on the test cases, as the release does: its scores are optimistic")
+    for line in lines:
+        logger.info("%s", line)
+    return trainer
 
 
 def open_training_data(
