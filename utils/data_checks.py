@@ -94,11 +94,11 @@ class Part:
 
     def warnings(self, trained_on: tuple[float, float] | None = None) -> list[str]:
         """Return what is probably wrong, one line each; trained_on: intensities of a checkpoint, None for 0 to 1."""
-        doubts = self.doubts.copy()
-        if self.unscaled != bool(trained_on):
-            found, expected = ("{:g} to {:g}".format(*ends) for ends in ((self.low, self.high), trained_on or (0, 1)))
+        doubts, (low, high) = self.doubts.copy(), trained_on or (0, 1)
+        alike = not trained_on or (high - low) / 4 < self.high - self.low < (high - low) * 4
+        if self.unscaled != bool(trained_on) or not alike:
             text = "" if trained_on else " (predict.py scales scans to this, and refuses a network trained on others)"
-            doubts[f"intensities run from {found}; expected {expected}{text}"] = 1
+            doubts[f"intensities run from {self.low:g} to {self.high:g}; expected {low:g} to {high:g}{text}"] = 1
         if self.names == self.info.class_names and (self.kind != "slices" or self.read == len(self.data)):
             doubts.update(self.info.doubtful_sizes(self.voxels))
         return [doubt + (f" ({count} {self.kind})" if count > 1 else "") for doubt, count in doubts.items()]

@@ -144,7 +144,7 @@ def test_other_intensities_than_of_0_to_1_are_in_the_checkpoint_and_no_scan_is_p
     stored = preprocessing_from_dict(info.preprocessing.to_dict())
     refused(lambda: read_scan(tmp_path, stored), tmp_path, "from 0 to 255")
     test_set = VolumeDataset(*folders(data)[1:], "test", 4)
-    for preprocessing, warned in ((stored.to_dict(), False), ({}, True)):
+    for preprocessing, warned in ((stored.to_dict(), False), ({}, True), ({"stored": (0, 4095)}, True)):
         checkpoint = {"class_names": ("x", "y", "z"), "preprocessing": preprocessing}
         caplog.clear()
         compare_with_checkpoint(test_set, acdc.INFO, checkpoint)
