@@ -257,8 +257,9 @@ def differences(parts: Sequence[Part]) -> list[str]:
             own = volumes[0][0].with_name(f"{volume_name(file)}.npy.h5")  # the slice's volume, if it is there, too
             with suppress(DataError):
                 image, volume = read_volume(file, ndim=2).image, read_volume(own).image
-                errors.append(_other_axes(own, volume.shape, {plane: file}, True))
-                if any(np.array_equal(image.T, z) and not np.array_equal(image, z) for z in volume):
+                errors.append(_other_axes(own, volume.shape[:3], {plane: file}, True))
+                turned = image.swapaxes(0, 1)  # (W, H), or of several channels (W, H, C)
+                if any(np.array_equal(turned, z) and not np.array_equal(image, z) for z in volume):
                     errors.append(f"{own}: its rows are the columns of {file.name}; store both as (rows, columns)")
     return list(filter(None, errors))
 

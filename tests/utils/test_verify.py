@@ -1,6 +1,7 @@
 """The checks find errors before training does, and what a checkpoint says of its data is true of them."""
 
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,16 @@ def test_volumes_with_other_axes_than_their_slices_are_refused(tmp_path, refused
     data = write(tmp_path / "set", "a b c", in_volumes=turned)
     refused(lambda: quick(data), "a.npy.h5" if order[0] == 0 else "b.npy.h5", "rows, columns)")
     assert main(data) == 1 and "a.npy.h5" in capsys.readouterr().err
+
+
+def test_volumes_of_several_channels_have_the_axes_of_their_slices(tmp_path):
+    def two(volume: Volume) -> Volume:
+        return Volume(volume.name, np.stack([volume.image] * 2, -1), volume.label)
+
+    def deep(volume: Volume) -> Volume:
+        return two(Volume(volume.name, np.tile(volume.image, (12, 1, 1)), np.tile(volume.label, (12, 1, 1))))
+
+    quick(write(tmp_path / "set", "a b c", two, deep), info=replace(acdc.INFO, channels=("t1", "t2")))
 
 
 def test_other_intensities_than_of_0_to_1_are_in_the_checkpoint_and_no_scan_is_prepared_for_it(
