@@ -165,12 +165,11 @@ def own_data(*resume: str) -> Iterator[tuple[DatasetInfo, list[str]]]:
     else:
         for fold in range(custom.info_of(known.data).folds):
             flags = ["--data", known.data, "--fold", str(fold)]
-            for name in ("output_dir", "test_save_dir"):
-                if (folder := getattr(known, name)) is not None:
-                    flags += [f"--{name}", str(folder.with_name(folder.name + _of_fold(fold)))]
-            if (path := known.checkpoint) is not None:
-                folder = path.parent.with_name(path.parent.name + _of_fold(fold))
-                flags += ["--checkpoint", str(folder / path.name)]
+            for name in ("output_dir", "checkpoint", "test_save_dir"):
+                if (path := getattr(known, name)) is not None:
+                    folder = path.parent if path.suffix == ".pth" else path
+                    own = folder.with_name(folder.name + _of_fold(fold))
+                    flags += [f"--{name}", str(own / path.relative_to(folder))]
             yield custom.info_of(known.data, fold), [*resume, *others, *flags]
 
 

@@ -1,14 +1,15 @@
 """Arguments of training: precedence, what a resumed run refuses, and values that cannot be."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from datasets import acdc
+from datasets import acdc, custom
 from tests.mini import DRAWINGS, SPLITS, parse, trainer
 from tests.narrow import narrow_pico  # noqa: F401, a fixture for the whole module
-from utils.arguments import parse_training, training_parser
+from utils.arguments import own_data, parse_training, training_parser
 from utils.checkpoint import load_checkpoint
 from utils.errors import RunError
 
@@ -62,6 +63,17 @@ def test_runs_are_not_overwritten(run_folder, tmp_path):
     torch.save(state | {"iteration": state["iteration"] - 1}, older)
     with pytest.raises(RunError, match="older than"):
         parse(tmp_path, "--resume", str(older))
+
+
+@pytest.mark.parametrize("checkpoint", ["runs/mine/best.pth", "runs/mine"])
+def test_every_fold_has_folders_of_its_own(monkeypatch, checkpoint):
+    monkeypatch.setattr(custom, "info_of", lambda folder, fold=0: replace(custom.INFO, folds=2))
+    flags = ["--output_dir", "out/v1.0", "--checkpoint", checkpoint]
+    monkeypatch.setattr("sys.argv", ["test_custom.py", "--data", "mine", "--fold", "all", *flags, "--amp", "bf16"])
+    first, second = (argv for _, argv in own_data("--resume", "auto"))
+    assert first == ["--resume", "auto", "--amp", "bf16", "--data", "mine", "--fold", "0", *flags]
+    moved = checkpoint.replace("mine", "mine_fold1")
+    assert second[-5:] == ["1", "--output_dir", "out/v1.0_fold1", "--checkpoint", moved]
 
 
 def test_variant_chooses_splits_and_selection_unless_they_are_typed(tmp_path):
