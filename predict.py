@@ -106,14 +106,13 @@ def name_outputs(inputs: list[Path], target: Path, planar: bool, channels: int) 
     elif target.suffix.lower() in (*SCAN_ENDINGS, *IMAGE_ENDINGS, ".gz", ".gif", ".webp") and not target.is_dir():
         raise RunError(f"--output {target}: expected a name that ends in {', '.join(written)}, or a folder")
     else:
-        outputs, beside = (
-            [target / f"{name}{ending(path)}" for name, path in zip(names, inputs, strict=True)],
-            f"{target}/",
-        )
+        outputs = [target / f"{name}{ending(path)}" for name, path in zip(names, inputs, strict=True)]
+        beside = f"{target}/"
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
         raise RunError(f"{count} inputs would be written as {name}: rename one of them")
-    originals = {path.resolve() for path in inputs}
+    files = [[path] if planar else channel_files(path, channels) for path in inputs]
+    originals = {path.resolve() for of_one in files for path in of_one}
     for output in outputs:
         if output.resolve() in originals:
             raise RunError(f"--output {target}: {output} is an input and would be lost: give another name or folder")

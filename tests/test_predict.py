@@ -14,11 +14,13 @@ from torch import nn
 from datasets import Preprocessing, read_scan, synapse
 from datasets.preprocessing import reorient
 from datasets.scan import read_scan_label
+from predict import name_outputs
 from tests.datasets.test_dicom import write_dicom
 from tests.datasets.test_scan import ORIENTATIONS, turn
 from tests.test_scripts import assert_one_line
 from utils import predictor as predictors
 from utils.checkpoint import save_checkpoint
+from utils.errors import RunError
 from utils.evaluation import predict_volume
 
 NAMES = synapse.CLASS_NAMES
@@ -228,6 +230,11 @@ def test_two_scans_are_never_written_to_one_file_and_hidden_files_are_not_read(p
     (scans / "a b.nii.gz").rename(scans / "A.NII.GZ")
     predict("--input", scans, "--output", tmp_path / "out").succeeded()
     assert {path.name for path in (tmp_path / "out").glob("*.nii.gz")} == {"A.nii.gz", "a_b_label.nii.gz"}
+
+
+def test_the_file_of_another_channel_is_not_overwritten():
+    with pytest.raises(RunError, match=r"a_0001\.nii\.gz is an input and would be lost"):
+        name_outputs([Path("a_0000.nii.gz")], Path("a_0001.nii.gz"), planar=False, channels=2)
 
 
 def test_preprocessing_comes_from_the_checkpoint(threshold, tmp_path):
