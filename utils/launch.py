@@ -130,7 +130,8 @@ def test(args: Namespace, info: DatasetInfo) -> None:
         raise RunError(f"no checkpoint at {args.checkpoint}: {remedy}")
     checkpoint = load_checkpoint(args.checkpoint)
     # The authors chose the checkpoints of the release on the test volumes.
-    data = checkpoint.get("data", {"dataset": info.name, "class_names": info.class_names, "selected_on": "test"})
+    of_release = {"dataset": info.name, "class_names": info.class_names, "selected_on": "test"}
+    data = checkpoint.setdefault("data", of_release)
     if data["dataset"] != info.name:
         script = script_of("test", data["dataset"])
         raise RunError(f"{args.checkpoint} was trained on {data['dataset']}: test it with {script}")
@@ -155,19 +156,7 @@ def test(args: Namespace, info: DatasetInfo) -> None:
     class_names = compare_with_checkpoint(cases, info, data)
     if again:
         _remove_pictures(folder)
-    seen = args.split == checkpoint.get("args", {}).get("val_split") and data.get("selected_on") != "test"
-    if seen and args.checkpoint.name == "best.pth":  # of those chosen on test volumes every table says it
-        logger.warning("the best epoch was chosen on these cases, so its scores are optimistic; last.pth has fair ones")
-    trained = {f"training case {name}" for name in cases.names}.intersection(checkpoint.get("described", ()))
-    if trained:
-        logger.warning(
-            "the checkpoint was trained on cases of this list (%d of %d, such as %s): their scores are optimistic",
-            len(trained), len(cases), min(trained).removeprefix("training case "),
-        )  # fmt: skip
-    if data.get("kind", "") not in ("", getattr(cases, "kind", "")):
-        logger.warning(
-            "%s was trained on %s, but these are %s: check --root_path", args.checkpoint, data["kind"], cases.kind
-        )
+    _warn_of_misleading_scores(args, checkpoint, cases)
     split = list_path(args.list_dir, args.split)
     count = counted(len(cases), "case")
     logger.info("%s on %s of the list %s, data in %s, on %s", args.checkpoint, count, split, tested, device)
@@ -197,6 +186,24 @@ def test(args: Namespace, info: DatasetInfo) -> None:
     write_summary(folder / "summary.json", summary)
     print(format_summary(summary))
     logger.info("results in %s", folder)
+
+
+def _warn_of_misleading_scores(args: Namespace, checkpoint: dict[str, Any], cases: VolumeDataset | ImageFolder) -> None:
+    """Warn if the training has seen the cases of a test, or if they are images of another kind."""
+    data = checkpoint["data"]
+    seen = args.split == checkpoint.get("args", {}).get("val_split") and data.get("selected_on") != "test"
+    if seen and args.checkpoint.name == "best.pth":  # of those chosen on test volumes every table says it
+        logger.warning("the best epoch was chosen on these cases, so its scores are optimistic; last.pth has fair ones")
+    trained = {f"training case {name}" for name in cases.names}.intersection(checkpoint.get("described", ()))
+    if trained:
+        logger.warning(
+            "the checkpoint was trained on cases of this list (%d of %d, such as %s): their scores are optimistic",
+            len(trained), len(cases), min(trained).removeprefix("training case "),
+        )  # fmt: skip
+    if data.get("kind", "") not in ("", getattr(cases, "kind", "")):
+        logger.warning(
+            "%s was trained on %s, but these are %s: check --root_path", args.checkpoint, data["kind"], cases.kind
+        )
 
 
 def _choose_folders(args: Namespace, info: DatasetInfo, where: str, saved: dict[str, Any]) -> None:

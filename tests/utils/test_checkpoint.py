@@ -44,6 +44,8 @@ def test_a_release_checkpoint_rebuilds_its_network_and_another_state_dict_does_n
     model = build_network(load_checkpoint(tmp_path / "release.pth"), tmp_path / "release.pth")
     assert model.config["variant"] == "release" and model.config["num_classes"] == 9
     assert (model.maxvit.stem.conv1.weight == 0).all()
+    with pytest.raises(RunError, match=r"has 9 classes with background .* but its data have 4"):
+        build_network(load_checkpoint(tmp_path / "release.pth") | {"data": {"class_names": "abc"}}, "release.pth", 1)
     torch.save({"weight": torch.zeros(3)}, tmp_path / "linear.pth")
     with pytest.raises(RunError, match=r"linear\.pth"):
         build_network(load_checkpoint(tmp_path / "linear.pth"), tmp_path / "linear.pth")
