@@ -92,9 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     defaults = {"num_classes": info.num_classes, "label_order": None, "patient_pattern": info.patient_pattern}
     given = {name: str(getattr(args, name)) for name, value in defaults.items() if getattr(args, name) != value}
-    more = [info.flags(args.root_path, args.volume_path, args.list_dir)]
-    more += [f"--{name} {shlex.quote(value)}" for name, value in given.items()]
-    print(f"no errors found; next: python {info.train_script} {' '.join(more)}".rstrip())
+    more = [f"--{name} {shlex.quote(value)}" for name, value in given.items()]
+    folders = info.flags(args.root_path, args.volume_path, args.list_dir)
+    print("no errors found; next: python", *filter(None, [info.train_script, folders, *more]))
     return 0
 
 
