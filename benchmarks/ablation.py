@@ -58,9 +58,7 @@ def train_and_test(folder: Path, dataset: str, split: str, flags: list[str]) -> 
         temporary.write_text(text, encoding="utf-8")
     _run(f"train_{dataset}.py", *(["--resume", last] if last.exists() else [*flags, "--output_dir", folder]))
     trained = json.loads((folder / "config.json").read_text(encoding="utf-8"))["args"]
-    data = "volume_path" if "volume_path" in trained else "root_path"
-    names = (data, "list_dir", "label_order", "device", "n_gpu", "amp")
-    same = [word for name in names if trained.get(name) is not None for word in (f"--{name}", trained[name])]
+    same = [word for name in ("device", "n_gpu", "amp") if name in trained for word in (f"--{name}", trained[name])]
     _run(f"test_{dataset}.py", "--checkpoint", folder / "best.pth", "--split", split, *same)
 
 

@@ -118,16 +118,17 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
     unusual = {name for name, value in settings.items() if value != _text(name, defaults.get(name))}
     where = "root_path" if info.planar else "volume_path"
     paths = {path.parent.name.removeprefix("results_"): path for path in sorted(folder.glob("results_*/cases.csv"))}
-    tables = [_long(read_cases(paths[s])).assign(split=s, run=str(folder)) for s in splits or paths if s in paths]
-    if not tables:
+    paths = {split: paths[split] for split in splits or paths if split in paths}
+    if not paths:
         split = splits[0] if splits else info.splits[-1]
         flags = ["--checkpoint", folder / "best.pth", "--split", split, f"--{where}", args[where], "--list_dir"]
         script = f"test_{info.name}.py" if info.fold is None else info.train_script.replace("train", "test", 1)
         command = f"python {script} {shlex.join(map(str, [*flags, args['list_dir']]))}"
         raise RunError(f"{folder} was not tested on {split}: test it with {command}")
     own = _text(where, info.volume_path)
-    used = [_text(where, volume_path or _tested(paths[s], where) or args[where]) for s in splits or paths if s in paths]
+    used = [_text(where, volume_path or _tested(path, where) or args[where]) for path in paths.values()]
     data = info.name if {*used} == {own} else f"{info.name} in {' and '.join(dict.fromkeys(used))}"
+    tables = [_long(read_cases(path)).assign(split=split, run=str(folder)) for split, path in paths.items()]
     return Run(folder, info, args, data, settings, unusual, history, pd.concat(tables), method)
 
 

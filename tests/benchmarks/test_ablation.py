@@ -27,7 +27,7 @@ def started(monkeypatch):
             (args.output_dir / "last.pth").touch()
         elif script == "test_acdc.py":
             args = arguments.testing_parser("", acdc.INFO).parse_args(flags)
-            assert (args.amp, args.volume_path) == ("bf16", Path("mine"))
+            assert args.amp == "bf16"
             write_run(args.checkpoint.parent, random_dice(3, 0), amp=args.amp, volume_path="mine")
             (args.checkpoint.parent / "results_test" / "summary.json").touch()
 
