@@ -107,8 +107,8 @@ class Part:
         """Print what was found."""
         owner, unit = ("image", "pixels") if self.info.planar else ("patient", "voxels")
         listed = brief(", ".join(sorted(self.patients, key=natural_key)), 80)
-        cases = counted(len(self.data), self.kind[:-1])
-        print(f"{self.data.source.stem}: {cases} of {counted(len(self.patients), owner)}: {listed}")
+        cases, owners = counted(len(self.data), self.kind[:-1]), counted(len(self.patients), owner)
+        print(f"{self.data.source.stem}: {cases}{f' of {owners}' * (cases != owners)}: {listed}")
         if not self.read:
             return
         axes = "slices, rows, columns" if self.kind == "volumes" else "rows, columns"

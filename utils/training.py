@@ -141,7 +141,7 @@ class Trainer:
             )  # fmt: skip
             before, now = self.optimizer.param_groups[0]["lr"], self.learning_rate(self.iteration - 1)
             if self.iteration and not math.isclose(before, now):
-                text = "iteration %d had learning rate %.3g, by these flags it has %.3g: this differs from one run"
+                text = "iteration %d had learning rate %.3g, with these flags %.3g: the result is not that of one run"
                 logger.warning(text, self.iteration, before, now)
             # Weights of another run may bring a memory that is past its warm-up.
             waiting = [bank for bank in self.banks if bank.in_warmup and bank.sampling_steps >= self.total_iterations]
