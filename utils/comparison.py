@@ -51,6 +51,7 @@ class Run:
     history: pd.DataFrame  # metrics.csv, empty without one
     results: pd.DataFrame  # a row per split, case, class, convention and metric
     method: str  # the name that the user gave, or empty until `name_methods`
+    tested: str  # the checkpoint and its epoch, of each split, or "-" where an old test did not say it
 
 
 @dataclass
@@ -126,18 +127,33 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
         command = f"python {script} {shlex.join(map(str, [*flags, args['list_dir']]))}"
         raise RunError(f"{folder} was not tested on {split}: test it with {command}")
     own = _text(where, info.volume_path)
-    used = [_text(where, volume_path or _tested(path, where) or args[where]) for path in paths.values()]
+    summaries = list(map(_summary, paths.values()))
+    used = [_text(where, volume_path or summary["data"].get(where) or args[where]) for summary in summaries]
+    tested = [summary["checkpoint"] for summary in summaries if summary["checkpoint"]]
+    _warn_of_old_results(folder, tested, history, args["select_from_epoch"] or 1)
     data = info.name if {*used} == {own} else f"{info.name} in {' and '.join(dict.fromkeys(used))}"
     tables = [_long(read_cases(path)).assign(split=split, run=str(folder)) for split, path in paths.items()]
-    return Run(folder, info, args, data, settings, unusual, history, pd.concat(tables), method)
+    texts = " and ".join(dict.fromkeys(f"{t['file']}, epoch {t['epoch']}" for t in tested)) or "-"
+    return Run(folder, info, args, data, settings, unusual, history, pd.concat(tables), method, texts)
 
 
-def _tested(cases: Path, where: str) -> str | None:
-    """Return the folder that a test read its cases from, of the summary beside cases.csv; None of an old one."""
+def _summary(cases: Path) -> dict[str, dict[str, Any]]:
+    """Return what the summary beside cases.csv says of the data and the checkpoint: empty where a test is old."""
     try:
-        return json.loads(cases.with_name("summary.json").read_text(encoding="utf-8"))["data"][where]
-    except (KeyError, OSError, TypeError, ValueError):
-        return None
+        summary = json.loads(cases.with_name("summary.json").read_text(encoding="utf-8"))
+        return {part: dict(summary.get(part, {})) for part in ("data", "checkpoint")}
+    except (AttributeError, OSError, TypeError, ValueError):
+        return {"data": {}, "checkpoint": {}}
+
+
+def _warn_of_old_results(folder: Path, tested: Sequence[dict[str, Any]], history: pd.DataFrame, first: int) -> None:
+    """Warn if best.pth was tested before the run found a better epoch. first: that may be the best."""
+    if "val_dice" not in history or not (dice := history[history["epoch"] >= first].dropna(subset="val_dice")).size:
+        return
+    best = int(dice.loc[dice["val_dice"].idxmax(), "epoch"])
+    for epoch in {t["epoch"] for t in tested if t["file"] == "best.pth"} - {best}:
+        text = "%s: its results are of epoch %s, but best.pth is now of epoch %d: test it again"
+        logger.warning(text, folder, epoch, best)
 
 
 def _text(name: str, value: object) -> str:

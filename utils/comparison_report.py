@@ -79,10 +79,11 @@ def _text(numbers: pd.Series, form: str, unknown: str = "-") -> pd.Series:
 
 def run_tables(runs: Sequence[Run]) -> dict[str, pd.DataFrame]:
     """Return a table of the runs, and one of the settings in which the methods differ, by their caption."""
-    rows = [(run.method, str(run.args["seed"]), str(run.args.get("fold", "-")), str(run.folder)) for run in runs]
+    columns = ["method", "seed", "fold", "tested", "run folder"]
+    rows = [(r.method, str(r.args["seed"]), str(r.args.get("fold", "-")), r.tested, str(r.folder)) for r in runs]
     settings = pd.DataFrame({name: members[0].settings for name, members in by_method(runs).items()}).fillna("-")
     differing = settings[settings.nunique(axis=1) > 1].rename_axis("argument").reset_index()
-    tables = {"The runs.": pd.DataFrame(rows, columns=["method", "seed", "fold", "run folder"])}
+    tables = {"The runs.": pd.DataFrame(rows, columns=columns)}
     return tables | ({"Training arguments in which the methods differ.": differing} if len(differing) else {})
 
 

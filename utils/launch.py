@@ -182,6 +182,7 @@ def test(args: Namespace, info: DatasetInfo) -> None:
     table = case_table(results, class_names, data.get("selected_on", "val"))
     summary = summarise(table, sum(result.confusion for result in results) if info.planar else None)
     summary["data"] = {where: str(tested), "list_dir": str(args.list_dir), "split": args.split}
+    summary["checkpoint"] = {"file": args.checkpoint.name, "epoch": checkpoint.get("epoch")}
     write_csv(folder / "cases.csv", table)
     write_summary(folder / "summary.json", summary)
     print(format_summary(summary))
