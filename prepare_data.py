@@ -93,7 +93,7 @@ def main() -> None:
     checked = info.train_script.replace("train_custom.py", "custom") if name == "custom" else name
     logger.info("next, check them:  python -m utils.verify %s", f"{checked} {where}{only}".rstrip())
     if name == "phantom":  # needs no downloaded weights
-        where += " --pretrained none --model_scale pico --output_dir runs/phantom"
+        where += " --pretrained none --model_scale pico --variant stable --output_dir runs/phantom"
     logger.info("then train:        python %s", f"{info.train_script} {where}".rstrip())
 
 
