@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#E69F00", "#56B4E9", "#D55E00", "#009E73", "#F0E442", "#CC79A7", "#0072B2", "#FFFFFF")
-"""Okabe and Ito's colours, which colour-blind people can distinguish; those that stand out on grey come first."""
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#F0E442", "#CC79A7", "#0072B2", "#FFFFFF")
+"""Okabe and Ito's colours, which colour-blind people can distinguish; those that differ on white too come first."""
 
 
 def class_colour(c: int) -> str:
