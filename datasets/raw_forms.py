@@ -13,10 +13,11 @@ from typing import Any
 
 from datasets.errors import DataError, brief
 from datasets.image_files import ENDINGS
+from datasets.lists import ENDINGS as PREPARED
 from datasets.lists import files_by_name
 from datasets.preparation import Case, refuse_twins
 from datasets.preprocessing import RGB
-from datasets.scan import FOLDER_ENDINGS, PREPARED, channel_files, scan_name
+from datasets.scan import FOLDER_ENDINGS, channel_files, scan_name
 from datasets.storage import reading
 
 JSON = "dataset.json"

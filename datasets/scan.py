@@ -14,6 +14,7 @@ import numpy as np
 
 from datasets.dicom import TO_RAS, choose, itk, load_dicom
 from datasets.errors import DataError, brief, counted
+from datasets.lists import ENDINGS as PREPARED
 from datasets.lists import is_slice
 from datasets.preprocessing import (
     Preprocessing,
@@ -31,7 +32,6 @@ from datasets.volumes import Volume, read_volume
 logger = logging.getLogger(__name__)
 
 _ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
-PREPARED = (".npy.h5", ".h5", ".npz")
 _DICOM = (".dcm", ".ima")
 _IMG = (".img.gz", ".img")  # second files of .hdr
 FOLDER_ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr.gz", ".hdr", *_ITK, *PREPARED)

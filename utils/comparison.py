@@ -123,18 +123,19 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
     if not paths:
         split = splits[0] if splits else info.splits[-1]
         flags = ["--checkpoint", folder / "best.pth", "--split", split, f"--{where}", args[where], "--list_dir"]
-        script = f"test_{info.name}.py" if info.fold is None else info.train_script.replace("train", "test", 1)
-        command = f"python {script} {shlex.join(map(str, [*flags, args['list_dir']]))}"
+        command = (
+            f"python {info.train_script.replace('train', 'test', 1)} {shlex.join(map(str, [*flags, args['list_dir']]))}"
+        )
         raise RunError(f"{folder} was not tested on {split}: test it with {command}")
     own = _text(where, info.volume_path)
     summaries = list(map(_summary, paths.values()))
     used = [_text(where, volume_path or summary["data"].get(where) or args[where]) for summary in summaries]
-    tested = [summary["checkpoint"] for summary in summaries if summary["checkpoint"]]
-    _warn_of_old_results(folder, tested, history, args["select_from_epoch"] or 1)
+    checkpoints = [summary["checkpoint"] for summary in summaries if summary["checkpoint"]]
+    _warn_of_old_results(folder, checkpoints, history, args["select_from_epoch"] or 1)
+    tested = " and ".join(dict.fromkeys(f"{c['file']}, epoch {c['epoch']}" for c in checkpoints)) or "-"
     data = info.name if {*used} == {own} else f"{info.name} in {' and '.join(dict.fromkeys(used))}"
     tables = [_long(read_cases(path)).assign(split=split, run=str(folder)) for split, path in paths.items()]
-    texts = " and ".join(dict.fromkeys(f"{t['file']}, epoch {t['epoch']}" for t in tested)) or "-"
-    return Run(folder, info, args, data, settings, unusual, history, pd.concat(tables), method, texts)
+    return Run(folder, info, args, data, settings, unusual, history, pd.concat(tables), method, tested)
 
 
 def _summary(cases: Path) -> dict[str, dict[str, Any]]:
@@ -146,12 +147,18 @@ def _summary(cases: Path) -> dict[str, dict[str, Any]]:
         return {"data": {}, "checkpoint": {}}
 
 
-def _warn_of_old_results(folder: Path, tested: Sequence[dict[str, Any]], history: pd.DataFrame, first: int) -> None:
-    """Warn if best.pth was tested before the run found a better epoch. first: that may be the best."""
-    if "val_dice" not in history or not (dice := history[history["epoch"] >= first].dropna(subset="val_dice")).size:
+def _warn_of_old_results(
+    folder: Path, checkpoints: Sequence[dict[str, Any]], history: pd.DataFrame, first: int
+) -> None:
+    """Warn if best.pth was tested before the run found a better epoch.
+
+    checkpoints: file and epoch of those that were tested; first: the first epoch that may be the best.
+    """
+    dice = history[history["epoch"] >= first].set_index("epoch")["val_dice"].dropna() if "val_dice" in history else ()
+    if not len(dice):
         return
-    best = int(dice.loc[dice["val_dice"].idxmax(), "epoch"])
-    for epoch in {t["epoch"] for t in tested if t["file"] == "best.pth"} - {best}:
+    best = int(dice.idxmax())
+    for epoch in {c["epoch"] for c in checkpoints if c["file"] == "best.pth"} - {best}:
         text = "%s: its results are of epoch %s, but best.pth is now of epoch %d: test it again"
         logger.warning(text, folder, epoch, best)
 
