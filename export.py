@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from datasets import DATASETS
 from datasets.errors import brief
 from datasets.files import atomic_write, check_writable
+from utils.arguments import add_prediction
 from utils.cli import ArgumentParser, run_script, seed_everything
 from utils.errors import RunError
 from utils.onnx_network import INPUT, KEY, OUTPUT, OnnxNetwork, is_onnx, require
@@ -56,6 +57,7 @@ def parse_args() -> Namespace:
     parser.add_argument("--format", choices=("onnx",), default="onnx", help="format of the file")
     parser.add_argument("--output", type=Path, required=True, help="file to write, .onnx")
     parser.add_argument("--dataset", choices=DATASETS, help="what a checkpoint of the release was trained on")
+    add_prediction(parser.add_argument)
     args = parser.parse_args()
     if not is_onnx(args.output):
         raise RunError(f"--output {args.output}: expected a name that ends in .onnx")
@@ -71,7 +73,7 @@ def describe(predictor: Predictor, checkpoint: Path) -> dict[str, Any]:
     classes, channels, size = facts.values()
     in_warmup = any(bank.in_warmup for bank in banks)
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-    meaning = "logits, the sum of all maps; their arg max over axis 1 is the class"
+    meaning = "logits; their arg max over axis 1 is the class"
     return {
         "format": 1,
         "network": config,
@@ -154,7 +156,7 @@ def main() -> None:
     seed_everything(0)
     require("onnx", "onnxscript", "onnxruntime")  # before anything slow
     check_writable(args.output.parent)
-    predictor = Predictor(args.checkpoint, "cpu", dataset=args.dataset)
+    predictor = Predictor(args.checkpoint, "cpu", dataset=args.dataset, prediction=args.prediction)
     metadata = describe(predictor, args.checkpoint)
     if "warm-up" in metadata["memory"]:
         logger.warning("%s is in the memory's warm-up: the network, and so the file, reads no memory", args.checkpoint)

@@ -36,6 +36,7 @@ from datasets.scan import (
     scan_name,
     write_segmentation,
 )  # fmt: skip
+from utils.arguments import add_prediction
 from utils.cli import AMP_DTYPES, ArgumentParser, number, run_script, seed_everything
 from utils.errors import RunError
 from utils.evaluation import save_mask
@@ -59,6 +60,7 @@ def parse_args() -> Namespace:
     text = "PNGs per scan, of slices with classes; of an image 1"
     parser.add_argument("--overlays", type=number(int, 0), default=0, help=text)
     parser.add_argument("--dataset", choices=DATASETS, help="what a checkpoint of the release was trained on")
+    add_prediction(parser.add_argument)
     parser.add_argument("--batch_size", type=number(int, 1), default=20, help="slices predicted at a time")
     parser.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda or cuda:1")
     parser.add_argument("--amp", default="none", choices=AMP_DTYPES, help="autocast precision")
@@ -122,7 +124,7 @@ def name_outputs(inputs: list[Path], target: Path, planar: bool, channels: int) 
 def main() -> None:
     args = parse_args()
     seed_everything(0)
-    predictor = Predictor(args.checkpoint, args.device, args.amp, args.batch_size, args.dataset)
+    predictor = Predictor(args.checkpoint, args.device, args.amp, args.batch_size, args.dataset, args.prediction)
     kind = predictor.planar, len(predictor.channels)
     inputs = find_inputs(args.input, *kind)
     outputs, beside = name_outputs(inputs, args.output, *kind)

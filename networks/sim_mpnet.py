@@ -34,6 +34,7 @@ CHOICES = {
     "encoders": ("both", "maxvit", "dmwla"),
     "gate": ("learned", "none"),
     "loss": ("subset", "last"),
+    "prediction": ("sum", "last"),
 }
 """The values of each argument of ``SimMPNet`` that is a choice."""
 
@@ -89,6 +90,10 @@ class SimMPNet(nn.Module):
         loss: ``"subset"``, of all combinations of four logit maps; or ``"last"``: the decoder's last layer has the
             only head, so that training and prediction see its map alone.
 
+    Evaluation:
+        prediction: ``"sum"`` of the four logit maps (the paper's), or ``"last"``: the finest map alone. Training is the
+            same.
+
     Raises:
         NetworkError: unknown scale, variant or ablation, unsupported size or channels, or weights that do not fit.
     """
@@ -116,6 +121,7 @@ class SimMPNet(nn.Module):
         encoders: str = "both",
         gate: str = "learned",
         loss: str = "subset",
+        prediction: str = "sum",
     ):
         super().__init__()
         # All arguments that rebuild this network, without the weights that it started from.
@@ -158,7 +164,7 @@ class SimMPNet(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return four logit maps, deepest first, (B, num_classes, S, S); the arg max of their sum is the prediction.
 
-        With ``loss="last"`` the list has only the last of them.
+        With ``loss="last"``, and in evaluation with ``prediction="last"``, the list has only the last of them.
 
         Args:
             x: images (B, in_channels, S, S), S = ``img_size``.
@@ -179,7 +185,9 @@ class SimMPNet(nn.Module):
         d = self.decoder(skips, seen)  # d_4 ... d_1
         if seen:
             write_memories(seen)
-        return [resize(head(d_i), size) for head, d_i in zip(self.heads, d[-len(self.heads) :], strict=True)]
+        last_alone = not self.training and self.config["prediction"] == "last"
+        heads = self.heads[-1:] if last_alone else self.heads
+        return [resize(head(d_i), size) for head, d_i in zip(heads, d[-len(heads) :], strict=True)]
 
     def memory_banks(self, decoder: bool = True) -> Iterator[PrototypeMemoryBank]:
         """Yield every memory bank, those of the encoder first; ``decoder=False`` omits the decoder's."""

@@ -68,7 +68,8 @@ def test_a_test_reads_the_data_of_its_training_and_replaces_an_earlier_test(trai
     data = {"volume_path": str(volumes), "list_dir": str(lists), "split": "test"}
     assert json.loads((results / "summary.json").read_text())["data"] == data
     (results / "nifti" / "notes.txt").write_text("of the user")
-    run_script("test_acdc.py", "--checkpoint", run / "best.pth").succeeded()
+    run_script("test_acdc.py", "--checkpoint", run / "best.pth", "--prediction", "last").succeeded()
+    assert json.loads((results / "summary.json").read_text())["checkpoint"]["prediction"] == "last"
     kept = [path.name for name in ("overlays", "nifti") for path in (results / name).iterdir()]
     assert kept == ["notes.txt"]
 

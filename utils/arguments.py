@@ -50,6 +50,7 @@ NETWORK_HELP = {
     "encoders": "encoders of the network",
     "gate": "none: the DMW-LA encoder sees the whole image",
     "loss": "subset: of all combinations of the four maps; last: of the last map",
+    "prediction": "sum of the four maps, as the paper, or the last and finest map alone",
 }
 """The flags that are arguments of ``SimMPNet``, which has their defaults."""
 
@@ -192,8 +193,14 @@ def testing_parser(description: str, info: DatasetInfo) -> ArgumentParser:
     add("--overlays", type=number(int, 0), default=0, help="PNGs per volume, of slices with most errors")
     add("--batch_size", type=number(int, 1), default=20, help="slices to predict at a time")
     add("--test_save_dir", type=Path, help="folder of the results; default: beside the checkpoint")
+    add_prediction(add)
     _add_shared(add, info)
     return parser
+
+
+def add_prediction(add: Callable[..., Any]) -> None:
+    """Add the flag that replaces the ``prediction`` of a trained network."""
+    add("--prediction", choices=CHOICES["prediction"], help=f"{NETWORK_HELP['prediction']}; default: as in training")
 
 
 def _add_shared(add: Callable[..., Any], info: DatasetInfo) -> None:

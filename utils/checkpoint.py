@@ -99,13 +99,16 @@ def _has_the_right_types(state: Any) -> bool:
         return False
 
 
-def build_network(checkpoint: dict[str, Any], path: str | Path, channels: int | None = None) -> torch.nn.Module:
+def build_network(
+    checkpoint: dict[str, Any], path: str | Path, channels: int | None = None, prediction: str | None = None
+) -> torch.nn.Module:
     """Rebuild the trained network of a checkpoint, ours or the release's, on the CPU.
 
     Args:
         checkpoint: what ``load_checkpoint`` returned.
         path: its file, for messages.
         channels: of the images, 1 or 3 for a checkpoint of the release, which does not say them; None: as it says.
+        prediction: ``SimMPNet``'s, in place of that of the checkpoint.
 
     Raises:
         RunError: the weights do not fit the network that the checkpoint describes, or are not finite, or the network
@@ -133,6 +136,9 @@ def build_network(checkpoint: dict[str, Any], path: str | Path, channels: int | 
     for name, value in model.state_dict().items():
         if not torch.isfinite(value).all():
             raise RunError(f"{path}: {name} has values that are NaN or infinite: use an earlier checkpoint")
+    if prediction is not None and "prediction" not in model.config:
+        raise RunError(f"--prediction {prediction}: network {options['network']} of {path} has one map: leave it out")
+    model.config |= {} if prediction is None else {"prediction": prediction}
     return model.to(memory_format=torch.channels_last)  # as in training, and faster
 
 

@@ -132,7 +132,7 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
     used = [_text(where, volume_path or summary["data"].get(where) or args[where]) for summary in summaries]
     checkpoints = [summary["checkpoint"] for summary in summaries if summary["checkpoint"]]
     _warn_of_old_results(folder, checkpoints, history, args["select_from_epoch"] or 1)
-    tested = " and ".join(dict.fromkeys(f"{c['file']}, epoch {c['epoch']}" for c in checkpoints)) or "-"
+    tested = " and ".join(dict.fromkeys(map(_tested, checkpoints))) or "-"
     data = info.name if {*used} == {own} else f"{info.name} in {' and '.join(dict.fromkeys(used))}"
     tables = [_long(read_cases(path)).assign(split=split, run=str(folder)) for split, path in paths.items()]
     return Run(folder, info, args, data, settings, unusual, history, pd.concat(tables), method, tested)
@@ -145,6 +145,12 @@ def _summary(cases: Path) -> dict[str, dict[str, Any]]:
         return {part: dict(summary.get(part, {})) for part in ("data", "checkpoint")}
     except (AttributeError, OSError, TypeError, ValueError):
         return {"data": {}, "checkpoint": {}}
+
+
+def _tested(checkpoint: dict[str, Any]) -> str:
+    """Return a tested checkpoint in words; summary.json names a ``prediction`` that is not the training's."""
+    prediction = f", prediction {checkpoint['prediction']}" if checkpoint.get("prediction") else ""
+    return f"{checkpoint['file']}, epoch {checkpoint['epoch']}{prediction}"
 
 
 def _warn_of_old_results(

@@ -135,7 +135,7 @@ def test(args: Namespace, info: DatasetInfo) -> None:
     if data["dataset"] != info.name:
         script = script_of("test", data["dataset"])
         raise RunError(f"{args.checkpoint} was trained on {data['dataset']}: test it with {script}")
-    model = build_network(checkpoint, args.checkpoint, len(info.channels)).to(device)
+    model = build_network(checkpoint, args.checkpoint, len(info.channels), args.prediction).to(device)
     num_classes = model.config["num_classes"]
     where = "root_path" if info.planar else "volume_path"
     _choose_folders(args, info, where, checkpoint.get("args", {}))
@@ -182,7 +182,8 @@ def test(args: Namespace, info: DatasetInfo) -> None:
     table = case_table(results, class_names, data.get("selected_on", "val"))
     summary = summarise(table, sum(result.confusion for result in results) if info.planar else None)
     summary["data"] = {where: str(tested), "list_dir": str(args.list_dir), "split": args.split}
-    summary["checkpoint"] = {"file": args.checkpoint.name, "epoch": checkpoint.get("epoch")}
+    used = {"file": args.checkpoint.name, "epoch": checkpoint.get("epoch"), "prediction": args.prediction}
+    summary["checkpoint"] = used
     write_csv(folder / "cases.csv", table)
     write_summary(folder / "summary.json", summary)
     print(format_summary(summary))

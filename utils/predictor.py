@@ -43,6 +43,7 @@ class Predictor:
         amp: ``none``, ``tf32``, ``bf16`` or ``fp16``; of an ONNX file ``none``.
         batch_size: slices predicted at a time.
         dataset: what a checkpoint of the release was trained on, a name of ``DATASETS``; others say it themselves.
+        prediction: ``SimMPNet``'s, in place of that of the training; None for an ONNX file.
 
     Attributes:
         model, device: the network, and where its input has to be.
@@ -64,11 +65,14 @@ class Predictor:
         amp: str = "none",
         batch_size: int = 20,
         dataset: str | None = None,
+        prediction: str | None = None,
     ):
         self.batch_size, self.amp_dtype = batch_size, AMP_DTYPES[amp]
         if is_onnx(checkpoint):
             if amp != "none":
                 raise RunError(f"--amp {amp}: {checkpoint} computes in float32 only: leave out --amp")
+            if prediction is not None:
+                raise RunError(f"--prediction {prediction}: {checkpoint} was exported with one: leave it out")
             self.model = OnnxNetwork(checkpoint, device)
             self.device = torch.device("cpu")
             state: dict[str, Any] = self.model.metadata["checkpoint"] | {"data": self.model.metadata}
@@ -92,7 +96,7 @@ class Predictor:
         self.planar = isinstance(self.preprocessing, ColourPreprocessing)
         channels = 3 if self.planar else self.preprocessing.channels
         if not is_onnx(checkpoint):
-            self.model = build_network(state, checkpoint, channels).to(self.device)
+            self.model = build_network(state, checkpoint, channels, prediction).to(self.device)
         self.origin = {name: state[name] for name in ("epoch", "iteration", "git", "versions") if name in state}
         self.channels = tuple(data.get("channels", ("image",) * channels))
         names = data["class_names"] if data else DATASETS[self.dataset].names_for(self.model.config["num_classes"])

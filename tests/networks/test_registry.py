@@ -9,6 +9,8 @@ import torch
 
 from networks import NETWORKS, NetworkError, SimMPNet, build, default_weights, register
 from tests.networks.conftest import NARROW
+from utils.checkpoint import build_network
+from utils.errors import RunError
 from utils.losses import subset_loss
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -198,6 +200,17 @@ def test_the_last_layer_predicts_alone():
     state = {name: value for name, value in whole.state_dict().items() if not re.match(r"heads\.[012]", name)}
     last.load_state_dict({name.replace("heads.3.", "heads.0."): value for name, value in state.items()})
     assert same(last, whole)
+
+
+def test_the_finest_map_alone_can_predict_for_a_network_that_was_trained_with_all(tmp_path):
+    whole, images = make().to(memory_format=torch.channels_last), torch.rand(2, 1, 64, 64)
+    assert len(whole.train()(images)) == len(make(prediction="last").train()(images)) == 4
+    state = {"model": whole.state_dict(), "network": whole.config, "data": {"class_names": ["a", "b"]}}
+    finest = build_network(state, tmp_path, prediction="last").eval()
+    assert len(finest(images)) == 1 and same(finest, whole) and len(whole.eval()(images)) == 4
+    with pytest.raises(RunError, match="one map: leave it out"):
+        other = make("maxvit_unet")
+        build_network({**state, "model": other.state_dict(), "network": other.config}, tmp_path, prediction="last")
 
 
 def test_a_name_in_use_or_a_builder_without_its_arguments_is_refused():
