@@ -9,6 +9,9 @@ A token x_n attends twice:
 The block returns ``x + o(A + X')``. theta, phi, g and o are 1x1 convolutions without bias, written as linear maps of
 tokens. Logits are not scaled. During the warm-up there is no memory to read, so ``A`` is left out.
 
+In the variant ``stable`` theta, phi and g read the tokens after a LayerNorm without parameters (``tokens``). The maps
+of the decoder are sums without a norm: there the logits of ``paper`` reach 1e5, so each softmax picks one token.
+
 Departures from the paper, with the same result up to rounding: ``theta . phi = x (W_theta^T W_phi) x`` and
 ``o(P g) = (P x)(W_o W_g)^T``, so a block that is narrower than the memory (C < d) attends at its own width. No N x N
 matrix is stored. Symbols: B batch, C channels, H W map, N = H W tokens, d memory width, P clusters, M columns of a
@@ -38,7 +41,7 @@ def attention_block(attention: str, channels: int, feature_dim: int, **dmwla_opt
         dmwla_options: further arguments of ``DMWLA``.
     """
     if attention == "plain":
-        return PlainAttention(channels, feature_dim)
+        return PlainAttention(channels, feature_dim, dmwla_options.get("variant", "paper"))
     return DMWLA(channels, feature_dim, attends_globally=attention == "dmwla", **dmwla_options)
 
 
@@ -48,10 +51,13 @@ class PlainAttention(nn.Module):
     Args:
         channels: width C of the feature map.
         feature_dim: width d of theta, phi and g.
+        variant: ``"stable"`` normalises the tokens that are read.
     """
 
-    def __init__(self, channels: int, feature_dim: int):
+    def __init__(self, channels: int, feature_dim: int, variant: str = "paper"):
         super().__init__()
+        check_choice("variant", variant, VARIANTS)
+        self.normalised = variant == "stable"
         self.theta = nn.Linear(channels, feature_dim, bias=False)
         self.phi = nn.Linear(channels, feature_dim, bias=False)
         self.g = nn.Linear(channels, feature_dim, bias=False)
@@ -64,8 +70,14 @@ class PlainAttention(nn.Module):
 
     def forward(self, x: Tensor, seen: list | None = None) -> Tensor:
         """Return the attended map (B, C, H, W) of ``x`` (B, C, H, W). ``seen`` is ignored: there is no memory."""
-        update = self.global_interaction(rearrange(x, "b c h w -> b (h w) c"))
+        update = self.global_interaction(self.tokens(x))
         return x + rearrange(update, "b (h w) c -> b c h w", h=x.shape[-2])
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Return the tokens that the block reads, (B, N, C), of a map (B, C, H, W)."""
+        # Fused kernels for attention need the channels side by side; a map that is channels-last is not copied.
+        tokens = rearrange(x, "b c h w -> b (h w) c").contiguous()
+        return F.layer_norm(tokens, tokens.shape[-1:]) if self.normalised else tokens
 
     def global_interaction(self, tokens: Tensor) -> Tensor:
         """Return o(X'), (B, N, C), of tokens (B, N, C)."""
@@ -91,8 +103,8 @@ class DMWLA(PlainAttention):
         warmup_iterations: training steps of plain attention that fill the pool before K-means.
 
     Form:
-        variant: ``"paper"`` or ``"stable"``; ``"release"`` writes the bank in evaluation too, and samples once more
-            after K-means.
+        variant: ``"paper"``; ``"stable"`` normalises the tokens that are read; ``"release"`` writes the bank in
+            evaluation too, and samples once more after K-means.
         attends_globally: whether the global interaction stays after the warm-up, which consists of it.
     """
 
@@ -109,8 +121,7 @@ class DMWLA(PlainAttention):
         variant: str = "paper",
         attends_globally: bool = True,
     ):
-        super().__init__(channels, feature_dim)
-        check_choice("variant", variant, VARIANTS)
+        super().__init__(channels, feature_dim, variant)
         if warmup_iterations < 1:
             raise NetworkError(f"warmup_iterations is {warmup_iterations}; K-means needs samples: give at least 1")
         self.phi_k_momentum = phi_k_momentum
@@ -132,8 +143,7 @@ class DMWLA(PlainAttention):
 
         With a list ``seen`` the block adds itself and its tokens to it, and the caller does ``write_memories``.
         """
-        # Fused kernels for attention need the channels side by side; a map that is channels-last is not copied.
-        tokens = rearrange(x, "b c h w -> b (h w) c").contiguous()  # (B, N, C)
+        tokens = self.tokens(x)  # (B, N, C)
         writes = (self.training or self.written_in_evaluation) and self.bank.writable
         update = self.global_interaction(tokens) if self.bank.in_warmup or self.attends_globally else 0
         if not self.bank.in_warmup:
@@ -158,7 +168,7 @@ class DMWLA(PlainAttention):
 
     def clusters(self, x: Tensor) -> Tensor:
         """Return the cluster of each token of a map (B, C, H, W), int64 (B, H, W)."""
-        return self.assign(rearrange(x, "b c h w -> b h w c"))
+        return self.assign(self.tokens(x)).unflatten(1, x.shape[-2:])
 
     def assign(self, tokens: Tensor) -> Tensor:
         """Return the cluster, int64 (B, N), whose prototype has the largest cosine with theta of each token."""

@@ -5,8 +5,7 @@
 3. ``out = ConvBlock'(fc((softmax_I(T) + softmax_II(T)) V))``.
 
 The variant ``release`` departs from the paper in four places; a comment marks each. In ``stable`` the ConvBlock's norms
-have no running statistics. Symbols: B batch, C channels, H W
-map, n = H W tokens.
+have no running statistics. Symbols: B batch, C channels, H W map, n = H W tokens.
 """
 
 import torch

@@ -149,6 +149,10 @@ def network_arguments_of(checkpoint: dict[str, Any], path: str | Path) -> dict[s
         options = {"network": FIRST} | (release_arguments(checkpoint["release"]) if release else checkpoint["network"])
     except NetworkError as error:
         raise RunError(f"{path} is {error}") from error
+    if options.get("variant") == "stable" and "prediction" not in options:
+        raise RunError(
+            f"{path} is of an earlier variant stable: train again, or go back to it with git checkout 05f08a1"
+        )
     if (name := str(options["network"])) not in NETWORKS:
         raise RunError(f"{path} holds an unknown network {brief(name)}: import its file in networks/__init__.py")
     return options

@@ -1,9 +1,10 @@
-"""Every gate starts half open whatever the seed, every gate is observed, and ``stable`` reads normalised features."""
+"""Every gate starts half open whatever the seed and is observed; in ``stable`` gates and attention read norms."""
 
 import pytest
 import torch
 
-from networks import build
+from networks import DMWLA, build
+from networks.dmwla import PlainAttention
 from networks.gates import ChannelAttention, EncoderGate, Gate, SpatialAttention
 from tests.networks.conftest import NARROW
 
@@ -48,6 +49,19 @@ def test_in_stable_the_size_of_the_features_does_not_move_a_gate(variant):
         level = (0,) if isinstance(gate, SpatialAttention) else ()
         same = torch.allclose(gate(f, *level), gate(20 * f + 5, *level), atol=1e-4)
         assert same == (variant == "stable"), type(gate)
+
+
+@pytest.mark.parametrize("variant", ["paper", "stable"])
+def test_in_stable_the_size_of_the_features_does_not_change_what_attention_adds(variant):
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 6, 6, dtype=torch.float64)
+    block = DMWLA(16, 32, 2, columns_per_cluster=5, warmup_iterations=1, variant=variant).double()
+    block(x)  # the warm-up
+    for attention in (PlainAttention(16, 32, variant).double(), block.eval()):
+        same = torch.allclose(attention(x) - x, attention(20 * x + 5) - (20 * x + 5), atol=1e-4)
+        assert same == (variant == "stable")
+    clusters = block.clusters(x)
+    assert clusters.shape == (2, 6, 6) and (variant == "paper" or torch.equal(clusters, block.clusters(20 * x + 5)))
 
 
 def test_stable_has_no_running_statistics_in_ds_gim():
