@@ -59,3 +59,12 @@ def test_a_network_with_other_classes_or_channels_than_its_data_is_refused(tmp_p
     state["data"]["class_names"] = ("left", "right")
     with pytest.raises(RunError, match="but its data have 3 and 1"):
         build_network(state, tmp_path / "best.pth", 1)
+
+
+def test_a_checkpoint_of_the_earlier_variant_stable_is_refused_not_computed_otherwise(tmp_path):
+    model = SimMPNet(4, img_size=32, img_size_dmwla=32, model_scale="pico", variant="stable")
+    state = load_checkpoint(save_network(tmp_path / "best.pth", model))
+    build_network(state, tmp_path / "best.pth")
+    del state["network"]["prediction"]  # it came with the attention that reads normalised tokens
+    with pytest.raises(RunError, match="best.pth is of an earlier variant stable: train again"):
+        build_network(state, tmp_path / "best.pth")
