@@ -66,5 +66,5 @@ def test_a_checkpoint_of_the_earlier_variant_stable_is_refused_not_computed_othe
     state = load_checkpoint(save_network(tmp_path / "best.pth", model))
     build_network(state, tmp_path / "best.pth")
     del state["network"]["prediction"]  # it came with the attention that reads normalised tokens
-    with pytest.raises(RunError, match="best.pth is of an earlier variant stable: train again"):
+    with pytest.raises(RunError, match=r"best\.pth is of an earlier variant stable: train again"):
         build_network(state, tmp_path / "best.pth")
