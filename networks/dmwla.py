@@ -10,7 +10,8 @@ The block returns ``x + o(A + X')``. theta, phi, g and o are 1x1 convolutions wi
 tokens. Logits are not scaled. During the warm-up there is no memory to read, so ``A`` is left out.
 
 In the variant ``stable`` theta, phi and g read the tokens after a LayerNorm without parameters (``tokens``). The maps
-of the decoder are sums without a norm: there the logits of ``paper`` reach 1e5, so each softmax picks one token.
+of the decoder are sums without a norm: there the logits of ``paper`` reached 1e5 in our runs, so that each softmax
+picked one token.
 
 Departures from the paper, with the same result up to rounding: ``theta . phi = x (W_theta^T W_phi) x`` and
 ``o(P g) = (P x)(W_o W_g)^T``, so a block that is narrower than the memory (C < d) attends at its own width. No N x N
@@ -31,18 +32,20 @@ from networks.memory_update import update_banks
 ATTENTIONS = ("dmwla", "plain", "intra_cluster")
 
 
-def attention_block(attention: str, channels: int, feature_dim: int, **dmwla_options) -> nn.Module:
+def attention_block(
+    attention: str, channels: int, feature_dim: int, variant: str = "paper", **dmwla_options
+) -> nn.Module:
     """Return a DMW-LA block, or the block that an ablation puts in its place.
 
     Args:
         attention: ``"dmwla"``; ``"plain"``, the global interaction alone, without a memory; or ``"intra_cluster"``,
             a DMW-LA without the global interaction once its warm-up has ended.
-        channels, feature_dim: C and d.
+        channels, feature_dim, variant: as for ``DMWLA``.
         dmwla_options: further arguments of ``DMWLA``.
     """
     if attention == "plain":
-        return PlainAttention(channels, feature_dim, dmwla_options.get("variant", "paper"))
-    return DMWLA(channels, feature_dim, attends_globally=attention == "dmwla", **dmwla_options)
+        return PlainAttention(channels, feature_dim, variant)
+    return DMWLA(channels, feature_dim, variant=variant, attends_globally=attention == "dmwla", **dmwla_options)
 
 
 class PlainAttention(nn.Module):

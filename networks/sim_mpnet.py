@@ -186,8 +186,8 @@ class SimMPNet(nn.Module):
         d = self.decoder(skips, seen)  # d_4 ... d_1
         if seen:
             write_memories(seen)
-        last_alone = not self.training and self.config["prediction"] == "last"
-        heads = self.heads[-1:] if last_alone else self.heads
+        all_maps = self.training or self.config["prediction"] == "sum"
+        heads = self.heads if all_maps else self.heads[-1:]
         return [resize(head(d_i), size) for head, d_i in zip(heads, d[-len(heads) :], strict=True)]
 
     def memory_banks(self, decoder: bool = True) -> Iterator[PrototypeMemoryBank]:

@@ -74,12 +74,13 @@ def test_a_run_chosen_on_the_test_cases_is_marked_and_needs_no_history_and_no_da
 def test_the_tested_checkpoint_is_named_and_results_before_a_better_epoch_warn(run_script, tmp_path):
     for name, seed, file, epoch in (("old", 1, "best.pth", 2), ("last", 2, "last.pth", 5), ("new", 3, "best.pth", 6)):
         run = write_run(tmp_path / name, random_dice(3, 0), seed=seed)  # its best epoch is 6
-        (run / "results_test" / "summary.json").write_text(json.dumps({"checkpoint": {"file": file, "epoch": epoch}}))
+        tested = {"file": file, "epoch": epoch, "prediction": "sum" if seed == 3 else None}
+        (run / "results_test" / "summary.json").write_text(json.dumps({"checkpoint": tested}))
     runs = [tmp_path / name for name in ("old", "last", "new")]
     done = run_script("compare.py", *runs, "--output_dir", tmp_path / "out").succeeded()
     assert done.error.count("warning") == 1 and "old: its results are of epoch 2, but best.pth is now" in done.error
     page = (tmp_path / "out" / "comparison.md").read_text("utf-8")
-    assert all(text in page for text in ("best.pth, epoch 2", "last.pth, epoch 5", "best.pth, epoch 6"))
+    assert all(text in page for text in ("best.pth, epoch 2", "last.pth, epoch 5", "best.pth, epoch 6, prediction sum"))
 
 
 def test_published_rows_are_beside_the_test_split_with_the_data_sets_own_lists(run_script, tmp_path):

@@ -161,7 +161,8 @@ SMALL = dict(model_scale="pico", img_size_dmwla=SIZE, feature_dim=16, decoder_fe
 @pytest.mark.parametrize(
     "options",
     [SMALL | dict(variant=variant) for variant in VARIANTS]
-    + [SMALL | dict(attention="plain", dsgim="none", encoders="dmwla", loss="last"), dict(network="unet")],
+    + [SMALL | dict(attention="plain", dsgim="none", encoders="dmwla", loss="last"), dict(network="unet")]
+    + [SMALL | dict(prediction="last")],
 )
 def test_whole_networks_ablations_and_baselines_are_exported(tmp_path, options, in_use):
     model = seasoned(**{"network": "sim_mpnet", "in_use": in_use, "num_classes": 4} | options)
@@ -206,6 +207,7 @@ def test_what_cannot_be_predicted_with_is_said_in_one_line(exported, tmp_path, r
     assert_one_line(run(tmp_path / "damaged.onnx"), "damaged.onnx", "not an ONNX file")
     assert_one_line(run(tmp_path / "other.onnx"), "other.onnx", "no metadata", "export.py")
     assert_one_line(run(exported, "--amp", "bf16"), "--amp bf16", "float32")
+    assert_one_line(run(exported, "--prediction", "last"), "--prediction last", "leave it out")
     if not torch.cuda.is_available():
         assert_one_line(run(exported, "--device", "cuda"), "--device cpu")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)

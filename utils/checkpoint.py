@@ -136,9 +136,11 @@ def build_network(
     for name, value in model.state_dict().items():
         if not torch.isfinite(value).all():
             raise RunError(f"{path}: {name} has values that are NaN or infinite: use an earlier checkpoint")
-    if prediction is not None and "prediction" not in model.config:
-        raise RunError(f"--prediction {prediction}: network {options['network']} of {path} has one map: leave it out")
-    model.config |= {} if prediction is None else {"prediction": prediction}
+    if prediction is not None:
+        if "prediction" not in model.config:
+            name = options["network"]
+            raise RunError(f"--prediction {prediction}: network {name} of {path} has one map: leave it out")
+        model.config["prediction"] = prediction
     return model.to(memory_format=torch.channels_last)  # as in training, and faster
 
 

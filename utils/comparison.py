@@ -123,9 +123,8 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
     if not paths:
         split = splits[0] if splits else info.splits[-1]
         flags = ["--checkpoint", folder / "best.pth", "--split", split, f"--{where}", args[where], "--list_dir"]
-        command = (
-            f"python {info.train_script.replace('train', 'test', 1)} {shlex.join(map(str, [*flags, args['list_dir']]))}"
-        )
+        script = info.train_script.replace("train", "test", 1)
+        command = f"python {script} {shlex.join(map(str, [*flags, args['list_dir']]))}"
         raise RunError(f"{folder} was not tested on {split}: test it with {command}")
     own = _text(where, info.volume_path)
     summaries = list(map(_summary, paths.values()))
@@ -148,7 +147,7 @@ def _summary(cases: Path) -> dict[str, dict[str, Any]]:
 
 
 def _tested(checkpoint: dict[str, Any]) -> str:
-    """Return a tested checkpoint in words; summary.json names a ``prediction`` that is not the training's."""
+    """Return a tested checkpoint in words, with the ``--prediction`` that the test was given, if any."""
     prediction = f", prediction {checkpoint['prediction']}" if checkpoint.get("prediction") else ""
     return f"{checkpoint['file']}, epoch {checkpoint['epoch']}{prediction}"
 

@@ -182,8 +182,8 @@ def test(args: Namespace, info: DatasetInfo) -> None:
     table = case_table(results, class_names, data.get("selected_on", "val"))
     summary = summarise(table, sum(result.confusion for result in results) if info.planar else None)
     summary["data"] = {where: str(tested), "list_dir": str(args.list_dir), "split": args.split}
-    used = {"file": args.checkpoint.name, "epoch": checkpoint.get("epoch"), "prediction": args.prediction}
-    summary["checkpoint"] = used
+    file, epoch = args.checkpoint.name, checkpoint.get("epoch")
+    summary["checkpoint"] = {"file": file, "epoch": epoch, "prediction": args.prediction}
     write_csv(folder / "cases.csv", table)
     write_summary(folder / "summary.json", summary)
     print(format_summary(summary))
