@@ -8,30 +8,36 @@ baseline instead.
 import pandas as pd
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import add_network, past_warm_up
 from benchmarks.plain import plain_copy
 from networks import NETWORKS, SimMPNet, build
-from networks.complexity import count_multiply_adds, count_parameters, flop_counter
 from utils.cli import ArgumentParser, run_script
 from utils.results import markdown
 
 
-def count(model: nn.Module, size: int, channels: int) -> dict[str, tuple[float, float]]:
-    """Return the millions of parameters and 10^9 multiply-adds of each part, for one image (channels, size, size)."""
-    with flop_counter() as counter, torch.no_grad():
-        model.eval()(torch.zeros(1, channels, size, size))
+def count(network: nn.Module, size: int, channels: int) -> dict[str, tuple[float, float]]:
+    """Return the millions of parameters and 10^9 multiply-adds of each part and of ``all``, in evaluation.
+
+    They are those of one image (channels, size, size). Buffers, such as the columns of a memory, are no parameters.
+    """
+    # Gradients stay on: without them nn.MultiheadAttention takes a fused path that the counter does not see.
+    with FlopCounterMode(display=False) as counter:
+        network.eval()(torch.zeros(1, channels, size, size))
     flops = {name: sum(operations.values()) for name, operations in counter.get_flop_counts().items()}
 
     def work(name: str, module: nn.Module) -> float:
         if name in flops:
-            return flops[name] / 2
+            return flops[name] / 2e9
         return sum(work(f"{name}.{child}", inside) for child, inside in module.named_children())  # a list of modules
 
-    root, parts = (type(model).__name__, model) if isinstance(model, SimMPNet) else ("Baseline.net", model.net)
-    rows = {name: (count_parameters(part), work(f"{root}.{name}", part)) for name, part in parts.named_children()}
-    rows["all"] = count_parameters(model), flops["Global"] / 2
-    return {name: (parameters / 1e6, multiply_adds / 1e9) for name, (parameters, multiply_adds) in rows.items()}
+    def parameters(module: nn.Module) -> float:
+        return sum(p.numel() for p in module.parameters()) / 1e6
+
+    root = type(network).__name__
+    rows = {name: (parameters(part), work(f"{root}.{name}", part)) for name, part in network.named_children()}
+    return rows | {"all": (parameters(network), flops["Global"] / 2e9)}
 
 
 def main() -> None:
@@ -43,11 +49,12 @@ def main() -> None:
     args = parser.parse_args()
     model = build(**{name: value for name, value in vars(args).items() if value is not None})
     past_warm_up(model)
-    rows = count(model, args.img_size, args.in_channels)
     print(", ".join(f"{name} {value}" for name, value in model.config.items() if name in vars(args)))
-    if isinstance(model, SimMPNet):
-        plain_work = count_multiply_adds(plain_copy(model), args.img_size, args.in_channels) / 1e9
-        rows |= {"all, with attention at width d as written": (rows["all"][0], plain_work), "the paper": (91.30, 43.74)}
+    is_ours, image = isinstance(model, SimMPNet), (args.img_size, args.in_channels)
+    rows = count(model if is_ours else model.net, *image)
+    if is_ours:
+        rows["all, with attention at width d as written"] = count(plain_copy(model), *image)["all"]
+        rows["the paper"] = (91.30, 43.74)
     table = pd.DataFrame.from_dict(rows, "index", columns=["parameters [M]", "multiply-adds [G]"])
     print(markdown(table.rename_axis(""), ".2f", index=True))
 

@@ -7,20 +7,19 @@ paper's settings, in several forms:
 - ``float32``, ``tf32``, ``bf16``: ours, channels-last, fused AdamW, evaluation in batches
 - ``compiled``, ``graphs``: bf16 with ``torch.compile``; ``graphs`` also with CUDA graphs
 
-``torch.utils.flop_counter`` counts the operations of our network on a CPU, without what a GPU computes in vain, such as
-scores of other clusters. The ceiling is the measured rate of a bf16 product of 8192 x 8192 matrices. The command writes
-``gpu.md`` (the table) and, for the last form, ``trace.json.gz`` (for chrome://tracing) and ``profile.txt``. The table
-shows the error of a form that fails; the other forms run all the same. A run on a CPU:
+Operations are those of ``benchmarks.complexity``, without what a GPU computes in vain, such as scores of other
+clusters; a training step counts as three forward passes. The ceiling is the measured rate of a bf16 product of
+8192 x 8192 matrices. The command writes ``gpu.md`` (the table) and, for the last form, ``trace.json.gz`` (for
+chrome://tracing) and ``profile.txt``. The table shows the error of a form that fails; the other forms run all the same.
+A run on a CPU:
 
     python -m benchmarks.gpu --device cpu --forms plain float32 bf16 --model_scale pico --img_size 64 \\
         --img_size_dmwla 64 --batch_size 2 --repeats 1
 """
 
 import gc
-import sys
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,14 +29,15 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import plain
+from benchmarks.complexity import count
 from benchmarks.measure import add_network, machine, past_warm_up, synchronize, time_sides
 from networks import SimMPNet
-from networks.complexity import flop_counter
 from utils.cli import ArgumentParser, pick_device, run_script, seed_everything, set_precision
 from utils.losses import subset_loss
 from utils.results import markdown
 
 FORMS = ("plain", "float32", "tf32", "bf16", "compiled", "graphs")
+EXACT = ("plain", "float32", "tf32")  # the others compute in bf16
 COMPILE_MODES = {"compiled": "default", "graphs": "reduce-overhead"}
 
 
@@ -60,15 +60,20 @@ class Form:
         model = model.to(self.device, memory_format=torch.channels_last)
         return (plain.plain_copy(model) if self.name == "plain" else model).train()
 
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Return random images (B, 1, S, S) and a random label (B, S, S) on the device."""
+        shape = self.args.batch_size, self.args.img_size, self.args.img_size
+        images = torch.rand(shape, device=self.device)[:, None]
+        return images, torch.randint(self.args.num_classes, shape, device=self.device)
+
+    def autocast(self) -> torch.autocast:
+        """Return the context of a forward pass."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.name not in EXACT)
+
     def compiled(self, function: Callable) -> Callable:
         """Return a network or function, compiled if the form compiles."""
         mode = COMPILE_MODES.get(self.name)
         return torch.compile(function, dynamic=False, mode=mode) if mode else function
-
-    def autocast(self):
-        """Return the context of the forward pass."""
-        exact = self.name in ("plain", "float32", "tf32")
-        return nullcontext() if exact else torch.autocast(self.device.type, torch.bfloat16)
 
     def training_step(self) -> Callable[[], None]:
         """Return a function that does one training step on a random batch."""
@@ -76,17 +81,17 @@ class Form:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=self.name != "plain")
         loss_of = plain.subset_loss if self.name == "plain" else subset_loss
 
-        def losses(images: Tensor, label: Tensor) -> Tensor:
+        def loss(images: Tensor, label: Tensor) -> Tensor:
             with self.autocast():
                 logits = model(images)
             return loss_of(logits, label)
 
-        losses = self.compiled(losses)
+        loss = self.compiled(loss)
 
         def step() -> None:
-            loss = losses(images, label)
+            value = loss(images, label)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            value.backward()
             optimizer.step()
 
         return step
@@ -103,52 +108,35 @@ class Form:
 
         return predict
 
-    def batch(self) -> tuple[Tensor, Tensor]:
-        """Return random images (B, 1, S, S) and a random label (B, S, S) on the device."""
-        shape = self.args.batch_size, self.args.img_size, self.args.img_size
-        images = torch.rand(shape, device=self.device)[:, None]
-        return images, torch.randint(self.args.num_classes, shape, device=self.device)
 
-
-def measure(form: Form, flops: list[float], peak_rate: float) -> dict[str, object]:
-    """Return the row of the table for a form. flops: of a training step and of an evaluation, per image."""
+def measure(form: Form, forward: float, ceiling: float) -> dict[str, object]:
+    """Return the row of the table for a form; forward: operations of an image, ceiling: operations per second."""
     row, batch_size, on_gpu = {"": form.name}, form.args.batch_size, form.device.type == "cuda"
-    for name, make, work in zip(("training", "evaluation"), (form.training_step, form.evaluation), flops, strict=True):
-        free_memory()
+    for name, make, passes in (("training", form.training_step, 3), ("evaluation", form.evaluation, 1)):
+        free_memory(form)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         call = make()
         first = time_sides({"": call}, 1, 0, form.device)[""]
         seconds = time_sides({"": call}, form.args.repeats, 3 if on_gpu else 0, form.device)[""]
-        rate = work * batch_size / seconds
+        rate = passes * forward * batch_size / seconds
         row |= {
             f"{name} [ms]": 1000 * seconds,
             f"{name} slices per second": batch_size / seconds,
             f"{name} TFLOP/s": rate / 1e12,
-            f"{name} % of the ceiling": 100 * rate / peak_rate,
+            f"{name} % of the ceiling": 100 * rate / ceiling,
             f"{name} memory [GiB]": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else float("nan"),
             f"{name} first call [s]": first,
         }
     return row
 
 
-def free_memory() -> None:
-    """Free GPU memory that is no longer used."""
-    if "torch._dynamo" in sys.modules:  # importing it takes seconds
-        torch._dynamo.reset()
+def free_memory(form: Form) -> None:
+    """Free the GPU's memory of the form before."""
+    if form.name in COMPILE_MODES:
+        torch.compiler.reset()
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def operations(args: Namespace) -> list[float]:
-    """Return the operations per image of our training step and of our evaluation."""
-    form, counts = Form("float32", Namespace(**vars(args) | {"batch_size": 1}), torch.device("cpu")), []
-    for call in (form.training_step(), form.evaluation()):
-        with flop_counter() as counter:
-            call()
-        counts.append(float(counter.get_total_flops()))
-    return counts
+    torch.cuda.empty_cache()
 
 
 def product_rate(n: int, device: torch.device) -> float:
@@ -160,6 +148,7 @@ def product_rate(n: int, device: torch.device) -> float:
 
 def write_profile(form: Form, folder: Path) -> None:
     """Write a trace of a training step and a table of the operations that took longest."""
+    free_memory(form)
     step, on_gpu = form.training_step(), form.device.type == "cuda"
     for _ in range(4 if on_gpu else 1):
         step()
@@ -186,22 +175,21 @@ def main() -> None:
     seed_everything(0, deterministic=bool(args.deterministic))
     args.output.mkdir(parents=True, exist_ok=True)
 
-    flops, rows = operations(args), []
-    peak_rate = product_rate(8192 if device.type == "cuda" else 256, device)
+    forward = 2e9 * count(Form("float32", args, torch.device("cpu")).network(), args.img_size, 1)["all"][1]
+    ceiling = product_rate(8192 if device.type == "cuda" else 256, device)
+    rows = []
     for name in args.forms:
         try:
-            rows.append(measure(Form(name, args, device), flops, peak_rate))
+            rows.append(measure(Form(name, args, device), forward, ceiling))
         except Exception as error:  # the other forms are still measured
             rows.append({"": f"{name} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"})
         print(markdown(pd.DataFrame(rows[-1:]), ".4g"), flush=True)
-    sizes = f"{args.model_scale}, {args.img_size} / {args.img_size_dmwla}, batch {args.batch_size}"
-    sizes += f", deterministic {args.deterministic}"
-    work = f"{flops[0] / 2e9:.1f} G multiply-adds in a training step, {flops[1] / 2e9:.1f} G in evaluation"
-    text = f"{machine(device)}\n\n{sizes}; ours per image: {work}; ceiling {peak_rate / 1e12:.1f} TFLOP/s (bf16)\n\n"
+    settings = f"{args.model_scale}, {args.img_size} / {args.img_size_dmwla}, batch {args.batch_size}"
+    settings += f", deterministic {args.deterministic}; {forward / 2e9:.1f} G multiply-adds in a forward pass of an image"
+    text = f"{machine(device)}\n\n{settings}; ceiling {ceiling / 1e12:.1f} TFLOP/s (bf16)\n\n"
     text += markdown(pd.DataFrame(rows), ".4g")
     (args.output / "gpu.md").write_text(f"{text}\n", encoding="utf-8")
     print(text)
-    free_memory()
     write_profile(Form(args.forms[-1], args, device), args.output)
     print(f"wrote the table, trace and profile to {args.output}")
 

@@ -24,7 +24,6 @@ from tqdm import tqdm
 from datasets import DatasetInfo, Picture, Volume
 from datasets.errors import counted
 from datasets.training_set import TrainingSet
-from networks.complexity import count_parameters
 from networks.ranks import rank, world_size
 from utils.checkpoint import describe_data, provenance
 from utils.cli import AMP_DTYPES, random_state, set_random_state
@@ -135,7 +134,7 @@ class Trainer:
                 self.run.open(config, self.history, resumed=self.iteration > 0)
             logger.info(
                 "%.2f M parameters, %s, %s, %s, on %d x %s; run folder %s",
-                count_parameters(self.model) / 1e6, counted(len(self.train_set), "training sample"),
+                sum(p.numel() for p in self.model.parameters()) / 1e6, counted(len(self.train_set), "training sample"),
                 counted(len(self.val_set), "validation case"), counted(self.total_iterations, "iteration"),
                 world_size(), self.device, self.run.path,
             )  # fmt: skip

@@ -3,7 +3,9 @@
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 
+from benchmarks.complexity import count
 from tests.conftest import SMALL, data_flags
 
 NETWORK = "--model_scale pico --num_classes 3 --img_size 64 --img_size_dmwla 64"
@@ -42,6 +44,29 @@ def test_complexity_counts_part_by_part(run_script):
     parts = {row[1]: row[2] for row in cells if len(row) > 2}
     assert "all" in parts and parts["encoder"] == "21.28" and "the paper" not in done.output
     assert "the paper" in run_script("benchmarks/complexity.py", *NETWORK.split()).succeeded().output
+
+
+class Attention(nn.Module):
+    """A convolution, and attention over its pixels in the form that has a fused path in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.attention = nn.MultiheadAttention(8, 2, bias=False, batch_first=True)
+        self.register_buffer("memory", torch.zeros(1000))
+
+    def forward(self, x):
+        tokens = self.conv(x).flatten(2).mT
+        return self.attention(tokens, tokens, tokens, need_weights=False)[0]
+
+
+def test_complexity_counts_what_is_found_by_hand():
+    pixels, weights = 16 * 16, 8 * 3 * 9
+    projections, attention = pixels * 4 * 8 * 8, 2 * pixels * pixels * 8
+    parts = count(Attention(), 16, 3)
+    assert parts["conv"] == (weights / 1e6, pixels * weights / 1e9)
+    assert parts["attention"] == pytest.approx((4 * 8 * 8 / 1e6, (projections + attention) / 1e9))
+    assert parts["all"] == pytest.approx([sum(values) for values in zip(parts["conv"], parts["attention"], strict=True)])
 
 
 def test_gpu_runs_on_a_cpu_and_writes_table_trace_and_profile(run_script, tmp_path):
