@@ -185,7 +185,7 @@ def main() -> None:
             rows.append({"": f"{name} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"})
         print(markdown(pd.DataFrame(rows[-1:]), ".4g"), flush=True)
     settings = f"{args.model_scale}, {args.img_size} / {args.img_size_dmwla}, batch {args.batch_size}"
-    settings += f", deterministic {args.deterministic}; {forward / 2e9:.1f} G multiply-adds in a forward pass of an image"
+    settings += f", deterministic {args.deterministic}; {forward / 2e9:.1f} G multiply-adds in a forward pass per image"
     text = f"{machine(device)}\n\n{settings}; ceiling {ceiling / 1e12:.1f} TFLOP/s (bf16)\n\n"
     text += markdown(pd.DataFrame(rows), ".4g")
     (args.output / "gpu.md").write_text(f"{text}\n", encoding="utf-8")

@@ -3,8 +3,7 @@
 from networks import baselines  # noqa: F401, which registers them
 from networks.dmwla import DMWLA
 from networks.dsgim import DSGIM
-from networks.errors import NetworkError
-from networks.layers import VARIANTS
+from networks.layers import VARIANTS, NetworkError
 from networks.maxvit import SCALES
 from networks.memory_bank import PrototypeMemoryBank
 from networks.registry import FIRST, NETWORKS, build, default_weights, register

@@ -16,8 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from networks.errors import NetworkError
-from networks.layers import check_choice
+from networks.layers import NetworkError, check_choice
 from networks.maxvit import SCALES, downloading, load_weights, weights_file, where_from
 from networks.registry import register
 

@@ -24,8 +24,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from networks.errors import NetworkError
-from networks.layers import VARIANTS, check_choice, in_full_precision
+from networks.layers import VARIANTS, NetworkError, check_choice, in_full_precision
 from networks.memory_bank import PrototypeMemoryBank
 from networks.memory_update import update_banks
 

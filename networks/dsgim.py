@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from networks.errors import NetworkError
-from networks.layers import VARIANTS, check_choice, in_full_precision, normalise
+from networks.layers import VARIANTS, NetworkError, check_choice, in_full_precision, normalise
 
 SIMILARITIES = ("both", "cosine", "euclidean")
 EXCLUDED = -100.0  # score of a key that is not in a branch

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.errors import NetworkError
-
 VARIANTS = ("paper", "release", "stable")
+
+
+class NetworkError(ValueError):
+    """Report a wrong scale, size, variant, weight file or state dict, and what would be right, in one line."""
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

@@ -15,9 +15,8 @@ import torch
 from timm.models import adapt_input_conv, load_state_dict
 from torch import Tensor, nn
 
-from networks.errors import NetworkError
 from networks.gates import ImageInjection
-from networks.layers import check_choice
+from networks.layers import NetworkError, check_choice
 
 SCALES = {
     "pico": "maxvit_rmlp_pico_rw_256",

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor, nn
 
-from networks.errors import NetworkError
+from networks.layers import NetworkError
 from networks.ranks import gather, rank, world_size
 
 

@@ -15,8 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from networks.errors import NetworkError
-from networks.layers import check_choice, check_images, check_input, resize
+from networks.layers import NetworkError, check_choice, check_images, check_input, resize
 from networks.maxvit import weights_file
 from networks.sim_mpnet import SIZE_STEP, SimMPNet
 

@@ -7,7 +7,7 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor
 
-from networks.errors import NetworkError
+from networks.layers import NetworkError
 from networks.sim_mpnet import SimMPNet
 
 # Our prefix and the release's; the first match applies.

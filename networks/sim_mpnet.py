@@ -20,9 +20,17 @@ from networks.decoder import Decoder
 from networks.dmwla import ATTENTIONS, DMWLA, write_memories
 from networks.dmwla_encoder import DMWLAEncoder
 from networks.dsgim import SIMILARITIES, select_windows
-from networks.errors import NetworkError
 from networks.gates import EncoderGate, Gate
-from networks.layers import VARIANTS, check_choice, check_images, check_input, check_size, in_full_precision, resize
+from networks.layers import (
+    VARIANTS,
+    NetworkError,
+    check_choice,
+    check_images,
+    check_input,
+    check_size,
+    in_full_precision,
+    resize,
+)
 from networks.maxvit import SCALES, MaxViTEncoder, scale_widths
 from networks.memory_bank import PrototypeMemoryBank
 
