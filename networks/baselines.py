@@ -46,34 +46,24 @@ def swin_unetr(num_classes: int, in_channels: int = 1, img_size: int = 256) -> n
 
 @register("maxvit_unet", default_weights=lambda options: weights_file(options["model_scale"]))
 def maxvit_unet(
-    num_classes: int,
-    in_channels: int = 1,
-    img_size: int = 256,
-    model_scale: str = "small",
-    pretrained: Weights = None,
+    num_classes: int, in_channels: int = 1, img_size: int = 256, model_scale: str = "small", pretrained: Weights = None
 ) -> nn.Module:
     """Build a U-Net whose encoder is Sim-MPNet's MaxViT, of the same scales and from the same weight files.
 
     Tu et al., ECCV 2022; Ronneberger et al., MICCAI 2015.
     """
     check_choice("model_scale", model_scale, SCALES)
-    from_file, remedy = pretrained not in (None, "hub"), where_from(model_scale)
-    hub = None if from_file else pretrained
-    network = _smp("Unet", f"tu-{SCALES[model_scale]}", remedy, num_classes, in_channels, img_size, hub)
-    if from_file:
+    encoder, hub = f"tu-{SCALES[model_scale]}", "hub" if pretrained == "hub" else None
+    network = _smp("Unet", encoder, where_from(model_scale), num_classes, in_channels, img_size, hub)
+    if pretrained not in (None, "hub"):
         load_weights(network.encoder.model, pretrained, model_scale)
     return network
 
 
 def _smp(
-    architecture: str,
-    encoder: str,
-    remedy: str,
-    num_classes: int,
-    in_channels: int = 1,
-    img_size: int = 256,
-    pretrained: Weights = None,
-) -> nn.Module:
+    architecture: str, encoder: str, remedy: str,
+    num_classes: int, in_channels: int = 1, img_size: int = 256, pretrained: Weights = None,
+) -> nn.Module:  # fmt: skip
     """Return a network of smp whose encoder starts from random weights, or from those that smp downloads.
 
     ``remedy`` says what to do if the download fails.
@@ -83,13 +73,11 @@ def _smp(
             f"pretrained is {pretrained}; this network accepts hub (its library downloads ImageNet weights) or none"
         )
     smp = _library("segmentation_models_pytorch", "segmentation-models-pytorch")
-    of_timm = encoder.startswith("tu-")  # timm's encoders are built for one size, and accept only True for weights
-    weights = None if pretrained is None else True if of_timm else "imagenet"
-    options = {"img_size": img_size} if of_timm else {}
+    options = {"in_channels": in_channels, "classes": num_classes, "encoder_weights": pretrained and "imagenet"}
+    if encoder.startswith("tu-"):  # timm's encoders are built for one size, and accept only True for weights
+        options |= {"img_size": img_size, "encoder_weights": pretrained and True}
     with downloading(encoder.removeprefix("tu-"), remedy) if pretrained else nullcontext(), _NumbersOnTheCPU():
-        return getattr(smp, architecture)(
-            encoder, encoder_weights=weights, in_channels=in_channels, classes=num_classes, **options
-        )
+        return getattr(smp, architecture)(encoder, **options)
 
 
 class _NumbersOnTheCPU(TorchFunctionMode):

@@ -16,7 +16,7 @@ from timm.models import adapt_input_conv, load_state_dict
 from torch import Tensor, nn
 
 from networks.gates import ImageInjection
-from networks.layers import NetworkError, check_choice
+from networks.layers import NetworkError
 
 SCALES = {
     "pico": "maxvit_rmlp_pico_rw_256",
@@ -39,15 +39,14 @@ class MaxViTEncoder(nn.Module):
         pretrained: a weight file (``.pth`` or ``.safetensors`` with timm's names), ``"hub"`` or ``None``.
 
     Raises:
-        NetworkError: the scale is unknown, or the weights are missing or do not fit.
+        NetworkError: the weights are missing or do not fit.
     """
 
     def __init__(self, scale: str = "small", img_size: int = 256, pretrained: str | Path | None = None):
         super().__init__()
-        check_choice("model_scale", scale, SCALES)
-        with downloading(SCALES[scale], where_from(scale)) if pretrained == "hub" else nullcontext():
-            options = {"img_size": img_size, "num_classes": 0}
-            backbone = timm.create_model(SCALES[scale], pretrained=pretrained == "hub", **options)
+        from_hub = pretrained == "hub"
+        with downloading(SCALES[scale], where_from(scale)) if from_hub else nullcontext():
+            backbone = timm.create_model(SCALES[scale], pretrained=from_hub, img_size=img_size, num_classes=0)
         if pretrained not in (None, "hub"):
             load_weights(backbone, pretrained, scale)
         self.stem = backbone.stem
@@ -67,25 +66,25 @@ class MaxViTEncoder(nn.Module):
 def scale_widths(scale: str) -> tuple[int, ...]:
     """Return the widths C_1 ... C_4 of a scale's encoder."""
     with torch.device("meta"):  # no memory, no random numbers
-        stages = timm.create_model(SCALES[scale], num_classes=0).feature_info[1:]
-    return tuple(stage["num_chs"] for stage in stages)
+        return MaxViTEncoder(scale).widths
 
 
 def weights_file(scale: str) -> Path:
     """Return where the ImageNet weights of ``scale`` are expected; raise a NetworkError if no file was published."""
-    path = pretrained_file(scale)
-    if path is None:
-        raise NetworkError(
-            f"no weight file was published for scale {scale}: use --pretrained hub, or --pretrained none to start "
-            "from random weights"
-        )
-    return path
-
-
-def pretrained_file(scale: str) -> Path | None:
-    """Return where the ImageNet weights of ``scale`` are expected, or None if no file was published."""
     url = timm.get_pretrained_cfg(SCALES[scale]).url
-    return PRETRAINED_DIR / Path(urlparse(url).path).name if url else None
+    if not url:
+        raise NetworkError(f"no weight file is the default of scale {scale}; {where_from(scale)}")
+    return PRETRAINED_DIR / Path(urlparse(url).path).name
+
+
+def where_from(scale: str) -> str:
+    """Return what a message says about getting weights of ``scale``: from where, and to which path."""
+    config, otherwise = timm.get_pretrained_cfg(SCALES[scale]), "or start from random weights (--pretrained none)"
+    if config.url:
+        return f"download {config.url} to {weights_file(scale)}, {otherwise}"
+    if timm.list_pretrained(f"{SCALES[scale]}*"):
+        return f"download model.safetensors of {config.hf_hub_id} and give it with --pretrained, {otherwise}"
+    return f"no weights were published for scale {scale}: use another scale, {otherwise}"
 
 
 def load_weights(backbone: nn.Module, path: str | Path, scale: str) -> None:
@@ -107,7 +106,7 @@ def load_weights(backbone: nn.Module, path: str | Path, scale: str) -> None:
         weights = {name: value for name, value in weights.items() if name.startswith(PARTS)}
         if STEM in weights:
             weights[STEM] = adapt_input_conv(own[STEM].shape[1], weights[STEM])
-        unfit = [name for name in weights if name in own and weights[name].shape != own[name].shape]
+        unfit = [name for name in own if name in weights and weights[name].shape != own[name].shape]
     except Exception as error:  # torch and safetensors raise many kinds of error for a file that is not theirs
         raise NetworkError(
             f"{path} is not a readable weight file ({type(error).__name__}); {where_from(scale)}"
@@ -131,14 +130,3 @@ def downloading(weights: str, remedy: str) -> Iterator[None]:
         yield
     except Exception as error:  # no connection, no such weights, a broken cache: the libraries raise many kinds
         raise NetworkError(f"cannot download the weights of {weights} ({type(error).__name__}); {remedy}") from error
-
-
-def where_from(scale: str) -> str:
-    """Return what a message says about getting weights of ``scale``: from where, and to which path."""
-    path, config = pretrained_file(scale), timm.get_pretrained_cfg(SCALES[scale])
-    otherwise = "or start from random weights (--pretrained none)"
-    if path is not None:
-        return f"download {config.url} to {path}, {otherwise}"
-    if timm.list_pretrained(f"{SCALES[scale]}*"):
-        return f"download model.safetensors of {config.hf_hub_id} to {PRETRAINED_DIR}, {otherwise}"
-    return f"no weights were published for scale {scale}: use another scale, {otherwise}"

@@ -6,7 +6,6 @@ prediction; ``config`` holds the arguments that rebuild the network; ``memory_ba
 ``gates_observed`` collects its gates, if any; ``parameter_groups`` goes to the optimizer.
 """
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -22,22 +21,18 @@ from networks.sim_mpnet import SIZE_STEP, SimMPNet
 FIRST = "sim_mpnet"
 """The network that is built where none is named."""
 NETWORKS: dict[str, Callable[..., nn.Module]] = {}
-"""The builder of each network, by the name in ``--network`` and in checkpoints."""
+"""The builder of each network, by the name in ``--network`` and in checkpoints; ``build`` calls it."""
+_SIZE_STEPS: dict[str, int] = {}
 _DEFAULT_WEIGHTS: dict[str, Callable[[Mapping[str, Any]], str | Path | None]] = {}
 
 
-def register(
-    name: str,
-    size_step: int = 32,
-    default_weights: Callable[[Mapping[str, Any]], str | Path | None] = lambda options: None,
-) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
+def register(name: str, size_step: int = 32, default_weights: Callable = lambda options: None) -> Callable:
     """Register the builder below it, a function or a class, as the network ``name``.
 
     The builder takes ``num_classes``, ``in_channels`` and ``img_size``, and ``pretrained`` if there are weights to
     start from. Each further argument needs an int, float or str as default. It becomes a flag of the training scripts;
     if a flag of that name exists, the argument shares it and its default. The builder returns a network whose forward
-    returns one logit map, or a list of them, of any size. Impossible numbers of classes and channels and impossible
-    sizes are refused before the builder is called.
+    returns one logit map, or a list of them, of any size.
 
     Args:
         name: a new name.
@@ -51,43 +46,42 @@ def register(
         raise NetworkError(f"there is a network {name} already: choose another name")
 
     def enter(builder: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        signature = inspect.signature(builder)
-        needed = ("num_classes", "in_channels", "img_size")
-        lacking = [argument for argument in needed if argument not in signature.parameters]
+        taken = inspect.signature(builder).parameters
+        lacking = [needed for needed in ("num_classes", "in_channels", "img_size") if needed not in taken]
         if lacking:
             raise NetworkError(f"the builder of network {name} lacks {', '.join(lacking)}: add these arguments")
-
-        @functools.wraps(builder, updated=())
-        def build_and_name(*args, **options) -> nn.Module:
-            if "pretrained" not in signature.parameters and options.pop("pretrained", None) is not None:
-                raise NetworkError(f"network {name} has no pretrained weights: leave pretrained out, or set it to none")
-            try:
-                given = signature.bind(*args, **options)
-            except TypeError as error:
-                raise NetworkError(f"network {name}: {error}") from error
-            given.apply_defaults()
-            config = {key: value for key, value in given.arguments.items() if key != "pretrained"}
-            check_images(config["num_classes"], config["in_channels"], config["img_size"], size_step)
-            network = builder(*given.args, **given.kwargs)
-            if not hasattr(network, "memory_banks"):
-                network = Baseline(network, config)
-            network.config = {"network": name} | network.config
-            return network
-
-        NETWORKS[name], _DEFAULT_WEIGHTS[name] = build_and_name, default_weights
-        return build_and_name
+        NETWORKS[name], _SIZE_STEPS[name], _DEFAULT_WEIGHTS[name] = builder, size_step, default_weights
+        return builder
 
     return enter
 
 
-def build(network: str = FIRST, **options) -> nn.Module:
+def build(network: str = FIRST, pretrained: str | Path | None = None, **options) -> nn.Module:
     """Return the network of a name, built with these arguments; ``build(**model.config)`` builds the same again.
+
+    pretrained: the weights to start from; None means random ones.
 
     Raises:
         NetworkError: the name is unknown, its library is not installed, or an argument does not fit.
     """
     check_choice("network", network, NETWORKS)
-    return NETWORKS[network](**options)
+    signature = inspect.signature(NETWORKS[network])
+    if "pretrained" in signature.parameters:
+        options["pretrained"] = pretrained
+    elif pretrained is not None:
+        raise NetworkError(f"network {network} has no pretrained weights: leave pretrained out, or set it to none")
+    try:
+        given = signature.bind(**options)
+    except TypeError as error:
+        raise NetworkError(f"network {network}: {error}") from error
+    given.apply_defaults()
+    config = {name: value for name, value in given.arguments.items() if name != "pretrained"}
+    check_images(config["num_classes"], config["in_channels"], config["img_size"], _SIZE_STEPS[network])
+    model = NETWORKS[network](*given.args, **given.kwargs)
+    if not hasattr(model, "memory_banks"):
+        model = Baseline(model, config)
+    model.config = {"network": network} | model.config
+    return model
 
 
 def default_weights(network: str, options: Mapping[str, Any]) -> str | Path | None:
@@ -103,11 +97,11 @@ class Baseline(nn.Module):
         config: the arguments that rebuild it.
     """
 
-    def __init__(self, net: nn.Module, config: Mapping[str, Any]):
+    def __init__(self, net: nn.Module, config: dict[str, Any]):
         super().__init__()
         self.net = net
         self.leaves_parameters_out = getattr(net, "leaves_parameters_out", False)  # see adding_a_network.md
-        self.config = dict(config)
+        self.config = config
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the logit maps, each (B, num_classes, S, S), of images (B, in_channels, S, S), S = ``img_size``."""

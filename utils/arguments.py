@@ -16,7 +16,7 @@ import torch
 
 from datasets import DATASETS, DatasetInfo, custom
 from datasets.lists import PATTERN_HELP
-from networks import CHOICES, FIRST, NETWORKS
+from networks import CHOICES, FIRST, NETWORKS, build
 from utils.checkpoint import load_checkpoint, network_arguments_of
 from utils.cli import AMP_DTYPES, ArgumentParser, number
 from utils.errors import RunError
@@ -276,7 +276,7 @@ def parse_training(
     args.val_split = args.val_split or val_split
     args.selected_on = "test" if args.val_split == splits["test"][1] else "val"
     with torch.device("meta"):  # takes no memory: only to find sizes that do not fit before data are read
-        NETWORKS[args.network](**network_arguments(args))
+        build(args.network, **network_arguments(args))
     return args, checkpoint
 
 

@@ -15,7 +15,7 @@ from datasets import DatasetInfo, ImageDataset, ImageFolder, Picture, SliceDatas
 from datasets.errors import brief, counted
 from datasets.files import file_stem
 from datasets.lists import list_path
-from networks import NETWORKS, default_weights
+from networks import build, default_weights
 from networks.ranks import rank
 from utils.arguments import check_n_gpu, network_arguments, script_of
 from utils.checkpoint import build_network, load_checkpoint, load_fitting, refuse_other_data
@@ -53,7 +53,7 @@ def make_trainer(
     info = quick_check(train_set, val_set, info, args)
     seed_everything(args.seed, deterministic=bool(args.deterministic))
     set_precision(args.amp, device)
-    model = build(args, pretrained=checkpoint is None)
+    model = new_network(args, pretrained=checkpoint is None)
     resumed = args.resume is not None
     lines = load_fitting(model, checkpoint, args.init_from) if checkpoint and not resumed else []
     if args.num_workers and multiprocessing.get_start_method() != "fork":
@@ -98,13 +98,13 @@ def open_training_data(
     return train_set, VolumeDataset(val_path, args.list_dir, args.val_split, classes, order, only=held_out)
 
 
-def build(args: Namespace, pretrained: bool) -> torch.nn.Module:
+def new_network(args: Namespace, pretrained: bool) -> torch.nn.Module:
     """Build the network on the CPU, with ImageNet weights if it is to be ``pretrained``."""
     options = network_arguments(args)
     weights = None
     if pretrained and args.pretrained != "none":
         weights = args.pretrained or default_weights(args.network, options)
-    model = NETWORKS[args.network](**options, pretrained=weights)
+    model = build(args.network, weights, **options)
     if any(True for _ in model.memory_banks()) and find_spec("faiss") is None:
         raise RunError("the memory's warm-up ends with K-means, which needs faiss: pip install -r requirements.txt")
     return convert_sync_batchnorm(model) if args.sync_bn else model
