@@ -8,7 +8,7 @@ python train_acdc.py --model_scale pico --variant stable --pretrained none --img
 """
 
 from datasets import acdc
-from utils.arguments import parse_training, training_parser
+from utils.arguments import training_parser
 from utils.cli import run_script
 from utils.launch import train
 
@@ -16,9 +16,7 @@ SPLITS = {"val": ("train", "val"), "test": ("trainval", "test")}  # --select: li
 
 
 def main() -> None:
-    parser = training_parser(__doc__, acdc.INFO, feature_dim=128)
-    args, checkpoint = parse_training(parser, acdc.INFO, SPLITS)
-    train(args, checkpoint, acdc.INFO)
+    train(training_parser(__doc__, acdc.INFO, feature_dim=128), acdc.INFO, SPLITS)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ python train_custom.py --data data/Task04_Hippocampus --fold all    # every fold
 python train_custom.py --data data/Task04_Hippocampus --network unet --output_dir runs/hippocampus_unet
 """
 
-from utils.arguments import own_data, parse_training, training_parser
+from utils.arguments import own_data, training_parser
 from utils.cli import run_script
 from utils.launch import train
 
@@ -14,8 +14,7 @@ SPLITS = {"val": ("train", "val"), "test": ("train", "test")}  # --select: lists
 
 def main() -> None:
     for info, argv in own_data("--resume", "auto"):
-        args, checkpoint = parse_training(training_parser(__doc__, info), info, SPLITS, argv)
-        train(args, checkpoint, info)
+        train(training_parser(__doc__, info), info, SPLITS, argv)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ torchrun --standalone --nproc_per_node 4 train_isic.py --batch_size 5
 """
 
 from datasets import isic
-from utils.arguments import parse_training, training_parser
+from utils.arguments import training_parser
 from utils.cli import run_script
 from utils.launch import train
 
@@ -16,9 +16,7 @@ SPLITS = {"val": ("train", "val"), "test": ("train", "test")}  # --select: lists
 
 
 def main() -> None:
-    parser = training_parser(__doc__, isic.INFO, feature_dim=256)
-    args, checkpoint = parse_training(parser, isic.INFO, SPLITS)
-    train(args, checkpoint, isic.INFO)
+    train(training_parser(__doc__, isic.INFO, feature_dim=256), isic.INFO, SPLITS)
 
 
 if __name__ == "__main__":

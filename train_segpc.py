@@ -9,7 +9,7 @@ torchrun --standalone --nproc_per_node 4 train_segpc.py --batch_size 5
 """
 
 from datasets import segpc
-from utils.arguments import parse_training, training_parser
+from utils.arguments import training_parser
 from utils.cli import run_script
 from utils.launch import train
 
@@ -17,9 +17,7 @@ SPLITS = {"val": ("train", "val"), "test": ("train", "test")}  # --select: lists
 
 
 def main() -> None:
-    parser = training_parser(__doc__, segpc.INFO, feature_dim=256)
-    args, checkpoint = parse_training(parser, segpc.INFO, SPLITS)
-    train(args, checkpoint, segpc.INFO)
+    train(training_parser(__doc__, segpc.INFO, feature_dim=256), segpc.INFO, SPLITS)
 
 
 if __name__ == "__main__":

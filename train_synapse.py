@@ -8,7 +8,7 @@ torchrun --standalone --nproc_per_node 4 train_synapse.py --batch_size 5 --resum
 """
 
 from datasets import synapse
-from utils.arguments import parse_training, training_parser
+from utils.arguments import training_parser
 from utils.cli import run_script
 from utils.launch import train
 
@@ -18,8 +18,7 @@ SPLITS = {"val": ("train", "train"), "test": ("train", "test_vol")}  # --select:
 def main() -> None:
     parser = training_parser(__doc__, synapse.INFO, feature_dim=256)
     parser.add_argument("--val_cases", nargs="+", default=synapse.VALIDATION_CASES, help="held out for --select val")
-    args, checkpoint = parse_training(parser, synapse.INFO, SPLITS)
-    train(args, checkpoint, synapse.INFO)
+    train(parser, synapse.INFO, SPLITS)
 
 
 if __name__ == "__main__":

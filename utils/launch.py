@@ -17,9 +17,9 @@ from datasets.files import file_stem
 from datasets.lists import list_path
 from networks import build, default_weights
 from networks.ranks import rank
-from utils.arguments import check_n_gpu, network_arguments, script_of
+from utils.arguments import Splits, check_n_gpu, network_arguments, parse_training, script_of
 from utils.checkpoint import build_network, load_checkpoint, load_fitting, refuse_other_data
-from utils.cli import AMP_DTYPES, pick_device, seed_everything, set_precision, setup_logging
+from utils.cli import AMP_DTYPES, ArgumentParser, pick_device, seed_everything, set_precision, setup_logging
 from utils.data_checks import compare_with_checkpoint, quick_check
 from utils.distribution import launched, process_group, rank_device
 from utils.errors import RunError
@@ -33,8 +33,9 @@ from utils.watch import out_of_memory
 logger = logging.getLogger(__name__)
 
 
-def train(args: Namespace, checkpoint: dict[str, Any] | None, info: DatasetInfo) -> None:
-    """Train a network; args, checkpoint: what ``parse_training`` returned; info: the data set."""
+def train(parser: ArgumentParser, info: DatasetInfo, splits: Splits, argv: list[str] | None = None) -> None:
+    """Train a network on a data set, with the arguments of ``parse_training``."""
+    args, checkpoint = parse_training(parser, info, splits, argv)
     device = rank_device(args.device)
     if args.sync_bn and device.type == "cpu":
         raise RunError("--sync_bn needs GPUs, and this run is on the CPU: leave --sync_bn out")
@@ -47,7 +48,7 @@ def make_trainer(
 ) -> Trainer:
     """Open and check the data, build the network, and load the checkpoint to continue or start from.
 
-    args, checkpoint, info: those of ``train``. From then on the log goes to train.log too.
+    args, checkpoint: what ``parse_training`` returned; info: the data set. From then on the log goes to train.log too.
     """
     train_set, val_set = open_training_data(args, info)
     info = quick_check(train_set, val_set, info, args)
