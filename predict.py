@@ -20,22 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import DATASETS, DataError
+from datasets import DATASETS, DataError, scan
 from datasets.dicom import several_series
 from datasets.errors import brief
 from datasets.files import atomic_write, check_writable, file_stem
 from datasets.image_files import ENDINGS as IMAGE_ENDINGS
 from datasets.image_files import common_bits
-from datasets.scan import (
-    FOLDER_ENDINGS,
-    LABEL_ENDINGS,
-    SCAN_ENDINGS,
-    case_name,
-    channel_files,
-    label_ending,
-    scan_name,
-    write_segmentation,
-)  # fmt: skip
 from utils.arguments import add_prediction
 from utils.cli import AMP_DTYPES, ArgumentParser, number, run_script, seed_everything
 from utils.errors import RunError
@@ -51,19 +41,18 @@ logger = logging.getLogger("predict")
 
 def parse_args() -> Namespace:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="best.pth, one of the release, or an ONNX file")
-    parser.add_argument("--input", type=Path, required=True, help="scan or image, or a folder of them")
-    parser.add_argument(
-        "--output", type=Path, required=True, help="file (.nii.gz, .nrrd, .mha, .mgz, .png), or a folder"
-    )
-    parser.add_argument("--time_point", type=int, help="which volume of a scan with several, from 0")
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="best.pth, one of the release, or an ONNX file")
+    add("--input", type=Path, required=True, help="scan or image, or a folder of them")
+    add("--output", type=Path, required=True, help="file (.nii.gz, .nrrd, .mha, .mgz, .png), or a folder")
+    add("--time_point", type=int, help="which volume of a scan with several, from 0")
     text = "PNGs per scan, of slices with classes; of an image 1"
-    parser.add_argument("--overlays", type=number(int, 0), default=0, help=text)
-    parser.add_argument("--dataset", choices=DATASETS, help="what a checkpoint of the release was trained on")
-    add_prediction(parser.add_argument)
-    parser.add_argument("--batch_size", type=number(int, 1), default=20, help="slices predicted at a time")
-    parser.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda or cuda:1")
-    parser.add_argument("--amp", default="none", choices=AMP_DTYPES, help="autocast precision")
+    add("--overlays", type=number(int, 0), default=0, help=text)
+    add("--dataset", choices=DATASETS, help="what a checkpoint of the release was trained on")
+    add_prediction(add)
+    add("--batch_size", type=number(int, 1), default=20, help="slices predicted at a time")
+    add("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda or cuda:1")
+    add("--amp", default="none", choices=AMP_DTYPES, help="autocast precision")
     return parser.parse_args()
 
 
@@ -72,48 +61,45 @@ def find_inputs(source: Path, planar: bool, channels: int) -> list[Path]:
 
     Of a scan of several channels in files of their own, it is the first.
     """
-    endings, other = (IMAGE_ENDINGS, SCAN_ENDINGS) if planar else (FOLDER_ENDINGS, IMAGE_ENDINGS)
+    endings, other = (IMAGE_ENDINGS, scan.SCAN_ENDINGS) if planar else (scan.FOLDER_ENDINGS, IMAGE_ENDINGS)
     if source.name.lower().endswith(other):
         found, expected = ("scan", "photographs") if planar else ("photograph", "scans")
         raise RunError(
             f"--input {source} is a {found}, but the checkpoint is for {expected}: give another --checkpoint"
         )
-    inside = sorted(source.iterdir()) if source.is_dir() else []
-    inside = [path for path in inside if not path.name.startswith(".")]
+    if not source.is_dir():
+        return [source]
+    inside = [path for path in sorted(source.iterdir()) if not path.name.startswith(".")]
     found = [path for path in inside if path.name.lower().endswith(endings)]
-    second = {scan_name(path) + ending for path in found for ending in SECOND_FILES}  # with the voxels of a scan
-    others = [path.name + "/" * path.is_dir() for path in inside if path not in found and path.name not in second]
-    if found and others:
-        logger.warning("%s: left out, each can be given alone: %s", source, brief(", ".join(others)))
-    if not planar:
-        found = list(dict.fromkeys(channel_files(path, channels)[0] for path in found))
-    if planar and source.is_dir() and not found:
+    if planar and not found:
         raise RunError(f"--input {source} contains no image ({', '.join(endings)})")
-    if inside and not found:
-        found = several_series(source)
-    return found or [source]
+    if not found:
+        return several_series(source) or [source]
+    second = {scan.scan_name(path) + ending for path in found for ending in SECOND_FILES}  # with the voxels of a scan
+    others = [path.name + "/" * path.is_dir() for path in inside if path not in found and path.name not in second]
+    if others:
+        logger.warning("%s: left out, each can be given alone: %s", source, brief(", ".join(others)))
+    return found if planar else list(dict.fromkeys(scan.channel_files(path, channels)[0] for path in found))
 
 
 def name_outputs(inputs: list[Path], target: Path, planar: bool, channels: int) -> tuple[list[Path], str]:
     """Return which file each input is segmented to, and what the names of all other files begin with."""
-    written = (".png",) if planar else LABEL_ENDINGS
-    stem, ending = (lambda path: path.stem, lambda path: ".png") if planar else (scan_name, label_ending)
-    if channels > 1 and not planar:
-        stem = case_name
+    written = (".png",) if planar else scan.LABEL_ENDINGS
+    stem = (lambda path: path.stem) if planar else scan.case_name if channels > 1 else scan.scan_name
     names = [file_stem(stem(path)) for path in inputs]
     if target.name.lower().endswith(written):
         if len(inputs) > 1:
             raise RunError(f"--output {target} is one file, but there are {len(inputs)} inputs: give a folder")
         outputs, beside = [target], f"{target.parent / stem(target)}_"
-    elif target.suffix.lower() in (*SCAN_ENDINGS, *IMAGE_ENDINGS, ".gz", ".gif", ".webp") and not target.is_dir():
+    elif target.suffix.lower() in (*scan.SCAN_ENDINGS, *IMAGE_ENDINGS, ".gz", ".gif", ".webp") and not target.is_dir():
         raise RunError(f"--output {target}: expected a name that ends in {', '.join(written)}, or a folder")
     else:
-        outputs = [target / f"{name}{ending(path)}" for name, path in zip(names, inputs, strict=True)]
-        beside = f"{target}/"
+        endings = [".png" if planar else scan.label_ending(path) for path in inputs]
+        outputs, beside = [target / (name + ending) for name, ending in zip(names, endings, strict=True)], f"{target}/"
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
         raise RunError(f"{count} inputs would be written as {name}: rename one of them")
-    files = [[path] if planar else channel_files(path, channels) for path in inputs]
+    files = [[path] if planar else scan.channel_files(path, channels) for path in inputs]
     originals = {path.resolve() for of_one in files for path in of_one}
     for output in outputs:
         if output.resolve() in originals:
@@ -125,40 +111,39 @@ def main() -> None:
     args = parse_args()
     seed_everything(0)
     predictor = Predictor(args.checkpoint, args.device, args.amp, args.batch_size, args.dataset, args.prediction)
-    kind = predictor.planar, len(predictor.channels)
+    kind = planar, _ = predictor.planar, len(predictor.channels)
     inputs = find_inputs(args.input, *kind)
     outputs, beside = name_outputs(inputs, args.output, *kind)
     check_writable(outputs[0].parent)
-    if predictor.planar:
+    if planar:
         bits = common_bits(inputs, predictor.preprocessing.bits)
         predictor.preprocessing = replace(predictor.preprocessing, bits=bits)
     sizes, failed = [], 0
     for i, (source, target) in enumerate(zip(inputs, outputs, strict=True), 1):
         try:
-            volume = predictor.read(source, args.time_point)
+            case = predictor.read(source, args.time_point)
         except DataError as error:
             if len(inputs) == 1:
                 raise
             logger.error("%s", error)
             failed += 1
             continue
-        prediction = predictor.segment(volume)
-        if volume.planar:
+        prediction = predictor.segment(case)
+        if planar:
             save_mask(target, prediction[0])
-            if args.overlays:
-                save_picture_overlay(f"{beside}overlays/{target.stem}.png", volume.image[0], prediction[0])
         else:
             with atomic_write(target) as temporary:
-                write_segmentation(temporary, volume, prediction)
-            if args.overlays:
-                save_overlays(f"{beside}overlays", volume, prediction, args.overlays)
-        sizes += class_sizes(volume, prediction)
+                scan.write_segmentation(temporary, case, prediction)
+        if args.overlays and planar:
+            save_picture_overlay(f"{beside}overlays/{target.stem}.png", case.image[0], prediction[0])
+        elif args.overlays:
+            save_overlays(f"{beside}overlays", case, prediction, args.overlays)
+        sizes += class_sizes(case, prediction)
         found = len(np.unique(prediction[prediction > 0]))
-        classes = len(predictor.class_names)
-        logger.info("%d/%d %s: classes found: %d of %d", i, len(inputs), target, found, classes)
+        logger.info("%d/%d %s: classes found: %d of %d", i, len(inputs), target, found, len(predictor.class_names))
     if sizes:
-        write_csv(f"{beside}{'areas' if predictor.planar else 'volumes'}.csv", sizes)
-    if not predictor.planar:
+        write_csv(f"{beside}{'areas' if planar else 'volumes'}.csv", sizes)
+    if not planar:
         write_colour_tables(beside, predictor.class_names)
     logger.info("the files beside the segmentations are %s*", beside)
     if failed:
