@@ -38,31 +38,26 @@ SETS = {
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     parsers = parser.add_subparsers(dest="dataset", required=True, metavar="DATASET")
-    for name, (_, about, raw) in SETS.items():
-        one = parsers.add_parser(name, help=about)
-        if raw:
+    of = {name: parsers.add_parser(name, help=about) for name, (_, about, _) in SETS.items()}
+    for name, one in of.items():
+        if raw := SETS[name][2]:
             one.add_argument("--raw", required=True, help=raw)
             one.add_argument("--overwrite", action="store_true", help="prepare finished files again")
         folder = DATASETS[name].folder if name in DATASETS else "data/ and the name of --raw"
         one.add_argument("--out", help=f"folder to write to (default: {folder})")
         one.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="parallel processes")
-    parsers.choices["synapse"].add_argument(
-        "--label_order", default="btcv13", choices=synapse.LABEL_ORDERS, help="order of the label ids in the raw files"
-    )
-    parsers.choices["segpc"].add_argument(
-        "--crops", action="store_true", help=f"write single cells, by default to {segpc.CROPS_FOLDER}"
-    )
-    parsers.choices["phantom"].add_argument(
-        "--num_patients", type=int, nargs=3, default=phantom.NUM_PATIENTS, metavar=("TRAIN", "VAL", "TEST"),
-        help="patients for training, validation and test",
-    )  # fmt: skip
-    parsers.choices["phantom"].add_argument("--seed", type=int, default=2222, help="seed of the random hearts")
-    add = parsers.choices["custom"].add_argument
-    add("--axis", choices=custom.AXES, help="plane of the slices; default: across the coarsest spacing")
-    add = parsers.choices["custom"].add_mutually_exclusive_group().add_argument
+    text = "order of the label ids in the raw files"
+    of["synapse"].add_argument("--label_order", default="btcv13", choices=synapse.LABEL_ORDERS, help=text)
+    text = f"write single cells, by default to {segpc.CROPS_FOLDER}"
+    of["segpc"].add_argument("--crops", action="store_true", help=text)
+    add, parts = of["phantom"].add_argument, ("TRAIN", "VAL", "TEST")
+    add("--num_patients", type=int, nargs=3, default=phantom.NUM_PATIENTS, metavar=parts, help="patients of each list")
+    add("--seed", type=int, default=2222, help="seed of the random hearts")
+    add = of["custom"].add_mutually_exclusive_group().add_argument
     add("--normalize", choices=("percentiles", "zscore"), help="of each scan; default: percentiles, of CT a window")
     add("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="intensities that become 0 and 1, of all scans")
-    add = parsers.choices["custom"].add_argument
+    add = of["custom"].add_argument
+    add("--axis", choices=custom.AXES, help="plane of the slices; default: across the coarsest spacing")
     add("--class_names", nargs="+", help="names of the label values in rising order, where none are declared")
     add("--folds", type=number(int, 2), help="parts that validate in turn; default: 5, or one per patient if fewer")
     add("--test", type=number(int, 0, 90), default=0, help="percent of the patients that only test")
