@@ -9,7 +9,7 @@ seed whose file exists is not trained again.
 """
 
 import tempfile
-from argparse import Namespace
+from itertools import islice
 from pathlib import Path
 
 import pandas as pd
@@ -21,42 +21,39 @@ from utils.cli import ArgumentParser, pick_device, run_script
 from utils.launch import make_trainer
 from utils.results import markdown
 
-KINDS = {
-    "between the encoders": "gate",
-    "spatial": "gate_spatial",
-    "channel": "gate_channel",
-    "injections": ("gate_maxvit", "gate_dmwla"),
+SPLITS = {"val": ("train", "val"), "test": ("trainval", "test")}  # as train_acdc.py
+KINDS = {  # of gates, by their names in a row
+    "between the encoders": "^gate$",
+    "spatial": "^gate_spatial",
+    "channel": "^gate_channel",
+    "injections": "^gate_(maxvit|dmwla)",
 }
 
 
-def train(args: Namespace, steps: int) -> pd.DataFrame:
+def train(flags: list[str], steps: int) -> pd.DataFrame:
     """Return loss per combination and the mean of each gate for each of the first ``steps`` steps of a training."""
+    args, _ = parse_training(training_parser(__doc__, acdc.INFO, feature_dim=128), acdc.INFO, SPLITS, flags)
     trainer, rows = make_trainer(args, None, acdc.INFO, pick_device(args.device)), []
     model = trainer.model.train()
     for epoch in range(1, args.max_epochs + 1):
         trainer.train_set.set_epoch(epoch)
-        trainer.batches.start(epoch, 0)
-        for batch in trainer.loader:
+        trainer.batches.start(epoch)
+        for batch in islice(trainer.loader, steps - len(rows)):
             with model.gates_observed() as gates:
                 loss = trainer.train_step(batch)[0].item() / (2 ** len(model.heads) - 1)
             passed = {name: maps[0].mean().item() for name, maps in gates.items()}
             rows.append({"step": len(rows) + 1, "loss": loss, **passed})
-            if len(rows) == steps:
-                return pd.DataFrame(rows)
     return pd.DataFrame(rows)
 
 
-def summary(runs: dict[int, pd.DataFrame], at: list[int]) -> pd.DataFrame:
-    """Return one row for each seed: the loss at some steps, and the lowest and highest mean of each kind of gate."""
-    rows = []
-    for seed, run in runs.items():
-        losses = run.set_index("step")["loss"].rolling(8, min_periods=1).mean()
-        row = {"seed": seed} | {f"loss at {step}": f"{losses[step]:.3f}" for step in at if step in losses.index}
-        for kind, prefix in KINDS.items():
-            gates = run[[name for name in run if name == prefix or (prefix != "gate" and name.startswith(prefix))]]
-            row[kind] = f"{gates.min().min():.2f} to {gates.max().max():.2f}" if len(gates.columns) else ""
-        rows.append(row)
-    return pd.DataFrame(rows)
+def summary(seed: int, run: pd.DataFrame, at: list[int]) -> dict[str, object]:
+    """Return the row of a seed: the loss at some steps, and the lowest and highest mean of each kind of gate."""
+    losses = run.set_index("step")["loss"].rolling(8, min_periods=1).mean()
+    row = {"seed": seed} | {f"loss at {step}": f"{losses[step]:.3f}" for step in at if step in losses.index}
+    for kind, pattern in KINDS.items():
+        gates = run.filter(regex=pattern)
+        row[kind] = "" if gates.empty else f"{gates.min().min():.2f} to {gates.max().max():.2f}"
+    return row
 
 
 def main() -> None:
@@ -68,17 +65,16 @@ def main() -> None:
     parser.add_argument("flags", nargs="*", help="after --: flags of train_acdc.py")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    training, runs = training_parser(__doc__, acdc.INFO, feature_dim=128), {}
-    splits = {"val": ("train", "val"), "test": ("trainval", "test")}
+    rows = []
     for seed in args.seeds:
         path = args.output_dir / f"seed_{seed}.csv"
         if not path.exists():
             with tempfile.TemporaryDirectory() as unused:
-                flags = [*args.flags, "--seed", str(seed), "--num_workers", "0", "--output_dir", unused]
-                trained = train(parse_training(training, acdc.INFO, splits, flags)[0], args.steps)
+                own = ["--seed", str(seed), "--num_workers", "0", "--output_dir", unused]
+                trained = train([*args.flags, *own], args.steps)
             trained.to_csv(path, index=False)
-        runs[seed] = pd.read_csv(path)
-        print(markdown(summary(runs, args.report)), flush=True)
+        rows.append(summary(seed, pd.read_csv(path), args.report))
+        print(markdown(pd.DataFrame(rows)), flush=True)
     print(machine())
 
 

@@ -23,11 +23,13 @@ from utils.metrics import dice_only
 from utils.predictor import Predictor
 from utils.results import markdown
 
+CLASSES = acdc.INFO.num_classes
 
-def on_grid(volume: Volume, mask: np.ndarray, num_classes: int, size: int, grid: int) -> np.ndarray:
+
+def on_grid(volume: Volume, mask: np.ndarray, size: int, grid: int) -> np.ndarray:
     """Return the class of every voxel (D, H, W) that is left of ``mask`` (D, H, W) on a grid of each slice."""
     small = torch.from_numpy(resize_nearest(mask, (size, size))).long()
-    shares = F.one_hot(small, num_classes).movedim(-1, 1).float()  # (D, num_classes, size, size)
+    shares = F.one_hot(small, CLASSES).movedim(-1, 1).float()  # (D, CLASSES, size, size)
     shares = F.interpolate(F.adaptive_avg_pool2d(shares, grid), (size, size), mode="bilinear")
     return volume.restore(shares.argmax(1).byte().numpy())
 
@@ -41,17 +43,15 @@ def main() -> None:
     parser.add_argument("--img_size", type=int, default=128, help="side of the masks in pixels")
     parser.add_argument("--grids", type=int, nargs="+", default=[24, 32, 40], help="sides of the grids")
     args = parser.parse_args()
-    cases = list(VolumeDataset(args.volume_path, args.list_dir, args.split, acdc.INFO.num_classes))
+    cases = list(VolumeDataset(args.volume_path, args.list_dir, args.split, CLASSES))
     masks = {"the labels": [volume.label for volume in cases]}
     masks |= {str(path): list(map(Predictor(path).segment, cases)) for path in args.checkpoints}
     rows = []
     for name, of_cases in masks.items():
         row: dict[str, object] = {"masks": name}
         for grid in (args.img_size, *args.grids):
-            scores = []
-            for volume, mask in zip(cases, of_cases, strict=True):
-                reduced = on_grid(volume, mask, acdc.INFO.num_classes, args.img_size, grid)
-                scores.append(dice_only(reduced, volume.label, acdc.INFO.num_classes))
+            reduced = [on_grid(volume, mask, args.img_size, grid) for volume, mask in zip(cases, of_cases, strict=True)]
+            scores = [dice_only(mask, case.label, CLASSES) for mask, case in zip(reduced, cases, strict=True)]
             row[f"grid {grid}"] = 100 * mean_dice(scores)[0]
         rows.append(row)
     print(f"mean Dice [%] of {len(cases)} volumes of {args.split}, at most as sharp as the grid:")
