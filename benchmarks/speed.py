@@ -8,6 +8,7 @@ moves less than a time.
 import inspect
 import tempfile
 from argparse import Namespace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -35,22 +36,27 @@ def network(model_scale="small", num_classes=9, img_size=256, img_size_dmwla=224
     """
     args = Namespace(**locals())
     forms = {side: Form(name, args, torch.device("cpu")) for side, name in (("plain", "plain"), ("ours", "float32"))}
-    evaluation = compare({"evaluation": {side: form.evaluation() for side, form in forms.items()}}, repeats)
-    training = compare({"training step": {side: form.training_step() for side, form in forms.items()}}, repeats)
-    return pd.concat([evaluation, training])
+    rows = compare("evaluation", {side: form.evaluation() for side, form in forms.items()}, repeats)
+    return rows + compare("training step", {side: form.training_step() for side, form in forms.items()}, repeats)
 
 
 def dmwla(channels=96, feature_dim=256, side=56, batch_size=4, repeats=9):
     """Run one DMW-LA block: forward, and forward with backward and memory update."""
     ours = DMWLA(channels, feature_dim, num_clusters=9)
     past_warm_up(ours)
-    plainly = plain.plain_copy(ours)
+    blocks = {"plain": plain.plain_copy(ours), "ours": ours}
     x = torch.randn(batch_size, channels, side, side).contiguous(memory_format=torch.channels_last)
-    work = {
-        "forward": {"plain": lambda: block_forward(plainly, x), "ours": lambda: block_forward(ours, x)},
-        "training step": {"plain": lambda: block_step(plainly, x), "ours": lambda: block_step(ours, x)},
-    }
-    return compare(work, repeats)
+
+    @torch.inference_mode()
+    def forward(block: DMWLA) -> None:
+        block.eval()(x)
+
+    def step(block: DMWLA) -> None:
+        block.zero_grad()
+        block.train()(x.detach().requires_grad_()).sum().backward()
+
+    rows = compare("forward", {side: partial(forward, block) for side, block in blocks.items()}, repeats)
+    return rows + compare("training step", {side: partial(step, block) for side, block in blocks.items()}, repeats)
 
 
 def loss(batch_size=4, num_classes=9, img_size=256, repeats=7):
@@ -72,8 +78,8 @@ def loss(batch_size=4, num_classes=9, img_size=256, repeats=7):
         "plain": lambda: plain.subset_loss(maps(), label).backward(),
         "ours": lambda: subset_loss(maps(), label).backward(),
     }
-    table = compare({"forward and backward": sides}, repeats)
-    return table.assign(**{"ours / softmaxes": table["ours"] / table["15 softmaxes"]})
+    rows = compare("forward and backward", sides, repeats)
+    return [row | {"ours / softmaxes": row["ours"] / row["15 softmaxes"]} for row in rows]
 
 
 def evaluation(slices=150, repeats=1):
@@ -90,7 +96,7 @@ def evaluation(slices=150, repeats=1):
     seconds = time_sides({"plain": run_plain, "ours": run_ours}, repeats, warmup=0)
     difference = np.nanmax(np.abs(np.subtract(scores["plain"], scores["ours"])))
     row = {"": f"{slices} slices of 512 x 512 [s]", **seconds, "plain / ours": seconds["plain"] / seconds["ours"]}
-    return pd.DataFrame([row | {"largest difference of a score": difference}])
+    return [row | {"largest difference of a score": difference}]
 
 
 def input_pipeline(slices=200, batch_size=20, workers=2, repeats=3):
@@ -104,32 +110,17 @@ def input_pipeline(slices=200, batch_size=20, workers=2, repeats=3):
         sets["from memory"].keep(4 * 2**30)
         kept = {"num_workers": workers, "persistent_workers": workers > 0}
         loaders = {name: DataLoader(dataset, batch_size, shuffle=True, **kept) for name, dataset in sets.items()}
-        seconds = time_sides({n: lambda loader=loader: list(loader) for n, loader in loaders.items()}, repeats)
+        seconds = time_sides({name: partial(list, loader) for name, loader in loaders.items()}, repeats)
         del loaders  # ends the workers before the files go
-    return pd.DataFrame([{"": "slices per second", **{name: slices / value for name, value in seconds.items()}}])
+    return [{"": "slices per second", **{name: slices / value for name, value in seconds.items()}}]
 
 
-def compare(work: dict[str, Sides], repeats: int) -> pd.DataFrame:
-    """Return the time and the peak memory of the sides of each piece of work, a row each."""
-    rows = []
-    for name, sides in work.items():
-        seconds = time_sides(sides, repeats)
-        mebibytes = {side: peak_memory(call) / 2**20 for side, call in sides.items()}
-        for unit, values in (("s", seconds), ("MiB", mebibytes)):
-            rows.append({"": f"{name} [{unit}]", **values, "plain / ours": values["plain"] / values["ours"]})
-    return pd.DataFrame(rows)
-
-
-@torch.inference_mode()
-def block_forward(block: DMWLA, x: Tensor) -> None:
-    """Run a block as evaluation does."""
-    block.eval()(x)
-
-
-def block_step(block: DMWLA, x: Tensor) -> None:
-    """Run a block as a training step does: forward, memory update, and backward to the input and the weights."""
-    block.zero_grad()
-    block.train()(x.detach().requires_grad_()).sum().backward()
+def compare(work: str, sides: Sides, repeats: int) -> list[dict[str, object]]:
+    """Return two rows: the time and the peak memory of the sides of a piece of work."""
+    seconds = time_sides(sides, repeats)
+    mebibytes = {side: peak_memory(call) / 2**20 for side, call in sides.items()}
+    units = (("s", seconds), ("MiB", mebibytes))
+    return [{"": f"{work} [{unit}]", **n, "plain / ours": n["plain"] / n["ours"]} for unit, n in units]
 
 
 def ct_volume(slices: int) -> Volume:
@@ -160,7 +151,7 @@ def main() -> None:
     benchmark, threads = args.pop("benchmark"), args.pop("threads")
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    table = benchmark(**args)
+    table = pd.DataFrame(benchmark(**args))
     print(f"{machine()}\n{benchmark.__name__}: {', '.join(f'{name} {value}' for name, value in args.items())}\n")
     print(markdown(table, ".4g"))
 
