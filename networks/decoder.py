@@ -16,21 +16,15 @@ from networks.layers import ConvBlock, conv3x3
 class Decoder(nn.Module):
     """Decode four skips, from the deepest up, through DMW-LA and a ConvBlock at each level.
 
-    Args:
-        widths: C_1 ... C_4, shallowest first.
-        variant: ``"paper"``, ``"release"`` or ``"stable"``.
-        attention: the kind of block at each level (``attention_block``).
-        dmwla_options: further arguments of each ``DMWLA``.
+    widths: C_1 ... C_4, shallowest first; options: those of ``attention_block``.
     """
 
-    def __init__(self, widths: tuple[int, ...], variant: str, attention: str = "dmwla", **dmwla_options):
+    def __init__(self, widths: tuple[int, ...], variant: str, **options):
         super().__init__()
         c1, c2, c3, c4 = widths
         self.conv1x1 = nn.Conv2d(c4, c4, 1)
         # Each list below runs in the order of the forward pass, deepest level first.
-        self.dmwla = nn.ModuleList(
-            attention_block(attention, c, variant=variant, **dmwla_options) for c in (c4, c3, c2, c1)
-        )
+        self.dmwla = nn.ModuleList(attention_block(c, variant=variant, **options) for c in (c4, c3, c2, c1))
         self.conv_blocks = nn.ModuleList(ConvBlock(c, c) for c in (c4, c3, c2, c1))
         self.ups = nn.ModuleList([UpConv(c4, c3), UpConv(c3, c2), UpConv(c2, c1)])
         self.channel_attentions = nn.ModuleList(ChannelAttention(c, variant) for c in (c3, c2, c1))

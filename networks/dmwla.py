@@ -32,19 +32,16 @@ ATTENTIONS = ("dmwla", "plain", "intra_cluster")
 
 
 def attention_block(
-    attention: str, channels: int, feature_dim: int, variant: str = "paper", **dmwla_options
-) -> nn.Module:
-    """Return a DMW-LA block, or the block that an ablation puts in its place.
+    channels: int, feature_dim: int, variant: str, attention: str = "dmwla", **options
+) -> "PlainAttention":
+    """Return a DMW-LA block with these options, or the block that an ablation puts in its place.
 
-    Args:
-        attention: ``"dmwla"``; ``"plain"``, the global interaction alone, without a memory; or ``"intra_cluster"``,
-            a DMW-LA without the global interaction once its warm-up has ended.
-        channels, feature_dim, variant: as for ``DMWLA``.
-        dmwla_options: further arguments of ``DMWLA``.
+    attention: ``"dmwla"``; ``"plain"``, the global interaction alone, without a memory; or ``"intra_cluster"``, a
+    DMW-LA without the global interaction once its warm-up has ended.
     """
     if attention == "plain":
         return PlainAttention(channels, feature_dim, variant)
-    return DMWLA(channels, feature_dim, variant=variant, attends_globally=attention == "dmwla", **dmwla_options)
+    return DMWLA(channels, feature_dim, variant=variant, attends_globally=attention == "dmwla", **options)
 
 
 class PlainAttention(nn.Module):
@@ -60,15 +57,11 @@ class PlainAttention(nn.Module):
         super().__init__()
         check_choice("variant", variant, VARIANTS)
         self.normalised = variant == "stable"
+        self.is_narrow = channels < feature_dim  # then the block attends at its own width C
         self.theta = nn.Linear(channels, feature_dim, bias=False)
         self.phi = nn.Linear(channels, feature_dim, bias=False)
         self.g = nn.Linear(channels, feature_dim, bias=False)
         self.o = nn.Linear(feature_dim, channels, bias=False)
-
-    @property
-    def is_narrow(self) -> bool:
-        """Whether the block attends at its own width C because that is less than d."""
-        return self.theta.in_features < self.theta.out_features
 
     def forward(self, x: Tensor, seen: list | None = None) -> Tensor:
         """Return the attended map (B, C, H, W) of ``x`` (B, C, H, W). ``seen`` is ignored: there is no memory."""
@@ -96,15 +89,11 @@ class DMWLA(PlainAttention):
         channels: width C of the feature map.
         feature_dim: width d of theta, phi, g and of the memory.
         num_clusters: clusters P of the memory.
-
-    Memory:
         columns_per_cluster: M.
         pool_momentum: weight m of a key when it is blended into a column.
         phi_k_momentum: share of phi_k that an update keeps.
         replaced_columns: K before W-LD changes it: columns of each cluster that a step renews.
         warmup_iterations: training steps of plain attention that fill the pool before K-means.
-
-    Form:
         variant: ``"paper"``; ``"stable"`` normalises the tokens that are read; ``"release"`` writes the bank in
             evaluation too, and samples once more after K-means.
         attends_globally: whether the global interaction stays after the warm-up, which consists of it.

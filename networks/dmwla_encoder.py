@@ -29,28 +29,18 @@ class DMWLAEncoder(nn.Module):
 
     Args:
         widths: C_1 ... C_4.
-        img_size: side in pixels to which the gated image is resized, a multiple of 32.
-        variant: ``"paper"``, ``"release"`` or ``"stable"``.
-        attention: the kind of the blocks (``attention_block``).
+        img_size: side s in pixels to which the gated image is resized, a multiple of 32.
         dsgim: the similarities that DS-GIM uses, or ``"none"`` for no DS-GIM.
-        dmwla_options: further arguments of each ``DMWLA``.
+        options: those of ``attention_block``.
     """
 
-    def __init__(
-        self,
-        widths: tuple[int, ...],
-        img_size: int,
-        variant: str,
-        attention: str = "dmwla",
-        dsgim: str = "both",
-        **dmwla_options,
-    ):
+    def __init__(self, widths: tuple[int, ...], img_size: int, variant: str, dsgim: str = "both", **options):
         super().__init__()
         self.img_size = img_size
         kernels, strides, previous = (7, 3, 3, 3), (4, 2, 2, 2), (3, *widths[:-1])
         self.patch_embeddings = nn.ModuleList(map(OverlapPatchEmbedding, previous, widths, kernels, strides))
         self.stages = nn.ModuleList(
-            nn.ModuleList(attention_block(attention, width, variant=variant, **dmwla_options) for _ in range(depth))
+            nn.ModuleList(attention_block(width, variant=variant, **options) for _ in range(depth))
             for width, depth in zip(widths, DEPTHS, strict=True)
         )
         self.dsgim = None

@@ -25,12 +25,7 @@ class Gate(nn.Sigmoid):
 
 
 class EncoderGate(nn.Conv2d):
-    """Compute the share of the image that the DMW-LA encoder sees: (B, C, h, w) to (B, 1, h, w) in (0, 1).
-
-    Args:
-        channels: C.
-        variant: ``"paper"``, ``"release"`` or ``"stable"``.
-    """
+    """Compute the share of the image that the DMW-LA encoder sees: (B, C, h, w) to (B, 1, h, w) in (0, 1)."""
 
     def __init__(self, channels: int, variant: str):
         super().__init__(channels, 1, 1)
@@ -83,9 +78,7 @@ class ChannelAttention(nn.Module):
 class SpatialAttention(nn.Module):
     """Compute CBAM's spatial attention: (B, C, H, W) to weights (B, 1, H, W) in (0, 1).
 
-    Args:
-        levels: levels of the decoder that share the convolution.
-        variant: ``"paper"``, ``"release"`` or ``"stable"``.
+    levels: levels of the decoder that share the convolution.
     """
 
     def __init__(self, levels: int, variant: str):

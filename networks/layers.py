@@ -20,21 +20,20 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
         raise NetworkError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
 
 
-def check_images(num_classes: int, in_channels: int, img_size: int, size_step: int) -> None:
-    """Raise a NetworkError if the number of classes, the channels or the image side is not supported."""
+def check_images(num_classes: int, in_channels: int, size_step: int, **sizes: int) -> None:
+    """Raise a NetworkError if the number of classes, the channels or a side in pixels is not supported.
+
+    size_step: ``sizes`` are multiples of it; the error names the nearest right ones.
+    """
     if in_channels < 1:
         raise NetworkError(f"in_channels is {in_channels}; use 1 (grey), 3 (colour) or another positive number")
     if num_classes < 2:
         raise NetworkError(f"num_classes is {num_classes}; it includes background, so use at least 2")
-    check_size("img_size", img_size, size_step)
-
-
-def check_size(name: str, size: int, step: int) -> None:
-    """Raise a NetworkError with the nearest right sides if ``size`` is not a multiple of ``step`` pixels."""
-    if size <= 0 or size % step:
-        below = max(size // step * step, step)
-        choices = f"{below}" if size < step else f"{below} or {below + step}"
-        raise NetworkError(f"{name} is {size}; it must be a multiple of {step}: the nearest is {choices}")
+    for name, size in sizes.items():
+        if size <= 0 or size % size_step:
+            below = max(size // size_step * size_step, size_step)
+            choices = f"{below}" if size < size_step else f"{below} or {below + size_step}"
+            raise NetworkError(f"{name} is {size}; it must be a multiple of {size_step}: the nearest is {choices}")
 
 
 def check_input(x: Tensor, in_channels: int, img_size: int) -> None:

@@ -76,7 +76,7 @@ def build(network: str = FIRST, pretrained: str | Path | None = None, **options)
         raise NetworkError(f"network {network}: {error}") from error
     given.apply_defaults()
     config = {name: value for name, value in given.arguments.items() if name != "pretrained"}
-    check_images(config["num_classes"], config["in_channels"], config["img_size"], _SIZE_STEPS[network])
+    check_images(config["num_classes"], config["in_channels"], _SIZE_STEPS[network], img_size=config["img_size"])
     model = NETWORKS[network](*given.args, **given.kwargs)
     if not hasattr(model, "memory_banks"):
         model = Baseline(model, config)

@@ -19,18 +19,9 @@ from torch import Tensor, nn
 from networks.decoder import Decoder
 from networks.dmwla import ATTENTIONS, DMWLA, write_memories
 from networks.dmwla_encoder import DMWLAEncoder
-from networks.dsgim import SIMILARITIES, select_windows
+from networks.dsgim import DSGIM, SIMILARITIES, select_windows
 from networks.gates import EncoderGate, Gate
-from networks.layers import (
-    VARIANTS,
-    NetworkError,
-    check_choice,
-    check_images,
-    check_input,
-    check_size,
-    in_full_precision,
-    resize,
-)
+from networks.layers import VARIANTS, NetworkError, check_choice, check_images, check_input, in_full_precision, resize
 from networks.maxvit import SCALES, MaxViTEncoder, scale_widths
 from networks.memory_bank import PrototypeMemoryBank
 
@@ -136,20 +127,13 @@ class SimMPNet(nn.Module):
         # All arguments that rebuild this network, without the weights that it started from.
         num_clusters = num_classes if num_clusters is None else num_clusters
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__", "pretrained")}
-        check_images(num_classes, in_channels, img_size, SIZE_STEP)
-        check_size("img_size_dmwla", img_size_dmwla, SIZE_STEP)
+        check_images(num_classes, in_channels, SIZE_STEP, img_size=img_size, img_size_dmwla=img_size_dmwla)
         for name, choices in CHOICES.items():
             check_choice(name, self.config[name], choices)
 
         self.leaves_parameters_out = attention == "intra_cluster"  # DistributedDataParallel must know
-        blocks = dict(
-            attention=attention,
-            columns_per_cluster=columns_per_cluster,
-            pool_momentum=pool_momentum,
-            phi_k_momentum=phi_k_momentum,
-            replaced_columns=replaced_columns,
-            warmup_iterations=warmup_iterations,
-        )
+        memory = ("columns_per_cluster", "pool_momentum", "phi_k_momentum", "replaced_columns", "warmup_iterations")
+        blocks = {name: self.config[name] for name in ("attention", *memory)}
         self.stem = nn.Identity()
         if in_channels != 3:
             self.stem = nn.Sequential(nn.Conv2d(in_channels, 3, 1), nn.BatchNorm2d(3), nn.ReLU(inplace=True))
@@ -162,11 +146,10 @@ class SimMPNet(nn.Module):
         if encoders == "both" and gate == "learned":
             self.gate = EncoderGate(widths[-1], variant)
         if encoders != "maxvit":
-            blocks_of_encoder = blocks | dict(feature_dim=feature_dim, num_clusters=num_clusters)
-            self.dmwla_encoder = DMWLAEncoder(widths, img_size_dmwla, variant, dsgim=dsgim, **blocks_of_encoder)
-        self.decoder = Decoder(
-            widths, variant, feature_dim=decoder_feature_dim, num_clusters=decoder_num_clusters, **blocks
-        )
+            sizes = {"feature_dim": feature_dim, "num_clusters": num_clusters}
+            self.dmwla_encoder = DMWLAEncoder(widths, img_size_dmwla, variant, dsgim=dsgim, **sizes, **blocks)
+        sizes = {"feature_dim": decoder_feature_dim, "num_clusters": decoder_num_clusters}
+        self.decoder = Decoder(widths, variant, **sizes, **blocks)
         with_head = widths if loss == "subset" else widths[:1]
         self.heads = nn.ModuleList(nn.Conv2d(width, num_classes, 1) for width in reversed(with_head))
 
@@ -200,9 +183,9 @@ class SimMPNet(nn.Module):
 
     def memory_banks(self, decoder: bool = True) -> Iterator[PrototypeMemoryBank]:
         """Yield every memory bank, those of the encoder first; ``decoder=False`` omits the decoder's."""
-        for part in (self.dmwla_encoder, self.decoder) if decoder else (self.dmwla_encoder,):
-            if part is not None:
-                yield from (module for module in part.modules() if isinstance(module, PrototypeMemoryBank))
+        for name, block in self.memory_blocks():
+            if decoder or name.startswith("encoder"):
+                yield block.bank
 
     def memory_blocks(self) -> Iterator[tuple[str, DMWLA]]:
         """Yield name and block of every DMW-LA block, in the order of the forward pass.
@@ -221,23 +204,19 @@ class SimMPNet(nn.Module):
         windows: list[Tensor] = []
         names = {block: name for name, block in self.memory_blocks()}
 
-        def assign(block: DMWLA, arguments: tuple[Tensor]) -> None:
-            clusters[names[block]] = block.clusters(arguments[0])
+        def look(module: DMWLA | DSGIM, arguments: tuple) -> None:
+            if module in names:
+                clusters[names[module]] = module.clusters(arguments[0])
+            elif module.decays_windows:
+                windows.append(select_windows(arguments[0]))
 
-        def select(_: nn.Module, arguments: tuple[Tensor, int]) -> None:
-            windows.append(select_windows(arguments[0]))
-
-        with ExitStack() as hooks:
-            for block in names:
-                hooks.enter_context(block.register_forward_pre_hook(assign))
-            dsgim = self.dmwla_encoder and self.dmwla_encoder.dsgim
-            if dsgim is not None and dsgim.decays_windows:
-                hooks.enter_context(dsgim.register_forward_pre_hook(select))
-            gates = hooks.enter_context(self.gates_observed())
+        with ExitStack() as hooks, self.gates_observed() as gates:
+            for module in self.modules():
+                if isinstance(module, DMWLA | DSGIM):
+                    hooks.enter_context(module.register_forward_pre_hook(look))
             self(x)
-        return Observation(
-            clusters, torch.stack(windows, dim=1) if windows else None, {name: maps[0] for name, maps in gates.items()}
-        )
+        selected = torch.stack(windows, dim=1) if windows else None
+        return Observation(clusters, selected, {name: maps[0] for name, maps in gates.items()})
 
     def gates(self) -> Iterator[tuple[str, Gate]]:
         """Yield name and module of every gate of ``networks/gates.py``.
