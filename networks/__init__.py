@@ -1,6 +1,6 @@
 """The network of the paper, one file per idea, and networks to compare with."""
 
-from networks import baselines  # noqa: F401, which registers them
+from networks import baselines
 from networks.dmwla import DMWLA
 from networks.dsgim import DSGIM
 from networks.layers import VARIANTS, NetworkError
@@ -9,21 +9,3 @@ from networks.memory_bank import PrototypeMemoryBank
 from networks.registry import FIRST, NETWORKS, build, default_weights, register
 from networks.release import load_release_state_dict, release_arguments
 from networks.sim_mpnet import CHOICES, SimMPNet
-
-__all__ = [
-    "CHOICES",
-    "DMWLA",
-    "DSGIM",
-    "FIRST",
-    "NETWORKS",
-    "SCALES",
-    "VARIANTS",
-    "NetworkError",
-    "PrototypeMemoryBank",
-    "SimMPNet",
-    "build",
-    "default_weights",
-    "load_release_state_dict",
-    "register",
-    "release_arguments",
-]

@@ -95,9 +95,9 @@ def load_weights(backbone: nn.Module, path: str | Path, scale: str) -> None:
     Raises:
         NetworkError: the file is missing or unreadable, or its tensors are not exactly those of the scale.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise NetworkError(f"no pretrained weights at {path}; {where_from(scale)}")
+    remedy = where_from(scale)
+    if not Path(path).is_file():
+        raise NetworkError(f"no pretrained weights at {path}; {remedy}")
     # A timm model that returns its features calls stages.0 stages_0.
     own = {name.replace("stages_", "stages."): value for name, value in backbone.state_dict().items()}
     own = {name: value for name, value in own.items() if name.startswith(PARTS)}
@@ -108,15 +108,10 @@ def load_weights(backbone: nn.Module, path: str | Path, scale: str) -> None:
             weights[STEM] = adapt_input_conv(own[STEM].shape[1], weights[STEM])
         unfit = [name for name in own if name in weights and weights[name].shape != own[name].shape]
     except Exception as error:  # torch and safetensors raise many kinds of error for a file that is not theirs
-        raise NetworkError(
-            f"{path} is not a readable weight file ({type(error).__name__}); {where_from(scale)}"
-        ) from error
-    unfit += sorted(set(weights) ^ set(own))
-    if unfit:
-        raise NetworkError(
-            f"{path} does not fit {SCALES[scale]} ({len(unfit)} tensors differ, such as {unfit[0]}); "
-            f"{where_from(scale)}"
-        )
+        raise NetworkError(f"{path} is not a readable weight file ({type(error).__name__}); {remedy}") from error
+    if unfit := unfit + sorted(weights.keys() ^ own.keys()):
+        differ = f"{len(unfit)} tensors differ, such as {unfit[0]}"
+        raise NetworkError(f"{path} does not fit {SCALES[scale]} ({differ}); {remedy}")
     for name, value in own.items():
         value.copy_(weights[name])
 

@@ -79,8 +79,6 @@ class PrototypeMemoryBank(nn.Module):
         """Do one warm-up step: write random rows of ``phi`` (B, N, d) into random slots of the pool."""
         batch, num_tokens, feature_dim = phi.shape
         slots = self.pool.view(-1, feature_dim)  # (P M, d)
-        assert self.in_warmup, "the warm-up has ended: call update_banks, not sample"
-
         ranks = world_size() if self.training else 1
         per_image = max(len(slots) // (batch * ranks), 1)
         drawn = torch.randint(num_tokens, (batch * ranks, per_image), device=phi.device)

@@ -79,27 +79,23 @@ def load_release_state_dict(model: SimMPNet, state_dict: Mapping[str, Tensor]) -
     Raises:
         NetworkError: tensors are missing, left over or of another shape. It lists all; the model is unchanged.
     """
+    own = model.state_dict()
+    sources = {name: release_name(name) for name in own if not name.endswith(OURS)}
     theirs = {name.removeprefix("module."): value for name, value in state_dict.items()}
-    unused = {name for name in theirs if not IGNORED.match(name)}
+    theirs = {name: value for name, value in theirs.items() if not IGNORED.match(name)}
     if model.config["in_channels"] == 3:  # a colour model has the layer for grey images too, but does not use it
-        unused = {name for name in unused if not name.startswith("conv.")}
-    filled, missing, unfit = {}, [], []
-    for name, own in model.state_dict().items():
-        source = release_name(name)
-        unused.discard(source)
-        if name.endswith(OURS):
-            filled[name] = own
-        elif source not in theirs:
-            missing.append(source)
-        else:
-            filled[name] = _in_our_layout(name, theirs[source], own)
-            if filled[name].shape != own.shape:
-                unfit.append(f"{source} {tuple(theirs[source].shape)}")
-    if missing or unused or unfit:
-        lists = {"missing": missing, "left over": unused, "of another shape": unfit}
-        lists = [f"{what}: {', '.join(sorted(set(names))) or 'none'}" for what, names in lists.items()]
+        theirs = {name: value for name, value in theirs.items() if not name.startswith("conv.")}
+    fitting = {name: _in_our_layout(name, theirs[x], own[name]) for name, x in sources.items() if x in theirs}
+    unfit = {sources[name] for name, value in fitting.items() if value.shape != own[name].shape}
+    problems = {
+        "missing": set(sources.values()) - theirs.keys(),
+        "left over": theirs.keys() - set(sources.values()),
+        "of another shape": {f"{name} {tuple(theirs[name].shape)}" for name in unfit},
+    }
+    if any(problems.values()):
+        lists = (f"{what}: {', '.join(sorted(names)) or 'none'}" for what, names in problems.items())
         raise NetworkError(f"the checkpoint does not fit this network of the release: {'; '.join(lists)}")
-    model.load_state_dict(filled)
+    model.load_state_dict(own | fitting)
 
 
 def release_name(name: str) -> str:
