@@ -12,6 +12,7 @@ from networks import DMWLA, SimMPNet
 from tests.conftest import ROOT
 from tests.mini import assert_same, trainer
 from utils.checkpoint import load_checkpoint
+from utils.cli import random_state
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("full_precision")]
 
@@ -75,7 +76,7 @@ def test_a_deterministic_run_trains_on_the_gpu_and_goes_on_from_its_own_state(tm
     trainer(tmp_path / "whole", network=SimMPNet, device="cuda").fit()
     trainer(tmp_path / "halves", "--max_epochs", "1", network=SimMPNet, device="cuda").fit()
     resumed = trainer(tmp_path / "halves", "--max_epochs", "2", "--resume", "auto", network=SimMPNet, device="cuda")
-    assert_same(load_checkpoint(tmp_path / "halves/last.pth")["random"], [resumed.random_state()])
+    assert_same(load_checkpoint(tmp_path / "halves/last.pth")["random"], [random_state(resumed.device)])
     resumed.fit()
     whole, halves = (load_checkpoint(tmp_path / name / "last.pth") for name in ("whole", "halves"))
     assert halves["history"][-1]["train_loss"] == pytest.approx(whole["history"][-1]["train_loss"], rel=1e-3)
