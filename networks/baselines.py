@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from networks.layers import NetworkError, check_choice
-from networks.maxvit import SCALES, downloading, load_weights, weights_file, where_from
+from networks.maxvit import SCALES, downloading, load_weights, where_from
 from networks.registry import register
 
 Weights = str | Path | None
@@ -44,7 +44,7 @@ def swin_unetr(num_classes: int, in_channels: int = 1, img_size: int = 256) -> n
         return nets.SwinUNETR(in_channels, num_classes, feature_size=48, spatial_dims=2)
 
 
-@register("maxvit_unet", default_weights=lambda options: weights_file(options["model_scale"]))
+@register("maxvit_unet")
 def maxvit_unet(
     num_classes: int, in_channels: int = 1, img_size: int = 256, model_scale: str = "small", pretrained: Weights = None
 ) -> nn.Module:
@@ -105,4 +105,4 @@ for name, *of_smp in (
     ("segformer", "Segformer", "mit_b2"),  # Xie et al., NeurIPS 2021
     ("swin_upernet", "UPerNet", "tu-swin_tiny_patch4_window7_224"),  # Liu et al., ICCV 2021; Xiao et al., ECCV 2018
 ):
-    register(name, default_weights=lambda options: "hub")(partial(_smp, *of_smp, REMEDY))
+    register(name)(partial(_smp, *of_smp, REMEDY))

@@ -16,17 +16,16 @@ from torch import Tensor, nn
 
 from networks.layers import NetworkError, check_choice, check_images, check_input, resize
 from networks.maxvit import weights_file
-from networks.sim_mpnet import SIZE_STEP, SimMPNet
+from networks.sim_mpnet import SimMPNet
 
 FIRST = "sim_mpnet"
 """The network that is built where none is named."""
 NETWORKS: dict[str, Callable[..., nn.Module]] = {}
 """The builder of each network, by the name in ``--network`` and in checkpoints; ``build`` calls it."""
 _SIZE_STEPS: dict[str, int] = {}
-_DEFAULT_WEIGHTS: dict[str, Callable[[Mapping[str, Any]], str | Path | None]] = {}
 
 
-def register(name: str, size_step: int = 32, default_weights: Callable = lambda options: None) -> Callable:
+def register(name: str, size_step: int = 32) -> Callable:
     """Register the builder below it, a function or a class, as the network ``name``.
 
     The builder takes ``num_classes``, ``in_channels`` and ``img_size``, and ``pretrained`` if there are weights to
@@ -37,7 +36,6 @@ def register(name: str, size_step: int = 32, default_weights: Callable = lambda 
     Args:
         name: a new name.
         size_step: sides of an image are multiples of this, in pixels.
-        default_weights: returns, for the arguments, the value of ``pretrained`` if ``--pretrained`` is not given.
 
     Raises:
         NetworkError: the name is in use, or the builder lacks an argument.
@@ -50,7 +48,7 @@ def register(name: str, size_step: int = 32, default_weights: Callable = lambda 
         lacking = [needed for needed in ("num_classes", "in_channels", "img_size") if needed not in taken]
         if lacking:
             raise NetworkError(f"the builder of network {name} lacks {', '.join(lacking)}: add these arguments")
-        NETWORKS[name], _SIZE_STEPS[name], _DEFAULT_WEIGHTS[name] = builder, size_step, default_weights
+        NETWORKS[name], _SIZE_STEPS[name] = builder, size_step
         return builder
 
     return enter
@@ -85,8 +83,13 @@ def build(network: str = FIRST, pretrained: str | Path | None = None, **options)
 
 
 def default_weights(network: str, options: Mapping[str, Any]) -> str | Path | None:
-    """Return the value of ``pretrained`` for a network with these arguments if the user gives none."""
-    return _DEFAULT_WEIGHTS[network](options)
+    """Return the value of ``pretrained`` for a network with these arguments if the user gives none.
+
+    That is the weight file of a MaxViT, for other networks ``"hub"``, or None for one that takes no weights.
+    """
+    if "pretrained" not in inspect.signature(NETWORKS[network]).parameters or options.get("encoders") == "dmwla":
+        return None
+    return weights_file(options["model_scale"]) if "model_scale" in options else "hub"
 
 
 class Baseline(nn.Module):
@@ -123,8 +126,4 @@ class Baseline(nn.Module):
         return [{"params": list(self.parameters()), "lr_scale": 1.0}]
 
 
-register(
-    FIRST,
-    SIZE_STEP,
-    lambda options: None if options["encoders"] == "dmwla" else weights_file(options["model_scale"]),
-)(SimMPNet)
+register(FIRST)(SimMPNet)

@@ -8,7 +8,7 @@ differences. The variant ``stable`` is ``paper`` with gates and attention that r
 Symbols: B batch, S image side, s side of the DMW-LA encoder's image, C_i width of stage i.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -238,18 +238,16 @@ class SimMPNet(nn.Module):
     @contextmanager
     def gates_observed(self) -> Iterator[dict[str, list[Tensor]]]:
         """Collect, by the names of ``gates``, the gates of each pass inside the context, as in ``Observation``."""
-        seen: dict[str, list[Tensor]] = {name: [] for name, _ in self.gates()}
+        names = {gate: name for name, gate in self.gates()}
+        seen: dict[str, list[Tensor]] = {name: [] for name in names.values()}
 
-        def hook(name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
-            def observe(_: nn.Module, __: tuple[Tensor], share: Tensor) -> None:
-                share = share.detach().float()
-                seen[name].append(share if share.shape[1] == 1 else share.mean((1, 2, 3), keepdim=True))
-
-            return observe
+        def look(gate: Gate, _: tuple[Tensor], share: Tensor) -> None:
+            share = share.detach().float()
+            seen[names[gate]].append(share if share.shape[1] == 1 else share.mean((1, 2, 3), keepdim=True))
 
         with ExitStack() as hooks:
-            for name, gate in self.gates():
-                hooks.enter_context(gate.register_forward_hook(hook(name)))
+            for gate in names:
+                hooks.enter_context(gate.register_forward_hook(look))
             yield seen
 
     def parameter_groups(self) -> list[dict[str, Any]]:
