@@ -32,8 +32,9 @@ KINDS = {  # of gates, by their names in a row
 
 def train(flags: list[str], steps: int) -> pd.DataFrame:
     """Return loss per combination and the mean of each gate for each of the first ``steps`` steps of a training."""
-    args, _ = parse_training(training_parser(__doc__, acdc.INFO, feature_dim=128), acdc.INFO, SPLITS, flags)
-    trainer, rows = make_trainer(args, None, acdc.INFO, pick_device(args.device)), []
+    parser = training_parser(__doc__, acdc.INFO, feature_dim=128)
+    args, checkpoint = parse_training(parser, acdc.INFO, SPLITS, flags)
+    trainer, rows = make_trainer(args, checkpoint, acdc.INFO, pick_device(args.device)), []
     model = trainer.model.train()
     for epoch in range(1, args.max_epochs + 1):
         trainer.train_set.set_epoch(epoch)
