@@ -18,6 +18,7 @@ A run on a CPU:
 """
 
 import gc
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ def measure(form: Form, forward: float, ceiling: float) -> dict[str, object]:
     """Return the row of the table for a form; forward: operations of an image, ceiling: operations per second."""
     row, batch_size, on_gpu = {"": form.name}, form.args.batch_size, form.device.type == "cuda"
     for name, make, passes in (("training", form.training_step, 3), ("evaluation", form.evaluation, 1)):
-        free_memory(form)
+        free_memory()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         call = make()
@@ -131,9 +132,9 @@ def measure(form: Form, forward: float, ceiling: float) -> dict[str, object]:
     return row
 
 
-def free_memory(form: Form) -> None:
-    """Free the GPU's memory of the form before."""
-    if form.name in COMPILE_MODES:
+def free_memory() -> None:
+    """Free GPU memory that is no longer used."""
+    if "torch._dynamo" in sys.modules:  # importing it takes seconds
         torch.compiler.reset()
     gc.collect()
     torch.cuda.empty_cache()
@@ -148,7 +149,7 @@ def product_rate(n: int, device: torch.device) -> float:
 
 def write_profile(form: Form, folder: Path) -> None:
     """Write a trace of a training step and a table of the operations that took longest."""
-    free_memory(form)
+    free_memory()
     step, on_gpu = form.training_step(), form.device.type == "cuda"
     for _ in range(4 if on_gpu else 1):
         step()
