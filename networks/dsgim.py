@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from networks.layers import VARIANTS, NetworkError, check_choice, in_full_precision, normalise
+from networks.layers import VARIANTS, check_choice, in_full_precision, normalise
 
 SIMILARITIES = ("both", "cosine", "euclidean")
 EXCLUDED = -100.0  # score of a key that is not in a branch
@@ -52,9 +52,6 @@ class DSGIM(nn.Module):
 
     def forward(self, x: Tensor, position: int = 0) -> Tensor:
         """Return the enhanced map (B, C, H, W) that replaces ``x`` (B, C, H, W), H and W even."""
-        height, width = x.shape[-2:]
-        if height % 2 or width % 2:
-            raise NetworkError(f"the map is {height} x {width}; DS-GIM cuts it into 2 x 2 windows: use even sides")
         query_scale, key_scale = self._decays(x, position)  # (B, 1, H, W) each
         with in_full_precision(x):  # rounding must not decide on which side of a threshold a key is
             exact = x.to(self.query.weight.dtype)
@@ -67,7 +64,7 @@ class DSGIM(nn.Module):
             attention = self._branches(scores) if self.parts_keys else scores.softmax(-1)
         value = rearrange(self.value(x), "b c h w -> b (h w) c")
         out = self.fc(attention.to(value.dtype) @ value)
-        out = rearrange(out, "b (h w) c -> b c h w", h=height, w=width)
+        out = rearrange(out, "b (h w) c -> b c h w", h=x.shape[-2])
         statistics = 0 if self.variant == "release" else position
         out = F.relu(self.norm1(self.conv1(out), statistics))
         return F.relu(self.norm2(self.conv2(out), statistics))
