@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from networks.layers import NetworkError, check_choice
-from networks.maxvit import SCALES, downloading, load_weights, where_from
+from networks.maxvit import SCALES, downloading, load_weights
 from networks.registry import register
 
 Weights = str | Path | None
@@ -54,20 +54,17 @@ def maxvit_unet(
     """
     check_choice("model_scale", model_scale, SCALES)
     encoder, hub = f"tu-{SCALES[model_scale]}", "hub" if pretrained == "hub" else None
-    network = _smp("Unet", encoder, where_from(model_scale), num_classes, in_channels, img_size, hub)
+    network = _smp("Unet", encoder, num_classes, in_channels, img_size, hub)
     if pretrained not in (None, "hub"):
         load_weights(network.encoder.model, pretrained, model_scale)
     return network
 
 
 def _smp(
-    architecture: str, encoder: str, remedy: str,
+    architecture: str, encoder: str,
     num_classes: int, in_channels: int = 1, img_size: int = 256, pretrained: Weights = None,
 ) -> nn.Module:  # fmt: skip
-    """Return a network of smp whose encoder starts from random weights, or from those that smp downloads.
-
-    ``remedy`` says what to do if the download fails.
-    """
+    """Return a network of smp whose encoder starts from random weights, or from those that smp downloads."""
     if pretrained not in (None, "hub"):
         raise NetworkError(
             f"pretrained is {pretrained}; this network accepts hub (its library downloads ImageNet weights) or none"
@@ -76,7 +73,7 @@ def _smp(
     options = {"in_channels": in_channels, "classes": num_classes, "encoder_weights": pretrained and "imagenet"}
     if encoder.startswith("tu-"):  # timm's encoders are built for one size, and accept only True for weights
         options |= {"img_size": img_size, "encoder_weights": pretrained and True}
-    with downloading(encoder.removeprefix("tu-"), remedy) if pretrained else nullcontext(), _NumbersOnTheCPU():
+    with downloading(encoder.removeprefix("tu-"), REMEDY) if pretrained else nullcontext(), _NumbersOnTheCPU():
         return getattr(smp, architecture)(encoder, **options)
 
 
@@ -105,4 +102,4 @@ for name, *of_smp in (
     ("segformer", "Segformer", "mit_b2"),  # Xie et al., NeurIPS 2021
     ("swin_upernet", "UPerNet", "tu-swin_tiny_patch4_window7_224"),  # Liu et al., ICCV 2021; Xiao et al., ECCV 2018
 ):
-    register(name)(partial(_smp, *of_smp, REMEDY))
+    register(name)(partial(_smp, *of_smp))
