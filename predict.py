@@ -111,7 +111,7 @@ def main() -> None:
     args = parse_args()
     seed_everything(0)
     predictor = Predictor(args.checkpoint, args.device, args.amp, args.batch_size, args.dataset, args.prediction)
-    kind = planar, _ = predictor.planar, len(predictor.channels)
+    planar, kind = predictor.planar, (predictor.planar, len(predictor.channels))
     inputs = find_inputs(args.input, *kind)
     outputs, beside = name_outputs(inputs, args.output, *kind)
     check_writable(outputs[0].parent)
