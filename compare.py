@@ -70,7 +70,7 @@ def main() -> None:
         for caption, table in report.score_tables(comparison, rows, tests[-1]).items():
             print(f"{caption}\n\n{markdown(table)}\n")
         scores.append(rows if args.no_published else pd.concat([rows, report.published_rows(comparison)]))
-        section = {"heading": f"{comparison.data}, {comparison.split}", "notes": report.notes(scores[-1])}
+        section = {"heading": f"{comparison.data}, {comparison.split}", "notes": report.notes(comparison, scores[-1])}
         section["tables"] = report.score_tables(comparison, scores[-1], tests[-1])
         name = f"{i}_{comparison.info.name}_{file_stem(comparison.split)}_boxes.png"
         sections.append(section | {"pictures": report.draw_boxes(figures / name, comparison)})

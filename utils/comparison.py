@@ -20,7 +20,7 @@ from datasets import DATASETS, DatasetInfo, custom
 from datasets.errors import brief, counted
 from utils.arguments import VARIANT_DEFAULTS, flags_of_others, training_parser
 from utils.errors import RunError
-from utils.metrics import FOUND, MISSED, SPURIOUS
+from utils.metrics import MISSED, SPURIOUS
 from utils.results import NUMBERS, read_cases
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Comparison:
     """The methods that were tested on the same data."""
 
     info: DatasetInfo
-    data: str  # as in `Run`, with classes or first case where these distinguish it from other data
+    data: str  # as in `Run`, with the classes where these are not those of the data set
     split: str
     class_names: tuple[str, ...]
     methods: dict[str, list[Run]]  # the seeds of each method
@@ -72,17 +72,17 @@ class Comparison:
     def scores(self) -> pd.DataFrame:
         """Return `mean`, `sd_over_seeds`, `sd_over_cases` (NaN for one) by `KEYS`, and facts of each method.
 
-        A mean is over cases, then over classes, then over seeds; of several folds over the cases of all, then over
-        classes. The standard deviations divide by n - 1: that over seeds or folds is of the means over cases, that over
-        cases is of `per_case`. `chosen_on` is test if that of any seed is.
+        A mean is over the cases of all seeds or folds, then over classes. The standard deviations divide by n - 1: that
+        over seeds or folds is of the means over cases, that over cases is of `per_case`. `chosen_on` is test if that of
+        any seed is.
         """
-        per_seed = _with_mean(self.cases.groupby([*KEYS, "run"], sort=False, as_index=False)["value"].mean())
+        means, per_seed = (
+            _with_mean(self.cases.groupby(by, sort=False, as_index=False)["value"].mean())
+            for by in (KEYS, [*KEYS, "run"])
+        )
         seeds, cases = (frame.groupby(KEYS, sort=False)["value"] for frame in (per_seed, self.per_case()))
-        pooled = _with_mean(self.cases.groupby(KEYS, sort=False, as_index=False)["value"].mean())
-        pooled = pooled.set_index(KEYS)["value"]  # over the cases of all folds, which may have unequal numbers
-        folds = self.cases.groupby("method")["fold"].nunique()
-        folded = pooled.index.get_level_values("method").map(folds) > 1
-        frame = {"mean": pooled.where(folded, seeds.mean()), "sd_over_seeds": seeds.std(), "sd_over_cases": cases.std()}
+        mean = means.set_index(KEYS)["value"]
+        frame = {"mean": mean, "sd_over_seeds": seeds.std(), "sd_over_cases": cases.std()}
         once = self.cases.query("convention == 'strict' and metric == 'dice'").groupby("method")
         facts = once.agg(seeds=("run", "nunique"), cases=("case", "nunique"), chosen_on=("selected_on", "min"))
         for state in (MISSED, SPURIOUS):
@@ -126,15 +126,27 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
         script = info.train_script.replace("train", "test", 1)
         command = f"python {script} {shlex.join(map(str, [*flags, args['list_dir']]))}"
         raise RunError(f"{folder} was not tested on {split}: test it with {command}")
-    own = _text(where, info.volume_path)
-    summaries = list(map(_summary, paths.values()))
-    used = [_text(where, volume_path or summary["data"].get(where) or args[where]) for summary in summaries]
-    checkpoints = [summary["checkpoint"] for summary in summaries if summary["checkpoint"]]
-    _warn_of_old_results(folder, checkpoints, history, args["select_from_epoch"] or 1)
-    tested = " and ".join(dict.fromkeys(map(_tested, checkpoints))) or "-"
-    data = info.name if {*used} == {own} else f"{info.name} in {' and '.join(dict.fromkeys(used))}"
+    epochs = history.reindex(columns=["epoch", "val_dice"]).dropna()
+    epochs = epochs[epochs["epoch"] >= (args["select_from_epoch"] or 1)]
+    best = epochs["epoch"][epochs["val_dice"].idxmax()] if len(epochs) else None
+    used, tested = [], []
+    for path in paths.values():
+        summary = _summary(path)
+        used.append(_text(where, volume_path or summary["data"].get(where) or args[where]))
+        if checkpoint := summary["checkpoint"]:
+            file, epoch, prediction = (checkpoint.get(key) for key in ("file", "epoch", "prediction"))
+            tested.append(f"{file}, epoch {epoch}" + (f", prediction {prediction}" if prediction else ""))
+            if file == "best.pth" and best not in (None, epoch):
+                text = "%s: its results are of epoch %s, but best.pth is now of epoch %d: test it again"
+                logger.warning(text, folder, epoch, best)
+    data = info.name if {*used} == {_text(where, info.volume_path)} else f"{info.name} in {_and(used)}"
     tables = [_long(read_cases(path)).assign(split=split, run=str(folder)) for split, path in paths.items()]
-    return Run(folder, info, args, data, settings, unusual, history, pd.concat(tables), method, tested)
+    results = pd.concat(tables)
+    return Run(folder, info, args, data, settings, unusual, history, results, method, _and(tested) or "-")
+
+
+def _and(texts: Sequence[str]) -> str:
+    return " and ".join(dict.fromkeys(texts))
 
 
 def _summary(cases: Path) -> dict[str, dict[str, Any]]:
@@ -144,28 +156,6 @@ def _summary(cases: Path) -> dict[str, dict[str, Any]]:
         return {part: dict(summary.get(part, {})) for part in ("data", "checkpoint")}
     except (AttributeError, OSError, TypeError, ValueError):
         return {"data": {}, "checkpoint": {}}
-
-
-def _tested(checkpoint: dict[str, Any]) -> str:
-    """Return a tested checkpoint in words, with the ``--prediction`` that the test was given, if any."""
-    prediction = f", prediction {checkpoint['prediction']}" if checkpoint.get("prediction") else ""
-    return f"{checkpoint['file']}, epoch {checkpoint['epoch']}{prediction}"
-
-
-def _warn_of_old_results(
-    folder: Path, checkpoints: Sequence[dict[str, Any]], history: pd.DataFrame, first: int
-) -> None:
-    """Warn if best.pth was tested before the run found a better epoch.
-
-    checkpoints: file and epoch of those that were tested; first: the first epoch that may be the best.
-    """
-    dice = history[history["epoch"] >= first].set_index("epoch")["val_dice"].dropna() if "val_dice" in history else ()
-    if not len(dice):
-        return
-    best = int(dice.idxmax())
-    for epoch in {c["epoch"] for c in checkpoints if c["file"] == "best.pth"} - {best}:
-        text = "%s: its results are of epoch %s, but best.pth is now of epoch %d: test it again"
-        logger.warning(text, folder, epoch, best)
 
 
 def _text(name: str, value: object) -> str:
@@ -205,42 +195,24 @@ def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def compare(runs: Sequence[Run]) -> list[Comparison]:
-    """Return the comparisons of runs with one name of `data`: one per split, classes and runs with common cases."""
+    """Return the comparisons of runs with one name of `data`: one for each split and each set of classes."""
     comparisons, info = [], runs[0].info
     tables = [run.results.assign(method=run.method, fold=run.args.get("fold", 0)) for run in runs]
     results = pd.concat(tables, ignore_index=True)
-    for (split, class_names), table in results.groupby(["split", "classes"], sort=False):
-        parts = _with_common_cases(table)
-        for number, cases in enumerate(parts, 1):
-            seeds = cases.groupby(["method", "fold"])["run"].transform("nunique")  # a case has the seeds of its fold
-            shared = cases.groupby(["method", "fold", "case"])["run"].transform("nunique") == seeds
-            for name, left_out in cases[~shared].groupby("method")["case"].nunique().items():
-                if name not in set(cases["method"][shared]):
-                    raise RunError(f"the seeds of {name} have no case of {split} in common: test them on the same list")
-                logger.warning("%s: not in all seeds, left out of %s: %s", name, split, counted(left_out, "case"))
-            cases = cases[shared].reset_index(drop=True)
-            units = cases.groupby(["convention", "metric"])["unit"]
-            cases["unit"] = units.transform(lambda unit: " or ".join(sorted(unit.unique())))
-            data = runs[0].data if class_names == info.class_names else f"{runs[0].data} ({', '.join(class_names)})"
-            if len(parts) > 1:
-                data += f" (data {number}: {cases['case'][0]}, ...)"
-            methods = by_method([run for run in runs if str(run.folder) in set(cases["run"])])
-            comparisons.append(Comparison(info, data, split, class_names, methods, cases))
+    for (split, class_names), cases in results.groupby(["split", "classes"], sort=False):
+        seeds = cases.groupby(["method", "fold"])["run"].transform("nunique")  # a case has the seeds of its fold
+        shared = cases.groupby(["method", "fold", "case"])["run"].transform("nunique") == seeds
+        for name, left_out in cases[~shared].groupby("method")["case"].nunique().items():
+            if name not in set(cases["method"][shared]):
+                raise RunError(f"the seeds of {name} have no case of {split} in common: test them on the same list")
+            logger.warning("%s: not in all seeds, left out of %s: %s", name, split, counted(left_out, "case"))
+        cases = cases[shared].reset_index(drop=True)
+        units = cases.groupby(["convention", "metric"])["unit"]
+        cases["unit"] = units.transform(lambda unit: " or ".join(sorted(unit.unique())))
+        data = runs[0].data if class_names == info.class_names else f"{runs[0].data} ({', '.join(class_names)})"
+        methods = by_method([run for run in runs if str(run.folder) in set(cases["run"])])
+        comparisons.append(Comparison(info, data, split, class_names, methods, cases))
     return comparisons
-
-
-def _with_common_cases(table: pd.DataFrame) -> list[pd.DataFrame]:
-    """Divide results so that runs stay together which have cases in common, directly or through other runs.
-
-    The folds of a method stay together too.
-    """
-    from scipy.sparse.csgraph import connected_components
-
-    tested = pd.crosstab(table["run"], table["identity"]).clip(upper=1)
-    method, fold = table.drop_duplicates("run").set_index("run").loc[tested.index, ["method", "fold"]].to_numpy().T
-    folds = (method[:, None] == method) & (fold[:, None] != fold)
-    _, parts = connected_components((tested @ tested.T).to_numpy() + folds)
-    return [part for _, part in table.groupby(table["run"].map(pd.Series(parts, tested.index)), sort=False)]
 
 
 def paired_tests(comparison: Comparison) -> pd.DataFrame:
@@ -280,12 +252,9 @@ def _long(table: pd.DataFrame) -> pd.DataFrame:
     """Turn a table of `cases.csv` into one row per case, class, convention and metric.
 
     Columns: case, class, state, selected_on, convention, metric, unit ("%", "mm", "voxels" or "pixels"), value (NaN
-    where a convention leaves a class out), classes (the names of all), and identity, which is another one for another
-    case of the same name: the case, its unit, and the classes that its label has.
+    where a convention leaves a class out), and classes (the names of all).
     """
-    in_label = table["strict_unit"] + table["class"].where(table["state"].isin([FOUND, MISSED]), "")
-    rows = table.assign(identity=table["case"] + " " + in_label.groupby(table["case"]).transform(" ".join))
-    rows = rows.melt(["case", "class", "state", "selected_on", "strict_unit", "identity"], NUMBERS)
+    rows = table.melt(["case", "class", "state", "selected_on", "strict_unit"], NUMBERS)
     rows[["convention", "metric"]] = rows.pop("variable").str.split("_", expand=True)
     percent, unit = rows["metric"].isin(["dice", "jaccard"]), rows.pop("strict_unit")
     rows["value"] = rows["value"].where(~percent, 100 * rows["value"])

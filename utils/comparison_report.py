@@ -87,12 +87,12 @@ def run_tables(runs: Sequence[Run]) -> dict[str, pd.DataFrame]:
     return tables | ({"Training arguments in which the methods differ.": differing} if len(differing) else {})
 
 
-def notes(rows: pd.DataFrame) -> list[str]:
-    """Return what is special about the scores in `rows`."""
+def notes(comparison: Comparison, rows: pd.DataFrame) -> list[str]:
+    """Return what is special about the scores of a comparison; rows: scores and published rows."""
     said = []
     if (rows["chosen_on"] == "test").any():
         said.append(f"Methods marked with *: {OPTIMISTIC}")
-    if rows["cases"].nunique() > 1:
+    if comparison.cases.groupby("method")["case"].agg(frozenset).nunique() > 1:
         said.append("Not all methods were tested on the same cases, so their means are not over the same cases.")
     if (rows["source"] == "published").any():
         said.append("(published): not measured here, but printed in the paper's tables of its test split; in no test.")
