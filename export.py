@@ -71,6 +71,7 @@ def describe(predictor: Predictor, checkpoint: Path) -> dict[str, Any]:
     facts = {name: config[name] for name in ("num_classes", "in_channels", "img_size")}
     classes, channels, size = facts.values()
     in_warmup = any(bank.in_warmup for bank in banks)
+    origin = {name: value for name, value in predictor.origin.items() if name not in ("args", "described")}
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     meaning = "logits; their arg max over axis 1 is the class"
     return {
@@ -80,13 +81,13 @@ def describe(predictor: Predictor, checkpoint: Path) -> dict[str, Any]:
         "input": {"name": INPUT, "type": "float32", "shape": ["B", channels, size, size]},
         "output": {"name": OUTPUT, "type": "float32", "shape": ["B", classes, size, size], "meaning": meaning},
         **facts,
-        "dataset": predictor.dataset,
+        "dataset": predictor.data.get("dataset"),
         "class_names": list(predictor.class_names),
         "label_order": ["background", *predictor.class_names],
         "channels": list(predictor.channels),
         "preprocessing": predictor.preprocessing.to_dict(),
         "preprocessing_steps": predictor.preprocessing.described(size),
-        "checkpoint": {"file": checkpoint.name, "sha256": digest, **predictor.origin},
+        "checkpoint": {"file": checkpoint.name, "sha256": digest, **origin},
     }
 
 
@@ -154,7 +155,7 @@ def main() -> None:
     seed_everything(0)
     require("onnx", "onnxscript", "onnxruntime")  # before anything slow
     check_writable(args.output.parent)
-    predictor = Predictor(args.checkpoint, "cpu", dataset=args.dataset, prediction=args.prediction)
+    predictor = Predictor(args.checkpoint, "cpu", info=DATASETS.get(args.dataset), prediction=args.prediction)
     metadata = describe(predictor, args.checkpoint)
     if "warm-up" in metadata["memory"]:
         logger.warning("%s is in the memory's warm-up: the network, and so the file, reads no memory", args.checkpoint)

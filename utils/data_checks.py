@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,38 @@ logger = logging.getLogger(__name__)
 NAMELESS = "the files name no classes; those of %s are used: give --class_names in training if they are others"
 UNIT = -0.05, 1.05
 """Intensities of prepared scans: 0 to 1, and some room for what resampling adds."""
+
+
+def open_samples(
+    info: DatasetInfo, args: Namespace, split: str, without: Sequence[str] = (), **options: Any
+) -> SliceDataset | ImageDataset:
+    """Return the slices or images of a split, to train on.
+
+    args: the folders, the number of classes and the label order of the command line; without: names in the list to
+    leave out; options: ``img_size``, ``augment`` and ``seed``, of images ``photometric``.
+    """
+    info.require(args.root_path)
+    where = args.root_path, args.list_dir, split, args.num_classes
+    if info.planar:
+        return ImageDataset(info, *where, **options)
+    order = info.label_order(vars(args).get("label_order"), args.num_classes)
+    return SliceDataset(*where, **options, label_order=order, without=without)
+
+
+def open_cases(
+    info: DatasetInfo, args: Namespace, split: str, only: Sequence[str] | None = None, folder: Path | None = None
+) -> VolumeDataset | ImageFolder:
+    """Return the volumes or images of a split, to validate or test on.
+
+    args: as for ``open_samples``; only: names in the list to keep; folder: of the volumes, if it is not
+    ``args.volume_path``.
+    """
+    if info.planar:
+        return ImageFolder(info, args.root_path, args.list_dir, split, args.num_classes)
+    folder = folder or args.volume_path
+    info.require(folder)
+    order = info.label_order(vars(args).get("label_order"), args.num_classes)
+    return VolumeDataset(folder, args.list_dir, split, args.num_classes, order, only=only)
 
 
 class Part:
@@ -287,18 +320,13 @@ def shared_patients(splits: Sequence[tuple[Path, dict[str, str]]], exact: bool) 
 
     Unless ``exact``, a patient p7 is also p7_a, because an entry p7 of a list stands for that, too.
     """
-    errors: list[str] = []
-    whole: dict[str, tuple[Path, str]] = {}  # by every patient, the first list with it and its name there
-    begun: dict[str, tuple[Path, str]] = {}  # the same by every beginning of a patient's name
-    for source, patients in splits:
-        for patient, name in sorted(patients.items()):
-            others = map(whole.get, [patient] if exact else beginnings(patient))
-            other, there = next(filter(None, [None if exact else begun.get(patient), *others]), (None, ""))
-            if other:
-                names = f"({name} here, {there} there)"
+    parts_of = (lambda patient: [patient]) if exact else beginnings
+    errors = []
+    for (other, there), (source, here) in combinations(splits, 2):
+        begun = {part: name for patient, name in there.items() for part in parts_of(patient)}
+        for patient, name in sorted(here.items()):
+            same = begun.get(patient) or next((there[part] for part in parts_of(patient) if part in there), None)
+            if same:
+                names = f"({name} here, {same} there)"
                 errors.append(f"{source}: {patient} is also in {other.name} {names}; remove it from one of them")
-        for patient, name in patients.items():
-            whole.setdefault(patient, (source, name))
-            for beginning in beginnings(patient):
-                begun.setdefault(beginning, (source, name))
     return errors

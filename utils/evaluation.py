@@ -2,12 +2,10 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,13 +32,13 @@ def predict_volume(
     """Return the class of every voxel of a volume of D slices, or of an image (D = 1): uint8 (D, H, W).
 
     Slices are resized to ``img_size`` squared and predicted ``batch_size`` at a time on ``device``, where the model is;
-    the arg max of the summed logit maps is resized back. The model predicts in evaluation mode and keeps the mode that
-    it had. amp_dtype: of autocast, or None for float32.
+    the arg max of the summed logit maps is resized back. The model is put into evaluation mode. amp_dtype: of autocast,
+    or None for float32.
     """
+    model.eval()
     device = torch.device(device)
-    amp = torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
     predictions = []
-    with _evaluation_mode(model), torch.inference_mode(), amp:
+    with torch.inference_mode(), torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
         for start in range(0, len(volume.image), batch_size):
             slices = torch.from_numpy(volume.network_input(img_size, slice(start, start + batch_size)))
             logits = sum(m.float() for m in model(slices.to(device)))  # (B, num_classes, S, S)
@@ -49,14 +47,14 @@ def predict_volume(
 
 
 def evaluate(
-    model: torch.nn.Module, volumes: Sequence[Volume | Picture], num_classes: int,
-    on_case: Callable[[Volume | Picture, np.ndarray], None] | None = None, **options: Any,
+    predict: Callable[[Volume | Picture], np.ndarray], volumes: Sequence[Volume | Picture], num_classes: int,
+    on_case: Callable[[Volume | Picture, np.ndarray], None] = lambda *_: None,
 ) -> list[CaseResult]:  # fmt: skip
     """Predict and score every volume, each opened once and in order, and log a line for each.
 
-    A volume is scored in another thread while the next one is predicted, so at most two are in memory. num_classes
-    counts the background; on_case is called with a volume and its prediction after scoring, to save them; options are
-    ``img_size`` and other arguments of ``predict_volume``.
+    A volume is scored in another thread while the next one is predicted, so at most two are in memory. predict returns
+    the class of every voxel, uint8 (D, H, W); num_classes counts the background; on_case is called with a volume and
+    its prediction after scoring, to save them.
     """
 
     def score(number: int, volume: Volume | Picture, prediction: np.ndarray, seconds: float) -> CaseResult:
@@ -72,8 +70,7 @@ def evaluate(
         seconds += time.perf_counter() - start
         case = f"{number}/{len(volumes)} {result.name}"
         logging.info("%s: Dice %s %%, HD95 %s %s, %.1f s", case, dice, hd95, result.unit, seconds)
-        if on_case is not None:
-            on_case(volume, prediction)
+        on_case(volume, prediction)
         return result
 
     scores: list[Future[CaseResult]] = []
@@ -81,7 +78,7 @@ def evaluate(
         for i in range(len(volumes)):
             start = time.perf_counter()
             volume = volumes[i]
-            prediction = predict_volume(model, volume, **options)
+            prediction = predict(volume)
             seconds = time.perf_counter() - start
             if scores:
                 scores[-1].result()  # raises what went wrong, and frees the volume before
@@ -124,18 +121,6 @@ def save_mask(path: str | Path, prediction: np.ndarray) -> None:
 
     with atomic_write(path) as temporary:
         Image.fromarray(prediction).save(temporary)
-
-
-@contextmanager
-def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    # Module by module, because training may hold a part of the model in evaluation mode.
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _text(number: float) -> str:

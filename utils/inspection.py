@@ -176,7 +176,7 @@ def main() -> None:
     args = parser.parse_args()
     if is_onnx(args.checkpoint):
         raise RunError(f"--checkpoint {args.checkpoint} is an ONNX file, which cannot be inspected: give a best.pth")
-    predictor = Predictor(args.checkpoint, "cpu", dataset=args.dataset)
+    predictor = Predictor(args.checkpoint, "cpu", info=DATASETS.get(args.dataset))
     if not isinstance(predictor.model, SimMPNet):
         name = predictor.model.config["network"]
         raise RunError(f"--checkpoint {args.checkpoint}: {name} has no memory to inspect: give one of sim_mpnet")

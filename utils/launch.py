@@ -11,24 +11,25 @@ import numpy as np
 import torch
 from timm.layers import convert_sync_batchnorm
 
-from datasets import DatasetInfo, ImageDataset, ImageFolder, Picture, SliceDataset, Volume, VolumeDataset
+from datasets import DatasetInfo, ImageFolder, Picture, Volume, VolumeDataset
 from datasets.errors import brief, counted
 from datasets.files import file_stem
 from datasets.lists import list_path
 from networks import build, default_weights
 from networks.ranks import rank
-from utils.arguments import Splits, check_n_gpu, network_arguments, parse_training, script_of
-from utils.checkpoint import build_network, load_checkpoint, load_fitting, refuse_other_data
-from utils.cli import AMP_DTYPES, ArgumentParser, pick_device, seed_everything, set_precision, setup_logging
-from utils.data_checks import compare_with_checkpoint, quick_check
+from utils.arguments import Splits, check_n_gpu, network_arguments, parse_training
+from utils.checkpoint import load_fitting, refuse_other_data
+from utils.cli import ArgumentParser, seed_everything, set_precision, setup_logging
+from utils.data_checks import compare_with_checkpoint, open_cases, open_samples, quick_check
 from utils.distribution import launched, process_group, rank_device
 from utils.errors import RunError
 from utils.evaluation import evaluate, save_mask, save_nifti
 from utils.figures import save_overlays
 from utils.metrics import ABSENT, SPURIOUS
+from utils.onnx_network import is_onnx
+from utils.predictor import Predictor
 from utils.results import case_table, format_summary, summarise, write_csv, write_summary
 from utils.training import Trainer
-from utils.watch import out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,12 @@ def make_trainer(
 
     args, checkpoint: what ``parse_training`` returned; info: the data set. From then on the log goes to train.log too.
     """
-    train_set, val_set = open_training_data(args, info)
+    options = {"img_size": args.img_size, "augment": True, "seed": args.seed}
+    options |= {"photometric": args.photometric} if info.planar else {}
+    held_out = vars(args).get("val_cases") if args.val_split == args.train_split else None
+    train_set = open_samples(info, args, args.train_split, held_out or (), **options)
+    # Training cases have slices only.
+    val_set = open_cases(info, args, args.val_split, held_out, args.root_path if held_out else None)
     info = quick_check(train_set, val_set, info, args)
     seed_everything(args.seed, deterministic=bool(args.deterministic))
     set_precision(args.amp, device)
@@ -82,23 +88,6 @@ def make_trainer(
     return trainer
 
 
-def open_training_data(
-    args: Namespace, info: DatasetInfo
-) -> tuple[SliceDataset | ImageDataset, VolumeDataset | ImageFolder]:
-    """Return what to train on, and what to choose the best epoch on."""
-    options = {"img_size": args.img_size, "augment": True, "seed": args.seed}
-    where, classes = (args.list_dir, args.train_split), args.num_classes
-    if info.planar:
-        train_set = ImageDataset(info, args.root_path, *where, classes, **options, photometric=args.photometric)
-        return train_set, ImageFolder(info, args.root_path, args.list_dir, args.val_split, classes)
-    order = info.label_order(vars(args).get("label_order"), classes)
-    held_out = vars(args).get("val_cases") if args.val_split == args.train_split else None
-    val_path = args.root_path if held_out else args.volume_path  # training cases have slices only
-    info.require(args.root_path, val_path)
-    train_set = SliceDataset(args.root_path, *where, classes, **options, label_order=order, without=held_out or ())
-    return train_set, VolumeDataset(val_path, args.list_dir, args.val_split, classes, order, only=held_out)
-
-
 def new_network(args: Namespace, pretrained: bool) -> torch.nn.Module:
     """Build the network on the CPU, with ImageNet weights if it is to be ``pretrained``."""
     options = network_arguments(args)
@@ -114,53 +103,40 @@ def new_network(args: Namespace, pretrained: bool) -> torch.nn.Module:
 def test(args: Namespace, info: DatasetInfo) -> None:
     """Rebuild a checkpoint's network, test it and write tables; on request, predictions and pictures too.
 
-    Args:
-        args: the arguments of ``testing_parser``.
-        info: the data set; it names the classes for a checkpoint of the release, which has no names.
+    args: of ``testing_parser``; info: the data set.
     """
     check_n_gpu(args)
     if launched():
         raise RunError("testing uses one process: run it without torchrun")
-    device = pick_device(args.device)
     seed_everything(args.seed, deterministic=bool(args.deterministic))
-    set_precision(args.amp, device)
     if (args.checkpoint / "best.pth").is_file():
         args.checkpoint = args.checkpoint / "best.pth"
     if not args.checkpoint.exists():
         remedy = f"train one with python {info.train_script}, or give another with --checkpoint"
         raise RunError(f"no checkpoint at {args.checkpoint}: {remedy}")
-    checkpoint = load_checkpoint(args.checkpoint)
-    # The authors chose the checkpoints of the release on the test volumes.
-    of_release = {"dataset": info.name, "class_names": info.class_names, "selected_on": "test"}
-    data = checkpoint.setdefault("data", of_release)
-    if data["dataset"] != info.name:
-        script = script_of("test", data["dataset"])
-        raise RunError(f"{args.checkpoint} was trained on {data['dataset']}: test it with {script}")
-    model = build_network(checkpoint, args.checkpoint, len(info.channels), args.prediction).to(device)
-    num_classes = model.config["num_classes"]
+    if is_onnx(args.checkpoint):
+        raise RunError(f"{args.checkpoint} is an ONNX file, which only predict.py reads: give a best.pth")
+    predictor = Predictor(args.checkpoint, args.device, args.amp, args.batch_size, info, args.prediction)
+    args.num_classes = predictor.model.config["num_classes"]
     where = "root_path" if info.planar else "volume_path"
-    _choose_folders(args, info, where, checkpoint.get("args", {}))
+    _choose_folders(args, info, where, predictor.origin.get("args", {}))
     tested = getattr(args, where)
     if not tested.is_dir():
         remedy = f"give the folder with --{where} and that of its lists with --list_dir, or {info.how_to_get}"
         raise RunError(f"{tested}: no such folder; {remedy}")
-    if info.planar:
-        cases = ImageFolder(info, tested, args.list_dir, args.split, num_classes)
-    else:
-        order = info.label_order(vars(args).get("label_order"), num_classes)
-        cases = VolumeDataset(tested, args.list_dir, args.split, num_classes, order, only=args.cases)
+    cases = open_cases(info, args, args.split, vars(args).get("cases"))
     folder = args.test_save_dir or args.checkpoint.parent / f"results_{args.split}"
     if folder.resolve() == tested.resolve():
         raise RunError(f"--test_save_dir {folder} holds the data: give another folder")
     again = (folder / "test.log").is_file()
     setup_logging(folder / "test.log")
-    class_names = compare_with_checkpoint(cases, info, data)
+    class_names = compare_with_checkpoint(cases, info, predictor.data)
     if again:
         _remove_pictures(folder)
-    _warn_of_misleading_scores(args, checkpoint, cases)
+    _warn_of_misleading_scores(args, predictor, cases)
     split = list_path(args.list_dir, args.split)
     count = counted(len(cases), "case")
-    logger.info("%s on %s of the list %s, data in %s, on %s", args.checkpoint, count, split, tested, device)
+    logger.info("%s on %s of the list %s, data in %s, on %s", args.checkpoint, count, split, tested, predictor.device)
 
     def save(case: Volume | Picture, prediction: np.ndarray) -> None:
         case.class_names = class_names
@@ -171,19 +147,14 @@ def test(args: Namespace, info: DatasetInfo) -> None:
         if args.overlays:
             save_overlays(folder / "overlays", case, prediction, count=args.overlays)
 
-    with out_of_memory(f"lower --batch_size {args.batch_size}, or use --amp bf16"):
-        results = evaluate(
-            model, cases, num_classes, save if args.save_predictions or args.overlays else None,
-            img_size=model.config["img_size"], batch_size=args.batch_size, device=device,
-            amp_dtype=AMP_DTYPES[args.amp],
-        )  # fmt: skip
+    results = evaluate(predictor.segment, cases, args.num_classes, save)
     for c, name in enumerate(class_names):
         if all(result.classes[c].state in (ABSENT, SPURIOUS) for result in results):
             logger.warning("no case has %s", name)
-    table = case_table(results, class_names, data.get("selected_on", "val"))
+    table = case_table(results, class_names, predictor.data.get("selected_on", "val"))
     summary = summarise(table, sum(result.confusion for result in results) if info.planar else None)
     summary["data"] = {where: str(tested), "list_dir": str(args.list_dir), "split": args.split}
-    file, epoch = args.checkpoint.name, checkpoint.get("epoch")
+    file, epoch = args.checkpoint.name, predictor.origin.get("epoch")
     summary["checkpoint"] = {"file": file, "epoch": epoch, "prediction": args.prediction}
     write_csv(folder / "cases.csv", table)
     write_summary(folder / "summary.json", summary)
@@ -191,13 +162,13 @@ def test(args: Namespace, info: DatasetInfo) -> None:
     logger.info("results in %s", folder)
 
 
-def _warn_of_misleading_scores(args: Namespace, checkpoint: dict[str, Any], cases: VolumeDataset | ImageFolder) -> None:
+def _warn_of_misleading_scores(args: Namespace, predictor: Predictor, cases: VolumeDataset | ImageFolder) -> None:
     """Warn if the training has seen the cases of a test, or if they are images of another kind."""
-    data = checkpoint["data"]
-    seen = args.split == checkpoint.get("args", {}).get("val_split") and data.get("selected_on") != "test"
+    data = predictor.data
+    seen = args.split == predictor.origin.get("args", {}).get("val_split") and data.get("selected_on") != "test"
     if seen and args.checkpoint.name == "best.pth":  # of those chosen on test volumes every table says it
         logger.warning("the best epoch was chosen on these cases, so its scores are optimistic; last.pth has fair ones")
-    trained = {f"training case {name}" for name in cases.names}.intersection(checkpoint.get("described", ()))
+    trained = {f"training case {name}" for name in cases.names}.intersection(predictor.origin.get("described", ()))
     if trained:
         logger.warning(
             "the checkpoint was trained on cases of this list (%d of %d, such as %s): their scores are optimistic",

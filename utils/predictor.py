@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from datasets import (
-    DATASETS,
     ColourPreprocessing,
     DataError,
+    DatasetInfo,
     Picture,
     Volume,
     preprocessing_from_dict,
@@ -23,6 +23,7 @@ from datasets import (
 )
 from datasets.files import atomic_write
 from datasets.scan import Scan
+from utils.arguments import script_of
 from utils.checkpoint import build_network, load_checkpoint
 from utils.cli import AMP_DTYPES, pick_device, set_precision
 from utils.errors import RunError
@@ -42,7 +43,7 @@ class Predictor:
         device: ``auto`` (the GPU if there is one), ``cpu``, ``cuda`` or ``cuda:1``.
         amp: ``none``, ``tf32``, ``bf16`` or ``fp16``; of an ONNX file ``none``.
         batch_size: slices predicted at a time.
-        dataset: what a checkpoint of the release was trained on, a name of ``DATASETS``; others say it themselves.
+        info: what a checkpoint of the release was trained on, such as ``DATASETS["acdc"]``; others say it themselves.
         prediction: ``SimMPNet``'s, in place of that of the training; None for an ONNX file.
 
     Attributes:
@@ -51,8 +52,8 @@ class Predictor:
         planar: whether it takes images, not scans.
         preprocessing: how a scan or image is prepared.
         channels: names of the channels, in order.
-        dataset: what it was trained on, or None if that is not known.
-        origin: epoch, iteration, git revision and versions of the checkpoint, as far as it has them.
+        data: what the checkpoint says of the data of its training.
+        origin: epoch, iteration, git revision, versions and arguments of the training, as far as they are known.
 
     Raises:
         RunError, DataError, NetworkError: the checkpoint is missing or damaged, or does not fit the other arguments.
@@ -64,7 +65,7 @@ class Predictor:
         device: str = "auto",
         amp: str = "none",
         batch_size: int = 20,
-        dataset: str | None = None,
+        info: DatasetInfo | None = None,
         prediction: str | None = None,
     ):
         self.batch_size, self.amp_dtype = batch_size, AMP_DTYPES[amp]
@@ -80,27 +81,31 @@ class Predictor:
             self.device = pick_device(device)
             set_precision(amp, self.device)
             state = load_checkpoint(checkpoint)
-        data = state.get("data", {})  # a checkpoint of the release has none
-        if dataset is not None and data.get("dataset", dataset) != dataset:
-            raise RunError(f"{checkpoint} was trained on {data['dataset']}, not on {dataset}: leave out --dataset")
-        self.dataset = dataset or data.get("dataset")
-        if "preprocessing" in data:
-            try:
-                self.preprocessing = preprocessing_from_dict(data["preprocessing"])
-            except DataError as error:
-                raise RunError(f"{checkpoint}: {error}") from error
-        elif self.dataset in DATASETS:
-            self.preprocessing = DATASETS[self.dataset].preprocessing
-        else:
-            raise RunError(f"{checkpoint} does not say how scans are prepared for it: give --dataset")
+        if "data" not in state:
+            if info is None:
+                raise RunError(f"{checkpoint} does not say how scans are prepared for it: give --dataset")
+            state["data"] = {  # the authors chose the checkpoints of the release on the test volumes
+                "dataset": info.name, "class_names": info.class_names, "channels": info.channels,
+                "preprocessing": info.preprocessing.to_dict(), "selected_on": "test",
+            }  # fmt: skip
+        self.data = data = state["data"]
+        if info is not None and data.get("dataset") != info.name:
+            raise RunError(
+                f"{checkpoint} was trained on {data.get('dataset')}, not on {info.name}: test it with "
+                f"{script_of('test', data.get('dataset'))}, or call predict.py without --dataset"
+            )
+        try:
+            self.preprocessing = preprocessing_from_dict(data.get("preprocessing"))
+        except DataError as error:
+            raise RunError(f"{checkpoint}: {error}") from error
         self.planar = isinstance(self.preprocessing, ColourPreprocessing)
         channels = 3 if self.planar else self.preprocessing.channels
         if not is_onnx(checkpoint):
             self.model = build_network(state, checkpoint, channels, prediction).to(self.device)
-        self.origin = {name: state[name] for name in ("epoch", "iteration", "git", "versions") if name in state}
+        known = ("epoch", "iteration", "git", "versions", "args", "described")
+        self.origin = {name: state[name] for name in known if name in state}
         self.channels = tuple(data.get("channels", ("image",) * channels))
-        names = data["class_names"] if data else DATASETS[self.dataset].names_for(self.model.config["num_classes"])
-        self.class_names = tuple(names)
+        self.class_names = tuple(data["class_names"])
 
     def read(self, path: str | Path, time_point: int | None = None) -> Volume | Picture:
         """Open a scan or an image, prepared for the network. time_point: of a scan with several volumes, from 0."""
@@ -122,7 +127,7 @@ class Predictor:
     def segment(self, volume: Volume | Picture) -> np.ndarray:
         """Return the class of every voxel, uint8 (D, H, W); of an image D = 1."""
         size = self.model.config["img_size"]
-        with out_of_memory(f"predict fewer slices at a time than {self.batch_size}, in bf16, or on the CPU"):
+        with out_of_memory(f"lower --batch_size {self.batch_size}, or use --amp bf16"):
             return predict_volume(self.model, volume, size, self.batch_size, self.device, self.amp_dtype)
 
     def __call__(self, path: str | Path):

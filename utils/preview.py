@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from datasets import DataError, ImageDataset, SliceDataset
 from utils.cli import number, run_script
+from utils.data_checks import open_samples
 from utils.figures import add_legend, coloured, make_panels, save_figure
 from utils.verify import data_parser, fill_in
 
@@ -49,16 +50,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("preview.png"), help="PNG to write")
     args = parser.parse_args(argv)
     info = fill_in(args)
-    where = args.root_path, args.list_dir, args.split, args.num_classes
     options = {"img_size": args.img_size, "augment": True, "seed": args.seed}
-    names = info.names_for(args.num_classes)
-    if info.planar:
-        samples = ImageDataset(info, *where, **options, photometric=args.photometric)
-    elif args.photometric:
-        raise DataError(f"--photometric: {info.name} is grey, and this changes colours; leave it out")
-    else:
-        samples = SliceDataset(*where, **options, label_order=info.label_order(args.label_order, args.num_classes))
-        names = samples.open(0).class_names or names
+    if args.photometric:
+        if not info.planar:
+            raise DataError(f"--photometric: {info.name} is grey, and this changes colours; leave it out")
+        options["photometric"] = True
+    samples = open_samples(info, args, args.split, **options)
+    names = samples.open(0).class_names or info.names_for(args.num_classes)
     save_figure(draw(samples, names, args.count), args.output)
     print(args.output)
 

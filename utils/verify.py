@@ -16,11 +16,20 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from datasets import DATASETS, DataError, DatasetInfo, ImageFolder, SliceDataset, VolumeDataset, custom
+from datasets import DATASETS, DataError, DatasetInfo, custom
 from datasets.errors import counted
 from datasets.lists import PATTERN_HELP
 from utils.cli import ArgumentParser, number, run_script
-from utils.data_checks import NAMELESS, Part, differences, most_classes_absent, read_parts, shared_patients
+from utils.data_checks import (
+    NAMELESS,
+    Part,
+    differences,
+    most_classes_absent,
+    open_cases,
+    open_samples,
+    read_parts,
+    shared_patients,
+)
 
 
 def full_check(args: Namespace, info: DatasetInfo) -> tuple[list[Part], list[str]]:
@@ -28,16 +37,13 @@ def full_check(args: Namespace, info: DatasetInfo) -> tuple[list[Part], list[str
 
     args: of this command, with the folders, the splits, the number of classes and the pattern.
     """
-    parts, errors, order = [], [], info.label_order(args.label_order, args.num_classes)
+    parts, errors = [], []
     for split in args.splits:
-        where = args.list_dir, split, args.num_classes
         try:
-            if info.planar:
-                data = ImageFolder(info, args.root_path, *where)
-            elif split == args.splits[0]:
-                data = SliceDataset(args.root_path, *where, 1, label_order=order)
+            if split == args.splits[0] and not info.planar:
+                data = open_samples(info, args, split, img_size=1)
             else:
-                data = VolumeDataset(args.volume_path, *where, order)
+                data = open_cases(info, args, split)
             parts.append(Part(data, info, args.patient_pattern))
         except DataError as error:
             errors.append(str(error))
