@@ -143,66 +143,44 @@ def save_picture_overlay(path: str | Path, image: np.ndarray, mask: np.ndarray) 
 
 
 def save_progress(path: str | Path, history: Sequence[Mapping[str, Any]]) -> None:
-    """Draw the course of a training: losses with the learning rate, validation Dice, K, cluster use and gates.
+    """Draw the course of a training over its epochs, a panel for each kind of number.
 
-    history: rows of metrics.csv, numbers or text. Drawn are over ``epoch`` all ``*_loss``, ``val_dice`` in [0, 1],
-    ``k``, ``lr``, ``cluster_use`` in [0, 1] and all ``gate*`` in [0, 1]; of gates a kind has a colour, a level a line
-    style. A value that is missing, empty or not finite is not drawn.
+    history: rows of metrics.csv, numbers or text; a value that is missing, empty or not finite is not drawn. Of the
+    gates a kind has a colour, a level a line style.
     """
     import pandas as pd
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     numbers = pd.DataFrame(list(history)).apply(pd.to_numeric, errors="coerce").replace([-np.inf, np.inf], np.nan)
-    losses = [name for name in numbers if name.endswith("_loss")]
-    gates = [name for name in numbers if name.startswith("gate")]
-    figure = Figure(figsize=(15 if gates else 10, 6.4), layout="constrained")
-    rows = [["loss", "dice"], ["k", "use"]]
-    panels = figure.subplot_mosaic([[*row, "gates"] for row in rows] if gates else rows, sharex=True)
-    panels["rate"] = panels["loss"].twinx()
-
-    def draw(panel: str, title: str, name: str, colour: str, scale: float = 1, **style: Any) -> pd.DataFrame:
-        """Draw a column; return its points, with columns ``epoch`` and ``name``."""
-        points = numbers.reindex(columns=["epoch", name]).dropna()
-        points[name] *= scale
-        marker = "." if len(points) < 40 else None
-        panels[panel].plot(points["epoch"], points[name], color=colour, marker=marker, **style)
-        panels[panel].set_ylabel(title)
-        panels[panel].grid(alpha=0.3)
-        return points
-
-    for name, colour in zip(losses, (COLOURS[6], *COLOURS), strict=False):
-        draw("loss", "loss", name, colour, label=name.removesuffix("_loss"))
-    draw("rate", "learning rate (dotted)", "lr", "0.5", linestyle=":")
     selected_on = "test" if any(row.get("selected_on") == "test" for row in history) else "val"
-    points = draw("dice", f"{dice_name(selected_on)} [%]", "val_dice", COLOURS[2], 100)
-    if len(points):
-        epoch, best = points.loc[points["val_dice"].idxmax()]
-        panels["dice"].plot(epoch, best, "*", color="black", markersize=12)
-        panels["dice"].set_title(f"best {best:.2f} % in epoch {epoch:.0f}", fontsize=10)
-    draw("k", "K (columns replaced)", "k", COLOURS[3])
-    draw("use", "clusters in use [%]", "cluster_use", COLOURS[5], 100)
-    kinds = list(dict.fromkeys(name.rstrip("_1234") for name in gates))
-    for name in gates:
-        line = ("-", "--", "-.", ":")[int(name[-1]) - 1 if name[-1].isdigit() else 0]
-        colour = COLOURS[kinds.index(name.rstrip("_1234"))]
-        draw("gates", "gates let through [%]", name, colour, 100, linestyle=line, label=name)
-    if len(losses) > 1:
-        panels["loss"].legend(frameon=False)
-    if gates:
-        panels["gates"].legend(frameon=False, fontsize="x-small", ncols=2)
-    panels["rate"].grid(False)
-    panels["rate"].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    for name, axes in panels.items():
-        if name in ("use", "gates"):
-            axes.set_ylim(-4, 104)
-        if name in ("rate", "k"):
-            axes.set_ylim(bottom=0)
-        if name in ("k", "use", "gates"):  # whole epochs, also if there is only one
-            axes.set_xlabel("epoch")
-            low, high = axes.get_xlim()
-            axes.set_xlim(min(low, (low + high - 1) / 2), max(high, (low + high + 1) / 2))
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    panels = {
+        "loss": [name for name in numbers if name.endswith("_loss")],
+        f"{dice_name(selected_on)} [%]": ["val_dice"],
+        "gates let through [%]": [name for name in numbers if name.startswith("gate")],
+        "learning rate": ["lr"],
+        "K (columns replaced)": ["k"],
+        "clusters in use [%]": ["cluster_use"],
+    }
+    figure = Figure(figsize=(15, 6.4), layout="constrained")
+    for axes, (title, columns) in zip(figure.subplots(2, 3).ravel(), panels.items(), strict=True):
+        kinds = list(dict.fromkeys(name.rstrip("_1234") for name in columns))
+        for name in columns:
+            points = numbers.reindex(columns=["epoch", name]).dropna()
+            epochs, values = points["epoch"], points[name] * (100 if "%" in title else 1)
+            line = ("-", "--", "-.", ":")[int(name[-1]) - 1 if name[-1].isdigit() else 0]
+            style = {"color": COLOURS[kinds.index(name.rstrip("_1234"))], "marker": "." if len(points) < 40 else None}
+            axes.plot(epochs, values, line, label=name, **style)
+            if name == "val_dice" and len(points):
+                best = values.idxmax()
+                axes.plot(epochs[best], values[best], "*", color="black", markersize=12)
+                title += f", best {values[best]:.2f} in epoch {epochs[best]:.0f}"
+        if len(columns) > 1:
+            axes.legend(fontsize="x-small", ncols=2)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.3)
     save_figure(figure, path)
 
 

@@ -105,7 +105,7 @@ def test_every_series_of_the_progress_is_drawn_and_a_missing_value_is_not(monkey
     for rows[2]["val_dice"] in (0.5, None, "", float("nan")):  # as text it is read again from metrics.csv
         save_progress("", rows)
     whole, *gaps = [[len(line.get_xdata()) for axes in figure.axes for line in axes.lines] for figure in drawn]
-    assert whole == [6, 6, 1, *[6] * 5]  # loss, Dice, best, K, clusters, gates, rate
+    assert whole == [6, 6, 1, *[6] * 5]  # loss, Dice, best, two gates, rate, K, clusters
     assert gaps == [[6, 5, 1, *[6] * 5]] * 3
 
 
