@@ -4,7 +4,6 @@ Everything starts from one pandas table with a row per case and class, the rows 
 """
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,16 +39,12 @@ OPTIMISTIC = (
 ISIC_THRESHOLD = 0.65
 """Jaccard below which the ISIC challenge of 2018 (arXiv 1902.03368) counts a segmentation as failed, with Jaccard 0."""
 
-_NUMBER = re.compile(r"[-+]?\.?\d.*|-?|nan")
-
 
 def case_table(results: Sequence["CaseResult"], class_names: Sequence[str], selected_on: str = "val") -> "pd.DataFrame":
     """Return the table with ``COLUMNS``, one row per case and class; NaN for what a convention leaves out.
 
-    Args:
-        results: what ``evaluate`` returned.
-        class_names: without background, in the order of their label ids.
-        selected_on: the cases that the checkpoint was chosen on, ``val`` or ``test``.
+    results: what ``evaluate`` returned; class_names: without background; selected_on: the cases that the checkpoint was
+    chosen on, ``val`` or ``test``.
     """
     import pandas as pd
 
@@ -70,11 +65,7 @@ def write_csv(path: str | Path, table: Any, float_format: str | None = "%.6f") -
 
 
 def read_cases(path: str | Path) -> "pd.DataFrame":
-    """Read the case table that ``write_csv`` wrote.
-
-    Raises:
-        RunError: another kind of file, or one that is cut off.
-    """
+    """Read the case table that ``write_csv`` wrote; raise RunError for another kind of file, or one that is cut off."""
     import pandas as pd
 
     types = {column: float if column in NUMBERS else str for column in COLUMNS}
@@ -95,11 +86,8 @@ def summarise(table: "pd.DataFrame", confusion: np.ndarray | None = None) -> dic
     """Return the content of summary.json: means over cases, then over classes, under both conventions.
 
     NaN (a class that is absent, under the strict convention) is left out of means; None stands where nothing is left.
-
-    Args:
-        table: a case table.
-        confusion: of images, the sum of all cases' confusions, (num_classes, num_classes). The summary then also has
-            the scores over all pixels together and the ISIC challenge's mean thresholded Jaccard (strict).
+    confusion: of images, the sum of all cases' confusions, (num_classes, num_classes). The summary then also has the
+    scores over all pixels together and the ISIC challenge's mean thresholded Jaccard (strict).
     """
     import pandas as pd
 
@@ -132,7 +120,6 @@ def write_summary(path: str | Path, summary: dict[str, Any]) -> None:
 
 def format_summary(summary: dict[str, Any]) -> str:
     """Return a summary as plain text, one aligned table per convention, shares in percent."""
-    plain = {"floatfmt": ".2f", "index": True, "tablefmt": "plain"}
     blocks = [OPTIMISTIC] if summary["selected_on"] == "test" else []
     for convention, note in CONVENTIONS.items():
         unit = summary[convention]["unit"]
@@ -147,35 +134,29 @@ def format_summary(summary: dict[str, Any]) -> str:
                 title = f"Jaccard, 0 below {ISIC_THRESHOLD} [%]"
                 table[title] = 100 * _with_mean(summary["thresholded_jaccard"])["mean"]
         heading = f"{convention} convention, {counted(summary['num_cases'], 'case')} ({note})"
-        blocks += [f"{heading}\n{markdown(table, **plain)}"]
+        blocks += [f"{heading}\n{markdown(table, '.2f', True, 'plain')}"]
     if "pooled" in summary:
         table = 100 * _with_mean(summary["pooled"])
         table.columns = [f"{name.capitalize()} [%]" for name in table]
-        blocks += [f"over the pixels of all cases together\n{markdown(table, **plain)}"]
+        blocks += [f"over the pixels of all cases together\n{markdown(table, '.2f', True, 'plain')}"]
     return "\n\n".join(blocks)
 
 
-def markdown(frame: "pd.DataFrame", floatfmt: str = "g", index: bool = False, **options: Any) -> str:
-    """Return a table as Markdown, columns of numbers to the right and of text to the left.
+def markdown(frame: "pd.DataFrame", floatfmt: str = "g", index: bool = False, tablefmt: str = "pipe") -> str:
+    """Return a table as Markdown, the first column to the left and the others to the right.
 
-    Text stays as it is ("84.10" is not shortened), except that ``|`` is escaped and line breaks become blanks.
-
-    Args:
-        frame: with column names that are text.
-        floatfmt: format of every float; NaN is written as "-".
-        index: write the index as the first column, or leave it out.
-        options: of ``DataFrame.to_markdown``, such as ``colalign``, or ``tablefmt="plain"`` for a terminal.
+    Text stays as it is ("84.10" is not shortened), except that ``|`` is escaped and line breaks become blanks. NaN is
+    "-". index: write the index as the first column; tablefmt: of tabulate, such as ``plain`` for a terminal.
     """
-    bar = r"\|" if options.get("tablefmt", "pipe") == "pipe" else "|"
 
     def cell(value: object) -> str:
         if isinstance(value, float):
             return "-" if np.isnan(value) else format(value, floatfmt)
-        return " ".join(str(value).split()).replace("|", bar)
+        return " ".join(str(value).split()).replace("|", r"\|")
 
     cells = (frame.reset_index() if index else frame).map(cell).rename(columns=cell)
-    align = ["right" if cells.iloc[:, i].map(_NUMBER.fullmatch).notna().all() else "left" for i in range(len(cells.T))]
-    return cells.to_markdown(index=False, **{"colalign": align, "disable_numparse": True, **options})
+    align = ["left", *["right"] * (len(cells.columns) - 1)]
+    return cells.to_markdown(index=False, colalign=align, disable_numparse=True, tablefmt=tablefmt)
 
 
 def _with_mean(rows: list[dict[str, Any]]) -> "pd.DataFrame":
