@@ -56,13 +56,7 @@ NETWORK_HELP = {
 
 
 def training_parser(description: str, info: DatasetInfo, **defaults: Any) -> ArgumentParser:
-    """Return the parser of a training script.
-
-    Args:
-        description: the script's docstring.
-        info: the data set.
-        defaults: defaults that differ for this data set, such as ``feature_dim``.
-    """
+    """Return the parser of a training script, with defaults of its own for this data set, such as ``feature_dim``."""
     parser = ArgumentParser(description=description)
     count, some = number(int, 1), number(float, 0)
 
@@ -143,10 +137,8 @@ def _of_fold(fold: int | None) -> str:
 def own_data(*resume: str) -> Iterator[tuple[DatasetInfo, list[str]]]:
     """Yield the facts of the folder that ``--data`` names and the command line, for each fold of ``--fold``.
 
-    With ``--fold all`` every fold has folders of its own, and the flags ``resume``.
-
-    Raises:
-        RunError, DataError: there is no such flag, folder or fold.
+    With ``--fold all`` every fold has folders of its own, and the flags ``resume``. Raises RunError or DataError if
+    there is no such flag, folder or fold.
     """
     argv = sys.argv[1:]
     first = ArgumentParser(add_help=False)
@@ -223,12 +215,8 @@ def parse_training(
 ) -> tuple[Namespace, dict[str, Any] | None]:
     """Return the merged arguments, and the checkpoint that the run continues or starts from.
 
-    Precedence: command line, checkpoint, defaults.
-
-    Raises:
-        RunError: arguments contradict each other or the checkpoint, the checkpoint cannot be read or is no training
-            checkpoint, or the run folder holds another run.
-        NetworkError: no network can be built with these arguments.
+    Precedence: command line, checkpoint, defaults. Raises RunError if arguments contradict each other or the
+    checkpoint, or the run folder holds another run, and NetworkError if no network can be built with them.
     """
     argv = sys.argv[1:] if argv is None else argv
     args, checkpoint = parser.parse_args(argv), None
@@ -256,11 +244,8 @@ def parse_training(
     if args.pretrained == "none":
         foreign.discard("pretrained")  # true of a network without pretrained weights
     if foreign:
-        it = "them" if len(foreign) > 1 else "it"
-        flags, remedy = ", ".join(f"--{flag}" for flag in sorted(foreign)), f"leave {it} out"
-        if args.resume is not None:
-            remedy = f"leave {it} out to continue {args.resume}, or start a run in another --output_dir"
-        raise RunError(f"--network {args.network} does not take {flags}: {remedy}")
+        flags = ", ".join(f"--{flag}" for flag in sorted(foreign))
+        raise RunError(f"--network {args.network} does not take {flags}: leave out what does not belong to it")
     if args.batch_size % args.accumulate:
         raise RunError(
             f"--accumulate {args.accumulate} does not divide --batch_size {args.batch_size}: change one of them"
@@ -301,18 +286,15 @@ def flags_of_others() -> dict[str, set[str]]:
 
 
 def check_n_gpu(args: Namespace) -> None:
-    """Let ``--n_gpu 0`` mean the CPU; raise RunError if it contradicts ``--device``, or is above 1.
-
-    There is no DataParallel, which would lose what its replicas write into their memory.
-    """
-    if args.n_gpu not in (0, 1):
+    """Let ``--n_gpu 0`` mean the CPU; raise RunError if it contradicts ``--device``, or is above 1."""
+    if args.n_gpu not in (0, 1):  # DataParallel would lose what its replicas write into their memory
         raise RunError(
             f"--n_gpu {args.n_gpu}: a process uses one GPU: start one process per GPU with "
             f"torchrun --nproc_per_node {args.n_gpu} (docs/several_gpus.md)"
         )
-    if args.n_gpu == 0 and args.device not in ("auto", "cpu"):
-        raise RunError(f"--n_gpu 0 contradicts --device {args.device}: leave one of them out")
     if args.n_gpu == 0:
+        if args.device not in ("auto", "cpu"):
+            raise RunError(f"--n_gpu 0 contradicts --device {args.device}: leave one of them out")
         args.device = "cpu"
 
 
@@ -335,26 +317,23 @@ def _resume(parser: ArgumentParser, info: DatasetInfo, argv: list[str], path: Pa
             f"{path} is a run on {dataset}: resume it with {script_of('train', dataset)}, or start a run in another "
             "--output_dir"
         )
-    saved = {name: value for name, value in checkpoint["args"].items() if name != "resume"}
-    parser.set_defaults(**saved | {"output_dir": str(path.parent)})
+    saved = checkpoint["args"] | {"resume": None, "output_dir": str(path.parent)}
+    parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     args.resume = path
 
     network = network_arguments_of(checkpoint, path)
     fixed = network_defaults(network["network"]) | network  # an old checkpoint lacks new arguments
-    fixed |= {name: saved.get(name) for name in ("select", "pretrained", "init_from", "label_order", "fold")}
+    others = ("select", "pretrained", "init_from", "label_order", "fold", "output_dir")
+    fixed |= {name: saved.get(name) for name in others}
     defaults = {"num_clusters": args.num_classes, "label_order": next(iter(info.label_orders), None)}
     for name, value in fixed.items():
         given, before = (defaults.get(name) if x is None else x for x in (getattr(args, name, None), value))
         if str(given) != str(before):
             raise RunError(f"--{name} {given} does not fit {path}, whose run has --{name} {before}: leave it out")
-    if Path(args.output_dir).resolve() != path.resolve().parent:
-        raise RunError(f"--output_dir {args.output_dir} is not the folder of {path}: leave it out")
-    newer = 0
-    last = path.with_name("last.pth")
-    if path.name != last.name:
-        with suppress(RunError, KeyError):  # missing, or damaged
-            newer = load_checkpoint(last)["iteration"] - checkpoint["iteration"]
-    if newer > 0:
+    newest, last = 0, path.with_name("last.pth")
+    with suppress(RunError, KeyError):  # missing, or damaged
+        newest = load_checkpoint(last)["iteration"] if path != last else 0
+    if newest > checkpoint["iteration"]:
         raise RunError(f"{path} is older than {last}, which would be overwritten: resume from that, or move it away")
     return args, checkpoint
