@@ -28,8 +28,7 @@ REQUIRED = ("model", "network", "data")
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     """Write ``state`` (tensors, numbers, strings and containers of these) to ``path``, whole or not at all.
 
-    Raises:
-        RunError, OSError: the disk is full, or the folder cannot be written to; a file that was there stays.
+    Raises RunError or OSError if the disk is full or the folder cannot be written to; a file that was there stays.
     """
     with atomic_write(path) as temporary:
         try:
@@ -54,13 +53,10 @@ def on_cpu(state: Any) -> Any:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint into CPU memory; the file may hold only tensors and plain values.
+    """Read a checkpoint, which may hold only tensors and plain values, into CPU memory; return what was saved.
 
-    Returns:
-        The dictionary that was saved; of a bare state dict, such as the release's, ``{"release": state_dict}``.
-
-    Raises:
-        RunError: the file is missing, damaged, or something else.
+    A bare state dict, such as the release's, becomes ``{"release": state_dict}``. Raises RunError for a file that is
+    missing, damaged, or something else.
     """
     path = Path(path)
     if path.is_dir():
@@ -104,15 +100,10 @@ def build_network(
 ) -> torch.nn.Module:
     """Rebuild the trained network of a checkpoint, ours or the release's, on the CPU.
 
-    Args:
-        checkpoint: what ``load_checkpoint`` returned.
-        path: its file, for messages.
-        channels: of the images, 1 or 3 for a checkpoint of the release, which does not say them; None: as it says.
-        prediction: ``SimMPNet``'s, in place of that of the checkpoint.
-
-    Raises:
-        RunError: the weights do not fit the network that the checkpoint describes, or are not finite, or the network
-            has other classes or channels than the data.
+    checkpoint: what ``load_checkpoint`` returned; path: its file, for messages; channels: of the images, which a
+    checkpoint of the release does not say, None: as it says; prediction: in place of that of the checkpoint. Raises
+    RunError if the weights are not finite or do not fit the network that the checkpoint describes, or if that has other
+    classes or channels than the data.
     """
     options, names = network_arguments_of(checkpoint, path), checkpoint.get("data", {}).get("class_names")
     try:
@@ -164,9 +155,7 @@ def load_fitting(model: torch.nn.Module, checkpoint: dict[str, Any], path: Path)
     """Fill a new network with the weights of a trained one, as far as they fit; return lines for the log.
 
     A module is filled if all its tensors have their shapes. W-LD starts anew, so K of the memory banks stays as it is.
-
-    Raises:
-        RunError: nothing fits, or the checkpoint is damaged.
+    Raises RunError if nothing fits.
     """
     channels = model.config["in_channels"] if "release" in checkpoint else None
     weights, own = build_network(checkpoint, path, channels).state_dict(), model.state_dict()

@@ -122,8 +122,7 @@ def setup_logging(file: str | Path | None = None) -> None:
 def pick_device(name: str = "auto") -> torch.device:
     """Return the device called ``auto`` (the GPU if there is one), ``cpu``, ``cuda`` or ``cuda:<number>``.
 
-    Raises:
-        RunError: the name is another one, or there is no such GPU.
+    Raises RunError for another name, and if there is no such GPU.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -143,10 +142,7 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     """Seed Python, NumPy and PyTorch, on every device.
 
     If ``deterministic``, cuDNN and PyTorch use only algorithms that repeat exactly, and an operation that has none
-    raises a RuntimeError; otherwise cuDNN chooses the fastest.
-
-    Raises:
-        RunError: the seed is not in [0, 2^32).
+    raises a RuntimeError; otherwise cuDNN chooses the fastest. Raises RunError for a seed that is not in [0, 2^32).
     """
     if not 0 <= seed < 2**32:
         raise RunError(f"seed {seed}: expected a number from 0 to {2**32 - 1}")
@@ -181,8 +177,7 @@ def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> No
 def set_precision(amp: str, device: torch.device) -> None:
     """Let a GPU round products and convolutions of float32 to TensorFloat-32 only where ``--amp`` says ``tf32``.
 
-    Raises:
-        RunError: the GPU has no bfloat16. PyTorch would emulate it, slowly and with attention matrices in memory.
+    Raises RunError if the GPU has no bfloat16: PyTorch would emulate it, slowly and with attention matrices in memory.
     """
     torch.set_float32_matmul_precision("high" if amp == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = amp == "tf32"

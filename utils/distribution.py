@@ -26,8 +26,7 @@ def launched() -> bool:
 def rank_device(name: str) -> torch.device:
     """Return the device called ``name`` (``pick_device``); under torchrun, this process's own GPU.
 
-    Raises:
-        RunError: there is no such device, there are more processes than GPUs, or one GPU was named for all processes.
+    Raises RunError if there is no such device, for more processes than GPUs, and for one GPU named for all processes.
     """
     device = pick_device(name)
     if not launched() or device.type == "cpu":
@@ -45,8 +44,7 @@ def rank_device(name: str) -> torch.device:
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the processes that torchrun started, by NCCL between GPUs and gloo between CPUs; alone, do nothing.
 
-    Raises:
-        RunError: another process has ended.
+    Raises RunError if another process has ended.
     """
     if not launched():
         yield
@@ -89,12 +87,8 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
 class EpochBatches(Sampler[list[int]]):
     """The batches of one epoch in random order, from any sample on; of each batch, the part of this rank.
 
-    A last batch that is not full is left out.
-
-    Args:
-        num_samples: samples in the data set.
-        batch_size: samples in the part of one rank.
-        seed: with the epoch, it determines the order.
+    A last batch that is not full is left out. num_samples: in the data set; batch_size: of one rank; seed: with the
+    epoch, it determines the order.
     """
 
     def __init__(self, num_samples: int, batch_size: int, seed: int):

@@ -36,14 +36,9 @@ def subset_losses(
     has a part of the batch of the same size, these are the losses of the whole batch, equal on all ranks, and
     DistributedDataParallel's mean of the ranks' gradients is the whole batch's gradient.
 
-    Args:
-        logits: maps (B, num_classes, S, S); four maps have 15 subsets, one map has one.
-        label: int64 (B, S, S), ids below num_classes.
-        ce_weight, dice_weight: weights of each subset's cross entropy and Dice loss.
-
-    Returns:
-        The loss, and without gradient the unweighted sums of its cross entropies and of its Dice losses: scalars on
-        the maps' device, in float32 (float64 for float64 maps).
+    logits: maps (B, num_classes, S, S); four maps have 15 subsets, one map has one. label: int64 (B, S, S), ids below
+    num_classes. Returns the loss, weighted, and without gradient the unweighted sums of its cross entropies and of its
+    Dice losses: scalars on the maps' device, in float32 (float64 for float64 maps).
     """
     with torch.autocast(label.device.type, enabled=False):  # products in half precision would round the sums
         # Channels-last maps have the classes innermost, where a softmax is slow.
@@ -93,12 +88,8 @@ class WeightLossDynamic:
     """W-LD: set K, the columns that a step renews in each cluster, by how far the loss has fallen.
 
     ``K = trunc(100 (0.5 - 0.5 (previous - current)))``, or ``default`` where that leaves [low, high]. A loss that
-    falls fast keeps the memory; a loss that rises renews more of it. Nothing waits for the device.
-
-    Args:
-        start_epoch: the first epoch (from 1) that changes K; infinity leaves K as it is.
-        default: K before that epoch, and where the formula leaves the range.
-        low, high: the range of K.
+    falls fast keeps the memory; a loss that rises renews more of it. Nothing waits for the device. start_epoch: the
+    first epoch (from 1) that changes K; infinity leaves K as it is.
     """
 
     def __init__(self, start_epoch: float = 100, default: int = 50, low: int = 25, high: int = 75):

@@ -22,21 +22,10 @@ logger = logging.getLogger(__name__)
 
 GATE_SHUT = 0.01
 """A gate that lets less than this share pass, on average, is reported as shut."""
-SHUT_GATES = {  # what it means, by how the gate's name begins (SimMPNet.gates)
-    ("gate_spatial", "gate_channel"): "the decoder sees almost nothing of this level's skip and sends the encoders "
-    "almost no gradient",
-    "gate_maxvit": "almost nothing of the image is injected after this stage of MaxViT",
-    "gate_dmwla": "almost nothing of the image is injected after this stage of the DMW-LA encoder",
-    "gate": "the DMW-LA encoder sees almost nothing of the image",
-}
 
 
 class RunFolder:
-    """The folder that one training run writes to; ``docs/training.md`` lists its files.
-
-    Args:
-        path: the folder; ``open`` creates it.
-    """
+    """The folder that one training run writes to; ``docs/training.md`` lists its files. ``open`` creates it."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -48,14 +37,8 @@ class RunFolder:
     def open(self, config: dict[str, Any], history: Sequence[dict[str, Any]], resumed: bool) -> None:
         """Lock the folder, remove what a killed process left, and write the settings and the epochs so far.
 
-        Args:
-            config: goes to ``config.json``, of a resumed run to ``config_resumed.json``.
-            history: the rows of the epochs done, for the event file.
-            resumed: whether the run continues from a checkpoint.
-
-        Raises:
-            RunError: another process trains in this folder.
-            OSError: the folder cannot be written to.
+        config goes to ``config.json``, of a resumed run to ``config_resumed.json``; history: the rows of the epochs
+        done. Raises RunError if another process trains in this folder, OSError if it cannot be written to.
         """
         self.lock()
         remove_temporaries(self.path)
@@ -94,15 +77,10 @@ class RunFolder:
     def save(self, state: dict[str, Any], is_best: bool = False, keep: int = 0) -> None:
         """Write ``last.pth`` in a thread, while the training goes on; the checkpoint before is on the disk then.
 
-        Args:
-            state: the checkpoint, which is copied to CPU memory first.
-            is_best: make it ``best.pth`` too.
-            keep: make it ``epoch_<epoch>.pth`` too, and keep so many of these; with 0 none.
-
-        Raises:
-            RunError, OSError: the checkpoint before could not be written.
+        state: the checkpoint, which is copied to CPU memory first; is_best: make it ``best.pth`` too; keep: make it
+        ``epoch_<epoch>.pth`` too, and keep so many of these. Raises the error of the checkpoint before.
         """
-        self.wait_for_checkpoint()
+        self.raise_errors(wait=True)
         self._writing = self._thread.submit(self._write, on_cpu(state), is_best, keep)
 
     def _write(self, state: dict[str, Any], is_best: bool, keep: int) -> None:
@@ -112,14 +90,10 @@ class RunFolder:
         if keep:
             self.keep_epoch(state["epoch"], keep)
 
-    def raise_errors(self) -> None:
-        """Raise the RunError or OSError of a checkpoint that could not be written, without waiting for one."""
-        if self._writing.done():
+    def raise_errors(self, wait: bool = False) -> None:
+        """Raise the RunError or OSError of a checkpoint that could not be written; wait: until it is on the disk."""
+        if wait or self._writing.done():
             self._writing.result()
-
-    def wait_for_checkpoint(self) -> None:
-        """Wait until the last checkpoint is on the disk; raise the RunError or OSError if it could not be written."""
-        self._writing.result()
 
     def keep_best(self, source: Path) -> None:
         """Make ``best.pth`` a second name of the checkpoint ``source``."""
@@ -152,9 +126,9 @@ def _log_epoch(history: Sequence[dict[str, Any]], max_epochs: int) -> None:
         before = [earlier[name] for earlier in history[:-1] if name in earlier] or [1.0]
         if value < GATE_SHUT <= before[-1]:
             logger.warning(
-                "%s is shut (%.1e): %s; it may open again, otherwise start a run with --variant stable or a lower "
-                "--base_lr (docs/training.md)",
-                name, value, next(text for start, text in SHUT_GATES.items() if name.startswith(start)),
+                "%s is shut (%.1e): almost nothing passes it, and almost no gradient; it may open again, otherwise "
+                "start a run with --variant stable or a lower --base_lr (docs/training.md says which gate this is)",
+                name, value,
             )  # fmt: skip
 
 

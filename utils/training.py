@@ -122,9 +122,8 @@ class Trainer:
     def fit(self) -> None:
         """Train until the last epoch or iteration.
 
-        Raises:
-            Stopped: by a signal, after ``last.pth`` was saved.
-            RunError: a number is not finite, or the memory or the disk is full; ``last.pth`` stays as it was saved.
+        Raises Stopped by a signal, after ``last.pth`` was saved, and RunError if a number is not finite or the memory
+        or the disk is full; ``last.pth`` then stays as it was saved.
         """
         if self.writes and self.args.resume and self.best_epoch == self.epoch > 0 and not self.samples:
             self.run.keep_best(self.args.resume)  # the process before may have died before it did so
@@ -151,12 +150,11 @@ class Trainer:
             with self.signals:
                 while not self.is_over():
                     self.train_epoch()
-                    self.stop_if_asked()
                     due = (self.epoch + 1) % self.args.eval_interval == 0 or self.iteration >= self.total_iterations
                     self.close_epoch(self.validate() if due else {})
         finally:
             self.loader = None  # ends its workers
-            self.run.wait_for_checkpoint()
+            self.run.raise_errors(wait=True)
         best = f"best {dice_name(self.args.selected_on)} {100 * self.best_dice:.2f} % in {self.run.best}"
         if self.best_dice == -math.inf:
             best = f"no epoch from {self.args.select_from_epoch} on was validated, so there is no best.pth"
@@ -167,7 +165,7 @@ class Trainer:
         return self.iteration >= self.total_iterations and not self.samples
 
     def train_epoch(self) -> None:
-        """Train on all batches of the epoch, or on those that are left of it, until a signal comes."""
+        """Train on all batches of the epoch, or on those that are left of it."""
         self.model.train()
         self.train_set.set_epoch(self.epoch + 1)
         self.batches.start(self.epoch + 1, self.samples)
@@ -194,8 +192,7 @@ class Trainer:
                 if self.release:
                     self.update_k(losses[0])
                 self.seconds = time.perf_counter() - start
-                if largest_over_ranks(self.signals.received):
-                    break
+                self.stop_if_asked()
                 self.save_if_due()
         self.watch.check()
 

@@ -27,10 +27,8 @@ SECOND_SIGNAL = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_i
 class NumberWatch:
     """Stops a run whose loss or gradient is not finite, and counts the gradients that fp16 scaling skips.
 
-    Args:
-        device: of the training. A GPU's numbers are read 50 steps at a time, since reading them waits for the GPU.
-        amp: the value of ``--amp``; with ``fp16`` a gradient that overflows is skipped.
-        checkpoint: where to resume from, for the message.
+    A GPU's numbers are read 50 steps at a time, since reading them waits for the GPU. checkpoint: where to resume from,
+    for the message.
     """
 
     def __init__(self, device: torch.device, amp: str, checkpoint: Path):
@@ -50,11 +48,7 @@ class NumberWatch:
             self.check()
 
     def check(self) -> None:
-        """Check all iterations that were not checked yet.
-
-        Raises:
-            RunError: a loss or a gradient is not finite; with fp16, too many gradients in a row.
-        """
+        """Raise RunError if a number that was not checked yet is not finite; with fp16, after too many gradients."""
         steps, self.unseen = self.unseen, []
         numbers = torch.stack([step[0] for step in steps]).tolist() if steps else ()
         for (_, *step), (loss, norm) in zip(steps, numbers, strict=True):
