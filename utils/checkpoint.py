@@ -1,11 +1,12 @@
 """Checkpoints: written whole or not at all, and read without running code from the file."""
 
+import functools
 import os
 import platform
 import subprocess
 from collections.abc import Sequence
 from copy import copy
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -193,14 +194,11 @@ def refuse_other_data(path: Path, then: Sequence[str], now: Sequence[str]) -> No
             )
 
 
+@functools.cache
 def provenance() -> dict[str, Any]:
     """Return the git revision (``+`` if files have changed since) and the versions of Python, CUDA and packages."""
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    versions |= {package.name: package.version for package in distributions() if package.name in PACKAGES}
     try:
         command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=12"]
         git = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -104,19 +104,13 @@ def setup_logging(file: str | Path | None = None) -> None:
     On stderr a warning or error is a bare ``error: ...``, and every other line has the time. Of the processes that
     torchrun starts, only the first logs more than errors.
     """
-    root, rank = logging.getLogger(), int(os.environ.get("RANK", 0))
-    root.setLevel(logging.INFO)
-    for handler in [h for h in root.handlers if isinstance(h, _Terminal | _LogFile)]:
-        root.removeHandler(handler)
-        handler.close()
-    terminal = _Terminal(sys.stderr)
-    terminal.setLevel(logging.ERROR if rank else logging.INFO)
-    root.addHandler(terminal)
+    rank = int(os.environ.get("RANK", 0))
+    handlers: list[logging.Handler] = [_Terminal(sys.stderr)]
     if file is not None and not rank:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-        log_file = _LogFile(file, encoding="utf-8", errors="backslashreplace")  # names of files may be any bytes
-        log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%m-%d %H:%M:%S"))
-        root.addHandler(log_file)
+        handlers.append(_LogFile(file, encoding="utf-8", errors="backslashreplace"))  # names may be any bytes
+        handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%m-%d %H:%M:%S"))
+    logging.basicConfig(level=logging.ERROR if rank else logging.INFO, handlers=handlers, force=True)
 
 
 def pick_device(name: str = "auto") -> torch.device:
