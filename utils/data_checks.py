@@ -68,7 +68,8 @@ class Part:
         self.kind = "images" if info.planar else "slices" if isinstance(data, SliceDataset) else "volumes"
         names = data.patients if info.planar else data.names
         self.patients = {patient_of(name, pattern): name for name in names}  # each with a name in the list
-        self.grouped = info.planar or pattern is not None or any(map(has_person, names))
+        self.exact = info.planar or pattern is not None  # no entry of a list stands for several of these patients
+        self.grouped = self.exact or any(map(has_person, names))
         self.read = 0  # cases
         self.voxels = np.zeros(data.num_classes, np.int64)  # of each class
         self.named: tuple[str, ...] = ()  # the classes, if a file names them
@@ -86,16 +87,18 @@ class Part:
         self.low, self.high, self.read = min(self.low, low), max(self.high, high), self.read + 1
         self.voxels += np.bincount(case.label.ravel(), minlength=len(self.voxels))
         self.shapes.setdefault(case.label.shape[1:] if self.info.planar else case.label.shape, file)
+        if self.info.planar:
+            return
         self.spacings |= {case.spacing} if case.spacing else set()
-        if case.class_names and not self.info.planar:
+        if case.class_names:
             self.named = data.class_names = case.class_names  # from now on no file may name others
         expected = len(self.info.channels)
-        if not self.info.planar and case.image.shape[case.label.ndim :] != ((expected,) if expected > 1 else ()):
+        if case.image.shape[case.label.ndim :] != ((expected,) if expected > 1 else ()):
             raise DataError(
                 f"{file}: its image has shape {case.image.shape}; expected {expected} channel{'s' * (expected > 1)}: "
                 "store that many, or prepare the scans with prepare_data.py custom"
             )
-        if self.kind != "volumes":
+        if self.kind == "slices":
             return
         axes = prepared.orientation if case.affine is None else orientation_of(case.affine)
         if prepared.orientation not in (None, axes):
@@ -180,15 +183,12 @@ def quick_check(
             expected = f"none, because --label_order {order.name} names them, or train_acdc.py for other organs"
         raise DataError(f"--class_names gives {', '.join(names)}; expected {expected}")
     parts = [Part(data, info, args.patient_pattern) for data in (train_set, val_set)]
-    splits = [(part.data.source, part.patients) for part in parts]
-    test_list = list_path(args.list_dir, info.splits[-1])
+    tested, test_list = [], list_path(args.list_dir, info.splits[-1])
     if test_list != val_set.source and test_list.is_file():
-        tested = map(image_of if info.planar else str, read_list(args.list_dir, info.splits[-1]))
-        splits.append((test_list, {patient_of(name, args.patient_pattern): name for name in tested}))
-    for error in shared_patients(splits, info.planar or args.patient_pattern is not None):
-        raise DataError(error)
-    names, errors = read_parts(parts, names, few=True)
-    for error in errors + differences(parts):
+        entries = map(image_of if info.planar else str, read_list(args.list_dir, info.splits[-1]))
+        tested.append((test_list, {patient_of(name, args.patient_pattern): name for name in entries}))
+    names, errors = check(parts, names, tested, few=True)
+    for error in errors:
         raise DataError(error)
     if not names and all(part.nameless for part in parts):
         logger.warning(NAMELESS, info.name)
@@ -239,14 +239,17 @@ def compare_with_checkpoint(
     return names
 
 
-def read_parts(
-    parts: Sequence[Part], names: tuple[str, ...] = (), few: bool = False
-) -> tuple[tuple[str, ...], list[str]]:
-    """Read the cases of every part, or only three of each. Returns (names of the classes, errors, one line each).
+def check(
+    parts: Sequence[Part], names: tuple[str, ...] = (), others: Sequence[tuple[Path, dict[str, str]]] = (),
+    few: bool = False,
+) -> tuple[tuple[str, ...], list[str]]:  # fmt: skip
+    """Read the cases of every part, or a few of each. Returns (names of the classes, errors, one line each).
 
-    names: the classes as every file must call them; without any, as the first file that names them does.
+    names: the classes as every file must call them; without any, as the first file that names them does. others: lists
+    whose cases are not read, with their patients as in ``Part``.
     """
-    errors = []
+    patients = [*((part.data.source, part.patients) for part in parts), *others]
+    errors = shared_patients(patients, any(part.exact for part in parts))
     for part in parts:
         part.data.class_names = names or None
         count = len(part.data)
@@ -258,7 +261,7 @@ def read_parts(
             except DataError as error:
                 errors.append(str(error))
         names = names or part.named
-    return names, errors
+    return names, errors + differences(parts)
 
 
 def most_classes_absent(parts: Sequence[Part]) -> list[str]:

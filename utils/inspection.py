@@ -42,22 +42,17 @@ logger = logging.getLogger("inspect")
 def inspect(model: SimMPNet, volume: Volume | Picture | None = None, z: int = 0) -> dict[str, Figure]:
     """Draw everything that there is something for; return the figures by name.
 
-    Args:
-        model: on the CPU; is put into evaluation mode, its memory frozen.
-        volume: what to look at; without it, clusters, windows and gates are not drawn.
-        z: the slice of it.
-
-    Raises:
-        RunError: there is nothing to draw.
+    model: on the CPU; is put into evaluation mode, its memory frozen. volume: whose slice ``z`` is looked at; without
+    it, clusters, windows and gates are not drawn. Raises RunError if there is nothing to draw.
     """
     banks = {name: block.bank for name, block in model.memory_blocks()}
     in_use = bool(banks) and not any(bank.in_warmup for bank in banks.values())
     figures = {}
-    if banks and not in_use:
-        logger.warning("the memory is in its warm-up: it has no clusters and no prototypes yet")
     if in_use:
         figures["memory_use"] = draw_memory_use({name: bank.key_counts.numpy() for name, bank in banks.items()})
         figures["prototypes"] = draw_prototypes({name: bank.prototypes for name, bank in banks.items()})
+    elif banks:
+        logger.warning("the memory is in its warm-up: it has no clusters and no prototypes yet")
     if volume is not None:
         for bank in banks.values():
             bank.writable = False
@@ -81,19 +76,15 @@ def draw_memory_use(key_counts: Mapping[str, np.ndarray]) -> Figure:
     axes = figure.subplots()
     for name, counts in key_counts.items():
         share = 100 * counts / max(counts.sum(), 1)
-        axes.bar(
-            [name] * len(share), share, bottom=share.cumsum() - share, color=_colours(len(share)), edgecolor="white"
-        )
+        below = share.cumsum() - share
+        axes.bar([name] * len(share), share, bottom=below, color=_colours(len(share)), edgecolor="white")
     axes.set_ylabel("keys of the last epoch,\nby cluster [%]")
     axes.tick_params(axis="x", rotation=90)
     return figure
 
 
 def draw_prototypes(prototypes: Mapping[str, torch.Tensor]) -> Figure:
-    """Draw, for each block, the cosines of all pairs of prototypes.
-
-    prototypes: (num_clusters, d) by name of the block. A prototype of length 0 has cosine 0 with all.
-    """
+    """Draw, for each block, the cosines of all pairs of its prototypes (num_clusters, d)."""
     figure, panels = make_panels(len(prototypes), 6)
     for axes, (name, vectors) in zip(panels, prototypes.items(), strict=True):
         unit = F.normalize(vectors, dim=1).numpy()
@@ -107,8 +98,7 @@ def draw_prototypes(prototypes: Mapping[str, torch.Tensor]) -> Figure:
 def draw_clusters(image: np.ndarray, clusters: Mapping[str, np.ndarray], num_clusters: Mapping[str, int]) -> Figure:
     """Draw, for each block, the cluster of each token over the image.
 
-    image: (H, W) or (H, W, 3); clusters: indices (h, w) by name of the block, each over the whole image; num_clusters:
-    of the block, by the same names.
+    image: (H, W) or (H, W, 3); clusters: indices (h, w) by name of the block; num_clusters: by the same names.
     """
     figure, panels = make_panels(len(clusters) + 1, 6)
     _show(panels[0], image, "image")

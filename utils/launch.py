@@ -195,7 +195,8 @@ def _choose_folders(args: Namespace, info: DatasetInfo, where: str, saved: dict[
         setattr(args, name, before if before.is_dir() else default)
         if getattr(args, name) != before:
             logger.info("the training's --%s %s does not exist here, so %s is used", name, before, default)
-    if vars(args).get("label_order", "") is None and str(getattr(args, where)) == str(saved.get(where)):
+    same = saved.get(where) and Path(saved[where]).resolve() == Path(getattr(args, where)).resolve()
+    if same and vars(args).get("label_order", "") is None:
         args.label_order = saved.get("label_order")
 
 

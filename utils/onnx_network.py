@@ -25,18 +25,11 @@ FACTS = ("num_classes", "in_channels", "img_size", "dataset", "class_names", "pr
 
 
 class OnnxNetwork(nn.Module):
-    """An ONNX file as a network: images (B, C, S, S), float32, to a list of one logit map (B, num_classes, S, S).
+    """An ONNX file of ``export.py`` as a network: images (B, C, S, S), float32, to a list of one logit map.
 
-    Args:
-        path: a file that ``export.py`` wrote.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``. ``auto`` is a GPU that onnxruntime can use, or the CPU.
-
-    Attributes:
-        metadata: facts about the network and its data, ``docs/export.md`` lists them.
-        config: ``num_classes``, ``in_channels`` and ``img_size``.
-
-    Raises:
-        RunError: onnxruntime is not installed, the file is missing or another one, or the device is not available.
+    The map is (B, num_classes, S, S). device: ``auto`` is a GPU that onnxruntime can use, or the CPU. ``metadata``: the
+    facts that ``docs/export.md`` lists. Raises RunError if onnxruntime is not installed, the file is missing or another
+    one, or the device is not available.
     """
 
     def __init__(self, path: str | Path, device: str = "auto"):

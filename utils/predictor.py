@@ -11,18 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from datasets import (
-    ColourPreprocessing,
-    DataError,
-    DatasetInfo,
-    Picture,
-    Volume,
-    preprocessing_from_dict,
-    read_picture,
-    read_scan,
-)
+from datasets import DataError, DatasetInfo, Picture, Volume
 from datasets.files import atomic_write
-from datasets.scan import Scan
+from datasets.images import read_picture
+from datasets.preprocessing import ColourPreprocessing, preprocessing_from_dict
+from datasets.scan import Scan, read_scan
 from utils.arguments import script_of
 from utils.checkpoint import build_network, load_checkpoint
 from utils.cli import AMP_DTYPES, pick_device, set_precision
@@ -40,9 +33,7 @@ class Predictor:
 
     Args:
         checkpoint: best.pth of a run, an ONNX file of ``export.py``, or a checkpoint of the release.
-        device: ``auto`` (the GPU if there is one), ``cpu``, ``cuda`` or ``cuda:1``.
-        amp: ``none``, ``tf32``, ``bf16`` or ``fp16``; of an ONNX file ``none``.
-        batch_size: slices predicted at a time.
+        device, amp, batch_size: as the flags of ``predict.py``; of an ONNX file amp is ``none``.
         info: what a checkpoint of the release was trained on, such as ``DATASETS["acdc"]``; others say it themselves.
         prediction: ``SimMPNet``'s, in place of that of the training; None for an ONNX file.
 
@@ -50,24 +41,16 @@ class Predictor:
         model, device: the network, and where its input has to be.
         class_names: of label ids 1, 2, ...
         planar: whether it takes images, not scans.
-        preprocessing: how a scan or image is prepared.
-        channels: names of the channels, in order.
-        data: what the checkpoint says of the data of its training.
-        origin: epoch, iteration, git revision, versions and arguments of the training, as far as they are known.
+        preprocessing, channels: how a scan or image is prepared, and the names of its channels.
+        data, origin: what the checkpoint says of the data of its training, and of the training itself.
 
-    Raises:
-        RunError, DataError, NetworkError: the checkpoint is missing or damaged, or does not fit the other arguments.
+    Raises RunError if the checkpoint is missing or damaged, or does not fit the other arguments.
     """
 
     def __init__(
-        self,
-        checkpoint: str | Path,
-        device: str = "auto",
-        amp: str = "none",
-        batch_size: int = 20,
-        info: DatasetInfo | None = None,
-        prediction: str | None = None,
-    ):
+        self, checkpoint: str | Path, device: str = "auto", amp: str = "none", batch_size: int = 20,
+        info: DatasetInfo | None = None, prediction: str | None = None,
+    ):  # fmt: skip
         self.batch_size, self.amp_dtype = batch_size, AMP_DTYPES[amp]
         if is_onnx(checkpoint):
             if amp != "none":
@@ -108,7 +91,7 @@ class Predictor:
         self.class_names = tuple(data["class_names"])
 
     def read(self, path: str | Path, time_point: int | None = None) -> Volume | Picture:
-        """Open a scan or an image, prepared for the network. time_point: of a scan with several volumes, from 0."""
+        """Open a scan or an image for the network. time_point: of a scan with several volumes, from 0."""
         if self.planar:
             return read_picture(path, class_names=self.class_names, preprocessing=self.preprocessing)
         volume = read_scan(path, self.preprocessing, time_point)

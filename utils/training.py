@@ -44,15 +44,9 @@ COUNTED_IN_EPOCH = ("samples", "steps", "seconds", "totals")
 
 
 class Trainer:
-    """Trains a network on slices or images, and validates it on volumes or images.
+    """Trains a network on slices or images, and chooses its best epoch on volumes or images.
 
-    Args:
-        model: a Sim-MPNet, or a network with its interface (``networks.registry``).
-        info: the data set.
-        train_set: the slices or images to train on.
-        val_set: the volumes or images on which the best epoch is chosen.
-        args: the arguments that ``parse_training`` returned.
-        device: where to train.
+    model: a Sim-MPNet, or a network with its interface (``networks.registry``); args: what ``parse_training`` returned.
     """
 
     def __init__(
@@ -114,9 +108,8 @@ class Trainer:
 
     def count_iterations(self) -> int:
         """Return the iteration at which the run ends, counted from its start."""
-        whole_epochs = self.args.max_epochs - self.epoch - bool(self.samples)
-        rest = self.batches.count(self.samples) if self.samples else 0
-        end = self.iteration + rest + max(whole_epochs, 0) * self.batches.count()
+        later_epochs = self.args.max_epochs - self.epoch - 1
+        end = self.iteration + self.batches.count(self.samples) + later_epochs * self.batches.count()
         return max(self.iteration, min(end, self.args.max_iterations or end))
 
     def fit(self) -> None:

@@ -20,16 +20,7 @@ from datasets import DATASETS, DataError, DatasetInfo, custom
 from datasets.errors import counted
 from datasets.lists import PATTERN_HELP
 from utils.cli import ArgumentParser, number, run_script
-from utils.data_checks import (
-    NAMELESS,
-    Part,
-    differences,
-    most_classes_absent,
-    open_cases,
-    open_samples,
-    read_parts,
-    shared_patients,
-)
+from utils.data_checks import NAMELESS, Part, check, most_classes_absent, open_cases, open_samples
 
 
 def full_check(args: Namespace, info: DatasetInfo) -> tuple[list[Part], list[str]]:
@@ -47,9 +38,7 @@ def full_check(args: Namespace, info: DatasetInfo) -> tuple[list[Part], list[str
             parts.append(Part(data, info, args.patient_pattern))
         except DataError as error:
             errors.append(str(error))
-    errors += read_parts(parts)[1] + most_classes_absent(parts) + differences(parts)
-    patients = [(part.data.source, part.patients) for part in parts]
-    return parts, errors + shared_patients(patients, info.planar or args.patient_pattern is not None)
+    return parts, errors + check(parts)[1] + most_classes_absent(parts)
 
 
 def data_parser(prog: str, description: str) -> ArgumentParser:
