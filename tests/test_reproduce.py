@@ -4,6 +4,7 @@ Only where the data are, what else is to be written and a budget of two steps ar
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -153,8 +154,9 @@ def test_other_files_need_their_label_order(rows, run_script, tmp_path):
     state = torch.load(run / "best.pth", weights_only=True)
     state["args"] |= {"volume_path": flags[5], "list_dir": flags[7], "label_order": "transunet"}
     torch.save(state, tmp_path / "theirs.pth")
-    done = run_script("test_synapse.py", "--checkpoint", tmp_path / "theirs.pth", *flags[2:4])
-    assert done.status == 0 and "--label_order" not in done.error  # that of the training
+    for more in ((), ("--volume_path", os.path.relpath(flags[5], ROOT))):  # the same folder by another path
+        done = run_script("test_synapse.py", "--checkpoint", tmp_path / "theirs.pth", *flags[2:4], *more)
+        assert done.status == 0 and "--label_order" not in done.error  # that of the training
     flags = ["--resume", run / "last.pth", "--label_order", "transunet"]
     assert_one_line(run_script("train_synapse.py", *flags), "--label_order transunet")
 
