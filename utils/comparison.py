@@ -65,9 +65,16 @@ class Comparison:
     methods: dict[str, list[Run]]  # the seeds of each method
     cases: pd.DataFrame  # results with `method`, only of cases on which all seeds of a method were tested
 
+    def means(self, keys: Sequence[str]) -> pd.DataFrame:
+        """Return the mean `value` by `keys`, NaN left out, and with the class "mean" the mean over the classes."""
+        values = self.cases.groupby(keys, sort=False, as_index=False)["value"].mean()
+        others = [key for key in keys if key != "class"]
+        over_classes = values.groupby(others, sort=False, as_index=False)["value"].mean()
+        return pd.concat([values, over_classes.assign(**{"class": MEAN})], ignore_index=True)
+
     def per_case(self) -> pd.DataFrame:
-        """Return `value` by `KEYS` and case, averaged over seeds and without NaN; class "mean": over the classes."""
-        return _with_mean(self.cases.groupby([*KEYS, "case"], sort=False, as_index=False)["value"].mean())
+        """Return `means` of each case, over seeds."""
+        return self.means([*KEYS, "case"])
 
     def scores(self) -> pd.DataFrame:
         """Return `mean`, `sd_over_seeds`, `sd_over_cases` (NaN for one) by `KEYS`, and facts of each method.
@@ -76,18 +83,14 @@ class Comparison:
         over seeds or folds is of the means over cases, that over cases is of `per_case`. `chosen_on` is test if that of
         any seed is.
         """
-        means, per_seed = (
-            _with_mean(self.cases.groupby(by, sort=False, as_index=False)["value"].mean())
-            for by in (KEYS, [*KEYS, "run"])
-        )
-        seeds, cases = (frame.groupby(KEYS, sort=False)["value"] for frame in (per_seed, self.per_case()))
-        mean = means.set_index(KEYS)["value"]
-        frame = {"mean": mean, "sd_over_seeds": seeds.std(), "sd_over_cases": cases.std()}
+        rows = self.means(KEYS).set_index(KEYS).rename(columns={"value": "mean"})
+        rows["sd_over_seeds"] = self.means([*KEYS, "run"]).groupby(KEYS)["value"].std()
+        rows["sd_over_cases"] = self.per_case().groupby(KEYS)["value"].std()
         once = self.cases.query("convention == 'strict' and metric == 'dice'").groupby("method")
         facts = once.agg(seeds=("run", "nunique"), cases=("case", "nunique"), chosen_on=("selected_on", "min"))
         for state in (MISSED, SPURIOUS):
             facts[state] = once["state"].agg(lambda states, state=state: (states == state).sum()) / facts["seeds"]
-        rows = pd.DataFrame(frame).reset_index().merge(facts, on="method")
+        rows = rows.reset_index().merge(facts, on="method")
         return rows.assign(dataset=self.data, split=self.split, source="measured")
 
 
@@ -132,8 +135,8 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
     used, tested = [], []
     for path in paths.values():
         summary = _summary(path)
-        used.append(_text(where, volume_path or summary["data"].get(where) or args[where]))
-        if checkpoint := summary["checkpoint"]:
+        used.append(_text(where, volume_path or summary.get("data", {}).get(where) or args[where]))
+        if checkpoint := summary.get("checkpoint"):
             file, epoch, prediction = (checkpoint.get(key) for key in ("file", "epoch", "prediction"))
             tested.append(f"{file}, epoch {epoch}" + (f", prediction {prediction}" if prediction else ""))
             if file == "best.pth" and best not in (None, epoch):
@@ -149,13 +152,12 @@ def _and(texts: Sequence[str]) -> str:
     return " and ".join(dict.fromkeys(texts))
 
 
-def _summary(cases: Path) -> dict[str, dict[str, Any]]:
-    """Return what the summary beside cases.csv says of the data and the checkpoint: empty where a test is old."""
+def _summary(cases: Path) -> dict[str, Any]:
+    """Return the summary beside cases.csv, empty without one; that of an old test does not say what was tested."""
     try:
-        summary = json.loads(cases.with_name("summary.json").read_text(encoding="utf-8"))
-        return {part: dict(summary.get(part, {})) for part in ("data", "checkpoint")}
-    except (AttributeError, OSError, TypeError, ValueError):
-        return {"data": {}, "checkpoint": {}}
+        return json.loads(cases.with_name("summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def _text(name: str, value: object) -> str:
@@ -260,10 +262,3 @@ def _long(table: pd.DataFrame) -> pd.DataFrame:
     rows["value"] = rows["value"].where(~percent, 100 * rows["value"])
     unit = unit.mask((rows["convention"] == "transunet") & (unit == "mm"), "voxels")
     return rows.assign(unit=unit.mask(percent, "%"), classes=[tuple(table["class"].unique())] * len(rows))
-
-
-def _with_mean(values: pd.DataFrame) -> pd.DataFrame:
-    """Add rows of the class "mean", the mean over the classes without NaN."""
-    others = [column for column in values if column not in ("class", "value")]
-    mean = values.groupby(others, sort=False, as_index=False)["value"].mean()
-    return pd.concat([values, mean.assign(**{"class": MEAN})], ignore_index=True)

@@ -63,8 +63,6 @@ def draw_masks(path: str | Path, volume: Volume | Picture, z: int, prediction: n
 
     label = None if volume.label is None else volume.label[z]
     masks = {"image": None} | ({} if label is None else {"label": label}) | {"prediction": prediction}
-    last = max(int(mask.max()) for mask in masks.values() if mask is not None)
-    names = [*volume.class_names, *(f"class {c}" for c in range(len(volume.class_names) + 1, last + 1))]
     steps, every = upright_steps(volume), max(1, len(volume.image) // 16)
     shown = [volume.plane(i) for i in range(0, len(volume.image), every)]
     low, high = (0, 255) if volume.planar else np.percentile(shown, (0.5, 99.5))
@@ -80,13 +78,13 @@ def draw_masks(path: str | Path, volume: Volume | Picture, z: int, prediction: n
         axes.spines[:].set_visible(False)
         axes.set_title(name, fontsize=11)
         if name == "prediction" and label is not None:
-            dice = dice_only(mask, label, len(names) + 1)
+            dice = dice_only(mask, label, len(volume.class_names) + 1)
             text = ", ".join("absent" if np.isnan(share) else f"{100 * share:.1f}" for share in dice)
             wrong = f"{(mask != label).sum()} wrong {'pixels' if volume.planar else 'voxels'}"
             axes.set_xlabel(f"{textwrap.fill(f'Dice [%] {text}', 46)}\n{wrong}", fontsize=9)
     title = volume.name if volume.planar else f"{volume.name}, slice {z}"
     figure.suptitle(title, fontsize=12).set_parse_math(False)  # a `$` in a name does not begin a formula
-    add_legend(figure, names)
+    add_legend(figure, volume.class_names)
     save_figure(figure, path)
 
 

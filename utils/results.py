@@ -98,17 +98,15 @@ def summarise(table: "pd.DataFrame", confusion: np.ndarray | None = None) -> dic
     for convention in CONVENTIONS:
         columns = {f"{convention}_{metric}": metric for metric in METRICS}
         means = classes[list(columns)].mean().rename(columns=columns)
-        per_class = [{"class": name, **_plain(row)} for name, row in means.iterrows()]
-        summary[convention] = {"unit": unit[convention], "mean": _plain(means.mean()), "classes": per_class}
+        summary[convention] = {"unit": unit[convention], "mean": _plain(means.mean()), "classes": _rows(means)}
     for state in STATES:
         counts = (table["state"] == state).groupby(table["class"], sort=False).sum()
         summary[state] = [{"class": name, "cases": int(count)} for name, count in counts.items()]
     if confusion is not None:
         jaccard = table["strict_jaccard"].mask(table["strict_jaccard"] < ISIC_THRESHOLD, 0)
-        thresholded = jaccard.groupby(table["class"], sort=False).mean()
-        summary["thresholded_jaccard"] = [{"class": n, **_plain({"mean": mean})} for n, mean in thresholded.items()]
-        pooled = pd.DataFrame(pooled_metrics(confusion), index=thresholded.index)
-        summary["pooled"] = [{"class": name, **_plain(scores)} for name, scores in pooled.iterrows()]
+        thresholded = jaccard.groupby(table["class"], sort=False).mean().to_frame("mean")
+        summary["thresholded_jaccard"] = _rows(thresholded)
+        summary["pooled"] = _rows(pd.DataFrame(pooled_metrics(confusion), index=thresholded.index))
     return summary
 
 
@@ -165,6 +163,10 @@ def _with_mean(rows: list[dict[str, Any]]) -> "pd.DataFrame":
 
     table = pd.DataFrame(rows).set_index("class").astype(float)
     return pd.concat([table, table.mean().to_frame("mean").T]).rename_axis("class")
+
+
+def _rows(table: "pd.DataFrame") -> list[dict[str, Any]]:
+    return [{"class": name, **_plain(row)} for name, row in table.iterrows()]
 
 
 def _plain(numbers: Any) -> dict[str, float | None]:
