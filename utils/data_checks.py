@@ -23,14 +23,14 @@ from datasets.volumes import read_volume
 
 logger = logging.getLogger(__name__)
 
+Samples = SliceDataset | ImageDataset
+Cases = VolumeDataset | ImageFolder
 NAMELESS = "the files name no classes; those of %s are used: give --class_names in training if they are others"
 UNIT = -0.05, 1.05
 """Intensities of prepared scans: 0 to 1, and some room for what resampling adds."""
 
 
-def open_samples(
-    info: DatasetInfo, args: Namespace, split: str, without: Sequence[str] = (), **options: Any
-) -> SliceDataset | ImageDataset:
+def open_samples(info: DatasetInfo, args: Namespace, split: str, without: Sequence[str] = (), **options) -> Samples:
     """Return the slices or images of a split, to train on.
 
     args: the folders, the number of classes and the label order of the command line; without: names in the list to
@@ -46,11 +46,10 @@ def open_samples(
 
 def open_cases(
     info: DatasetInfo, args: Namespace, split: str, only: Sequence[str] | None = None, folder: Path | None = None
-) -> VolumeDataset | ImageFolder:
+) -> Cases:
     """Return the volumes or images of a split, to validate or test on.
 
-    args: as for ``open_samples``; only: names in the list to keep; folder: of the volumes, if it is not
-    ``args.volume_path``.
+    args: as for ``open_samples``; only: names in the list to keep; folder: of the volumes, if elsewhere.
     """
     if info.planar:
         return ImageFolder(info, args.root_path, args.list_dir, split, args.num_classes)
@@ -63,7 +62,7 @@ def open_cases(
 class Part:
     """What was found in the cases of one split that were read; ``pattern`` is ``--patient_pattern``."""
 
-    def __init__(self, data: Any, info: DatasetInfo, pattern: str | None = None):
+    def __init__(self, data: Samples | Cases, info: DatasetInfo, pattern: str | None = None):
         self.data, self.info = data, info
         self.kind = "images" if info.planar else "slices" if isinstance(data, SliceDataset) else "volumes"
         names = data.patients if info.planar else data.names
@@ -165,9 +164,7 @@ def _extent(sizes: set[tuple[float, ...]]) -> str:
     return " x ".join(f"{low:g}" if low == high else f"{low:g} to {high:g}" for low, high in ends)
 
 
-def quick_check(
-    train_set: SliceDataset | ImageDataset, val_set: VolumeDataset | ImageFolder, info: DatasetInfo, args: Namespace
-) -> DatasetInfo:
+def quick_check(train_set: Samples, val_set: Cases, info: DatasetInfo, args: Namespace) -> DatasetInfo:
     """Check in seconds what training relies on, and return the facts of the data set as its files state them.
 
     No patient may be in two splits, also not in the test split unless ``val_set`` is that. Three cases of each set are
@@ -207,9 +204,7 @@ def quick_check(
     return replace(info, class_names=names)
 
 
-def compare_with_checkpoint(
-    cases: VolumeDataset | ImageFolder, info: DatasetInfo, data: dict[str, Any]
-) -> tuple[str, ...]:
+def compare_with_checkpoint(cases: Cases, info: DatasetInfo, data: dict[str, Any]) -> tuple[str, ...]:
     """Compare the first case of a test with what the checkpoint says of its training data; log what looks wrong.
 
     data: of the checkpoint. Returns the names of the classes; from now on no file may name others. Raises DataError for

@@ -1,7 +1,6 @@
 """Predict volumes and images with a network, score them against their labels, and write predictions to files."""
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -57,32 +56,28 @@ def evaluate(
     its prediction after scoring, to save them.
     """
 
-    def score(number: int, volume: Volume | Picture, prediction: np.ndarray, seconds: float) -> CaseResult:
-        start = time.perf_counter()
+    def score(number: int, volume: Volume | Picture, prediction: np.ndarray) -> CaseResult:
         if volume.planar:  # distances in two dimensions
             classes = case_metrics(prediction[0], volume.label[0], num_classes)
             result = CaseResult(volume.name, "pixels", classes, confusion(prediction, volume.label, num_classes))
         else:
             classes = case_metrics(prediction, volume.label, num_classes, volume.spacing)
             result = CaseResult(volume.name, "voxels" if volume.spacing is None else "mm", classes)
-        dice = " ".join(_text(100 * c.strict.dice) for c in result.classes)
-        hd95 = " ".join(_text(c.strict.hd95) for c in result.classes)
-        seconds += time.perf_counter() - start
-        case = f"{number}/{len(volumes)} {result.name}"
-        logging.info("%s: Dice %s %%, HD95 %s %s, %.1f s", case, dice, hd95, result.unit, seconds)
+        dice = " ".join(f"{100 * c.strict.dice:.2f}" for c in classes)
+        hd95 = " ".join(f"{c.strict.hd95:.2f}" for c in classes)
+        text = "%d/%d %s: Dice %s %%, HD95 %s %s"
+        logging.info(text, number, len(volumes), volume.name, dice, hd95, result.unit)
         on_case(volume, prediction)
         return result
 
     scores: list[Future[CaseResult]] = []
     with ThreadPoolExecutor(max_workers=1) as scorer:
         for i in range(len(volumes)):
-            start = time.perf_counter()
             volume = volumes[i]
             prediction = predict(volume)
-            seconds = time.perf_counter() - start
             if scores:
                 scores[-1].result()  # raises what went wrong, and frees the volume before
-            scores.append(scorer.submit(score, i + 1, volume, prediction, seconds))
+            scores.append(scorer.submit(score, i + 1, volume, prediction))
     return [score.result() for score in scores]
 
 
@@ -121,7 +116,3 @@ def save_mask(path: str | Path, prediction: np.ndarray) -> None:
 
     with atomic_write(path) as temporary:
         Image.fromarray(prediction).save(temporary)
-
-
-def _text(number: float) -> str:
-    return "-" if np.isnan(number) else f"{number:.2f}"

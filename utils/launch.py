@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from timm.layers import convert_sync_batchnorm
 
-from datasets import DatasetInfo, ImageFolder, Picture, Volume, VolumeDataset
+from datasets import DatasetInfo, Picture, Volume
 from datasets.errors import brief, counted
 from datasets.files import file_stem
 from datasets.lists import list_path
@@ -20,7 +20,7 @@ from networks.ranks import rank
 from utils.arguments import Splits, check_n_gpu, network_arguments, parse_training
 from utils.checkpoint import load_fitting, refuse_other_data
 from utils.cli import ArgumentParser, seed_everything, set_precision, setup_logging
-from utils.data_checks import compare_with_checkpoint, open_cases, open_samples, quick_check
+from utils.data_checks import Cases, compare_with_checkpoint, open_cases, open_samples, quick_check
 from utils.distribution import launched, process_group, rank_device
 from utils.errors import RunError
 from utils.evaluation import evaluate, save_mask, save_nifti
@@ -162,7 +162,7 @@ def test(args: Namespace, info: DatasetInfo) -> None:
     logger.info("results in %s", folder)
 
 
-def _warn_of_misleading_scores(args: Namespace, predictor: Predictor, cases: VolumeDataset | ImageFolder) -> None:
+def _warn_of_misleading_scores(args: Namespace, predictor: Predictor, cases: Cases) -> None:
     """Warn if the training has seen the cases of a test, or if they are images of another kind."""
     data = predictor.data
     seen = args.split == predictor.origin.get("args", {}).get("val_split") and data.get("selected_on") != "test"

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from datasets import DataError, ImageDataset, SliceDataset
+from datasets import DataError, ImageDataset
 from utils.cli import number, run_script
-from utils.data_checks import open_samples
+from utils.data_checks import Samples, open_samples
 from utils.figures import add_legend, coloured, make_panels, save_figure
 from utils.verify import data_parser, fill_in
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw(dataset: SliceDataset | ImageDataset, class_names: Sequence[str], count: int) -> "Figure":
+def draw(dataset: Samples, class_names: Sequence[str], count: int) -> "Figure":
     """Draw ``count`` samples as a square sheet with a legend of the classes."""
     figure, panels = make_panels(count, columns=math.ceil(math.sqrt(count)))
     step = max(1, len(dataset) // count)

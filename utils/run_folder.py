@@ -88,7 +88,9 @@ class RunFolder:
         if is_best:
             self.keep_best(self.last)
         if keep:
-            self.keep_epoch(state["epoch"], keep)
+            _link(self.last, self.path / f"epoch_{state['epoch']:04d}.pth")
+            for path in sorted(self.path.glob("epoch_*.pth"))[:-keep]:
+                path.unlink()
 
     def raise_errors(self, wait: bool = False) -> None:
         """Raise the RunError or OSError of a checkpoint that could not be written; wait: until it is on the disk."""
@@ -99,12 +101,6 @@ class RunFolder:
         """Make ``best.pth`` a second name of the checkpoint ``source``."""
         if not (self.best.exists() and self.best.samefile(source)):  # a rename between two names of a file does nothing
             _link(source, self.best)
-
-    def keep_epoch(self, epoch: int, count: int) -> None:
-        """Make ``epoch_<epoch>.pth`` a second name of ``last.pth``, and delete all but the newest ``count`` epochs."""
-        _link(self.last, self.path / f"epoch_{epoch:04d}.pth")
-        for path in sorted(self.path.glob("epoch_*.pth"))[:-count]:
-            path.unlink()
 
 
 def _log_epoch(history: Sequence[dict[str, Any]], max_epochs: int) -> None:
