@@ -7,7 +7,7 @@ Writes into the folder inspection beside the checkpoint, or a folder in it for e
     memory_use.png     share of the last epoch's keys in each cluster, for each block
     prototypes.png     cosine similarity of the prototypes of each block
     clusters.png       with --input: the cluster of each token over the image, for each block
-    windows.png        with --input: the two windows that DS-GIM selects, for each of its positions
+    windows.png        with --input: the two windows that DS-GIM selects (orange), for each of its positions
     gates.png          with --input: the gate between the encoders and the decoder's spatial gates over the image, and
                        the mean of every gate
 A cluster has the same colour in clusters.png and in memory_use.png. The two pictures may disagree: training assigns a
@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from datasets import DATASETS, Picture, Volume
 from datasets.errors import counted
@@ -102,27 +101,21 @@ def draw_clusters(image: np.ndarray, clusters: Mapping[str, np.ndarray], num_clu
     """
     figure, panels = make_panels(len(clusters) + 1, 6)
     _show(panels[0], image, "image")
-    extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
     for axes, (name, indices) in zip(panels[1:], clusters.items(), strict=True):
         _show(axes, image, f"{name}: {len(np.unique(indices))} of {num_clusters[name]}")
-        painted = np.array(_colours(num_clusters[name]))[indices]  # (h, w, 3)
-        axes.imshow(painted, alpha=0.5, interpolation="nearest", extent=extent)
+        _paint(axes, image, np.array([(*colour, 0.5) for colour in _colours(num_clusters[name])])[indices])
     return figure
 
 
 def draw_windows(image: np.ndarray, windows: np.ndarray) -> Figure:
-    """Draw, for each position, the windows that DS-GIM selects in a frame, the others dimmed.
+    """Draw, for each position of DS-GIM, the image with the selected windows orange and the others dark.
 
     image: (H, W) or (H, W, 3); windows: bool (positions, 2, 2).
     """
     figure, panels = make_panels(len(windows), 3)
-    height, width = image.shape[0] / 2, image.shape[1] / 2  # of a window
     for position, (axes, selected) in enumerate(zip(panels, windows, strict=True), 1):
         _show(axes, image, f"DS-GIM {position}")
-        for (row, column), frame in np.ndenumerate(selected):
-            style = dict(fill=False, edgecolor=COLOURS[0], linewidth=2) if frame else dict(color="black", alpha=0.6)
-            corner = (column * width - 0.5, row * height - 0.5)
-            axes.add_patch(Rectangle(corner, width, height, zorder=2 + frame, **style))
+        _paint(axes, image, np.where(selected[..., None], (0.9, 0.62, 0, 0.3), (0, 0, 0, 0.6)))
     return figure
 
 
@@ -149,6 +142,11 @@ def _show(axes: Axes, image: np.ndarray, title: str, cmap: str = "gray", **optio
     axes.imshow(image, cmap, **options)
     axes.set_title(title, fontsize=9)
     axes.axis("off")
+
+
+def _paint(axes: Axes, image: np.ndarray, colours: np.ndarray) -> None:
+    """Paint RGBA (h, w, 4) over the whole of an image that ``axes`` show, (H, W) or (H, W, 3)."""
+    axes.imshow(colours, interpolation="nearest", extent=(-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5))
 
 
 def _colours(count: int) -> list[tuple[float, float, float]]:
