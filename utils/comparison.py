@@ -20,7 +20,7 @@ from datasets import DATASETS, DatasetInfo, custom
 from datasets.errors import brief, counted
 from utils.arguments import VARIANT_DEFAULTS, flags_of_others, training_parser
 from utils.errors import RunError
-from utils.metrics import MISSED, SPURIOUS
+from utils.metrics import FOUND, MISSED, SPURIOUS
 from utils.results import NUMBERS, read_cases
 
 logger = logging.getLogger(__name__)
@@ -209,12 +209,27 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
                 raise RunError(f"the seeds of {name} have no case of {split} in common: test them on the same list")
             logger.warning("%s: not in all seeds, left out of %s: %s", name, split, counted(left_out, "case"))
         cases = cases[shared].reset_index(drop=True)
+        _refuse_other_data(cases)
         units = cases.groupby(["convention", "metric"])["unit"]
         cases["unit"] = units.transform(lambda unit: " or ".join(sorted(unit.unique())))
         data = runs[0].data if class_names == info.class_names else f"{runs[0].data} ({', '.join(class_names)})"
         methods = by_method([run for run in runs if str(run.folder) in set(cases["run"])])
         comparisons.append(Comparison(info, data, split, class_names, methods, cases))
     return comparisons
+
+
+def _refuse_other_data(cases: pd.DataFrame) -> None:
+    """Raise RunError if a case has another unit, or other classes in its label, in one run than in another."""
+    once = cases.query("convention == 'strict' and metric == 'hd95'")
+    once = once.assign(in_label=once["state"].isin([FOUND, MISSED]))
+    different = once.groupby(["case", "class"])[["unit", "in_label"]].transform("nunique").max(axis=1) > 1
+    if different.any():
+        (name, _), rows = next(iter(once[different].groupby(["case", "class"], sort=False)))
+        first, second = rows.drop_duplicates(["unit", "in_label"])["run"].iloc[:2]
+        raise RunError(
+            f"{name} has another label or unit in the test of {second} than in that of {first}: test both on the same "
+            "files, or leave one of them out"
+        )
 
 
 def paired_tests(comparison: Comparison) -> pd.DataFrame:

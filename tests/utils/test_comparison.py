@@ -108,6 +108,23 @@ def test_runs_are_compared_only_if_they_were_tested_on_the_same_data(tmp_path, o
     )
 
 
+def test_a_case_that_is_not_the_same_in_all_runs_is_refused(tmp_path):
+    """Its unit and the classes of its label tell; what was predicted does not matter."""
+    states = {"found": "missed", "other": "absent"}
+    results = {
+        name: [CaseResult(c, "mm", (class_result(1)._replace(state=s),) * 3) for c in CASES]
+        for name, s in states.items()
+    }
+    first = write_run(tmp_path / "a", CASES)
+    compared(first, write_run(tmp_path / "b", {}, results=results["found"], network="unet"))
+    for name, other in (("c", dict(results=results["other"])), ("d", dict(unit="voxels"))):
+        second = write_run(tmp_path / name, **{"dice": CASES} | other, network="unet")
+        with pytest.raises(
+            RunError, match=f"patient000 has another label or unit in the test of {second} than in that of"
+        ):
+            compared(first, second)
+
+
 def test_the_folder_that_was_tested_names_the_data_not_that_of_the_training(tmp_path):
     run = write_run(tmp_path / "a", CASES, volume_path="data/mine/test_vol_h5")
     tested = {"data": {"volume_path": "data/yours/test_vol_h5"}}
