@@ -31,6 +31,8 @@ def test_folds_of_two_channels_are_trained_resumed_tested_compared_and_applied(t
     assert wrong.status == 1 and "--fold 1 does not fit" in wrong.error
     tested = do("test_custom.py", "--data", data, "--fold", "all", "--checkpoint", run / "best.pth", "--overlays", 1)
     assert tested.error.count("chosen on these cases") == 2
+    wrong = run_script("test_custom.py", "--data", data, "--checkpoint", tmp_path / "runs" / "mine_fold1" / "best.pth")
+    assert wrong.status == 1 and "trained on fold 1: test it with --fold 1" in wrong.error
     table = do("compare.py", run, tmp_path / "runs" / "mine_fold1", "--output_dir", tmp_path / "compared").output
     assert "| sim_mpnet" in table and "mine_fold1" not in table
     methods = (tmp_path / "compared" / "comparison.csv").read_text(encoding="utf-8").splitlines()

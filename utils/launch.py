@@ -186,6 +186,12 @@ def _choose_folders(args: Namespace, info: DatasetInfo, where: str, saved: dict[
     They are those of the training, whose arguments are ``saved``, if they exist on this machine, else those of the data
     set. Of the folder of the training the label order is that of the training too.
     """
+    fold = vars(args).get("fold")
+    if saved.get("fold", fold) != fold and args.split != "test" and args.list_dir is None:  # it trained on these cases
+        raise RunError(
+            f"{args.checkpoint} was trained on fold {saved['fold']}: test it with --fold {saved['fold']}, or give the "
+            "folder of other lists with --list_dir"
+        )
     of_these_data = all(str(saved.get(name)) == str(vars(args).get(name)) for name in ("data", "fold"))
     for name in (where, "list_dir"):
         if getattr(args, name) is not None:
