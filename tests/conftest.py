@@ -54,16 +54,17 @@ def no_curves():
 
 
 @pytest.fixture
-def full_precision():
-    """Let float32 mean float32 on a GPU too, and restore after the test what it was before."""
+def full_precision(monkeypatch):
+    """Let float32 mean float32 on a GPU too, and restore after the test what it was before, and the threads."""
     import torch
 
-    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    torch.backends.cudnn.allow_tf32 = False
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
     torch.set_float32_matmul_precision("highest")
     yield
-    torch.backends.cudnn.allow_tf32 = before[0]
-    torch.set_float32_matmul_precision(before[1])
+    torch.set_float32_matmul_precision(precision)
+    torch.set_num_threads(threads)
 
 
 @dataclass

@@ -38,12 +38,6 @@ def test_imports_point_down_only(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_no_class_restates_another_as_a_protocol(path):
-    bases = [b for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.ClassDef) for b in n.bases]
-    assert not any("Protocol" in ast.unparse(base) for base in bases), f"{name_of(path)}: import the class itself"
-
-
-@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_a_file_has_one_idea_and_a_script_of_a_data_set_only_its_settings(path):
     lines = len(path.read_text(encoding="utf-8").splitlines())
     limit = 39 if path.parent == ROOT and path.stem.startswith(("train_", "test_")) else 400

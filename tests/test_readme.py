@@ -1,10 +1,13 @@
 """Every command and example of README.md runs, in its order, in a folder that holds what a newcomer has.
 
-The phantom stands for ACDC, a few small files for the other data; every training has the flags of SMALL too.
+The phantom stands for ACDC, a few small files for the other data; every training has the flags of SMALL too. The demo
+takes minutes, so it is left out of make test. Run it with: .venv/bin/python -m pytest -m slow
 """
 
+import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import nibabel
@@ -66,3 +69,14 @@ def test_every_command_and_example_of_the_readme_runs_in_its_order(phantom, tmp_
     for name in ("seg.nii.gz", "segmentations/scan.nii.gz", "mask.png", "model.onnx"):
         assert Path(name).is_file()
     assert Path("runs/acdc/inspection/patient001_frame01_slice5/gates.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_the_demo_learns_its_phantom():
+    done = subprocess.run(["make", "demo"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((ROOT / "runs/demo/results_test/summary.json").read_text())
+    assert summary["strict"]["mean"]["dice"] >= 0.80
+    for place in ("best.pth", "train.log", "progress.png", "results_test/overlays"):
+        assert f"runs/demo/{place}" in done.stdout and (ROOT / "runs/demo" / place).exists()

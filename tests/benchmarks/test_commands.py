@@ -8,6 +8,8 @@ from torch import nn
 from benchmarks.complexity import count
 from tests.conftest import SMALL, data_flags
 
+pytestmark = pytest.mark.usefixtures("full_precision")  # which restores what benchmarks set
+
 NETWORK = "--model_scale pico --num_classes 3 --img_size 64 --img_size_dmwla 64"
 SPEED = {
     "network": (f"{NETWORK} --batch_size 1 --repeats 1", "training step [MiB]"),
@@ -16,18 +18,6 @@ SPEED = {
     "evaluation": ("--slices 4", "plain / ours"),
     "input_pipeline": ("--slices 2 --workers 0 --batch_size 2 --repeats 1", "from memory"),
 }
-
-
-@pytest.fixture(autouse=True)
-def restore_settings():
-    """Run with one thread; afterwards restore the threads and precision that benchmarks set."""
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    tuning = torch.backends.cudnn.benchmark
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(precision)
-    torch.backends.cudnn.benchmark = tuning
 
 
 @pytest.mark.parametrize("name", SPEED)

@@ -5,38 +5,26 @@ import torch
 
 from benchmarks.measure import past_warm_up
 from benchmarks.plain import PlainDMWLA, plain_copy
-from networks import DMWLA, SimMPNet
+from networks import DMWLA
 from tests import oracle
-from tests.networks.conftest import double_precision  # noqa: F401, a fixture
+from tests.networks.conftest import double_precision, narrow, tiny_network  # noqa: F401, fixtures
 
-pytestmark = pytest.mark.usefixtures("double_precision")
+pytestmark = [pytest.mark.processors, pytest.mark.usefixtures("double_precision")]
 
 
-@pytest.mark.processors
-def test_plain_dmwla_equals_the_oracle_and_the_network():
+def test_a_plain_step_is_that_of_the_oracle():
     torch.manual_seed(0)
-    block = DMWLA(6, 8, num_clusters=3, columns_per_cluster=4, replaced_columns=2).train()
+    block = DMWLA(6, 8, num_clusters=3, columns_per_cluster=4, replaced_columns=2)
     past_warm_up(block)
-    plain = plain_copy(block)
+    plain, x = plain_copy(block).train(), torch.randn(2, 6, 5, 5)
     assert type(plain) is PlainDMWLA
-    x = torch.randn(2, 6, 5, 5)
-    pool, prototypes, phi_k = oracle.updated_memory(block, x)
-    expected = oracle.steady_forward(block, x)
-    for module in (plain, block):
-        torch.testing.assert_close(module(x), expected)
-        torch.testing.assert_close(module.bank.pool, pool)
-        torch.testing.assert_close(module.bank.prototypes, prototypes)
-        torch.testing.assert_close(module.phi_k, phi_k)
+    torch.testing.assert_close(plain(x), oracle.steady_forward(block, x))
+    written = plain.bank.pool, plain.bank.prototypes, plain.phi_k
+    torch.testing.assert_close(written, oracle.updated_memory(block, x))
 
 
-@pytest.mark.processors
-def test_a_plain_copy_of_a_network_in_warm_up_and_in_use_gives_its_logits():
-    torch.manual_seed(0)
-    model = SimMPNet(3, model_scale="pico", img_size=64, img_size_dmwla=64).double().eval()
-    x = torch.rand(2, 1, 64, 64)
-    for _ in ("in warm-up", "in use"):
-        plain = plain_copy(model)
-        with torch.no_grad():
-            for a, b in zip(plain(x), model(x), strict=True):
-                torch.testing.assert_close(a, b)
-        past_warm_up(model)
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_plain_copy_of_a_network_in_warm_up_and_in_use_gives_its_logits(steps, tiny_network):  # noqa: F811
+    model, x = tiny_network(steps, warmup_iterations=2), torch.rand(2, 1, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(plain_copy(model)(x), model(x))
