@@ -9,11 +9,13 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+import pandas as pd
 import pytest
 
 import datasets
 from networks import NETWORKS
 from tests.conftest import ROOT
+from utils.checkpoint import load_checkpoint
 from utils.cli import ArgumentParser
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("[dlpt]*/README.md")])
@@ -122,16 +124,20 @@ def test_the_added_data_set_and_network_are_prepared_checked_trained_and_tested(
     out, run = tmp_path / "spleen", tmp_path / "run"
     data = "--volume_path", out / "test_vol_h5", "--list_dir", out / "lists"
     small = "--network two_convolutions --width 4 --img_size 32 --max_iterations 2 --num_workers 0".split()
+    train = added / "train_spleen.py", "--root_path", out / "train_npz", *data
     for script, *flags in (
         (added / "prepare_data.py", "spleen", "--raw", tmp_path / "raw", "--out", out, "--jobs", 1),
         ("utils/verify.py", "spleen", "--root_path", out / "train_npz", *data),
-        (added / "train_spleen.py", "--root_path", out / "train_npz", *data, *small, "--output_dir", run),
+        (*train, *small, "--output_dir", run),
+        (*train, "--resume", run / "last.pth", "--max_iterations", 3),
         (added / "test_spleen.py", "--checkpoint", run / "best.pth", *data),
     ):
-        done = run_script(script, *flags)
-        assert done.status == 0, done.error
+        run_script(script, *flags).succeeded()
     counts = [len((out / f"lists/{split}.txt").read_text().split()) for split in ("train", "val", "test")]
     assert counts == [7, 1, 2]
+    history = pd.read_csv(run / "metrics.csv")
+    assert list(history["iteration"]) == [1, 2, 3] and "k" not in history  # it has no memory
+    assert load_checkpoint(run / "last.pth")["network"]["width"] == 4
     cases = (run / "results_test" / "cases.csv").read_text(encoding="utf-8")
     assert ",spleen," in cases and ",mm," in cases
     with np.load(next((out / "train_npz").glob("*.npz"))) as saved:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -92,16 +91,6 @@ def test_a_test_on_training_cases_warns(trained, phantom, data, run_script, tmp_
     assert len(re.findall("was trained on cases of this list .2 of 4, such as patient001_frame01.:", done.error)) == 1
 
 
-def test_resume_continues_in_the_same_folder_with_moved_data(trained, data, run_script, tmp_path):
-    """Without room to keep all slices in memory, and in bf16."""
-    folder = Path(shutil.copytree(trained, tmp_path / "run"))
-    flags = [*data_flags(data), "--max_iterations", 5, "--cache_gib", "1e-4", "--amp", "bf16"]
-    done = run_script("train_acdc.py", "--resume", folder / "last.pth", *flags).succeeded()
-    assert "training samples fit into --cache_gib 0.0001" in done.error
-    assert torch.load(folder / "last.pth", weights_only=True)["iteration"] == 5
-    assert len((folder / "metrics.csv").read_text().splitlines()) == 3
-
-
 def test_resume_refuses_other_data_and_leaves_the_run_as_it_was(trained, data, run_script, tmp_path):
     folder = Path(shutil.copytree(trained, tmp_path / "run"))
     files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -115,33 +104,13 @@ def test_resume_refuses_other_data_and_leaves_the_run_as_it_was(trained, data, r
     assert files == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def first_validation_volume(data: Path) -> Path:
+def test_bad_data_is_one_line_before_anything_is_written(data, run_script):
+    """The other kinds of bad data are in utils/test_verify.py."""
     patient = (data / "lists/val.txt").read_text().split()[0]
-    return sorted((data / "test_vol_h5").glob(f"{patient}_*"))[0]
-
-
-def damage_missing(data: Path) -> tuple:
-    for path in (data / "train_npz").glob("patient001*"):
-        path.unlink()
-    return "patient001", "prepare"
-
-
-def damage_truncated(data: Path) -> tuple:
-    path = first_validation_volume(data)
+    path = next((data / "test_vol_h5").glob(f"{patient}_*"))
     path.write_bytes(path.read_bytes()[:2000])
-    return path, "prepare"
-
-
-def damage_shared_patient(data: Path) -> tuple:
-    (data / "lists/val.txt").write_text("patient001\n")
-    return "patient001", "val.txt"
-
-
-@pytest.mark.parametrize("damage", [damage_missing, damage_truncated, damage_shared_patient])
-def test_bad_data_is_one_line_before_anything_is_written(data, run_script, damage):
-    words = damage(data)
     done = run_script("train_acdc.py", *data_flags(data), *SMALL, "--output_dir", data / "run")
-    assert_one_line(done, *words)
+    assert_one_line(done, path, "prepare")
     assert not (data / "run").exists()
 
 
@@ -152,6 +121,7 @@ def test_bad_data_is_one_line_before_anything_is_written(data, run_script, damag
         (["--unknown", "1"], ["--unknown"]),
         (["--max-epochs=3"], ["did you mean --max_epochs?"]),
         (["--network", "unett"], ["did you mean unet?"]),
+        (["--network", "attention_unet"], ["--network attention_unet does not take --columns_per_cluster, "]),
         (["--resume", "nowhere.pth"], ["nowhere.pth"]),
         ([], ["nowhere", "prepare_data.py", "download"]),
     ],
@@ -172,6 +142,15 @@ def test_missing_weights_are_one_line_before_data_are_kept_in_memory(phantom, ru
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("network", ["unet", "attention_unet"])
+def test_without_its_library_a_baseline_says_what_to_install(run_script, phantom, tmp_path, monkeypatch, network):
+    for module in ("segmentation_models_pytorch", "monai.networks.nets"):
+        monkeypatch.setitem(sys.modules, module, None)  # how a library that is not installed looks
+    flags = ["--network", network, *data_flags(phantom), "--img_size", 32, "--output_dir", tmp_path / "run"]
+    assert_one_line(run_script("train_acdc.py", *flags), "requirements-baselines.txt", "pip install")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", ["acdc", "isic", "segpc", "synapse"])
 def test_without_arguments_the_best_checkpoint_is_tested_or_its_training_is_named(
     trained, phantom, run_script, tmp_path, monkeypatch, name
@@ -184,17 +163,11 @@ def test_without_arguments_the_best_checkpoint_is_tested_or_its_training_is_name
         assert done.status == 0 and str(tmp_path / name / "best.pth") in done.error
 
 
-def test_odd_volumes_are_no_error_and_damaged_ones_leave_no_results(trained, data, run_script):
-    path = first_validation_volume(data)
-    with h5py.File(path, "w") as file:
-        file.update(image=np.random.rand(1, 70, 41).astype(np.float32), label=np.zeros((1, 70, 41), np.uint8))
-    flags = ["--split", "val", "--test_save_dir", data / "results", "--overlays", 1, "--is_savenii", "--checkpoint"]
-    run_script("test_acdc.py", *data_flags(data)[2:], *flags, trained / "last.pth").succeeded()
-    shutil.rmtree(data / "results")
+def test_a_damaged_volume_among_good_ones_leaves_no_results(trained, data, run_script):
     path = sorted((data / "test_vol_h5").glob("patient003_*"))[-1]  # after the first
     path.write_bytes(path.read_bytes()[:2000])
-    done = run_script("test_acdc.py", *data_flags(data)[2:], *flags, trained / "last.pth")
-    assert_one_line(done, path)
+    flags = ["--checkpoint", trained / "last.pth", "--split", "val", "--test_save_dir", data / "results"]
+    assert_one_line(run_script("test_acdc.py", *data_flags(data)[2:], *flags), path)
     assert not (data / "results/cases.csv").exists()
 
 
