@@ -2,23 +2,17 @@
 
 import nibabel
 import numpy as np
-import pytest
 
-from tests.conftest import SMALL
+from tests.conftest import SMALL, run_in_process
 from tests.datasets.test_custom import nnunet, pictures
+from tests.test_scripts import assert_one_line
 
 
-@pytest.fixture
-def do(run_script):
-    def run(script, *flags):
-        done = run_script(script, *flags)
-        assert done.status == 0, done.error
-        return done
-
-    return run
+def do(script, *flags):
+    return run_in_process(script, *flags).succeeded()
 
 
-def test_folds_of_two_channels_are_trained_resumed_tested_compared_and_applied(tmp_path, do, run_script):
+def test_folds_of_two_channels_are_trained_resumed_tested_compared_and_applied(tmp_path, run_script):
     raw, data, run = nnunet(tmp_path / "raw"), tmp_path / "data", tmp_path / "runs" / "mine"
     do("prepare_data.py", "custom", "--raw", raw, "--out", data, "--folds", 2, "--jobs", 1)
     do("utils/verify.py", "custom", "--data", data)
@@ -44,15 +38,15 @@ def test_folds_of_two_channels_are_trained_resumed_tested_compared_and_applied(t
     assert found == ["a.nii.gz", "b.nii.gz", "c_d.nii.gz", "é.nii.gz"]
     one, scan = (nibabel.load(path) for path in (where / "a.nii.gz", raw / "imagesTr" / "a_0000.nii.gz"))
     np.testing.assert_array_equal(one.affine, scan.affine)
-    (raw / "imagesTr" / "a_0001.nii.gz").unlink()
-    one = raw / "imagesTr" / "a_0000.nii.gz"
-    alone = run_script(
-        "predict.py", "--checkpoint", run / "best.pth", "--input", one, "--output", tmp_path / "s.nii.gz"
-    )
-    assert alone.status == 1 and "a_0001.nii.gz" in alone.error and not (tmp_path / "s.nii.gz").exists()
+    one, other = (raw / "imagesTr" / f"a_000{channel}.nii.gz" for channel in (0, 1))
+    flags = "--checkpoint", run / "best.pth", "--input", one, "--output"
+    assert_one_line(run_script("predict.py", *flags, other), "a_0001.nii.gz is an input and would be lost")
+    other.unlink()
+    assert_one_line(run_script("predict.py", *flags, tmp_path / "s.nii.gz"), "a_0001.nii.gz")
+    assert not (tmp_path / "s.nii.gz").exists()
 
 
-def test_pictures_are_trained_and_tested_by_the_same_commands(tmp_path, do, run_script):
+def test_pictures_are_trained_and_tested_by_the_same_commands(tmp_path, run_script):
     raw, data = pictures(tmp_path / "raw"), tmp_path / "data"
     do("prepare_data.py", "custom", "--raw", raw, "--out", data, "--class_names", "cell", "--jobs", 1, "--test", 25)
     flags = [*SMALL[:-8], *SMALL[-6:], "--batch_size", 2, "--max_iterations", 1, "--select", "test"]

@@ -14,14 +14,14 @@ from torch import nn
 from datasets import Preprocessing, read_scan, synapse
 from datasets.preprocessing import reorient
 from datasets.scan import read_scan_label
-from predict import name_outputs
+from tests.comparison_runs import save_network
 from tests.datasets.test_dicom import write_dicom
 from tests.datasets.test_scan import ORIENTATIONS, turn
 from tests.test_scripts import assert_one_line
 from utils import predictor as predictors
 from utils.checkpoint import save_checkpoint
-from utils.errors import RunError
 from utils.evaluation import predict_volume
+from utils.metrics import dice_only
 
 NAMES = synapse.CLASS_NAMES
 SIZE = 32
@@ -33,20 +33,17 @@ class Threshold(nn.Module):
     def __init__(self):
         super().__init__()
         self.config = {"num_classes": 9, "in_channels": 1, "img_size": SIZE}
+        self.register_buffer("brightness", torch.arange(9.0).view(1, 9, 1, 1) / 8)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        distance = (x - torch.arange(9.0).view(1, 9, 1, 1) / 8).abs()
-        return [-distance] * 4
+        return [-(x - self.brightness).abs()] * 4
 
 
 @pytest.fixture
 def threshold(tmp_path, monkeypatch) -> Path:
     """A checkpoint from which ``Threshold`` is built."""
-    path = tmp_path / "best.pth"
-    data = {"dataset": "synapse", "class_names": NAMES, "preprocessing": synapse.INFO.preprocessing.to_dict()}
-    save_checkpoint(path, {"model": {"weight": torch.zeros(1)}, "network": {}, "data": data})
     monkeypatch.setattr(predictors, "build_network", lambda *_: Threshold())
-    return path
+    return save_network(tmp_path / "best.pth", Threshold(), "synapse")
 
 
 def write_scan(folder: Path, name: str, orientation: str, degrees: float = 0.0, plane=(SIZE, SIZE)) -> Path:
@@ -83,10 +80,7 @@ def test_a_scan_of_another_size_is_restored_to_its_own(threshold, tmp_path):
     label = read_scan_label(scan.with_name("scan_label.nii.gz"), volume)
     prediction = predictor.segment(volume)
     assert prediction.shape == label.shape == (9, 48, 41)
-    for c in (5, 8):
-        voxels = [np.argwhere(mask == c).mean(0) for mask in (prediction, label)]
-        np.testing.assert_allclose(voxels[0], voxels[1], atol=0.6)
-    assert 2 * ((prediction == 5) & (label == 5)).sum() > 0.85 * ((prediction == 5).sum() + (label == 5).sum())
+    assert (dice_only(prediction, label, 9)[[4, 7]] > (0.88, 0.82)).all()  # a shift of one voxel costs 0.1 more
 
 
 @pytest.fixture
@@ -125,25 +119,19 @@ def test_colour_tables_name_every_label_as_the_two_programs_expect(tmp_path):
     assert len(colours) == len(slicer) == len(itksnap) == 9
 
 
-def test_a_folder_with_a_bad_file_among_good_ones(predict, tmp_path):
-    for name, orientation in (("a", "RAS"), ("b", "PSR")):
-        write_scan(tmp_path / "scans", name, orientation)
-    (tmp_path / "scans" / "c.nii.gz").write_bytes(b"not a scan")
-    done = predict("--input", tmp_path / "scans", "--output", tmp_path / "out")
-    assert done.status == 1 and "c.nii.gz" in done.error and "1 of 5" in done.error
-    written = sorted(path.name.removesuffix(".nii.gz") for path in (tmp_path / "out").glob("*.nii.gz"))
-    assert written == ["a", "a_label", "b", "b_label"]
-    assert len((tmp_path / "out" / "volumes.csv").read_text().splitlines()) == 1 + 4 * 8
-
-
-def test_what_a_folder_holds_besides_scans_is_named(predict, tmp_path):
+def test_a_folder_with_a_bad_file_and_other_things_among_scans(predict, tmp_path):
     scans = write_scan(tmp_path / "scans", "a", "RAS").parent
-    write_dicom(scans / "series")
-    (scans / "notes.txt").write_text("of the reader")
     SimpleITK.WriteImage(SimpleITK.ReadImage(str(scans / "a.nii.gz")), str(scans / "b.mhd"))  # with b.raw
+    (scans / "c.nii.gz").write_bytes(b"not a scan")
+    (scans / "notes.txt").write_text("of the reader")
+    write_dicom(scans / "series")
     done = predict("--input", scans, "--output", tmp_path / "out")
+    assert done.status == 1 and "c.nii.gz" in done.error and "1 of 4" in done.error
     (line,) = (line for line in done.error.splitlines() if "left out" in line)
     assert line.endswith(": notes.txt, series/")
+    tables = {"labels.ctbl", "labels_itksnap.txt", "volumes.csv"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == tables | {"a.nii.gz", "a_label.nii.gz", "b.mha"}
+    assert len(pd.read_csv(tmp_path / "out" / "volumes.csv")) == 3 * 8
 
 
 def test_a_folder_of_patients_gives_a_segmentation_for_each_of_their_dicom_series(predict, tmp_path):
@@ -176,22 +164,14 @@ def test_slices_along_another_axis_are_warned_of_unless_the_network_turns_scans(
     assert all(f"its {axis} axis" in line for line in lines)
 
 
-def test_scans_of_other_formats_and_one_of_several_times(predict, tmp_path):
-    scan, scans, out = write_scan(tmp_path, "scan", "PSR", 20), tmp_path / "scans", tmp_path / "out"
-    truth = SimpleITK.ReadImage(str(scan.with_name("scan_label.nii.gz")))
-    scans.mkdir()
-    for name in ("a.nrrd", "b.mha"):
-        SimpleITK.WriteImage(SimpleITK.ReadImage(str(scan)), str(scans / name))
-    assert predict("--input", scans, "--output", out).status == 0
-    for name in ("a.nrrd", "b.mha"):
-        np.testing.assert_array_equal(*map(SimpleITK.GetArrayFromImage, (SimpleITK.ReadImage(str(out / name)), truth)))
-    times = write_dicom(tmp_path / "times", [0, 1, 0, 1])
+def test_one_of_several_times_is_chosen_and_without_a_voxel_size_no_millilitres_are_given(predict, tmp_path):
+    out, times = tmp_path / "out", write_dicom(tmp_path / "times", [0, 1, 0, 1])
     assert_one_line(predict("--input", times, "--output", out), "--time_point 0 to 1")
-    assert predict("--input", times, "--time_point", 1, "--output", out).status == 0
+    predict("--input", times, "--time_point", 1, "--output", out).succeeded()
     assert nibabel.load(out / "times.nii.gz").shape == (12, 9, 2)
     unplaced = write_dicom(tmp_path / "unplaced", ImagePositionPatient=None)
-    done = predict("--input", unplaced, "--output", out)
-    assert done.status == 0 and "no volume in millilitres" in done.error
+    done = predict("--input", unplaced, "--output", out).succeeded()
+    assert "no volume in millilitres" in done.error
     assert pd.read_csv(out / "volumes.csv")["millilitres"].isna().all()
 
 
@@ -230,11 +210,6 @@ def test_two_scans_are_never_written_to_one_file_and_hidden_files_are_not_read(p
     (scans / "a b.nii.gz").rename(scans / "A.NII.GZ")
     predict("--input", scans, "--output", tmp_path / "out").succeeded()
     assert {path.name for path in (tmp_path / "out").glob("*.nii.gz")} == {"A.nii.gz", "a_b_label.nii.gz"}
-
-
-def test_the_file_of_another_channel_is_not_overwritten():
-    with pytest.raises(RunError, match=r"a_0001\.nii\.gz is an input and would be lost"):
-        name_outputs([Path("a_0000.nii.gz")], Path("a_0001.nii.gz"), planar=False, channels=2)
 
 
 def test_preprocessing_comes_from_the_checkpoint(threshold, tmp_path):
