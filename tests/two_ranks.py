@@ -2,7 +2,7 @@
 
 ``python tests/two_ranks.py FOLDER BATCH_SIZE [cuda]`` trains Sim-MPNet (pico, 64 px) on drawings past the memory's
 warm-up, in float64 on a CPU: one process and two add up in different orders, and in float32 that rounding would change
-which columns the memory chooses. PyTorch synchronises BatchNorm only on GPUs, so this file does it for every device.
+which columns the memory chooses. BatchNorm keeps its first statistics, since PyTorch synchronises it only on GPUs.
 """
 
 import hashlib
@@ -12,46 +12,26 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from networks import DMWLA, SimMPNet
 from networks.ranks import rank, world_size
 from tests.mini import trainer
-from utils.distribution import gather_over_ranks, process_group, rank_device, share_buffers, sum_over_ranks
+from utils.distribution import gather_over_ranks, process_group, rank_device, share_buffers
 
 BANK = ("pool", "prototypes", "warmup_counter", "replaced_columns", "key_counts", "phi_k")
 
 
-def synchronised_batch_norm(
-    x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
-):
-    """Do what ``F.batch_norm`` does, in training over the batches (B, C, H, W) of all ranks."""
-    if not training:
-        return batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    moments = torch.stack([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])
-    mean, square = sum_over_ranks(moments) / world_size()
-    variance = square - mean.square()
-    count = x.numel() // x.shape[1] * world_size()
-    running_mean.lerp_(mean.detach(), momentum)
-    running_var.lerp_(variance.detach() * count / (count - 1), momentum)
-    x = (x - mean[:, None, None]) * (variance + eps).rsqrt()[:, None, None]
-    return x if weight is None else x * weight[:, None, None] + bias[:, None, None]
-
-
-batch_norm, F.batch_norm = F.batch_norm, synchronised_batch_norm
-
-
 class Network(SimMPNet):
-    """Sim-MPNet in the default precision, without what draws a random number for each image."""
+    """Sim-MPNet in the default precision, without what depends on the other images of a process's batch."""
 
-    def __init__(self, **config):
-        super().__init__(**config)
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
         for module in self.modules():
-            if type(module).__name__ == "DropPath":
-                module.drop_prob = 0.0
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+            if isinstance(module, nn.BatchNorm2d | nn.Dropout | DropPath):
+                module.eval()
+        return self
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return super().forward(x.to(self.heads[0].weight.dtype))
