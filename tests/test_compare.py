@@ -44,13 +44,6 @@ def test_from_tested_runs_to_tables_figures_and_the_page(run_script, tmp_path):
     tables = {"comparison.csv", "paired_tests.csv", "comparison.md", "comparison.tex", "comparison.html"}
     assert names == tables | {f"figures/{name}.png" for name in pictures}
 
-    rows = pd.read_csv(out / "comparison.csv")
-    assert set(rows["dataset"][rows["method"] == "unet"]) == {"acdc in other/test_vol_h5"}
-    of_ours = rows[rows["method"] == HOSTILE]
-    assert set(of_ours["seeds"]) == {2} and set(of_ours["dataset"]) == {"acdc"}
-    tests = pd.read_csv(out / "paired_tests.csv")
-    assert set(zip(tests["first"], tests["second"], strict=True)) == {(HOSTILE, "sim_mpnet, decoder_feature_dim 8")}
-
     page = (out / "comparison.html").read_text("utf-8")
     assert "<script" not in page and page.count("<img") == 4 and html.escape(HOSTILE) in page
     links = re.findall(r"""(?:src|href)=["']?([^"'> ]*)""", page)

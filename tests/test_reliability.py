@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +23,7 @@ from tests.mini import assert_same, trainer
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import RunError
 from utils.figures import save_progress
+from utils.training import Trainer
 from utils.watch import out_of_memory
 
 
@@ -109,23 +111,27 @@ def test_memory_that_cannot_be_allocated_is_one_line():
         raise RuntimeError("another error")
 
 
+def poison(made: Trainer, what: str, chosen: Callable[[int], bool]) -> None:
+    """Let the loss or the gradient of the chosen iterations, counted from 1, not be finite."""
+    losses = made.losses
+
+    def poisoned(image, label):
+        loss, *others = losses(image, label)
+        if chosen(made.iteration + 1) and what == "gradient":
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        elif chosen(made.iteration + 1):
+            loss = loss * float("nan")
+        return loss, *others
+
+    made.losses = poisoned
+
+
 @pytest.mark.parametrize(("what", "every"), [("loss", 1), ("gradient", 1), ("loss", 50)])
 def test_a_number_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, what, every):
     """Of 50 steps that are looked at together, too, a checkpoint never holds a bad one."""
     made = trainer(tmp_path, "--checkpoint_iterations", "2")
     made.watch.every = every
-    losses = made.losses
-
-    def poisoned(image, label):
-        loss, cross_entropy, dice = losses(image, label)
-        if made.iteration + 1 == 3:
-            if what == "gradient":
-                loss.register_hook(lambda gradient: gradient * float("inf"))
-            else:
-                loss = loss * float("nan")
-        return loss, cross_entropy, dice
-
-    made.losses = poisoned
+    poison(made, what, lambda iteration: iteration == 3)
     words = f"iteration 3: the {what} is .* learning rate 1.00e-04, with the batch of [0-4], [0-4]: lower --base_lr"
     with pytest.raises(RunError, match=words):
         made.fit()
@@ -135,15 +141,7 @@ def test_a_number_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint
 
 def test_fp16_skips_and_counts_overflows_and_stops_after_thirty(tmp_path):
     made = trainer(tmp_path, "--amp", "fp16", "--eval_interval", "20", "--max_epochs", "20", slices=20)
-    losses = made.losses
-
-    def overflowing(image, label):
-        loss, *others = losses(image, label)
-        if made.iteration == 2 or made.iteration >= 6:
-            loss.register_hook(lambda gradient: gradient * float("inf"))
-        return loss, *others
-
-    made.losses = overflowing
+    poison(made, "gradient", lambda iteration: iteration == 3 or iteration >= 7)
     with pytest.raises(RunError, match=r"overflowed 30 times in a row.*--amp none"):
         made.fit()
     counts = [row["overflows"] for row in made.history]

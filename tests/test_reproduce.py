@@ -5,7 +5,6 @@ Only where the data are, what else is to be written and a budget of two steps ar
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -134,9 +133,7 @@ def test_single_cells_are_tested_on_by_the_lists_of_their_images(data, rows, tmp
     run_script("prepare_data.py", "segpc", "--crops", *flags).succeeded()
     flags = ["--checkpoint", rows[0] / "segpc/best.pth", "--test_save_dir", tmp_path / "results"]
     done = run_script("test_segpc.py", *where("test_segpc", tmp_path / "data"), *flags).succeeded()
-    images, same = (
-        set((folder / "lists/test.txt").read_text().split()) for folder in (data["segpc"], tmp_path / "data")
-    )
+    images, same = ({*(x / "lists/test.txt").read_text().split()} for x in (data["segpc"], tmp_path / "data"))
     cells = {path.stem for path in (tmp_path / "data/masks").glob("*.png") if path.stem.split("_cell")[0] in images}
     assert images == same and len(cells) > len(images)
     assert set(pd.read_csv(tmp_path / "results/cases.csv", dtype=str)["case"]) == cells
@@ -161,19 +158,9 @@ def test_other_files_need_their_label_order(rows, run_script, tmp_path):
     assert_one_line(run_script("train_synapse.py", *flags), "--label_order transunet")
 
 
-def test_what_is_wrong_is_one_line(data, run_script, tmp_path):
-    not_there = ("train.txt", "case0001", "case0007", "--val_cases")
-    for cases, words in ((["case0001"], not_there), (["case0005", "case0007"], ["no entry is left"])):
-        flags = [*data_flags(data["synapse"]), *TINY, "--output_dir", tmp_path / "run", "--val_cases", *cases]
-        assert_one_line(run_script("train_synapse.py", *flags), *words)
-    checkpoint = {"model": {"w": torch.zeros(1)}, "network": {}, "data": {"dataset": "acdc", "class_names": ["a"]}}
-    torch.save(checkpoint, tmp_path / "acdc.pth")
-    done = run_script("test_synapse.py", "--checkpoint", tmp_path / "acdc.pth", *data_flags(data["synapse"])[2:])
-    assert_one_line(done, "acdc.pth", "test_acdc.py")
-    cells = Path(shutil.copytree(data["segpc"], tmp_path / "cells"))
-    name = (cells / "lists/train.txt").read_text().split()[0]
-    flags = [*where("train_segpc", cells), *TINY, "--output_dir", tmp_path / "run"]
-    mask = cells / f"masks/{name}.png"
-    mask.write_bytes(mask.read_bytes()[:40])
-    assert_one_line(run_script("train_segpc.py", *flags), mask)
-    assert not (tmp_path / "run").exists()
+def test_what_is_wrong_is_one_line(data, rows, run_script, tmp_path):
+    flags = [*data_flags(data["synapse"]), *TINY, "--output_dir", tmp_path / "run", "--val_cases", "case0001"]
+    done = run_script("train_synapse.py", *flags)
+    assert_one_line(done, "train.txt", "case0001", "case0007", "--val_cases")
+    done = run_script("test_synapse.py", "--checkpoint", rows[0] / "acdc/best.pth", *data_flags(data["synapse"])[2:])
+    assert_one_line(done, "best.pth", "test_acdc.py")
