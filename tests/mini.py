@@ -33,10 +33,7 @@ def drawing(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 class Drawings(TrainingSet):
     def __init__(self, count: int):
         super().__init__(seed=0)
-        self.names = [str(i) for i in range(count)]
-
-    def __len__(self) -> int:
-        return len(self.names)
+        self.names = self.samples = [str(i) for i in range(count)]
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         return tuple(x.numpy() for x in drawing(index))

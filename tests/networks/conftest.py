@@ -28,9 +28,9 @@ def narrow(monkeypatch):
 def tiny_network(narrow):
     """Return a maker of networks of three classes at 64 px, in evaluation mode past so many steps of training."""
 
-    def make(steps: int = 0, warmup_iterations: int = 1, num_classes: int = 3, **options) -> SimMPNet:
-        torch.manual_seed(0)
-        model = SimMPNet(num_classes, warmup_iterations=warmup_iterations, **NARROW | options).train()
+    def make(steps: int = 0, warmup_iterations: int = 1, seed: int = 0, **options) -> SimMPNet:
+        torch.manual_seed(seed)
+        model = SimMPNet(3, warmup_iterations=warmup_iterations, **NARROW | options).train()
         for _ in range(steps):
             model(torch.rand(2, model.config["in_channels"], 64, 64))
         return model.eval()

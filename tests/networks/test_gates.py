@@ -3,31 +3,23 @@
 import pytest
 import torch
 
-from networks import DMWLA, build
+from networks import DMWLA
 from networks.dmwla import PlainAttention
 from networks.gates import ChannelAttention, EncoderGate, Gate, SpatialAttention
-from tests.networks.conftest import NARROW
-
-pytestmark = pytest.mark.usefixtures("narrow")
-
-
-def network(variant: str, seed: int = 0) -> torch.nn.Module:
-    torch.manual_seed(seed)
-    return build(num_classes=3, variant=variant, **NARROW | {"img_size": 64}).eval()
 
 
 @pytest.mark.parametrize("variant", ["paper", "stable", "release"])
-def test_the_gates_of_learned_weights_start_half_open_but_in_release(variant):
+def test_the_gates_of_learned_weights_start_half_open_but_in_release(variant, tiny_network):
     for seed in range(3):
-        model = network(variant, seed)
+        model = tiny_network(variant=variant, seed=seed)
         gates = model.observe(torch.randn(2, 1, 64, 64) * 30).gates
         injections = ("gate_maxvit", "gate_dmwla")
         learned = torch.stack([share.mean() for name, share in gates.items() if not name.startswith(injections)])
         assert len(learned) == 7 and (learned == 0.5).all() == (variant != "release")
 
 
-def test_every_gate_has_a_name_and_is_seen_once_in_each_pass():
-    model = network("paper")
+def test_every_gate_has_a_name_and_is_seen_once_in_each_pass(tiny_network):
+    model = tiny_network()
     assert {gate for _, gate in model.gates()} == {m for m in model.modules() if isinstance(m, Gate)}
     with model.gates_observed() as seen:
         for _ in range(2):
@@ -64,6 +56,7 @@ def test_in_stable_the_size_of_the_features_does_not_change_what_attention_adds(
     assert clusters.shape == (2, 6, 6) and (variant == "paper" or torch.equal(clusters, block.clusters(20 * x + 5)))
 
 
-def test_stable_has_no_running_statistics_in_ds_gim():
-    paper, stable = (dict(network(variant).dmwla_encoder.dsgim.named_buffers()) for variant in ("paper", "stable"))
+def test_stable_has_no_running_statistics_in_ds_gim(tiny_network):
+    networks = tiny_network(), tiny_network(variant="stable")
+    paper, stable = (dict(network.dmwla_encoder.dsgim.named_buffers()) for network in networks)
     assert "norm1.statistics.0.running_mean" in paper and stable.keys() == {"decay"}

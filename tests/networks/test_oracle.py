@@ -81,8 +81,7 @@ def test_blocks_are_updated_together_as_each_alone(sizes, seed):
     ):
         dmwla.write_memories([(block, rearrange(x, "b c h w -> b (h w) c")) for block, x in together])
     for (block, _), (other, _) in zip(alone, together, strict=True):
-        for name, value in block.state_dict().items():
-            torch.testing.assert_close(other.state_dict()[name], value)
+        torch.testing.assert_close(other.state_dict(), block.state_dict())
 
 
 @pytest.mark.parametrize("attend", [dmwla._attend_by_cluster, dmwla._attend_to_own])

@@ -58,8 +58,7 @@ def test_a_weight_file_fills_stem_and_stages(files, make, name, in_channels):
     found = {name.replace("stages_", "stages."): v for name, v in make(files / name, in_channels).state_dict().items()}
     found = {name: value for name, value in found.items() if name.startswith(("stem.", "stages."))}
     assert found.keys() == {name for name in expected if name.startswith(("stem.", "stages."))}
-    for name, value in found.items():
-        assert torch.equal(value, expected[name]), name
+    torch.testing.assert_close(found, {name: expected[name] for name in found}, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["cut.pth", "foreign.pth", "nowhere.pth"])
@@ -114,8 +113,7 @@ def test_release_missing_left_over_and_unfit_tensors_are_all_listed(small):
     words = ("missing: DMWLA_2.1.theta.weight; left over: unheard.of; ", "out_head1.weight (4, 768, 1, 1)")
     with pytest.raises(NetworkError, match=".*".join(map(re.escape, words))):
         load_release_state_dict(small, state)
-    for name, value in small.state_dict().items():
-        assert torch.equal(value, before[name])
+    torch.testing.assert_close(small.state_dict(), before, rtol=0, atol=0)
 
 
 def test_release_fills_the_variant_paper_from_the_names_its_forward_pass_uses(small):
