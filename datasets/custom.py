@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from datasets.dicom import TO_RAS
 from datasets.errors import DataError, brief, counted
 from datasets.files import atomic_write
 from datasets.image_files import read_grey, read_image
@@ -24,8 +25,9 @@ from datasets.lists import write_lists
 from datasets.preparation import Case, Pair, prepare_images, prepare_volumes, read_case, run_all
 from datasets.preprocessing import ColourPreprocessing, Preprocessing, Scale, orientation_of, preprocessing_from_dict
 from datasets.raw_forms import JSON, MAX_CLASSES, Raw, read_json, recognise
-from datasets.scan import read_scan, read_scan_label
+from datasets.scan import load_scan, read_scan_label
 from datasets.splits import divide, refuse_names
+from datasets.volumes import Volume
 
 logger = logging.getLogger(__name__)
 
@@ -101,16 +103,16 @@ class Look:
 def _look(channels: int, classes: dict[int, str] | None, case: Case) -> Look:
     """Read a case as stored; channels: 0 for a picture."""
     if channels:
-        volume = read_scan(case.images, Preprocessing(scales=(Scale("window", 0, 1),) * channels))
-        label = read_scan_label(case.labels[0], volume)
+        stored = load_scan(case.images, channels)
+        affine = TO_RAS if stored.affine is None else stored.affine
+        label = read_scan_label(case.labels[0], Volume(case.name, stored.channels[0], affine=affine))
         look = Look(label.shape)
-        if volume.spacing is not None:
-            planes = (_PLANES[letter] for letter in orientation_of(volume.affine)[::-1])  # across slices, rows, columns
-            look.spacing = dict(zip(planes, volume.spacing, strict=True))
+        if stored.affine is not None:
+            sides = np.linalg.norm(affine[:3, :3], axis=0).tolist()
+            look.spacing = dict(zip((_PLANES[letter] for letter in orientation_of(affine)), sides, strict=True))
         inside = np.flatnonzero(label)
         inside = np.random.default_rng(0).choice(inside, min(len(inside), SAMPLES), replace=False)
-        for one in volume.image.channels:
-            look.foreground.append(np.asarray(one.intensities(one.voxels.flat[inside]), np.float32))
+        look.foreground = [np.asarray(one.flat[inside], np.float32) for one in stored.channels]
     else:
         label = read_grey(case.labels[0], read_image(case.images[0], 16).shape[:2], indices=True)
         look = Look(label.shape)

@@ -7,7 +7,7 @@ patient's right, anterior and superior (R, A, S). Axes are only swapped and reve
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -84,6 +84,18 @@ class Preprocessing:
     def fills_unit(self) -> bool:
         """Whether the intensities of every scan reach 0 and 1."""
         return self.window is None and all(scale.kind == "percentiles" for scale in self.scales)
+
+    def scaled(self, channels: Sequence[np.ndarray]) -> np.ndarray:
+        """Scale the intensities of each channel, (z, y, x), to [0, 1]: float32 (z, y, x), of several (z, y, x, C)."""
+        image = np.empty((*channels[0].shape, len(channels)), np.float32)
+        for number, voxels in enumerate(channels):
+            low, high = self.window or (float(voxels.min()), float(voxels.max()))
+            found = self.scales[number].ends(voxels) if self.scales else (0, 0)
+            # Both percentiles are one intensity where nearly all voxels are the black around a small object.
+            low, high = found if found[0] < found[1] else (low, high)
+            for z, plane in enumerate(voxels):  # only one slice at a time is in double precision
+                image[z, ..., number] = to_unit(plane, low, high)
+        return image if len(channels) > 1 else image[..., 0]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values that a checkpoint stores."""
@@ -171,65 +183,6 @@ def to_unit(image: np.ndarray, low: float | None = None, high: float | None = No
     if high <= low:
         return np.zeros(image.shape, np.float32)
     return ((np.clip(image, low, high).astype(np.float64) - low) / (high - low)).astype(np.float32)
-
-
-class Stored(NamedTuple):
-    """Voxels as stored, (z, y, x), and what their file says of them.
-
-    affine: float64 (4, 4), or None where the file gives no voxel size; the intensities are ``slope * voxels +
-    intercept``; header: NIfTI's, with both codes 0 where the file does not say how the scan lies.
-    """
-
-    voxels: np.ndarray
-    affine: np.ndarray | None
-    slope: float = 1.0
-    intercept: float = 0.0
-    header: Any = None
-
-    def intensities(self, voxels: np.ndarray) -> np.ndarray:
-        """Return what some of the voxels mean."""
-        return voxels if (self.slope, self.intercept) == (1, 0) else voxels * self.slope + self.intercept
-
-
-class ScanImage:
-    """The image of a scan, scaled to [0, 1] slice by slice on access, so that only the stored voxels are in memory.
-
-    ``image[part]`` returns float32: (H, W) for a number, (n, H, W) for any other index of the first axis; of several
-    ``channels`` (H, W, C) or (n, H, W, C). ``extent`` is the lowest and the highest intensity of all.
-    """
-
-    dtype = np.dtype(np.float32)
-
-    def __init__(self, channels: Sequence[Stored], preprocessing: Preprocessing):
-        self.channels, self._ends = channels, []
-        self.shape = channels[0].voxels.shape + ((len(channels),) if len(channels) > 1 else ())
-        self.ndim = len(self.shape)
-        with np.errstate(over="ignore"):
-            extents = [np.sort(one.intensities(np.array([one.voxels.min(), one.voxels.max()]))) for one in channels]
-        self.extent = float(np.min(extents)), float(np.max(extents))
-        for number, (one, (low, high)) in enumerate(zip(channels, extents, strict=True)):
-            ends = preprocessing.window or (float(low), float(high))
-            if preprocessing.scales and np.isfinite(self.extent).all():
-                found = preprocessing.scales[number].ends(one.intensities(one.voxels))
-                # Both percentiles are one intensity where nearly all voxels are the black around a small object.
-                ends = found if found[0] < found[1] else ends
-            self._ends.append(ends)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, part) -> np.ndarray:
-        planes = [
-            to_unit(one.intensities(one.voxels[part]), *ends)
-            for one, ends in zip(self.channels, self._ends, strict=True)
-        ]
-        return np.stack(planes, -1) if self.ndim == 4 else planes[0]
-
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        image = np.empty(self.shape, dtype or self.dtype)
-        for z in range(len(self)):  # only one slice at a time is in double precision
-            image[z] = self[z]
-        return image
 
 
 def is_orientation(text: object) -> bool:

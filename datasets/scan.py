@@ -1,6 +1,5 @@
 """Read scans as scanners, hospitals and other programs store them, and write segmentations on their grid."""
 
-import gzip
 import logging
 import math
 import re
@@ -8,7 +7,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,16 +15,7 @@ from datasets.dicom import TO_RAS, choose, itk, load_dicom
 from datasets.errors import DataError, brief, counted
 from datasets.lists import ENDINGS as PREPARED
 from datasets.lists import is_slice
-from datasets.preprocessing import (
-    Preprocessing,
-    ScanImage,
-    Stored,
-    is_affine,
-    is_rigid,
-    orientation_of,
-    reorient,
-    upright,
-)
+from datasets.preprocessing import Preprocessing, is_affine, is_rigid, orientation_of, reorient, upright
 from datasets.storage import MAX_INFLATION, check_declared, checked_label, reading
 from datasets.volumes import Volume, read_volume
 
@@ -40,6 +30,19 @@ SCAN_ENDINGS = (*FOLDER_ENDINGS, *_DICOM, *_IMG)
 LABEL_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mgz")  # of segmentations
 _FORMS = "qform_code sform_code quatern_b quatern_c quatern_d qoffset_x qoffset_y qoffset_z srow_x srow_y srow_z pixdim"
 _MILLIMETRES = {1: 1000.0, 3: 0.001}  # in a metre and a micrometre, by NIfTI's codes; a missing unit is taken for mm
+
+
+class Stored(NamedTuple):
+    """What a scan's files hold.
+
+    channels: intensities, (z, y, x) each; affine: float64 (4, 4), or None where the file gives no voxel size; type: of
+    the numbers in the file; header: NIfTI's, with both codes 0 where the file does not say how the scan lies, or None.
+    """
+
+    channels: Sequence[np.ndarray]
+    affine: np.ndarray | None
+    type: str
+    header: Any = None
 
 
 @dataclass
@@ -103,11 +106,10 @@ def read_scan(path: str | Path | Sequence[Path], preprocessing: Preprocessing, t
     """Read a scan of any format of ``SCAN_ENDINGS`` or a DICOM series, as a Volume without a label.
 
     Of several channels ``path`` is the files, one of them as in ``channel_files``, or one file that holds all.
-    time_point: the wanted one, from 0, where the scan has several. The voxels stay in memory as stored; ``image`` (a
-    ScanImage) scales them to [0, 1] slice by slice; a prepared volume is taken as it is. ``affine`` describes the axes
-    after preprocessing, ``orientation`` those of the file; ``stored_type`` is its number type. Raises DataError for a
-    file that is missing, damaged, too large, not one scan of three axes, or not finite, and for channels that are not
-    on one grid.
+    time_point: the wanted one, from 0, where the scan has several. The intensities are scaled to [0, 1], those of a
+    prepared volume taken as they are. ``affine`` describes the axes after preprocessing, ``orientation`` those of the
+    file; ``stored_type`` is its number type. Raises DataError as ``load_scan`` does, and for
+    a prepared volume that does not fit the preprocessing.
     """
     from nibabel import Nifti1Header
 
@@ -120,8 +122,7 @@ def read_scan(path: str | Path | Sequence[Path], preprocessing: Preprocessing, t
             f"{path}: the network was trained on intensities from {preprocessing.stored[0]:g} to "
             f"{preprocessing.stored[1]:g}, and how they were made of scans is not known: train it on files of 0 to 1"
         )
-    channels = _load_channels(files, preprocessing.channels, time_point)
-    voxels, affine, *_, header = channels[0]
+    channels, affine, stored_type, header = load_scan(files, preprocessing.channels, time_point)
     measured = affine is not None
     header = header if measured else Nifti1Header()
     if header is not None and not (header["qform_code"] or header["sform_code"]):
@@ -135,44 +136,37 @@ def read_scan(path: str | Path | Sequence[Path], preprocessing: Preprocessing, t
             "%s: its axes are not at right angles (tilted gantry); a NIfTI segmentation has them as its sform, and a "
             "qform without the tilt for programs that need right angles (ITK, 3D Slicer, ITK-SNAP)", path,
         )  # fmt: skip
-    orientation, stored_type = orientation_of(affine), voxels.dtype.name
-    wanted = preprocessing.orientation or orientation
-    channels = [one._replace(voxels=reorient(one.voxels, affine, wanted)[0]) for one in channels]
-    image, affine = ScanImage(channels, preprocessing), reorient(voxels, affine, wanted)[1]
-    spacing = tuple(np.linalg.norm(affine[:3, :3], axis=0)[::-1].tolist()) if measured else None
-    low, high = image.extent
-    if not np.isfinite([low, high]).all():
-        raise DataError(f"{path}: the image has values that are NaN or infinite; repair the file")
     if preprocessing.window is not None:
-        bottom, top = preprocessing.window
+        low, high, (bottom, top) = channels[0].min(), channels[0].max(), preprocessing.window
         if bottom < 0 <= low or min(high, top) - max(low, bottom) < 0.25 * (top - bottom):
             logger.warning(
                 "%s: its values run from %g to %g, but the network expects Hounsfield units (air: -1000), of which it "
                 "sees %g to %g; convert the scan, or do not trust the segmentation", path, low, high, bottom, top,
             )  # fmt: skip
+    orientation = orientation_of(affine)
+    turned = [reorient(one, affine, preprocessing.orientation or orientation) for one in channels]
+    image, affine = preprocessing.scaled([voxels for voxels, _ in turned]), turned[0][1]
+    spacing = tuple(np.linalg.norm(affine[:3, :3], axis=0)[::-1].tolist()) if measured else None
     name = case_name(path) if len(files) > 1 else scan_name(path)
     return Scan(name, image, None, spacing, affine, (), orientation, stored_type, header)
 
 
-def _load_channels(files: Sequence[Path], count: int, time_point: int | None) -> list[Stored]:
-    """Return a scan's channels as stored, of a file each or all of one file."""
-    if count == 1 or len(files) > 1:
-        channels = [_load(file, time_point) for file in files]
-    else:
-        stored = _load(files[0], slice(None) if time_point is None else time_point)
-        voxels = stored.voxels if stored.voxels.ndim == 4 else stored.voxels[None]
-        channels = [stored._replace(voxels=channel) for channel in voxels]
-    if len(channels) != count:
-        raise DataError(f"{files[0]}: has {counted(len(channels), 'channel')}; expected {count}, or a file for each")
-    grids = [np.zeros((4, 4)) if one.affine is None else one.affine for one in channels]
-    shapes = [one.voxels.shape[::-1] for one in channels]
-    for file, grid, shape in zip(files, grids, shapes, strict=False):
+def load_scan(files: Sequence[Path], count: int = 1, time_point: int | None = None) -> Stored:
+    """Read the ``count`` channels of a scan as stored, of a file each or all of one file.
+
+    Raises DataError for a file that is missing, damaged, too large, not one scan of three axes or not finite, and for
+    channels that are not on one grid.
+    """
+    scans = [_load(file, time_point, count if len(files) == 1 else 1) for file in files]
+    grids = [np.zeros((4, 4)) if scan.affine is None else scan.affine for scan in scans]
+    shapes = [scan.channels[0].shape[::-1] for scan in scans]
+    for file, grid, shape in zip(files, grids, shapes, strict=True):
         if shape != shapes[0] or not np.allclose(grid, grids[0], rtol=1e-3, atol=1e-2):
             raise DataError(
                 f"{file}: differs in shape, spacing or position from {files[0].name} ({shape} and {shapes[0]} voxels); "
                 "expected the channels of a case on one grid: resample one of them"
             )
-    return channels
+    return scans[0]._replace(channels=[channel for scan in scans for channel in scan.channels])
 
 
 def read_scan_label(path: str | Path, volume: Volume, num_classes: int | None = None) -> np.ndarray:
@@ -181,11 +175,10 @@ def read_scan_label(path: str | Path, volume: Volume, num_classes: int | None = 
     ``volume.stored_type`` becomes the label's. Raises DataError for a file that is damaged, of another shape, or whose
     axes and spacing do not fit the image's.
     """
-    stored = _load(Path(path))
-    voxels, affine = stored.voxels, TO_RAS if stored.affine is None else stored.affine
-    volume.stored_type = voxels.dtype.name
+    (voxels,), affine, volume.stored_type, _ = load_scan([Path(path)])
+    affine = TO_RAS if affine is None else affine
     found, wanted = orientation_of(affine), orientation_of(volume.affine)
-    voxels, affine = reorient(stored.intensities(voxels), affine, wanted)
+    voxels, affine = reorient(voxels, affine, wanted)
     label = checked_label(path, voxels, volume.image.shape[:3], num_classes)
     between = np.linalg.inv(volume.affine) @ affine  # from the label's voxels to the image's
     apart = not np.allclose(between[:3, 3], 0, atol=0.1)
@@ -247,16 +240,22 @@ def _read_prepared(path: Path, preprocessing: Preprocessing) -> Volume:
     return volume
 
 
-def _load(path: Path, time_point: int | slice | None = None) -> Stored:
-    """Read a scan's voxels and geometry, and check them."""
+def _load(path: Path, time_point: int | None, count: int) -> Stored:
+    """Read all ``count`` volumes of a file as channels, or the wanted one, and check the geometry."""
     name = path.name.lower()
     with reading(path, "scan", "copy, unpack or export it again"):
         if path.is_dir() or name.endswith(("dicomdir", *_DICOM)) or _beginning(path, 132)[128:] == b"DICM":
-            stored = Stored(*load_dicom(path, None if isinstance(time_point, slice) else time_point))
+            voxels, affine = load_dicom(path, time_point)
+            stored = Stored([voxels], affine, voxels.dtype.name)
         else:
-            stored = _load_itk(path) if name.endswith(_ITK) else _load_nibabel(path)  # voxels (t, z, y, x)
-            chosen = choose(path, len(stored.voxels), time_point, "volumes")
-            stored = stored._replace(voxels=stored.voxels[chosen])
+            stored = _load_itk(path) if name.endswith(_ITK) else _load_nibabel(path)
+            if count == 1 or time_point is not None:
+                chosen = choose(path, len(stored.channels), time_point, "volumes")
+                stored = stored._replace(channels=stored.channels[chosen : chosen + 1])
+    if len(stored.channels) != count:
+        raise DataError(f"{path}: has {counted(len(stored.channels), 'channel')}; expected {count}, or a file for each")
+    if not all(np.isfinite([one.min(), one.max()]).all() for one in stored.channels):
+        raise DataError(f"{path}: holds values that are NaN or infinite; repair the file")
     if stored.affine is not None and (not is_affine(stored.affine) or "?" in orientation_of(stored.affine)):
         raise DataError(f"{path}: its affine does not say how the three axes run in mm; repair the header")
     _compare_forms(path, stored.header)
@@ -289,7 +288,7 @@ def _compare_forms(path: Path, header: Any) -> None:
 
 
 def _load_itk(path: Path) -> Stored:
-    """Load an NRRD or MetaImage file, with voxels (t, z, y, x); channels count as time points."""
+    """Load an NRRD or MetaImage file, with every volume in it as a channel."""
     import SimpleITK
     from nibabel import Nifti1Header
 
@@ -331,52 +330,45 @@ def _load_itk(path: Path) -> Stored:
     other_units = says(rb'(space )?units: *"(?!mm")|DistanceUnits *= *(?!mm|\?)')
     # A MetaImage's line from stored numbers to intensities, which ITK does not apply.
     line = number(b"ElementToIntensityFunctionSlope", 1), number(b"ElementToIntensityFunctionOffset", 0)
-    return Stored(array, TO_RAS @ affine if sized and not other_units else None, *line, header)
+    values = array if line == (1, 0) else array * line[0] + line[1]
+    return Stored(values, TO_RAS @ affine if sized and not other_units else None, array.dtype.name, header)
 
 
 def _load_nibabel(path: Path) -> Stored:
-    """Load NIfTI (one file or two), Analyze or FreeSurfer's MGH, with voxels (t, z, y, x)."""
+    """Load NIfTI (one file or two), Analyze or FreeSurfer's MGH, with every volume in it as a channel."""
     import nibabel
 
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # it prints what the errors below say
-    name = path.name.lower()
-    image, data, is_mgh, sides = None, path, name.endswith((".mgz", ".mgh")), (1,)
-    if name.removesuffix(".gz").endswith((".hdr", ".img")):
-        image = nibabel.load(path)
-        data = Path(image.file_map["image"].filename)
+    image = nibabel.load(path)
+    if not isinstance(image, nibabel.AnalyzeImage | nibabel.MGHImage):
+        raise ValueError(f"its format is that of {type(image).__name__}")
+    header, proxy, shape, dtype = image.header, image.dataobj, image.shape, image.get_data_dtype()
+    check_declared(path, "image", shape, dtype, remedy="convert or crop it")
+    if len(shape) < 3 or 0 in shape or sum(length > 1 for length in shape[3:]) > 1:
+        raise DataError(f"{path}: has shape {brief(shape)}; expected one scan with three axes")
+    data, is_mgh = Path(image.file_map["image"].filename), isinstance(image, nibabel.MGHImage)
     packed = _beginning(data, 2) == b"\x1f\x8b"
-    with (gzip.open if packed else open)(data, "rb") as stream:
-        if image is None:
-            is_second = stream.read(4) in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")  # 540, the length of NIfTI-2's header
-            stream.seek(0)
-            kind = nibabel.MGHImage if is_mgh else nibabel.Nifti2Image if is_second else nibabel.Nifti1Image
-            image = kind.from_stream(stream)
-            if not is_mgh and not image.header["magic"].item().startswith(b"n+"):
-                raise ValueError("its header is that of a pair of files, .hdr and .img")
-            stream.seek(0)
-            if not is_mgh:
-                sides = kind.header_class.from_fileobj(stream, check=False)["pixdim"][1:4]  # nibabel makes 1 of 0
-        header, proxy, shape, dtype = image.header, image.dataobj, image.shape, image.get_data_dtype()
-        check_declared(path, "image", shape, dtype, remedy="convert or crop it")
-        if len(shape) < 3 or 0 in shape or sum(length > 1 for length in shape[3:]) > 1:
-            raise DataError(f"{path}: has shape {brief(shape)}; expected one scan with three axes")
-        end, size = proxy.offset + math.prod(shape) * dtype.itemsize, data.stat().st_size
-        if end > size * (MAX_INFLATION if packed else 1):
-            raise ValueError(f"{size} bytes, its header declares {end}{' unpacked' if packed else ''}")
-        voxels = np.asanyarray(proxy.get_unscaled()).reshape((*shape[:3], -1), order="F")
+    end, size = proxy.offset + math.prod(shape) * dtype.itemsize, data.stat().st_size
+    if end > size * (MAX_INFLATION if packed else 1):
+        raise ValueError(f"{size} bytes, its header declares {end}{' unpacked' if packed else ''}")
+    voxels = np.asanyarray(proxy.get_unscaled()).reshape((*shape[:3], -1), order="F")
+    with nibabel.openers.ImageOpener(str(data)) as stream:
+        is_single = isinstance(image, nibabel.Nifti1Image)  # nibabel's own header has 1 for a side of 0
+        sides = type(header).from_fileobj(stream, check=False)["pixdim"][1:4] if is_single else (1,)
         stream.seek(end)
         # At the end of the stream gzip compares the checksum; nibabel does not read that far. MGH continues with facts.
         if stream.read(2**20) and not is_mgh:
             raise ValueError(f"it continues after the {end} bytes that its header declares")
-    voxels = voxels.astype(dtype.newbyteorder("="), copy=False).T
+    voxels = voxels.astype(dtype.newbyteorder("="), copy=False).T  # (t, z, y, x)
+    values = voxels if (proxy.slope, proxy.inter) == (1, 0) else voxels * proxy.slope + proxy.inter
     if isinstance(header, nibabel.Nifti1Header):
-        if not (np.all(sides) or header["sform_code"]):
-            return Stored(voxels, None, proxy.slope, proxy.inter, header)
-        affine = np.diag([*[_MILLIMETRES.get(int(header["xyzt_units"]) & 7, 1.0)] * 3, 1]) @ header.get_best_affine()
-        return Stored(voxels, affine, proxy.slope, proxy.inter, header)
-    if is_mgh and header["goodRASFlag"]:
-        return Stored(voxels, np.array(image.affine, float))
-    forms = nibabel.Nifti1Header()
-    forms.set_data_shape(shape[:3])
-    forms.set_zooms(header.get_zooms()[:3])
-    return Stored(voxels, forms.get_best_affine(), proxy.slope, proxy.inter, forms)
+        metres = np.diag([*[_MILLIMETRES.get(int(header["xyzt_units"]) & 7, 1.0)] * 3, 1])
+        affine = metres @ header.get_best_affine() if np.all(sides) or header["sform_code"] else None
+    elif is_mgh and header["goodRASFlag"]:
+        affine, header = np.array(image.affine, float), None
+    else:
+        sides, header = header.get_zooms()[:3], nibabel.Nifti1Header()
+        header.set_data_shape(shape[:3])
+        header.set_zooms(sides)
+        affine = header.get_best_affine()
+    return Stored(values, affine, voxels.dtype.name, header)

@@ -42,11 +42,11 @@ COMPRESSION = 1  # zlib level of prepared files: the fastest
 class Volume:
     """One scan with its label; axes are (z, y, x).
 
-    image: float32 (D, H, W), of several channels (D, H, W, C), or a ScanImage that computes it slice by slice; label:
-    uint8 (D, H, W) or None; spacing: (z, y, x) in mm or None; affine: float64 (4, 4) from voxel index (x, y, z) to mm
-    in NIfTI's right-anterior-superior space, or None; class_names: without background. orientation and stored_type
-    describe the original file: the direction of its x, y and z (``RAS``; None: as here), and the number type of its
-    label, or of its image where it has no label (None: unknown).
+    image: float32 (D, H, W), of several channels (D, H, W, C); label: uint8 (D, H, W) or None; spacing: (z, y, x) in mm
+    or None; affine: float64 (4, 4) from voxel index (x, y, z) to mm in NIfTI's right-anterior-superior space, or None;
+    class_names: without background. orientation and stored_type describe the original file: the direction of its x, y
+    and z (``RAS``; None: as here), and the number type of its label, or of its image where it has no label (None:
+    unknown).
     """
 
     name: str

@@ -10,7 +10,7 @@ import SimpleITK
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
 from datasets import Preprocessing, read_scan
-from datasets.scan import write_segmentation
+from datasets.scan import load_scan, write_segmentation
 from tests.datasets.test_scan import turn
 
 STORED = np.random.default_rng(2).integers(0, 2500, (12, 9, 12)).astype(np.int16)
@@ -44,10 +44,9 @@ def write_dicom(folder, positions=range(7), degrees=0.0, first=0, **elements):
     return folder
 
 
-def values(volume):
+def values(path, time_point=None):
     """Return a scan's real values, (D, H, W)."""
-    (stored,) = volume.image.channels
-    return stored.intensities(stored.voxels)
+    return load_scan([path], time_point=time_point).channels[0]
 
 
 @pytest.mark.parametrize("degrees", [0, 25])
@@ -94,12 +93,12 @@ def test_every_slice_has_the_values_that_its_own_rescale_gives(tmp_path, slopes)
     multi_frame(tmp_path / "frames.dcm", slopes)
     volume = read_scan(tmp_path / "frames.dcm", Preprocessing())
     expected = STORED[:3] * np.reshape(slopes, (3, 1, 1)) - 10
-    np.testing.assert_allclose(values(volume), expected[::-1], atol=1e-9)
+    np.testing.assert_allclose(values(tmp_path / "frames.dcm"), expected[::-1], atol=1e-9)
     assert (volume.spacing, volume.affine[2, 3]) == ((5, 0.8, 0.75), -10)
     for kind in ("MONOCHROME1", "MONOCHROME2"):  # which says how to show the values, not what they are
         elements = {"RescaleIntercept": -10, "PhotometricInterpretation": kind}
         folder = write_dicom(tmp_path / kind, range(3), RescaleSlope=lambda z, _: slopes[z], **elements)
-        np.testing.assert_allclose(values(read_scan(folder, Preprocessing())), expected, atol=1e-9)
+        np.testing.assert_allclose(values(folder), expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("decimals", [1, 2, 6])
@@ -170,20 +169,20 @@ def test_a_time_point_is_chosen_at_every_position(tmp_path, refused):
     folder = write_dicom(tmp_path / "series", [0, 1, 2, 0, 1, 2])
     for time in (0, 1):
         expected = STORED[3 * time : 3 * time + 3] - 1024
-        np.testing.assert_array_equal(values(read_scan(folder, Preprocessing(), time)), expected)
+        np.testing.assert_array_equal(values(folder, time), expected)
     refused(lambda: read_scan(folder, Preprocessing(), 2), "no time point 2")
 
 
 def test_a_series_is_found_from_its_file_its_parents_and_among_other_files(tmp_path, refused, caplog):
     caplog.set_level(logging.INFO)
     folder = write_dicom(tmp_path / "patient" / "study" / "series")
-    expected = values(read_scan(folder, Preprocessing()))
+    expected = values(folder)
     write_dicom(folder, [0], first=8, SOPClassUID="1.2.840.10008.5.1.4.1.1.481.5", SeriesInstanceUID="1.9")
     (folder / "notes.txt").touch()
     (tmp_path / "DICOMDIR").touch()
     for path in (folder, tmp_path, folder / "5.dcm", tmp_path / "DICOMDIR"):
         caplog.clear()
-        np.testing.assert_array_equal(values(read_scan(path, Preprocessing())), expected)
+        np.testing.assert_array_equal(values(path), expected)
         assert path == folder / "5.dcm" or ("RT Plan" in caplog.text and "notes.txt" in caplog.text)
         assert path == folder or "the series of 7 files" in caplog.text
     refused(lambda: read_scan(folder / "4.dcm", Preprocessing()), "RT Plan")
@@ -202,6 +201,6 @@ def test_compressed_slices_are_decoded_and_cut_ones_refused(tmp_path, refused):
         header = pydicom.dcmread(path)
         header.compress(RLELossless)
         header.save_as(path)
-    np.testing.assert_array_equal(values(read_scan(folder, Preprocessing())), STORED[:7] - 1024)
+    np.testing.assert_array_equal(values(folder), STORED[:7] - 1024)
     (folder / "5.dcm").write_bytes((folder / "5.dcm").read_bytes()[:-60])
     refused(lambda: read_scan(folder, Preprocessing()), "5.dcm", "export")

@@ -6,7 +6,7 @@ import pytest
 
 from datasets import Preprocessing, Volume, read_scan, read_volume, write_volume
 from datasets.preprocessing import orientation_of, reorient
-from datasets.scan import label_ending, read_scan_label, write_segmentation
+from datasets.scan import label_ending, load_scan, read_scan_label, write_segmentation
 from utils.evaluation import save_nifti
 
 nibabel = pytest.importorskip("nibabel")
@@ -105,7 +105,7 @@ def test_scaled_integers_are_what_their_header_says(tmp_path):
     file.set_data_dtype(np.int16)
     nibabel.save(file, tmp_path / "scan.nii")
     volume = read_scan(tmp_path / "scan.nii", Preprocessing(None, (-1000.0, 1600.0)))
-    assert volume.image.channels[0].voxels.dtype == np.int16
+    assert volume.stored_type == "int16"
     np.testing.assert_allclose(np.asarray(volume.image), (values.T + 1000) / 2600, atol=1e-4)
 
 
@@ -242,7 +242,7 @@ def test_one_of_several_volumes_is_chosen(tmp_path, refused):
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(np.moveaxis(array, 0, 3), isVector=True), str(tmp_path / "b.nrrd"))
     for name in ("a.nii", "a.nrrd", "b.nrrd"):
         refused(lambda name=name: read_scan(tmp_path / name, Preprocessing()), name, "3 volumes", "--time_point 0 to 2")
-        np.testing.assert_array_equal(read_scan(tmp_path / name, Preprocessing(), 1).image.channels[0].voxels, array[1])
+        np.testing.assert_array_equal(load_scan([tmp_path / name], time_point=1).channels[0], array[1])
         refused(lambda name=name: read_scan(tmp_path / name, Preprocessing(), 3), name, "no time point 3")
 
 
@@ -271,9 +271,8 @@ def test_the_line_from_stored_numbers_to_intensities_is_applied_for_metaimage_as
     line, voxels = "ElementToIntensityFunction{} = {}\n", np.arange(120, dtype=np.int16).tobytes()
     lines = f"{line.format('Slope', 2.5)}{line.format('Offset', -10)}ElementSpacing = 1 1 3\nElementType"
     (tmp_path / "a.mha").write_bytes(MHA.replace("ElementType", lines).encode() + voxels)
-    volume = read_scan(tmp_path / "a.mha", Preprocessing(None, (-10, 287.5)))
-    assert volume.image.extent == (-10, 287.5) and volume.spacing == (3, 1, 1)
-    np.testing.assert_allclose(np.ravel(volume.image), np.arange(120) / 119, atol=1e-6)
+    np.testing.assert_array_equal(np.ravel(load_scan([tmp_path / "a.mha"]).channels), np.arange(120) * 2.5 - 10)
+    assert read_scan(tmp_path / "a.mha", Preprocessing()).spacing == (3, 1, 1)
 
 
 def test_a_prepared_volume_is_taken_as_it_is(tmp_path, refused, make_volume):
