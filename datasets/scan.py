@@ -108,8 +108,8 @@ def read_scan(path: str | Path | Sequence[Path], preprocessing: Preprocessing, t
     Of several channels ``path`` is the files, one of them as in ``channel_files``, or one file that holds all.
     time_point: the wanted one, from 0, where the scan has several. The intensities are scaled to [0, 1], those of a
     prepared volume taken as they are. ``affine`` describes the axes after preprocessing, ``orientation`` those of the
-    file; ``stored_type`` is its number type. Raises DataError as ``load_scan`` does, and for
-    a prepared volume that does not fit the preprocessing.
+    file; ``stored_type`` is its number type. Raises DataError as ``load_scan`` does, and for prepared volumes that do
+    not fit the preprocessing.
     """
     from nibabel import Nifti1Header
 
@@ -248,10 +248,13 @@ def _load(path: Path, time_point: int | None, count: int) -> Stored:
             voxels, affine = load_dicom(path, time_point)
             stored = Stored([voxels], affine, voxels.dtype.name)
         else:
-            stored = _load_itk(path) if name.endswith(_ITK) else _load_nibabel(path)
+            stored, line = _load_itk(path) if name.endswith(_ITK) else _load_nibabel(path)
+            channels = stored.channels
             if count == 1 or time_point is not None:
-                chosen = choose(path, len(stored.channels), time_point, "volumes")
-                stored = stored._replace(channels=stored.channels[chosen : chosen + 1])
+                channels = [channels[choose(path, len(channels), time_point, "volumes")]]
+            if line != (1, 0):
+                channels = [voxels * line[0] + line[1] for voxels in channels]
+            stored = stored._replace(channels=channels)
     if len(stored.channels) != count:
         raise DataError(f"{path}: has {counted(len(stored.channels), 'channel')}; expected {count}, or a file for each")
     if not all(np.isfinite([one.min(), one.max()]).all() for one in stored.channels):
@@ -287,8 +290,11 @@ def _compare_forms(path: Path, header: Any) -> None:
         )  # fmt: skip
 
 
-def _load_itk(path: Path) -> Stored:
-    """Load an NRRD or MetaImage file, with every volume in it as a channel."""
+def _load_itk(path: Path) -> tuple[Stored, tuple[float, float]]:
+    """Load the stored numbers of an NRRD or MetaImage file, and the slope and intercept that make intensities of them.
+
+    Every volume in it is a channel.
+    """
     import SimpleITK
     from nibabel import Nifti1Header
 
@@ -306,36 +312,32 @@ def _load_itk(path: Path) -> Stored:
     array = SimpleITK.GetArrayFromImage(image)  # (t, z, y, x) or (z, y, x, t)
     array = np.moveaxis(array, -1, 0) if shape[-1] > 1 else array
     array = array.reshape((count, *shape[2::-1]))
-    text = _beginning(path, 2**16)
-
-    def says(words: bytes) -> re.Match | None:
-        return re.search(rb"^(%s)" % words, text, re.MULTILINE | re.IGNORECASE)
-
-    def number(key: bytes, default: float) -> float:
-        found = says(key + rb" *= *(\S+)")
-        return float(found[2]) if found else default
-
-    start = says(rb"ElementDataFile *= *LOCAL\r?\n")
-    if start and says(b"CompressedData *= *True"):
-        zlib.decompress(path.read_bytes()[start.end() :])  # compares the checksum, which ITK does not
+    header = _beginning(path, 2**16).decode("latin-1")
+    said = {key.lower(): value for key, value in re.findall(r"(?m)^([\w ]+?) *[:=] *(.*?)\r?$", header)}
+    if said.get("compresseddata", "").lower() == "true" and said.get("elementdatafile") == "LOCAL":
+        content = path.read_bytes()
+        zlib.decompress(re.split(rb"LOCAL\r?\n", content, maxsplit=1)[1])  # compares the checksum, which ITK does not
     dims = image.GetDimension()
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (dims, dims))[:3, :3] * image.GetSpacing()[:3]
     affine[:3, 3] = image.GetOrigin()[:3]
-    header = None
-    if not says(b"space: *(left|right)-|space: *[LR]|TransformMatrix|Orientation|Rotation"):
-        header = Nifti1Header()
-        header["pixdim"][1:4] = image.GetSpacing()[:3]
-    sized = says(b"spacings:|space directions:|ElementSpacing|ElementSize")
-    other_units = says(rb'(space )?units: *"(?!mm")|DistanceUnits *= *(?!mm|\?)')
-    # A MetaImage's line from stored numbers to intensities, which ITK does not apply.
-    line = number(b"ElementToIntensityFunctionSlope", 1), number(b"ElementToIntensityFunctionOffset", 0)
-    values = array if line == (1, 0) else array * line[0] + line[1]
-    return Stored(values, TO_RAS @ affine if sized and not other_units else None, array.dtype.name, header)
+    forms = None
+    directed = (
+        said.get("space", "?")[:1].upper() in ("L", "R") or {"transformmatrix", "orientation", "rotation"} & said.keys()
+    )
+    if not directed:
+        forms = Nifti1Header()
+        forms["pixdim"][1:4] = image.GetSpacing()[:3]
+    sized = {"spacings", "space directions", "elementspacing", "elementsize"} & said.keys()
+    units = said.get("space units") or said.get("units") or said.get("distanceunits") or "?"
+    affine = TO_RAS @ affine if sized and units.strip('"').lower().startswith(("mm", "?")) else None
+    # ITK does not apply the line of a MetaImage.
+    line = (float(said.get(f"elementtointensityfunction{key}", value)) for key, value in (("slope", 1), ("offset", 0)))
+    return Stored(array, affine, array.dtype.name, forms), tuple(line)
 
 
-def _load_nibabel(path: Path) -> Stored:
-    """Load NIfTI (one file or two), Analyze or FreeSurfer's MGH, with every volume in it as a channel."""
+def _load_nibabel(path: Path) -> tuple[Stored, tuple[float, float]]:
+    """Load NIfTI (one file or two), Analyze or FreeSurfer's MGH as ``_load_itk`` does."""
     import nibabel
 
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # it prints what the errors below say
@@ -360,7 +362,6 @@ def _load_nibabel(path: Path) -> Stored:
         if stream.read(2**20) and not is_mgh:
             raise ValueError(f"it continues after the {end} bytes that its header declares")
     voxels = voxels.astype(dtype.newbyteorder("="), copy=False).T  # (t, z, y, x)
-    values = voxels if (proxy.slope, proxy.inter) == (1, 0) else voxels * proxy.slope + proxy.inter
     if isinstance(header, nibabel.Nifti1Header):
         metres = np.diag([*[_MILLIMETRES.get(int(header["xyzt_units"]) & 7, 1.0)] * 3, 1])
         affine = metres @ header.get_best_affine() if np.all(sides) or header["sform_code"] else None
@@ -371,4 +372,4 @@ def _load_nibabel(path: Path) -> Stored:
         header.set_data_shape(shape[:3])
         header.set_zooms(sides)
         affine = header.get_best_affine()
-    return Stored(values, affine, voxels.dtype.name, header)
+    return Stored(voxels, affine, voxels.dtype.name, header), (proxy.slope, proxy.inter)
