@@ -21,12 +21,11 @@ from datasets.errors import DataError, brief, counted
 from datasets.files import atomic_write
 from datasets.image_files import read_grey, read_image
 from datasets.info import DatasetInfo
-from datasets.lists import write_lists
+from datasets.lists import divide, refuse_names, write_lists
 from datasets.preparation import Case, Pair, prepare_images, prepare_volumes, read_case, run_all
 from datasets.preprocessing import ColourPreprocessing, Preprocessing, Scale, orientation_of, preprocessing_from_dict
 from datasets.raw_forms import JSON, MAX_CLASSES, Raw, read_json, recognise
 from datasets.scan import load_scan, read_scan_label
-from datasets.splits import divide, refuse_names
 from datasets.volumes import Volume
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from pathlib import Path
 from datasets.errors import DataError
 from datasets.image_files import image_files
 from datasets.info import DatasetInfo
-from datasets.lists import write_lists
-from datasets.preparation import paired, prepare_images, read_pair, ready_made, split_names
+from datasets.lists import split_names, write_lists
+from datasets.preparation import paired, prepare_images, read_pair, ready_made
 from datasets.preprocessing import RGB, ColourPreprocessing
 
 INFO = DatasetInfo(

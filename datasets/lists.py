@@ -1,16 +1,18 @@
-"""Names of files and cases, the lists of a split, and the files that they name.
+"""Names of files and cases, the lists of a split, the files that they name, and the division of cases into lists.
 
 ``<list_dir>/<split>.txt`` has one entry a line: a file name with its extension, or a patient, volume or slice, which
 stands for every file of that name or with ``_`` after it (``patient001`` for ``patient001_frame01...``, never for
 ``patient0010...``). ``val.txt`` may also be called ``valid.txt`` (MT-UNet).
 """
 
+import json
+import random
 import re
 from collections import Counter
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from datasets.errors import DataError, brief
+from datasets.errors import DataError, brief, counted
 from datasets.files import atomic_write
 from datasets.storage import reading
 
@@ -20,8 +22,6 @@ _SLICE = re.compile(r"(?P<volume>.+?)_slice(?P<phase>E[DS])?_?[0-9]+")
 # The names of public data in which several scans belong to one person: patient001_frame01, case_002_volume_ED,
 # sub-01_ses-2. Elsewhere a number is as often that of a scan as that of a person.
 _PERSON = re.compile(r"sub-[A-Za-z0-9]+|(?:patient|case|subject)[-_]?[0-9]+(?![A-Za-z0-9])", re.IGNORECASE)
-
-
 PATTERN_HELP = "regular expression that finds the patient in a name, where several scans belong to one"
 
 
@@ -68,16 +68,14 @@ def patient_of(name: str, pattern: str | None = None) -> str:
     Raises DataError for a pattern that is not one or does not fit the name.
     """
     name = volume_name(name)
-    if pattern is None:
-        found = _PERSON.match(name)
-        return found.group() if found else name
     try:
-        found = re.search(pattern, name)
+        found = re.search(pattern, name) if pattern is not None else _PERSON.match(name)
     except re.error as error:
         raise DataError(f"--patient_pattern {pattern}: not a regular expression ({error})") from error
-    if not found or not found.group(found.re.groups and 1):
+    patient = found[found.re.groups and 1] if found else ""
+    if not patient and pattern is not None:
         raise DataError(f"{name}: --patient_pattern {pattern} finds no patient in this name; correct the pattern")
-    return found.group(found.re.groups and 1)
+    return patient or name
 
 
 def beginnings(name: str) -> list[str]:
@@ -139,7 +137,7 @@ def select_files(
 
     root: folder of the files; a folder inside it with the split's name takes precedence (MT-UNet's layout). only,
     without: names to keep or to leave out, each of an entry's volume or of its first words (``case0005``). Raises
-    DataError as ``read_list`` and ``named_files`` do, for a name that the list does not have, and for a missing folder.
+    DataError for a bad list, a name that the list does not have, an entry without a file, and a missing folder.
     """
     source = list_path(list_dir, split)
     entries = _chosen(source, read_list(list_dir, split), only, without)
@@ -210,3 +208,75 @@ def write_lists(folder: str | Path, parts: Mapping[str, Sequence[str]]) -> None:
             continue
         with atomic_write(path) as temporary:
             temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+
+
+def split_names(names: Iterable[str], counts: Sequence[int], seed: int = 2222) -> list[list[str]]:
+    """Divide names into parts: sort them, shuffle them once, cut. Returns the parts, each in natural order.
+
+    counts: names in each part. Where the number of names is another, the parts keep these proportions.
+    """
+    names = sorted(set(names))
+    random.Random(seed).shuffle(names)
+    ends = [round(len(names) * sum(counts[: index + 1]) / sum(counts)) for index in range(len(counts))]
+    return [sorted(names[start:end], key=natural_key) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def refuse_names(raw: str | Path, names: Collection[str]) -> None:
+    """Raise DataError for fewer than two cases, and for names by which lists could not tell files apart."""
+    if len(names) < 2:
+        raise DataError(f"{raw}: has {counted(len(names), 'case')}; expected 2 or more, to train and to validate on")
+    for name in names:
+        other = next((start for start in beginnings(name)[:-1] if start in names), None)
+        if other is not None:
+            raise DataError(f"{raw}: in lists, {other} also means {name}; rename one of the two cases")
+        if is_slice(name) or has_path(name) or name != name.strip():
+            raise DataError(f"{raw}: a case is called {name!r}, which lists read otherwise; rename it")
+
+
+def divide(
+    names: Sequence[str], folds: int | None = None, test: int = 0, splits: Path | None = None, seed: int = 2222,
+    pattern: str | None = None, left_out: Collection[str] = (),
+) -> list[dict[str, list[str]]]:  # fmt: skip
+    """Return for each fold the names that train and validate, and those that test where ``test`` percent are held out.
+
+    Patients, of which ``pattern`` finds the name, are shuffled once. Each validates in one of ``folds`` folds, by
+    default 5 or as many as there are patients. splits: a ``splits_final.json`` of nnU-Net, or a folder of lists, in
+    their place; it may name cases that were ``left_out``. Raises DataError for splits that name other cases.
+    """
+    if splits is not None:
+        return _given(names, splits, left_out)
+    patients: dict[str, list[str]] = {}
+    for name in names:
+        patients.setdefault(patient_of(name, pattern), []).append(name)
+    folds = folds or max(2, min(5, len(patients) - bool(test)))
+    held, *validating = split_names(patients, [test * folds / (100 - test), *[1] * folds], seed)
+    if folds < 2 or not all(validating) or (test and not held):
+        raise DataError(
+            f"--folds {folds} --test {test}: too few patients ({len(patients)}), or --folds 1; expected a patient or "
+            "more in each fold and in the test part"
+        )
+    lists = []
+    for val in validating:
+        train = [patient for others in validating if others is not val for patient in others]
+        parts = {"train": train, "val": val} | ({"test": held} if held else {})
+        named = {part: [name for patient in members for name in patients[patient]] for part, members in parts.items()}
+        lists.append({part: sorted(members, key=natural_key) for part, members in named.items()})
+    return lists
+
+
+def _given(names: Sequence[str], splits: Path, left_out: Collection[str]) -> list[dict[str, list[str]]]:
+    """Return the splits of nnU-Net's file, or of a folder of lists."""
+    if splits.is_dir():
+        there = [part for part in ("train", "val", "test") if list_path(splits, part).is_file()]
+        lists = [{part: read_list(splits, part) for part in there}]
+    else:
+        with reading(splits, "splits_final.json", "correct it, or give another or a folder of lists as --splits"):
+            lists = json.loads(splits.read_text(encoding="utf-8-sig"))
+            lists = [{part: list(map(str, one[part])) for part in one} for one in lists]
+    for one in lists or [{}]:
+        missing = {"train", "val"} - {part for part in one if one[part]}
+        unknown = sorted({name for part in one.values() for name in part} - {*names, *left_out})
+        if missing or unknown:
+            what = f"has no {missing.pop()} list" if missing else f"names {unknown[0]}, which is not a case"
+            raise DataError(f"{splits}: {what}; the cases are {brief(', '.join(names), 80)}")
+    return [{part: [name for name in one[part] if name in {*names}] for part in one} for one in lists]

@@ -6,7 +6,6 @@ the others are complete, so a later run skips what is finished and repeats what 
 
 import logging
 import multiprocessing
-import random
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -33,7 +32,6 @@ from datasets.image_files import (
     read_image,
 )
 from datasets.info import SLICE_FOLDER, VOLUME_FOLDER, DatasetInfo
-from datasets.lists import natural_key
 from datasets.scan import read_scan, read_scan_label
 from datasets.volumes import Volume, write_slice, write_volume
 
@@ -78,17 +76,6 @@ def ready_made(raw: Path) -> list[Case]:
     folders = raw / IMAGE_FOLDER, raw / MASK_FOLDER
     images, masks = (image_files(folder) if folder.is_dir() else {} for folder in folders)
     return paired(images, masks, f"{IMAGE_FOLDER}/*", f"{MASK_FOLDER}/*.png")
-
-
-def split_names(names: Iterable[str], counts: Sequence[int], seed: int = 2222) -> list[list[str]]:
-    """Divide names into parts: sort them, shuffle them once, cut. Returns the parts, each in natural order.
-
-    counts: names in each part. Where the number of names is another, the parts keep these proportions.
-    """
-    names = sorted(set(names))
-    random.Random(seed).shuffle(names)
-    ends = [round(len(names) * sum(counts[: index + 1]) / sum(counts)) for index in range(len(counts))]
-    return [sorted(names[start:end], key=natural_key) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def read_case(info: DatasetInfo, case: Case, relabel: Relabel | None = None) -> Volume:

@@ -18,8 +18,8 @@ from scipy import ndimage
 from datasets.errors import DataError, brief
 from datasets.image_files import image_files, image_of
 from datasets.info import DatasetInfo
-from datasets.lists import write_lists
-from datasets.preparation import Case, Pair, prepare_images, read_pair, ready_made, split_names
+from datasets.lists import split_names, write_lists
+from datasets.preparation import Case, Pair, prepare_images, read_pair, ready_made
 from datasets.preprocessing import RGB, ColourPreprocessing
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from datasets import DataError, custom, read_scan, read_volume
-from datasets.custom import divide, info_of, prepare
-from datasets.lists import read_list
+from datasets.custom import info_of, prepare
+from datasets.lists import divide, read_list
 from datasets.preprocessing import Scale, preprocessing_from_dict
 from datasets.raw_forms import JSON, recognise
 from tests.conftest import ROOT

@@ -10,8 +10,7 @@ from scipy import ndimage
 from datasets import isic
 from datasets.image_files import read_classes
 from datasets.images import ImageFolder
-from datasets.lists import read_list
-from datasets.preparation import split_names
+from datasets.lists import read_list, split_names
 
 LESION = np.zeros((60, 80), np.uint8)
 LESION[20:41, 30:66] = 1

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets import preparation, segpc
+from datasets import segpc
 from datasets.image_files import read_image, read_mask
 from datasets.images import ImageFolder
-from datasets.lists import read_list
+from datasets.lists import read_list, split_names
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = (96, 128)
@@ -143,4 +143,4 @@ def test_the_lists_are_the_challenges_images_divided_by_our_seed():
     train, val, test = (read_list(ROOT / segpc.INFO.list_dir, part) for part in segpc.INFO.splits)
     assert (len(train), len(val), len(test)) == (238, 60, 200)
     assert len({*train, *val, *test}) == 498
-    assert preparation.split_names(reversed([*val, *train]), segpc.COUNTS) == [train, val]
+    assert split_names(reversed([*val, *train]), segpc.COUNTS) == [train, val]
