@@ -130,12 +130,6 @@ def read_volume(
     return Volume(data_name(path), image, label, **facts)
 
 
-def read_slice(path: str | Path, num_classes: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Read and check one slice as ``read_volume`` does: returns (image float32 (H, W), label uint8 (H, W))."""
-    single = read_volume(path, num_classes, ndim=2)
-    return single.image, single.label
-
-
 def write_volume(path: str | Path, volume: Volume) -> None:
     """Write a Volume with its label to compressed HDF5; the file appears whole or not at all."""
     # Through memory: on a full disk HDF5's own writing prints tracebacks and may crash the interpreter.

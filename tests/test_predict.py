@@ -222,8 +222,8 @@ def test_preprocessing_comes_from_the_checkpoint(threshold, tmp_path):
     assert not np.array_equal(ours.read(scan).image[3], other.read(scan).image[3])
 
 
-def test_a_scan_s_image_is_read_slice_by_slice(tmp_path):
-    """No more than a few slices are ever floats, whatever the length of the scan."""
+def test_a_prediction_takes_the_memory_of_a_few_slices(tmp_path):
+    """Beside the image and the prediction, whatever the length of the scan."""
     scan = tmp_path / "scan.nii"
     nibabel.save(nibabel.Nifti1Image(np.zeros((128, 128, 300), np.int16), np.eye(4)), scan)
     model = Threshold()

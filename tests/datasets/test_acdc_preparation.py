@@ -8,7 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from datasets import acdc, read_slice, read_volume
+from datasets import acdc, read_volume
 from datasets.preprocessing import reorient
 
 AFFINE = np.array([[-1.5, 0, 0, 40], [0, -1.25, 0, 60], [0, 0, 8, -20], [0, 0, 0, 1.0]])
@@ -57,8 +57,9 @@ def test_nifti_voxels_arrive_where_they_belong(tmp_path):
         np.testing.assert_array_equal(case.label, label.transpose())
         for z in range(SHAPE[2]):
             path = tmp_path / "out" / "train_npz" / f"patient001_frame{frame:02d}_slice{z:03d}.npz"
-            np.testing.assert_array_equal(read_slice(path)[0], case.image[z])
-            np.testing.assert_array_equal(read_slice(path)[1], case.label[z])
+            single = read_volume(path, ndim=2)
+            np.testing.assert_array_equal(single.image, case.image[z])
+            np.testing.assert_array_equal(single.label, case.label[z])
 
 
 @pytest.mark.parametrize("above", ["", "data", "ACDC/ACDC_training_volumes"])

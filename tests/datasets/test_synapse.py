@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datasets import SliceDataset, VolumeDataset, read_slice, read_volume, synapse, write_slice, write_volume
+from datasets import SliceDataset, VolumeDataset, read_volume, synapse, write_slice, write_volume
 from datasets.lists import read_list
 from datasets.preprocessing import reorient
 from datasets.volumes import Volume
@@ -75,8 +75,9 @@ def test_voxels_and_labels_arrive_where_they_belong(tmp_path):
         np.testing.assert_allclose(volume.affine, nibabel.load(raw / "img" / f"img{case:04d}.nii.gz").affine, atol=1e-5)
         for z in range(SHAPE[0]):
             path = tmp_path / "out" / "train_npz" / f"case{case:04d}_slice{z:03d}.npz"
-            np.testing.assert_array_equal(read_slice(path, 9)[0], volume.image[z])
-            np.testing.assert_array_equal(read_slice(path, 9)[1], volume.label[z])
+            single = read_volume(path, 9, ndim=2)
+            np.testing.assert_array_equal(single.image, volume.image[z])
+            np.testing.assert_array_equal(single.label, volume.label[z])
 
 
 def test_unfit_raw_folders_are_refused(tmp_path, refused):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from datasets import SliceDataset, VolumeDataset, read_slice, read_volume, write_slice, write_volume
+from datasets import SliceDataset, VolumeDataset, read_volume, write_slice, write_volume
 
 
 @pytest.mark.parametrize("shape", [(3, 20, 14), (1, 20, 14), (1, 1, 1)])
@@ -23,7 +23,7 @@ def test_volumes_and_slices_are_read_as_they_were_written(tmp_path, make_volume,
     with h5py.File(tmp_path / "patient001_frame01.npy.h5") as file:  # what TransUNet's own code reads
         np.testing.assert_array_equal(file["image"][:], volume.image)
     write_slice(tmp_path / "s.npz", volume, shape[0] - 1)
-    image, label = read_slice(tmp_path / "s.npz", 4)
+    image, label = (getattr(read_volume(tmp_path / "s.npz", 4, ndim=2), key) for key in ("image", "label"))
     np.testing.assert_array_equal(image, volume.image[-1])
     np.testing.assert_array_equal(label, volume.label[-1])
     with np.load(tmp_path / "s.npz") as file:
@@ -163,7 +163,7 @@ def _open(prepared, **changes):
 def test_without_augmentation_a_sample_is_the_slice_resized(prepared):
     dataset = _open(prepared, augment=False, img_size=20)
     assert [dataset[i]["name"] for i in (0, 3)] == ["patient001_frame01_slice000", "patient001_frame09_slice000"]
-    image, label = read_slice(dataset.files[4])
+    image, label = dataset.read(4)
     sample = dataset[4]
     assert (len(dataset), sample["image"].dtype, sample["label"].dtype) == (12, torch.float32, torch.int64)
     # The rows are as many as before; of the columns, the first and the last stay where they are.

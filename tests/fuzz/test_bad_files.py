@@ -23,7 +23,7 @@ import SimpleITK
 import torch
 from PIL import Image
 
-from datasets import DataError, Preprocessing, Volume, read_scan, read_slice, read_volume, write_slice, write_volume
+from datasets import DataError, Preprocessing, Volume, read_scan, read_volume, write_slice, write_volume
 from datasets.acdc import CLASS_NAMES
 from datasets.image_files import read_image, read_mask
 from datasets.lists import read_list
@@ -92,6 +92,11 @@ def values_of_volume(path: Path) -> list:
     return list(vars(volume).values())
 
 
+def values_of_slice(path: Path) -> list:
+    single = read_volume(path, 4, ndim=2)
+    return [single.image, single.label]
+
+
 def values_of_scan(path: Path) -> list:
     volume = read_scan(path, Preprocessing("LAS", (-125.0, 275.0)))
     volume.to_nifti(np.zeros(volume.image.shape, np.uint8))
@@ -105,8 +110,8 @@ def values_of_label(path: Path) -> list:
 
 
 READERS: dict[str, tuple[str, Callable[[Path], list]]] = {
-    "slice": ("a.npz", lambda path: list(read_slice(path, 4))),
-    "foreign slice": ("a.npz", lambda path: list(read_slice(path, 4))),
+    "slice": ("a.npz", values_of_slice),
+    "foreign slice": ("a.npz", values_of_slice),
     "volume": ("a.npy.h5", values_of_volume),
     "foreign volume": ("a.h5", values_of_volume),
     "scan": ("a.nii", values_of_scan),
