@@ -23,6 +23,8 @@ from datasets.storage import checked_label, reading
 logger = logging.getLogger(__name__)
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")  # extensions of image files, in lower case
+ENDING = rf"(?i:{'|'.join(map(re.escape, ENDINGS))})"
+"""Regular expression of an image file's extension."""
 MAX_PIXELS = 80_000_000  # of the largest image that is decoded, over three times 6000 x 4000
 IMAGE_FOLDER, MASK_FOLDER = "images", "masks"
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # no others: Pillow starts programs for some of them
@@ -46,7 +48,7 @@ def image_files(folder: str | Path) -> dict[str, Path]:
     """
     if not Path(folder).is_dir():
         raise DataError(f"{folder}: no such folder; prepare the data first (prepare_data.py, data/README.md)")
-    return files_by_name(Path(folder).iterdir(), rf"(?i)(.+)(?:{'|'.join(map(re.escape, ENDINGS))})")
+    return files_by_name(Path(folder).iterdir(), f"(.+){ENDING}")
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from datasets.errors import DataError
-from datasets.image_files import image_files
+from datasets.image_files import ENDING
 from datasets.info import DatasetInfo
-from datasets.lists import split_names, write_lists
+from datasets.lists import files_by_name, split_names, write_lists
 from datasets.preparation import paired, prepare_images, read_pair, ready_made
 from datasets.preprocessing import RGB, ColourPreprocessing
 
@@ -41,16 +41,9 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
     """
     raw = Path(raw)
     INFO.require(raw)
-    # Some programs unpack an archive into one more folder of its name.
-    folders = [inner / inner.name if (inner / inner.name).is_dir() else inner for inner in (raw / IMAGES, raw / TRUTH)]
-    if any(folder.is_dir() for folder in folders):
-        INFO.require(*folders)
-        images, masks = map(image_files, folders)
-        images = {name: path for name, path in images.items() if not name.endswith("_superpixels")}
-        masks = {n.removesuffix("_segmentation"): path for n, path in masks.items() if n.endswith("_segmentation")}
-        cases = paired(images, masks, f"{IMAGES}/*.jpg", f"{TRUTH}/*_segmentation.png")
-    else:
-        cases = ready_made(raw)
+    images = files_by_name(raw.rglob(f"{IMAGES}/*"), f"(.+)(?<!_superpixels){ENDING}")
+    masks = files_by_name(raw.rglob(f"{TRUTH}/*"), f"(.+)_segmentation{ENDING}")
+    cases = paired(images, masks, f"{IMAGES}/*.jpg", f"{TRUTH}/*_segmentation.png") or ready_made(raw)
     if not cases:
         raise DataError(f"{raw}: must hold {IMAGES} and {TRUTH}, or images and masks; {INFO.how_to_get}")
     names = prepare_images(partial(read_pair, (0, 255)), cases, raw, out, jobs, overwrite)

@@ -102,11 +102,11 @@ def crop(image: np.ndarray, cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _find_images(raw: Path) -> dict[str, list[Case]]:
     """Return the images with masks for train and test; raises DataError where there are none."""
     INFO.require(raw)
-    part_of_raw = PARTS.get(raw.resolve().name, "train")
     parts: dict[str, list[Case]] = {"train": [], "test": []}
-    for part, folder in [(part_of_raw, raw), *((part, raw / name) for name, part in PARTS.items())]:
-        for inner in (folder, folder / folder.name):  # every archive of the challenge holds a folder of its own name
-            parts[part] += _challenge_images(inner) if (inner / "x").is_dir() else []
+    part_of_raw = PARTS.get(raw.resolve().name, "train")
+    for x in sorted(raw.rglob("x")):  # every archive of the challenge holds a folder of its own name
+        part = next((PARTS[name] for name in x.relative_to(raw).parts[::-1] if name in PARTS), part_of_raw)
+        parts[part] += _challenge_images(x)
     if not any(parts.values()):
         parts[part_of_raw] = ready_made(raw)
     if not any(parts.values()):
@@ -117,11 +117,11 @@ def _find_images(raw: Path) -> dict[str, list[Case]]:
     return parts
 
 
-def _challenge_images(folder: Path) -> list[Case]:
+def _challenge_images(x: Path) -> list[Case]:
     """Return the images with masks in natural order; log how many have none."""
-    images = image_files(folder / "x")
+    images, y = image_files(x), x.with_name("y")
     masks: dict[str, list[Path]] = {}
-    for name, path in image_files(folder / "y").items() if (folder / "y").is_dir() else ():
+    for name, path in image_files(y).items() if y.is_dir() else ():
         found = re.fullmatch(r"(.+)_[0-9]+", name)
         if not found or found[1] not in images:
             raise DataError(f"{path}: x has no image for this mask; unpack the archive again or remove the file")
@@ -130,7 +130,7 @@ def _challenge_images(folder: Path) -> list[Case]:
     if missing:
         logger.warning(
             "%s: %d of %d images have no mask in y and are left out: %s",
-            folder, len(missing), len(images), brief(", ".join(missing), 60),
+            x.parent, len(missing), len(images), brief(", ".join(missing), 60),
         )  # fmt: skip
     return [Case(name, (path,), tuple(masks[name])) for name, path in images.items() if name in masks]
 

@@ -102,14 +102,13 @@ def prepare(
 ) -> list[str]:
     """Write ``out/train_npz`` and ``out/test_vol_h5`` for every case and return the names of the cases.
 
-    raw: BTCV's ``img/img0001.nii.gz`` and ``label/label0001.nii.gz``, also inside ``RawData/Training``; label_order:
-    the order of the raw label ids. jobs, overwrite: as in ``prepare_volumes``. Raises DataError for raw data that are
+    raw: BTCV's ``img/img0001.nii.gz`` and ``label/label0001.nii.gz``, also in a folder below it; label_order: the
+    order of the raw label ids. jobs, overwrite: as in ``prepare_volumes``. Raises DataError for raw data that are
     missing or unfit.
     """
     raw = Path(raw)
     INFO.require(raw)
-    folders = [raw / inner for inner in ("", "Training", "RawData/Training", "Abdomen/RawData/Training")]
-    folder = next((f for f in folders if (f / "img").is_dir() and (f / "label").is_dir()), None)
+    folder = next((path.parent for path in sorted(raw.rglob("label")) if (path.parent / "img").is_dir()), None)
     if folder is None:
         raise DataError(f"{raw}: has no folders img and label (RawData/Training of BTCV); {INFO.how_to_get}")
     images, labels = (
