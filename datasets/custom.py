@@ -8,7 +8,7 @@ writes the files that the named data sets have, ``lists/fold_<k>``, and ``datase
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -36,18 +36,15 @@ _PLANES = dict(S="axial", I="axial", A="coronal", P="coronal", L="sagittal", R="
 # What becomes 0 and 1 by default; 0.5 and 99.5 are nnU-Net's, which takes them of the foreground of all CT scans.
 PERCENTILES, DEVIATIONS = (0.5, 99.5), (-4.0, 4.0)
 SAMPLES = 10_000  # foreground voxels of a case from which the window of CT is found
+_HOW_TO_GET = "prepare the data first: python prepare_data.py custom"
 
 
 def info_of(folder: str | Path, fold: int = 0) -> DatasetInfo:
     """Return the facts of a prepared folder, with the lists of a fold; raises DataError for another folder."""
     path = Path(folder) / JSON
     if not path.is_file():
-        raise DataError(f"{path}: no such file; {_how_to_get(folder)}")
+        raise DataError(f"{path}: no such file; {_HOW_TO_GET} --raw FOLDER --out {quote(str(folder))}")
     return info_from(read_json(path), folder, fold)
-
-
-def _how_to_get(folder: str | Path) -> str:
-    return f"prepare the data first: python prepare_data.py custom --raw FOLDER --out {quote(str(folder))}"
 
 
 def info_from(facts: dict[str, Any], folder: str | Path, fold: int = 0) -> DatasetInfo:
@@ -61,7 +58,7 @@ def info_from(facts: dict[str, Any], folder: str | Path, fold: int = 0) -> Datas
             list_dir=f"{folder}/lists/fold_{fold}",
             splits=("train", "val", "test") if facts["test"] else ("train", "val"),
             preprocessing=preprocessing_from_dict(facts["preprocessing"]),
-            how_to_get=_how_to_get(folder),
+            how_to_get=f"{_HOW_TO_GET} --raw FOLDER --out {quote(str(folder))}",
             train_script=f"train_custom.py --data {quote(str(folder))}",
             channels=tuple(map(str, facts["channels"])),
             fold=fold,
@@ -69,13 +66,17 @@ def info_from(facts: dict[str, Any], folder: str | Path, fold: int = 0) -> Datas
             patient_pattern=facts["patient_pattern"],
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{Path(folder) / JSON}: not of a prepared folder ({brief(error)}); prepare it: python prepare_data.py "
-            f"custom --raw {folder}"
-        ) from error
+        path, reason = Path(folder) / JSON, brief(error)
+        raise DataError(f"{path}: not of a prepared folder ({reason}); {_HOW_TO_GET} --raw {folder}") from error
     if not 0 <= fold < count:
         raise DataError(f"{folder}: has folds 0 to {count - 1}, no {fold}; prepare it with other --folds")
     return info
+
+
+def info_of_run(data: dict[str, Any], folder: str | Path, fold: int) -> DatasetInfo:
+    """Return a DatasetInfo of what a run in a fold of a prepared folder stores of its data."""
+    facts = {"name": data["dataset"], "folds": fold + 1, "test": False, "patient_pattern": None}
+    return info_from(data | facts, folder, fold)
 
 
 INFO = DatasetInfo("custom", ("class 1",), "data/NAME", "data/NAME/lists/fold_0", ("train", "val"), Preprocessing(),
@@ -83,54 +84,51 @@ INFO = DatasetInfo("custom", ("class 1",), "data/NAME", "data/NAME/lists/fold_0"
 """Stands for a set where none is given yet."""
 
 
-def info_of_run(data: dict[str, Any], folder: str | Path, fold: int) -> DatasetInfo:
-    """Return a DatasetInfo of what a run in a fold of a prepared folder stores of its data."""
-    facts = {"folds": fold + 1, "test": False, "patient_pattern": None}
-    return info_from(data | facts | {"name": data["dataset"]}, folder, fold)
-
-
 @dataclass
 class Look:
     """What one case is, before it is prepared."""
 
     size: tuple[int, ...]  # (z, y, x) as stored, of a picture (H, W)
+    values: list[int]  # of the label, without background
     spacing: dict[str, float] | None = None  # mm between slices, by the name of their plane
-    values: Sequence[int] = ()  # of the label, without background
-    foreground: list[np.ndarray] = field(default_factory=list)  # intensities inside the label, of each channel
+    foreground: Sequence[np.ndarray] = ()  # intensities inside the label, of each channel
 
 
-def _look(channels: int, classes: dict[int, str] | None, case: Case) -> Look:
-    """Read a case as stored; channels: 0 for a picture."""
-    if channels:
-        stored = load_scan(case.images, channels)
-        affine = TO_RAS if stored.affine is None else stored.affine
-        label = read_scan_label(case.labels[0], Volume(case.name, stored.channels[0], affine=affine))
-        look = Look(label.shape)
-        if stored.affine is not None:
-            sides = np.linalg.norm(affine[:3, :3], axis=0).tolist()
-            look.spacing = dict(zip((_PLANES[letter] for letter in orientation_of(affine)), sides, strict=True))
-        inside = np.flatnonzero(label)
-        inside = np.random.default_rng(0).choice(inside, min(len(inside), SAMPLES), replace=False)
-        look.foreground = [np.asarray(one.flat[inside], np.float32) for one in stored.channels]
-    else:
-        label = read_grey(case.labels[0], read_image(case.images[0], 16).shape[:2], indices=True)
-        look = Look(label.shape)
-    look.values = [value for value in np.unique(label).tolist() if value]
+def _look(channels: int, classes: dict[int, str] | None, case: Case) -> Look | DataError:
+    """Read a case as stored; return the error of one that cannot be used. channels: 0 for a picture."""
+    try:
+        look = _look_at_scan(channels, case) if channels else _look_at_picture(case)
+    except DataError as error:
+        return error
     unknown = [value for value in look.values if classes is not None and value not in classes]
     if unknown:
-        declared = ", ".join(f"{value} {name}" for value, name in classes.items())
-        raise DataError(
+        declared = brief(", ".join(f"{value} {name}" for value, name in classes.items()), 120)
+        return DataError(
             f"{case.labels[0]}: holds label values {brief(', '.join(map(str, unknown)), 60)}; {JSON} declares "
-            f"{brief(declared, 120)}: declare them there, or correct the file"
+            f"{declared}: declare them there, or correct the file"
         )
     return look
 
 
-def _attempt(channels: int, classes: dict[int, str] | None, case: Case) -> Look | DataError:
-    try:
-        return _look(channels, classes, case)
-    except DataError as error:
-        return error
+def _look_at_scan(channels: int, case: Case) -> Look:
+    stored = load_scan(case.images, channels)
+    affine = TO_RAS if stored.affine is None else stored.affine
+    label = read_scan_label(case.labels[0], Volume(case.name, stored.channels[0], affine=affine))
+    planes, sides = [_PLANES[letter] for letter in orientation_of(affine)], np.linalg.norm(affine[:3, :3], axis=0)
+    spacing = None if stored.affine is None else dict(zip(planes, sides.tolist(), strict=True))
+    inside = np.flatnonzero(label)
+    inside = np.random.default_rng(0).choice(inside, min(len(inside), SAMPLES), replace=False)
+    foreground = [np.asarray(one.flat[inside], np.float32) for one in stored.channels]
+    return Look(label.shape, _values(label), spacing, foreground)
+
+
+def _look_at_picture(case: Case) -> Look:
+    label = read_grey(case.labels[0], read_image(case.images[0], 16).shape[:2], indices=True)
+    return Look(label.shape, _values(label))
+
+
+def _values(label: np.ndarray) -> list[int]:
+    return [value for value in np.unique(label).tolist() if value]
 
 
 def prepare(
@@ -155,7 +153,7 @@ def prepare(
     if found.planar and (axis or normalize or window):
         raise DataError(f"{raw}: holds pictures, but --axis, --normalize and --window are for scans; leave them out")
     channels = 0 if found.planar else len(found.channels)
-    looks = run_all(partial(_attempt, channels, found.classes), found.cases, "cases read", jobs)
+    looks = run_all(partial(_look, channels, found.classes), found.cases, "cases read", jobs)
     problems = found.problems | {name: str(look) for name, look in looks.items() if isinstance(look, DataError)}
     looks = {name: look for name, look in looks.items() if isinstance(look, Look)}
     cases = [case for case in found.cases if case.name in looks]
@@ -200,9 +198,7 @@ def _read_picture(values: Sequence[int], case: Case, bits: int | None) -> Pair:
 
 def _indices(values: Sequence[int], _: Path, label: np.ndarray) -> np.ndarray:
     """Return the class indices 1, 2, ... of label values in their order: uint8."""
-    table = np.zeros(max(values) + 1, np.uint8)
-    table[list(values)] = np.arange(1, len(values) + 1)
-    return table[label]
+    return np.searchsorted([0, *values], label).astype(np.uint8)
 
 
 def _say(found: Raw, looks: dict[str, Look], problems: dict[str, str]) -> None:

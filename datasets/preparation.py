@@ -90,7 +90,7 @@ def read_case(info: DatasetInfo, case: Case, relabel: Relabel | None = None) -> 
         volume.label = relabel(case.labels[0], volume.label)
     for doubt in info.doubtful_places(volume.label):
         logger.warning("%s: %s", case.labels[0], doubt)
-    volume.name, volume.image, volume.class_names = case.name, np.asarray(volume.image), info.class_names
+    volume.name, volume.class_names = case.name, info.class_names
     return volume
 
 
@@ -122,21 +122,20 @@ def prepare_volumes(
     return [case.name for case in cases]
 
 
-def write_prepared(volume: Volume, out: str | Path) -> None:
-    """Write the slices of a volume and then the volume."""
-    target = _volume_file(out, volume.name)
-    target.unlink(missing_ok=True)
-    for old in Path(out, SLICE_FOLDER).glob(f"{volume.name}_slice*.npz"):
-        old.unlink()
-    for index in range(len(volume.image)):
-        write_slice(Path(out, SLICE_FOLDER, f"{volume.name}_slice{index:03d}.npz"), volume, index)
-    write_volume(target, volume)
-
-
 def _prepare_volume(read: Callable[[Any], Volume], out: str | Path, case: Any) -> tuple[float, ...] | None:
     volume = read(case)
     write_prepared(volume, out)
     return volume.spacing
+
+
+def write_prepared(volume: Volume, out: str | Path) -> None:
+    """Write the slices of a volume and then the volume."""
+    target, slices = _volume_file(out, volume.name), Path(out, SLICE_FOLDER)
+    for old in (target, *slices.glob(f"{volume.name}_slice*.npz")):
+        old.unlink(missing_ok=True)
+    for index in range(len(volume.image)):
+        write_slice(slices / f"{volume.name}_slice{index:03d}.npz", volume, index)
+    write_volume(target, volume)
 
 
 def _volume_file(out: str | Path, name: str) -> Path:
@@ -157,14 +156,13 @@ def prepare_images(
         raise DataError(f"{out}: this is the raw folder, and its masks would be overwritten; give another --out")
     refuse_twins(cases)
     mask_file = partial(_mask_file, out)
-    names = [case.name for case in cases]
     there = [path.stem for path in Path(out, MASK_FOLDER).glob("*.png")]
-    kinds = {name != image_of(name): name for name in (*names, *there)}  # one name of each kind
+    kinds = {name != image_of(name): name for name in (*(case.name for case in cases), *there)}  # one name of each kind
     if len(kinds) > 1:
         raise DataError(f"{out}: {kinds[False]} is a whole image and {kinds[True]} a crop of one; give another --out")
     bits = common_bits({case.images[0] for case in cases})
     run_all(partial(_prepare_image, read, bits, out), cases, "images", jobs, None if overwrite else mask_file)
-    return [name for name in names if mask_file(name).is_file()]
+    return [case.name for case in cases if mask_file(case.name).is_file()]
 
 
 def _prepare_image(
@@ -173,10 +171,9 @@ def _prepare_image(
     pair = read(case, bits)
     if pair is None:
         return
-    target, mask_file = Path(out, IMAGE_FOLDER, case.name), _mask_file(out, case.name)
+    source, target, mask_file = case.images[0], Path(out, IMAGE_FOLDER, case.name), _mask_file(out, case.name)
     for old in (mask_file, *(Path(f"{target}{ending}") for ending in ENDINGS)):
         old.unlink(missing_ok=True)
-    source = case.images[0]
     if case.name == image_of(case.name):
         with atomic_write(f"{target}{source.suffix.lower()}") as temporary:
             shutil.copyfile(source, temporary)
