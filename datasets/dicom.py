@@ -65,13 +65,8 @@ def several_series(folder: Path) -> list[Path]:
     return list(found.values()) if len(found) > 1 else []
 
 
-def choose(path: Path, count: int, time_point: int | slice | None, what: str) -> int | slice:
-    """Return the index of the wanted one of ``count`` volumes; raises DataError if that is not clear.
-
-    A slice asks for all volumes, as channels.
-    """
-    if isinstance(time_point, slice):
-        return time_point
+def choose(path: Path, count: int, time_point: int | None, what: str) -> int:
+    """Return the index of the wanted one of ``count`` volumes; raises DataError if that is not clear."""
     if time_point is None and count > 1:
         raise DataError(
             f"{path}: has {count} {what}; choose one (predict.py: --time_point 0 to {count - 1}), "

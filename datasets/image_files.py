@@ -82,8 +82,9 @@ def _tags(file: Image.Image) -> dict[int, Any]:
 
 def _deep_values(path: str | Path, file: Image.Image) -> np.ndarray | None:
     """Return the values of an image with more than 8 bits per channel, (H, W) or (H, W, 3); None for another image."""
-    depth = max(_tags(file).get(_BITS_PER_SAMPLE, (1,)))
-    if depth <= 8 and not (file.format == "PNG" and ";16" in str(file.tile[0][3])):
+    if max(_tags(file).get(_BITS_PER_SAMPLE, (1,))) <= 8 and not (
+        file.format == "PNG" and ";16" in str(file.tile[0][3])
+    ):
         return None
     values = np.asarray(file) if file.mode.startswith("I") else None
     if file.mode in ("RGB", "RGBA"):  # Pillow keeps only 8 bits of a colour
@@ -101,15 +102,14 @@ def _deep_values(path: str | Path, file: Image.Image) -> np.ndarray | None:
     return values
 
 
-def _bits_in_use(file: Image.Image, high: int) -> tuple[int, bool]:
-    """Return how many of its 16 bits an image with values up to ``high`` uses, and whether the file says so itself."""
-    needed, tags = max(8, high.bit_length()), _tags(file)
+def _bits_in_use(file: Image.Image, values: np.ndarray) -> tuple[int, int | None]:
+    """Return how many of its 16 bits the values of an image need, and how many the file itself says that it uses."""
+    needed, tags = max(8, int(values.max()).bit_length()), _tags(file)
     stated = [tags.get(_BITS_PER_SAMPLE, (16,))[0]]
     stated += map(int, re.findall(r'SignificantBits="([0-9]+)"', str(tags.get(_DESCRIPTION))))
     for tag in _MAX_SAMPLE_VALUES:
         stated += [int(value).bit_length() for value in np.atleast_1d(tags.get(tag, ()))]
-    fitting = [bits for bits in stated if needed <= bits < 16]
-    return min(fitting, default=needed), bool(fitting)
+    return needed, min((bits for bits in stated if needed <= bits < 16), default=None)
 
 
 def common_bits(paths: Iterable[Path], known: int | None = None) -> int | None:
@@ -123,9 +123,10 @@ def common_bits(paths: Iterable[Path], known: int | None = None) -> int | None:
     for path in (path for path in paths if path.suffix.lower() in (".png", ".tif", ".tiff")):
         with suppress(DataError), _opened(path, checksums=False) as file:
             values = _deep_values(path, file)
-            bits, stated = (0, True) if values is None else _bits_in_use(file, int(values.max()))
-            found += [] if stated else [bits]
-    bits = max(known or 0, *found, 0) or None
+            if values is not None:
+                needed, stated = _bits_in_use(file, values)
+                found += [] if stated else [needed]
+    bits = max([known or 0, *found]) or None
     if found:
         reason = "as in training" if known == bits else "by the largest value"
         logger.info("%s read with %d bits of 16, %s", counted(len(found), "image"), bits, reason)
@@ -147,12 +148,12 @@ def _upright_rgb(path: str | Path, file: Image.Image, common: int | None) -> np.
     values = _deep_values(path, file)
     if values is None:
         return np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
-    high = int(values.max())
-    bits, stated = _bits_in_use(file, high)
-    if not stated and (common or 8) < bits < 16:
-        logger.warning("%s: its largest value is %d of 65535, so it is read as %d bits", path, high, bits)
-    values = (values >> (max(bits, 0 if stated else common or 0) - 8)).astype(np.uint8)
-    image = Image.fromarray(values).convert("RGB")
+    needed, stated = _bits_in_use(file, values)
+    if not stated and (common or 8) < needed < 16:
+        high = int(values.max())
+        logger.warning("%s: its largest value is %d of 65535, so it is read as %d bits", path, high, needed)
+    bits = stated or max(needed, common or 8)
+    image = Image.fromarray((values >> (bits - 8)).astype(np.uint8)).convert("RGB")
     image.getexif()[ExifTags.Base.Orientation] = file.getexif().get(ExifTags.Base.Orientation, 1)
     return np.asarray(ImageOps.exif_transpose(image))
 
@@ -165,10 +166,10 @@ def read_drafted(path: Path, side: int, bits: int | None = None) -> tuple[np.nda
     """
     with _opened(path) as file:
         size = file.height, file.width
-        drafted = file.draft(None, (2 * side, 2 * side))  # only a JPEG is
-        sideways = drafted and file.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
+        file.draft(None, (2 * side, 2 * side))  # does nothing but to a JPEG
         image = _upright_rgb(path, file, bits)
-    return image, (size[::-1] if sideways else size) if drafted else image.shape[:2]
+        turned = file.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
+    return image, size[::-1] if turned else size
 
 
 def read_mask(path: str | Path, shape: tuple[int, int] | None = None, num_classes: int | None = None) -> np.ndarray:

@@ -87,12 +87,9 @@ class Picture(Volume):
 
 
 def read_picture(
-    path: str | Path,
-    mask_path: str | Path | None = None,
-    num_classes: int | None = None,
-    class_names: tuple[str, ...] = (),
-    preprocessing: ColourPreprocessing | None = None,
-) -> Picture:
+    path: str | Path, mask_path: str | Path | None = None, num_classes: int | None = None,
+    class_names: tuple[str, ...] = (), preprocessing: ColourPreprocessing | None = None,
+) -> Picture:  # fmt: skip
     """Read an image, and its mask if one is given, as a Picture with the name of the file; raises DataError."""
     preprocessing = preprocessing or ColourPreprocessing()
     image = read_image(path, preprocessing.bits)
