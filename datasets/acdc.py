@@ -39,11 +39,10 @@ _FRAME = "(patient[0-9]{3}_frame[0-9]{2})"
 def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = False) -> list[str]:
     """Write ``out/train_npz`` and ``out/test_vol_h5`` for every patient and return the names of the volumes.
 
-    raw: the challenge's folders (``patientXXX/patientXXX_frameYY.nii.gz`` and ``..._gt.nii.gz``, also inside
-    ``training`` and ``testing``), or ``patientXXX_frameYY.h5`` in it or below it, as SSL4MIS and WSL4MIS provide them;
-    of a frame that has only slices, ``patientXXX_frameYY_slice_Z.h5``, these. Each volume is scaled to [0, 1] by its
-    own minimum and maximum. jobs, overwrite: as in ``prepare_volumes``. Raises DataError for raw data that are missing
-    or unfit.
+    raw: holds the challenge's ``patientXXX_frameYY.nii.gz`` and ``patientXXX_frameYY_gt.nii.gz`` in folders of any
+    depth, or ``patientXXX_frameYY.h5``, as SSL4MIS and WSL4MIS provide them; of a frame that has only slices,
+    ``patientXXX_frameYY_slice_Z.h5``, these. Each volume is scaled to [0, 1] by its own minimum and maximum. jobs,
+    overwrite: as in ``prepare_volumes``. Raises DataError for raw data that are missing or unfit.
     """
     raw = Path(raw)
     INFO.require(raw)

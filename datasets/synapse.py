@@ -39,13 +39,11 @@ LABEL_ORDERS = {name: LabelOrder(name, classes, CLASS_NAMES) for name, classes i
 VALIDATION_CASES = ("case0023", "case0026")  # drawn from the training list: the field has no validation split
 WINDOW = (-125.0, 275.0)  # Hounsfield units that become 0 and 1
 
-# (larger, smaller) organ of healthy adults, by a wide margin.
-_LARGER = (
-    *(("liver", other) for other in CLASS_NAMES if other != "liver"),
-    ("spleen", "gallbladder"), ("spleen", "pancreas"), ("spleen", "aorta"),
-    ("stomach", "gallbladder"), ("stomach", "pancreas"),
-    ("left kidney", "gallbladder"), ("right kidney", "gallbladder"),
-)  # fmt: skip
+# The organs that are smaller than an organ of healthy adults, by a wide margin.
+_SMALLER = {
+    "liver": CLASS_NAMES, "spleen": ("gallbladder", "pancreas", "aorta"), "stomach": ("gallbladder", "pancreas"),
+    "left kidney": ("gallbladder",), "right kidney": ("gallbladder",),
+}  # fmt: skip
 
 
 def doubtful_sizes(voxels: np.ndarray) -> list[str]:
@@ -56,21 +54,16 @@ def doubtful_sizes(voxels: np.ndarray) -> list[str]:
     size = dict(zip(CLASS_NAMES, voxels[1:], strict=True))
     return [
         f"{size[small] / size[large]:.1f} times as much {small} as {large}: is --label_order right for these files?"
-        for large, small in _LARGER
+        for large, others in _SMALLER.items()
+        for small in others
         if size[large] and size[small] > size[large]
     ]
 
 
 def doubtful_places(label: np.ndarray) -> list[str]:
-    """Return one line if the right kidney is not on the liver's side, in any orientation of the axes.
-
-    label: (D, H, W), one volume.
-    """
-    # Rows and columns of the voxels of each organ.
-    organs = [
-        np.argwhere(label == 1 + CLASS_NAMES.index(name))[:, 1:]
-        for name in ("liver", "spleen", "left kidney", "right kidney")
-    ]
+    """Return one line if the right kidney of a label, (D, H, W), is not on the liver's side, however its axes run."""
+    ids = [1 + CLASS_NAMES.index(name) for name in ("liver", "spleen", "left kidney", "right kidney")]
+    organs = [np.argwhere(label == index)[:, 1:] for index in ids]  # rows and columns
     if not all(map(len, organs)):
         return []
     liver, spleen, left, right = (voxels.mean(0) for voxels in organs)
