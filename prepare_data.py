@@ -51,8 +51,9 @@ def parse_args() -> argparse.Namespace:
     text = f"write single cells, by default to {segpc.CROPS_FOLDER}"
     of["segpc"].add_argument("--crops", action="store_true", help=text)
     add, parts = of["phantom"].add_argument, ("TRAIN", "VAL", "TEST")
-    add("--num_patients", type=int, nargs=3, default=phantom.NUM_PATIENTS, metavar=parts, help="patients of each list")
-    add("--seed", type=int, default=2222, help="seed of the random hearts")
+    count, about = number(int, 1), "patients of each list"
+    add("--num_patients", type=count, nargs=3, default=phantom.NUM_PATIENTS, metavar=parts, help=about)
+    add("--seed", type=number(int, 0), default=2222, help="seed of the random hearts")
     add = of["custom"].add_mutually_exclusive_group().add_argument
     add("--normalize", choices=("percentiles", "zscore"), help="of each scan; default: percentiles, of CT a window")
     add("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="intensities that become 0 and 1, of all scans")

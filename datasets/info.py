@@ -14,7 +14,7 @@ SLICE_FOLDER, VOLUME_FOLDER = "train_npz", "test_vol_h5"
 
 
 def _no_doubts(_: np.ndarray) -> list[str]:
-    return []
+    return []  # no lambda, which a process of --jobs could not be given
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,10 @@ class DatasetInfo:
         """
         if name is None and (num_classes != self.num_classes or not self.label_orders):
             return None
-        known = ", ".join(self.label_orders) if num_classes == self.num_classes else ""
-        if name is not None and (name not in self.label_orders or not known):
-            raise DataError(
-                f"--label_order {name}: {self.name} with {num_classes} classes has {known or 'no such order'}; "
-                f"{'choose one of these' if known else 'leave it out'}"
-            )
+        known = list(self.label_orders) if num_classes == self.num_classes else []
+        if name is not None and name not in known:
+            remedy = f"{', '.join(known)}; choose one of these" if known else "no such order; leave it out"
+            raise DataError(f"--label_order {name}: {self.name} with {num_classes} classes has {remedy}")
         return self.label_orders[name or next(iter(self.label_orders))]
 
     def flags(self, root_path: object, volume_path: object, list_dir: object) -> str:

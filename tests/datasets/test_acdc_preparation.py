@@ -136,17 +136,6 @@ def test_unfit_raw_folders_are_refused(raw, tmp_path, refused):
     assert not (out / "test_vol_h5" / f"{NAMES[1]}.npy.h5").exists()
 
 
-def test_a_voxel_size_that_is_not_in_the_file_is_not_invented(tmp_path, caplog):
-    write_patient(tmp_path / "raw", 1, ending=".nii")
-    for path in (tmp_path / "raw").rglob("*frame*.nii"):
-        content = bytearray(path.read_bytes())
-        content[80:92], content[252:256] = bytes(12), bytes(4)  # pixdim, qform_code and sform_code of 0
-        path.write_bytes(content)
-    acdc.prepare(tmp_path / "raw", tmp_path / "out")
-    assert "no voxel spacing in the files of 2 volumes" in caplog.text
-    assert read_volume(tmp_path / "out" / "test_vol_h5" / f"{NAMES[0]}.npy.h5").spacing is None
-
-
 @pytest.mark.parametrize("axes", ["RAS", "LAI", "SPL"])
 def test_a_label_stored_along_other_axes_is_turned_to_its_image(tmp_path, axes):
     _, label = write_patient(tmp_path / "raw", 1, (1,))[1]

@@ -45,11 +45,10 @@ def test_seed_and_number_make_the_patient_and_a_new_seed_replaces_all(tmp_path, 
         assert len(list((tmp_path / "train_npz").glob(f"{volume.name}_slice*"))) == len(volume.image)
 
 
-@pytest.mark.parametrize("counts", [(0, 1, 1), (1, 1), (1, 1, -1)])
-def test_a_part_without_patients_is_refused(tmp_path, refused, counts):
-    refused(lambda: phantom.write_phantom(tmp_path / "out", counts), "num_patients")
-    refused(lambda: phantom.write_phantom(tmp_path / "out", seed=-1), "--seed -1")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("flags", [("--num_patients", 0, 1, 1), ("--num_patients", 1, 1), ("--seed", -1)])
+def test_a_part_without_patients_is_refused(tmp_path, run_script, flags):
+    done = run_script("prepare_data.py", "phantom", "--out", tmp_path / "out", *flags)
+    assert done.status != 0 and flags[0] in done.error and not (tmp_path / "out").exists()
 
 
 def test_the_script_writes_all_folders_and_names_the_commands_that_come_next(tmp_path, run_script):

@@ -68,14 +68,6 @@ def test_unfit_contents_are_refused(tmp_path, refused, case, ending):
     refused(lambda: read_volume(path, 4), path, words)
 
 
-@pytest.mark.parametrize("ending", [".npy.h5", ".npz"])
-def test_a_file_that_is_not_there_or_empty_is_refused(tmp_path, refused, ending):
-    path = tmp_path / f"v{ending}"
-    refused(lambda: read_volume(path), path, "no such file")
-    path.touch()
-    refused(lambda: read_volume(path), path, "prepare the file again")
-
-
 @pytest.mark.parametrize(
     ("attribute", "value"),
     [
