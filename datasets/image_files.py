@@ -26,7 +26,6 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")  # extensions of im
 ENDING = rf"(?i:{'|'.join(map(re.escape, ENDINGS))})"
 """Regular expression of an image file's extension."""
 MAX_PIXELS = 80_000_000  # of the largest image that is decoded, over three times 6000 x 4000
-IMAGE_FOLDER, MASK_FOLDER = "images", "masks"
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # no others: Pillow starts programs for some of them
 _INDICES = "class indices 0, 1, 2, ... as docs/adding_a_data_set.md shows"
 _CUSTOM = f"{_INDICES}, then use prepare_data.py custom with a folder of images and masks"  # of any classes

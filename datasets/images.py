@@ -11,17 +11,8 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
-from datasets.image_files import (
-    IMAGE_FOLDER,
-    MASK_FOLDER,
-    common_bits,
-    image_files,
-    image_of,
-    read_drafted,
-    read_image,
-    read_mask,
-)
-from datasets.info import DatasetInfo
+from datasets.image_files import common_bits, image_files, image_of, read_drafted, read_image, read_mask
+from datasets.info import IMAGE_FOLDER, MASK_FOLDER, DatasetInfo
 from datasets.lists import list_path, named_files, read_list, refuse_missing
 from datasets.preprocessing import ColourPreprocessing
 from datasets.training_set import TrainingSet

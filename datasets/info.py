@@ -11,6 +11,7 @@ from datasets.preprocessing import ColourPreprocessing, Preprocessing
 from datasets.storage import LabelOrder
 
 SLICE_FOLDER, VOLUME_FOLDER = "train_npz", "test_vol_h5"
+IMAGE_FOLDER, MASK_FOLDER = "images", "masks"
 
 
 def _no_doubts(_: np.ndarray) -> list[str]:

@@ -21,17 +21,8 @@ from tqdm import tqdm
 
 from datasets.errors import DataError, brief, counted
 from datasets.files import atomic_write
-from datasets.image_files import (
-    ENDINGS,
-    IMAGE_FOLDER,
-    MASK_FOLDER,
-    common_bits,
-    image_files,
-    image_of,
-    read_classes,
-    read_image,
-)
-from datasets.info import SLICE_FOLDER, VOLUME_FOLDER, DatasetInfo
+from datasets.image_files import ENDINGS, common_bits, image_files, image_of, read_classes, read_image
+from datasets.info import IMAGE_FOLDER, MASK_FOLDER, SLICE_FOLDER, VOLUME_FOLDER, DatasetInfo
 from datasets.scan import read_scan, read_scan_label
 from datasets.volumes import Volume, write_slice, write_volume
 

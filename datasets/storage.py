@@ -49,22 +49,26 @@ def reading(path: str | Path, what: str, remedy: str = PREPARE) -> Iterator[None
         ) from error
 
 
-def read_fields(path: str | Path, wanted: tuple[str, ...]) -> dict[str, Any]:
-    """Return the wanted arrays and the facts (keys of ``FACTS``) of a file; call it within ``reading``.
+def read_fields(path: str | Path, ndim: int, labelled: bool = True) -> dict[str, Any]:
+    """Return a file's image, checked, its label as stored if that is wanted, and its facts as arguments of ``Volume``.
 
-    path: npz where it ends in ``.npz``, else HDF5, whose facts are attributes. An image called ``img`` is returned as
-    ``image``. Raises DataError for a missing key, for what is not numeric, for absurd sizes, and for arrays that are
-    stored elsewhere.
+    path: npz where it ends in ``.npz``, else HDF5, whose facts are attributes; ndim: axes of the image, without one for
+    channels. The image may be called ``img``. Call it within ``reading``. Raises DataError for a missing key, for what
+    is not numeric, for absurd sizes, for arrays that are stored elsewhere, and for facts that cannot be.
     """
-    path = Path(path)
+    path, wanted = Path(path), ("image", "label") if labelled else ("image",)
     if path.suffix == ".npz":
         with zipfile.ZipFile(path) as archive:
             found = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
             keys = _array_keys(path, found, wanted) | {key: key for key in FACTS if key in found}
-            return {name: _read_member(path, archive, key) for name, key in keys.items()}
-    with h5py.File(path, "r") as file:
-        arrays = {name: _read_dataset(path, file, key) for name, key in _array_keys(path, list(file), wanted).items()}
-        return arrays | {key: file.attrs[key] for key in FACTS if key in file.attrs}
+            fields = {name: _read_member(path, archive, key) for name, key in keys.items()}
+    else:
+        with h5py.File(path, "r") as file:
+            keys = _array_keys(path, list(file), wanted)
+            fields = {name: _read_dataset(path, file, key) for name, key in keys.items()}
+            fields |= {key: file.attrs[key] for key in FACTS if key in file.attrs}
+    arrays = {name: fields[name] for name in wanted}
+    return arrays | {"image": _checked_image(path, arrays["image"], ndim)} | _checked_facts(path, fields)
 
 
 def _array_keys(path: Path, found: list[str], wanted: tuple[str, ...]) -> dict[str, str]:
@@ -113,7 +117,7 @@ def check_declared(
         )
 
 
-def checked_image(path: str | Path, image: np.ndarray, ndim: int) -> np.ndarray:
+def _checked_image(path: str | Path, image: np.ndarray, ndim: int) -> np.ndarray:
     """Return the image as finite, contiguous float32 of ``ndim`` axes, and one for channels if it has several.
 
     Raises DataError for another number of axes, an axis of length 0, and values that are NaN or infinite.
@@ -185,7 +189,7 @@ FACTS = {
 """What a file may state beside its arrays: how each is converted and checked, and what is expected."""
 
 
-def checked_facts(path: str | Path, fields: dict[str, Any]) -> dict[str, Any]:
+def _checked_facts(path: str | Path, fields: dict[str, Any]) -> dict[str, Any]:
     """Return the facts that a file states, as arguments of ``Volume``; raises DataError for an unfit value."""
     facts = {}
     for key in FACTS.keys() & fields.keys():

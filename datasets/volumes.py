@@ -20,16 +20,7 @@ from datasets.errors import DataError, brief, counted
 from datasets.files import atomic_write
 from datasets.lists import data_name, is_slice, list_path, natural_key, select_files, volume_name
 from datasets.preprocessing import reorient, upright
-from datasets.storage import (
-    FACTS,
-    PREPARE,
-    LabelOrder,
-    checked_facts,
-    checked_image,
-    checked_label,
-    read_fields,
-    reading,
-)
+from datasets.storage import FACTS, PREPARE, LabelOrder, checked_label, read_fields, reading
 from datasets.training_set import TrainingSet
 from datasets.transforms import resize_cubic, resize_nearest
 
@@ -108,10 +99,8 @@ def read_volume(
     the file.
     """
     with reading(path, "npz or HDF5 file"):
-        fields = read_fields(path, ("image", "label") if labelled else ("image",))
-        image = checked_image(path, fields["image"], ndim)
-        facts = checked_facts(path, fields)
-        named, label = facts.get("class_names", ()), fields.get("label")
+        facts = read_fields(path, ndim, labelled)
+        image, label, named = facts.pop("image"), facts.pop("label", None), facts.get("class_names", ())
         if label is not None:
             label = checked_label(path, label, image.shape[:ndim], None if label_order else num_classes)
         if label_order:
