@@ -96,39 +96,33 @@ class Look:
 
 def _look(channels: int, classes: dict[int, str] | None, case: Case) -> Look | DataError:
     """Read a case as stored; return the error of one that cannot be used. channels: 0 for a picture."""
+    spacing, foreground, path = None, [], case.labels[0]
     try:
-        look = _look_at_scan(channels, case) if channels else _look_at_picture(case)
+        if channels:
+            stored = load_scan(case.images, channels)
+            affine = TO_RAS if stored.affine is None else stored.affine
+            label = read_scan_label(path, Volume(case.name, stored.channels[0], affine=affine))
+            planes, sides = (
+                [_PLANES[letter] for letter in orientation_of(affine)],
+                np.linalg.norm(affine[:3, :3], axis=0),
+            )
+            spacing = None if stored.affine is None else dict(zip(planes, sides.tolist(), strict=True))
+            inside = np.flatnonzero(label)
+            inside = np.random.default_rng(0).choice(inside, min(len(inside), SAMPLES), replace=False)
+            foreground = [np.asarray(one.flat[inside], np.float32) for one in stored.channels]
+        else:
+            label = read_grey(path, read_image(case.images[0], 16).shape[:2], indices=True)
+        values = [value for value in np.unique(label).tolist() if value]
+        unknown = [value for value in values if classes is not None and value not in classes]
+        if unknown:
+            declared = brief(", ".join(f"{value} {name}" for value, name in classes.items()), 120)
+            raise DataError(
+                f"{path}: holds label values {brief(', '.join(map(str, unknown)), 60)}; {JSON} declares {declared}: "
+                "declare them there, or correct the file"
+            )
     except DataError as error:
         return error
-    unknown = [value for value in look.values if classes is not None and value not in classes]
-    if unknown:
-        declared = brief(", ".join(f"{value} {name}" for value, name in classes.items()), 120)
-        return DataError(
-            f"{case.labels[0]}: holds label values {brief(', '.join(map(str, unknown)), 60)}; {JSON} declares "
-            f"{declared}: declare them there, or correct the file"
-        )
-    return look
-
-
-def _look_at_scan(channels: int, case: Case) -> Look:
-    stored = load_scan(case.images, channels)
-    affine = TO_RAS if stored.affine is None else stored.affine
-    label = read_scan_label(case.labels[0], Volume(case.name, stored.channels[0], affine=affine))
-    planes, sides = [_PLANES[letter] for letter in orientation_of(affine)], np.linalg.norm(affine[:3, :3], axis=0)
-    spacing = None if stored.affine is None else dict(zip(planes, sides.tolist(), strict=True))
-    inside = np.flatnonzero(label)
-    inside = np.random.default_rng(0).choice(inside, min(len(inside), SAMPLES), replace=False)
-    foreground = [np.asarray(one.flat[inside], np.float32) for one in stored.channels]
-    return Look(label.shape, _values(label), spacing, foreground)
-
-
-def _look_at_picture(case: Case) -> Look:
-    label = read_grey(case.labels[0], read_image(case.images[0], 16).shape[:2], indices=True)
-    return Look(label.shape, _values(label))
-
-
-def _values(label: np.ndarray) -> list[int]:
-    return [value for value in np.unique(label).tolist() if value]
+    return Look(label.shape, values, spacing, foreground)
 
 
 def prepare(

@@ -58,9 +58,7 @@ def several_series(folder: Path) -> list[Path]:
     for path in sorted(folder.iterdir()):
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         header = next((header for file in files if file.is_file() and not _kind(header := _header(file))), None)
-        if header is None:
-            continue
-        if found.setdefault(header.get("SeriesInstanceUID"), path) != path:
+        if header is not None and found.setdefault(header.get("SeriesInstanceUID"), path) != path:
             return []
     return list(found.values()) if len(found) > 1 else []
 

@@ -195,8 +195,7 @@ def read_grey(path: str | Path, shape: tuple[int, int] | None, indices: bool = F
         if bands is None and indices and (file.mode == "1" or (file.mode == "P" and not _is_grey_palette(file))):
             bands = np.asarray(file).astype(np.uint8)
         elif bands is None:
-            has_alpha = "A" in file.getbands() or file.mode == "P"
-            bands = np.asarray(file.convert("L" if file.mode in ("L", "1") else "RGBA" if has_alpha else "RGB"))
+            bands = np.asarray(file.convert("L" if file.mode in ("L", "1") else "RGBA"))
         if file.format == "JPEG" and (indices or 0 < bands.max() < 16):
             raise DataError(f"{path}: a JPEG changes class indices; expected a PNG: save the mask again as one")
     if bands.ndim == 3:
