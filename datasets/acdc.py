@@ -60,9 +60,8 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
     cases.sort(key=lambda case: case.name)
     for patient, count in Counter(case.name.split("_")[0] for case in cases).items():
         if count != 2:
-            logger.warning(
-                "%s: %s has %s, not 2; is the archive unpacked completely?", raw, patient, counted(count, "frame")
-            )
+            found = counted(count, "frame")
+            logger.warning("%s: %s has %s, not 2; is the archive unpacked completely?", raw, patient, found)
     return prepare_volumes(read, cases, out, jobs, overwrite)
 
 

@@ -202,9 +202,7 @@ def _say(found: Raw, looks: dict[str, Look], problems: dict[str, str]) -> None:
     logger.info("channels    %d: %s", len(found.channels), ", ".join(found.channels))
     named = [f"{value} {name}" for value, name in (found.classes or {}).items()]
     values = sorted({value for look in looks.values() for value in look.values})
-    logger.info(
-        "classes     %s", brief(", ".join(named), 200) if named else f"not declared, values {brief(values, 80)}"
-    )
+    logger.info("classes     %s", brief(", ".join(named), 200) or f"not declared, values {brief(values, 80)}")
     if looks:
         sizes = np.array([look.size for look in looks.values()])
         ends = zip(sizes.min(0), sizes.max(0), strict=True)

@@ -121,9 +121,7 @@ def _find_series(path: Path) -> dict[Path, Any]:
     (files,) = series.values()
     for file, kind in others.items():  # it may be the last slice
         if kind == _FOREIGN and file.parent == files[0].parent and file.suffix == files[0].suffix != "":
-            raise DataError(
-                f"{file}: cannot be read as a slice of this folder's series; export it again, or move it elsewhere"
-            )
+            raise DataError(f"{file}: is no readable slice of this folder's series; export it again, or move it away")
     if left_out and whole:
         logger.warning("%s: left out, because they are not images: %s", folder, left_out)
     if not whole or files[0].parent != folder:
@@ -184,9 +182,8 @@ class Slice:
         if position and cosines and sides:
             self.position, directions = np.array(position, float), np.reshape(np.array(cosines, float), (2, 3))
             with np.errstate(invalid="ignore"):
-                self.axes = (
-                    directions / np.linalg.norm(directions, axis=1)[:, None] * np.array(sides, float)[::-1, None]
-                )
+                directions /= np.linalg.norm(directions, axis=1)[:, None]
+            self.axes = directions * np.array(sides, float)[::-1, None]
             decimals = max(-Decimal(str(number)).as_tuple().exponent for number in position)
             self.rounding = 0.5 * 10.0 ** -max(decimals, 0)
         self.thickness = find("SpacingBetweenSlices") or find("SliceThickness")
@@ -204,9 +201,7 @@ def _slices_of(file: Path, header: Any) -> list[Slice]:
         raise DataError(f"{file}: is a mosaic of many slices in one picture; convert it to NIfTI")
     count = int(header.get("NumberOfFrames") or 1)
     if count > 1 and len(header.get("PerFrameFunctionalGroupsSequence") or ()) != count:
-        raise DataError(
-            f"{file}: has {count} frames without positions; expected a slice or a stack: convert it to NIfTI"
-        )
+        raise DataError(f"{file}: has {count} frames without positions; expected one stack: convert it to NIfTI")
     pixels = header.get_item("PixelData", keep_deferred=True)
     length = 0 if pixels is None else pixels.length if pixels.value is None else len(pixels.value)
     expected = count * header.Rows * header.Columns * header.BitsAllocated // 8

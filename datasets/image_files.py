@@ -250,7 +250,6 @@ def read_classes(path: str | Path, shape: tuple[int, int], greys: Sequence[int])
     flat = ndimage.maximum_filter(grey, 3) - ndimage.minimum_filter(grey, 3) <= step / 32 if len(others) else False
     areas = grey[flat & np.isin(grey, others)]
     if areas.size > 8:
-        raise DataError(
-            f"{path}: holds an area of grey {int(np.median(areas))}; expected {wanted}: replace the greys by {_CUSTOM}"
-        )
+        grey = int(np.median(areas))
+        raise DataError(f"{path}: holds an area of grey {grey}; expected {wanted}: replace the greys by {_CUSTOM}")
     return np.digitize(grey, np.add(greys[1:], greys[:-1]) / 2).astype(np.uint8)

@@ -195,9 +195,8 @@ def is_affine(matrix: np.ndarray) -> bool:
     if not (np.abs(matrix) < 1e30).all() or not np.array_equal(matrix[3], (0, 0, 0, 1)):  # false for NaN, too
         return False
     lengths = np.linalg.norm(matrix[:3, :3], axis=0)
-    return bool(
-        LENGTHS[0] <= lengths.min() <= lengths.max() <= LENGTHS[1] and np.linalg.matrix_rank(matrix[:3, :3]) == 3
-    )
+    possible = LENGTHS[0] <= lengths.min() <= lengths.max() <= LENGTHS[1]
+    return bool(possible and np.linalg.matrix_rank(matrix[:3, :3]) == 3)
 
 
 def orientation_of(affine: np.ndarray) -> str:
@@ -229,9 +228,8 @@ def reorient(array: np.ndarray, affine: np.ndarray, orientation: str) -> tuple[n
     """
     from nibabel import orientations
 
-    change = orientations.ornt_transform(
-        orientations.io_orientation(affine), orientations.axcodes2ornt(tuple(orientation))
-    )
+    wanted = orientations.axcodes2ornt(tuple(orientation))
+    change = orientations.ornt_transform(orientations.io_orientation(affine), wanted)
     array = array.T  # (x, y, z), the order of nibabel
     turned = orientations.apply_orientation(array, change)
     return turned.T, affine @ orientations.inv_ornt_aff(change, array.shape)

@@ -123,17 +123,12 @@ def _classes(path: Path, labels: Any) -> dict[int, str]:
                 f"{path}: class {brief(key)} is a region, the union of labels {brief(value)}; regions are not "
                 "supported: declare one number for each class, which every voxel of it has in the files"
             )
-        number, name = (key, value) if isinstance(value, str) else (value, key)
+        given, name = (key, value) if isinstance(value, str) else (value, key)
         if name == "ignore":
             raise DataError(f"{path}: declares a label to ignore, which is not supported; give its voxels a class")
-        try:
-            number = int(str(number))
-        except ValueError as error:
-            raise DataError(
-                f"{path}: class {brief(key)} has no number but {brief(value)}; expected 1, 2, ..."
-            ) from error
-        if number < 0 or number > MAX_CLASSES:
-            raise DataError(f"{path}: class {brief(name)} has number {number}; expected 0 to {MAX_CLASSES}")
+        number = int(given) if str(given).isdecimal() else -1
+        if not 0 <= number <= MAX_CLASSES:
+            raise DataError(f"{path}: class {brief(name)} has number {brief(given)}; expected 0 to {MAX_CLASSES}")
         if number in classes or name in classes.values():
             raise DataError(f"{path}: declares {number} or {brief(name)} twice; correct its labels")
         classes[number] = name

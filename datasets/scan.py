@@ -234,9 +234,7 @@ def _read_prepared(path: Path, preprocessing: Preprocessing) -> Volume:
         raise DataError(f"{path}: its shape is {volume.image.shape}; expected ({expected}) as in training")
     found = None if volume.affine is None else orientation_of(volume.affine)
     if found and preprocessing.orientation not in (None, found):
-        raise DataError(
-            f"{path}: its axes run {found}, the training data {preprocessing.orientation}; prepare it like them"
-        )
+        raise DataError(f"{path}: its axes run {found}, in training {preprocessing.orientation}; prepare it like that")
     return volume
 
 
@@ -322,10 +320,8 @@ def _load_itk(path: Path) -> tuple[Stored, tuple[float, float]]:
     affine[:3, :3] = np.reshape(image.GetDirection(), (dims, dims))[:3, :3] * image.GetSpacing()[:3]
     affine[:3, 3] = image.GetOrigin()[:3]
     forms = None
-    directed = (
-        said.get("space", "?")[:1].upper() in ("L", "R") or {"transformmatrix", "orientation", "rotation"} & said.keys()
-    )
-    if not directed:
+    directed = {"transformmatrix", "orientation", "rotation"} & said.keys()
+    if not directed and not said.get("space", "").upper().startswith(("L", "R")):
         forms = Nifti1Header()
         forms["pixdim"][1:4] = image.GetSpacing()[:3]
     sized = {"spacings", "space directions", "elementspacing", "elementsize"} & said.keys()

@@ -154,9 +154,8 @@ def checked_label(
         values, remedy = np.unique(label), f"correct the labels, or train with --num_classes {high + 1}"
         if high > max(15, 4 * len(values)):  # 0 and 255, or 0, 85, 170 and 255: greys of a picture
             remedy = f"its values are {brief(', '.join(map(str, values)), 60)}; store 0, 1, 2, ... in their place"
-        raise DataError(
-            f"{path}: label id {high} with {num_classes} classes; expected ids from 0 to {num_classes - 1}: {remedy}"
-        )
+        last = num_classes - 1
+        raise DataError(f"{path}: label id {high} with {num_classes} classes; expected ids from 0 to {last}: {remedy}")
     return np.ascontiguousarray(label, np.uint8)
 
 

@@ -104,9 +104,8 @@ def prepare(
     folder = next((path.parent for path in sorted(raw.rglob("label")) if (path.parent / "img").is_dir()), None)
     if folder is None:
         raise DataError(f"{raw}: has no folders img and label (RawData/Training of BTCV); {INFO.how_to_get}")
-    images, labels = (
-        files_by_name((folder / kind).iterdir(), rf"{kind}([0-9]{{4}})\.nii(?:\.gz)?") for kind in ("img", "label")
-    )
+    images = files_by_name((folder / "img").iterdir(), r"img([0-9]{4})\.nii(?:\.gz)?")
+    labels = files_by_name((folder / "label").iterdir(), r"label([0-9]{4})\.nii(?:\.gz)?")
     numbered = paired(images, labels, "img*.nii.gz", "label*.nii.gz")
     if not numbered:
         raise DataError(f"{folder / 'img'}: holds no files like img0001.nii.gz; {INFO.how_to_get}")

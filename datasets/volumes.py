@@ -187,11 +187,10 @@ def read_parts(
     parts = [read_volume(file, num_classes, label_order, ndim, class_names) for file in files]
     if ndim == 3:
         return parts[0]
+    first = parts[0].image.shape
     for file, part in zip(files, parts, strict=True):
-        if part.image.shape != parts[0].image.shape:
-            raise DataError(
-                f"{file}: shape {part.image.shape}, but {files[0].name} has {parts[0].image.shape}; {PREPARE}"
-            )
+        if part.image.shape != first:
+            raise DataError(f"{file}: shape {part.image.shape}, but {files[0].name} has {first}; {PREPARE}")
     image, label = (np.stack([getattr(part, key) for part in parts]) for key in ("image", "label"))
     return Volume(volume_name(files[0]), image, label, parts[0].spacing, class_names=parts[0].class_names)
 
