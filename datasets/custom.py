@@ -96,17 +96,16 @@ class Look:
 
 def _look(channels: int, classes: dict[int, str] | None, case: Case) -> Look | DataError:
     """Read a case as stored; return the error of one that cannot be used. channels: 0 for a picture."""
-    spacing, foreground, path = None, [], case.labels[0]
+    path = case.labels[0]
+    spacing, foreground = None, []
     try:
         if channels:
             stored = load_scan(case.images, channels)
             affine = TO_RAS if stored.affine is None else stored.affine
             label = read_scan_label(path, Volume(case.name, stored.channels[0], affine=affine))
-            planes, sides = (
-                [_PLANES[letter] for letter in orientation_of(affine)],
-                np.linalg.norm(affine[:3, :3], axis=0),
-            )
-            spacing = None if stored.affine is None else dict(zip(planes, sides.tolist(), strict=True))
+            if stored.affine is not None:
+                sides = np.linalg.norm(affine[:3, :3], axis=0).tolist()
+                spacing = {_PLANES[letter]: side for letter, side in zip(orientation_of(affine), sides, strict=True)}
             inside = np.flatnonzero(label)
             inside = np.random.default_rng(0).choice(inside, min(len(inside), SAMPLES), replace=False)
             foreground = [np.asarray(one.flat[inside], np.float32) for one in stored.channels]

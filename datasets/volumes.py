@@ -100,7 +100,8 @@ def read_volume(
     """
     with reading(path, "npz or HDF5 file"):
         facts = read_fields(path, ndim, labelled)
-        image, label, named = facts.pop("image"), facts.pop("label", None), facts.get("class_names", ())
+        image, label = facts.pop("image"), facts.pop("label", None)
+        named = facts.get("class_names", ())
         if label is not None:
             label = checked_label(path, label, image.shape[:ndim], None if label_order else num_classes)
         if label_order:

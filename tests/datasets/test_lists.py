@@ -1,12 +1,11 @@
 """Lists name files, and only the files meant; the lists in the repository divide ACDC cleanly."""
 
-from pathlib import Path
-
 import pytest
 
 from datasets.lists import patient_of, read_list, select_files, volume_name
+from tests.conftest import ROOT
 
-LISTS = Path(__file__).resolve().parents[2] / "lists"
+LISTS = ROOT / "lists"
 
 
 def _folder(tmp_path, entries, files):

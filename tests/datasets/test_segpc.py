@@ -1,7 +1,6 @@
 """SegPC's cell masks become one mask per image, or one crop per cell, split by image."""
 
 import logging
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -10,8 +9,8 @@ from datasets import segpc
 from datasets.image_files import read_image, read_mask
 from datasets.images import ImageFolder
 from datasets.lists import read_list, split_names
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SHAPE = (96, 128)
 
 
