@@ -1,5 +1,6 @@
 """Read scans as scanners, hospitals and other programs store them, and write segmentations on their grid."""
 
+import gzip
 import logging
 import math
 import re
@@ -337,22 +338,29 @@ def _load_nibabel(path: Path) -> tuple[Stored, tuple[float, float]]:
     import nibabel
 
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # it prints what the errors below say
-    image = nibabel.load(path)
-    if not isinstance(image, nibabel.AnalyzeImage | nibabel.MGHImage):
-        raise ValueError(f"its format is that of {type(image).__name__}")
-    header, proxy, shape, dtype = image.header, image.dataobj, image.shape, image.get_data_dtype()
-    check_declared(path, "image", shape, dtype, remedy="convert or crop it")
-    if len(shape) < 3 or 0 in shape or sum(length > 1 for length in shape[3:]) > 1:
-        raise DataError(f"{path}: has shape {brief(shape)}; expected one scan with three axes")
-    data, is_mgh = Path(image.file_map["image"].filename), isinstance(image, nibabel.MGHImage)
+    is_mgh_or_pair = path.name.lower().endswith((".mgz", ".mgh", ".hdr", ".hdr.gz", *_IMG))
+    image = nibabel.load(path) if is_mgh_or_pair else None
+    data, sides = Path(image.file_map["image"].filename) if is_mgh_or_pair else path, (1,)
+    # By its content, not its name: some browsers unpack a .nii.gz and keep the name.
     packed = _beginning(data, 2) == b"\x1f\x8b"
-    end, size = proxy.offset + math.prod(shape) * dtype.itemsize, data.stat().st_size
-    if end > size * (MAX_INFLATION if packed else 1):
-        raise ValueError(f"{size} bytes, its header declares {end}{' unpacked' if packed else ''}")
-    voxels = np.asanyarray(proxy.get_unscaled()).reshape((*shape[:3], -1), order="F")
-    with nibabel.openers.ImageOpener(str(data)) as stream:
-        is_single = isinstance(image, nibabel.Nifti1Image)  # nibabel's own header has 1 for a side of 0
-        sides = type(header).from_fileobj(stream, check=False)["pixdim"][1:4] if is_single else (1,)
+    with (gzip.open if packed else open)(data, "rb") as stream:
+        if image is None:
+            is_second = stream.read(4) in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")  # 540, the length of NIfTI-2's header
+            stream.seek(0)
+            image = (nibabel.Nifti2Image if is_second else nibabel.Nifti1Image).from_stream(stream)
+            if not image.header["magic"].item().startswith(b"n+"):
+                raise ValueError("its header is that of a pair of files, .hdr and .img")
+            stream.seek(0)
+            sides = type(image.header).from_fileobj(stream, check=False)["pixdim"][1:4]  # nibabel makes 1 of 0
+        header, proxy, shape, dtype = image.header, image.dataobj, image.shape, image.get_data_dtype()
+        check_declared(path, "image", shape, dtype, remedy="convert or crop it")
+        if len(shape) < 3 or 0 in shape or sum(length > 1 for length in shape[3:]) > 1:
+            raise DataError(f"{path}: has shape {brief(shape)}; expected one scan with three axes")
+        end, size = proxy.offset + math.prod(shape) * dtype.itemsize, data.stat().st_size
+        if end > size * (MAX_INFLATION if packed else 1):
+            raise ValueError(f"{size} bytes, its header declares {end}{' unpacked' if packed else ''}")
+        voxels = np.asanyarray(proxy.get_unscaled()).reshape((*shape[:3], -1), order="F")
+        is_mgh = isinstance(image, nibabel.MGHImage)
         stream.seek(end)
         # At the end of the stream gzip compares the checksum; nibabel does not read that far. MGH continues with facts.
         if stream.read(2**20) and not is_mgh:

@@ -1,5 +1,7 @@
 """A scan of any orientation is brought to one and its segmentation back, voxel by voxel to the same place."""
 
+import gzip
+
 import h5py
 import numpy as np
 import pytest
@@ -104,9 +106,13 @@ def test_scaled_integers_are_what_their_header_says(tmp_path):
     file = nibabel.Nifti1Image(values, np.diag([1, 2, 3, 1.0]))
     file.set_data_dtype(np.int16)
     nibabel.save(file, tmp_path / "scan.nii")
-    volume = read_scan(tmp_path / "scan.nii", Preprocessing(None, (-1000.0, 1600.0)))
-    assert volume.stored_type == "int16"
-    np.testing.assert_allclose(np.asarray(volume.image), (values.T + 1000) / 2600, atol=1e-4)
+    content = (tmp_path / "scan.nii").read_bytes()
+    (tmp_path / "unpacked.nii.gz").write_bytes(content)  # as some browsers save it
+    (tmp_path / "packed.nii").write_bytes(gzip.compress(content))
+    for path in tmp_path.iterdir():
+        volume = read_scan(path, Preprocessing(None, (-1000.0, 1600.0)))
+        assert volume.stored_type == "int16"
+        np.testing.assert_allclose(np.asarray(volume.image), (values.T + 1000) / 2600, atol=1e-4)
 
 
 def test_a_single_slice_more_axes_of_one_and_a_constant_scan_are_no_error(tmp_path):
