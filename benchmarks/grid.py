@@ -1,6 +1,6 @@
 """Measure what a coarse output grid costs: ``python -m benchmarks.grid``.
 
-    python -m benchmarks.grid --grids 24 32 40 runs/unet/best.pth
+    python -m benchmarks.grid runs/unet/best.pth --grids 24 32 40
 
 Sim-MPNet's last head works on a grid of a quarter of ``img_size_dmwla``, U-Net's on every pixel. This command averages
 masks of ``--img_size`` squared to a grid, interpolates them back, and scores the arg max at the volume's resolution:
