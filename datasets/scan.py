@@ -158,6 +158,8 @@ def load_scan(files: Sequence[Path], count: int = 1, time_point: int | None = No
     Raises DataError for a file that is missing, damaged, too large, not one scan of three axes or not finite, and for
     channels that are not on one grid.
     """
+    if len(files) not in (1, count):
+        raise DataError(f"{files[0]}: has {counted(len(files), 'channel')}; expected {count}, or a file for each")
     scans = [_load(file, time_point, count if len(files) == 1 else 1) for file in files]
     grids = [np.zeros((4, 4)) if scan.affine is None else scan.affine for scan in scans]
     shapes = [scan.channels[0].shape[::-1] for scan in scans]
@@ -252,7 +254,7 @@ def _load(path: Path, time_point: int | None, count: int) -> Stored:
             if count == 1 or time_point is not None:
                 channels = [channels[choose(path, len(channels), time_point, "volumes")]]
             if line != (1, 0):
-                channels = [voxels * line[0] + line[1] for voxels in channels]
+                channels = [_on_line(voxels, *line) for voxels in channels]
             stored = stored._replace(channels=channels)
     if len(stored.channels) != count:
         raise DataError(f"{path}: has {counted(len(stored.channels), 'channel')}; expected {count}, or a file for each")
@@ -262,6 +264,14 @@ def _load(path: Path, time_point: int | None, count: int) -> Stored:
         raise DataError(f"{path}: its affine does not say how the three axes run in mm; repair the header")
     _compare_forms(path, stored.header)
     return stored
+
+
+def _on_line(voxels: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+    """Return ``slope * voxels + intercept`` as float32, of 32-bit integers and wider numbers as float64."""
+    intensities = np.empty(voxels.shape, np.result_type(voxels, np.float32))
+    for z, plane in enumerate(voxels):  # only one slice at a time is in double precision
+        intensities[z] = plane * float(slope) + float(intercept)
+    return intensities
 
 
 def _beginning(path: Path, count: int) -> bytes:
@@ -312,7 +322,7 @@ def _load_itk(path: Path) -> tuple[Stored, tuple[float, float]]:
     array = np.moveaxis(array, -1, 0) if shape[-1] > 1 else array
     array = array.reshape((count, *shape[2::-1]))
     header = _beginning(path, 2**16).decode("latin-1")
-    said = {key.lower(): value for key, value in re.findall(r"(?m)^([\w ]+?) *[:=] *(.*?)\r?$", header)}
+    said = {key.lower(): value for key, value in re.findall(r"(?m)^([\w ]+?) *(?::(?!=)|=) *(.*?)\r?$", header)}
     if said.get("compresseddata", "").lower() == "true" and said.get("elementdatafile") == "LOCAL":
         content = path.read_bytes()
         zlib.decompress(re.split(rb"LOCAL\r?\n", content, maxsplit=1)[1])  # compares the checksum, which ITK does not
@@ -328,9 +338,10 @@ def _load_itk(path: Path) -> tuple[Stored, tuple[float, float]]:
     sized = {"spacings", "space directions", "elementspacing", "elementsize"} & said.keys()
     units = said.get("space units") or said.get("units") or said.get("distanceunits") or "?"
     affine = TO_RAS @ affine if sized and units.strip('"').lower().startswith(("mm", "?")) else None
-    # ITK does not apply the line of a MetaImage.
-    line = (float(said.get(f"elementtointensityfunction{key}", value)) for key, value in (("slope", 1), ("offset", 0)))
-    return Stored(array, affine, array.dtype.name, forms), tuple(line)
+    # ITK does not apply slope and intercept of a MetaImage.
+    slope = float(said.get("elementtointensityfunctionslope", 1))
+    intercept = float(said.get("elementtointensityfunctionoffset", 0))
+    return Stored(array, affine, array.dtype.name, forms), (slope, intercept)
 
 
 def _load_nibabel(path: Path) -> tuple[Stored, tuple[float, float]]:

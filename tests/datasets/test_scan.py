@@ -250,6 +250,7 @@ def test_one_of_several_volumes_is_chosen(tmp_path, refused):
         refused(lambda name=name: read_scan(tmp_path / name, Preprocessing()), name, "3 volumes", "--time_point 0 to 2")
         np.testing.assert_array_equal(load_scan([tmp_path / name], time_point=1).channels[0], array[1])
         refused(lambda name=name: read_scan(tmp_path / name, Preprocessing(), 3), name, "no time point 3")
+        refused(lambda name=name: load_scan([tmp_path / name] * 3, 2, 1), name, "has 3 channels; expected 2")
 
 
 BARE = bytearray(nibabel.Nifti1Image(np.zeros((6, 5, 4), np.int16), None).to_bytes()[:352])
@@ -260,7 +261,8 @@ MHA = "ObjectType = Image\nNDims = 3\nDimSize = 6 5 4\nElementType = MET_SHORT\n
 
 @pytest.mark.parametrize(
     ("name", "header", "spacing"),
-    [("a.nrrd", f"{NRRD}\n", None), ("b.nrrd", f"{NRRD}spacings: 1.5 1.5 5\n\n", (5, 1.5, 1.5)), ("a.mha", MHA, None),
+    [("a.nrrd", f"{NRRD}\n", None), ("b.nrrd", f"{NRRD}spacings: 1.5 1.5 5\nunits:=HU\n\n", (5, 1.5, 1.5)),
+     ("a.mha", MHA, None),
      ("c.nrrd", f'{NRRD}spacings: 1.5 1.5 5\nunits: "cm" "cm" "cm"\n\n', None), ("a.nii", BARE, None)],
 )  # fmt: skip
 def test_what_the_header_does_not_say_is_not_invented(tmp_path, caplog, refused, capfd, name, header, spacing):
