@@ -29,6 +29,19 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def find_folders(root: str | Path, name: str) -> list[Path]:
+    """Return the folders called ``name`` anywhere below ``root``, also behind links, in sorted order."""
+    found, seen = [], set()
+    for folder, inside, _ in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link to a folder above it
+            inside.clear()
+        elif name in inside:
+            found.append(Path(folder, name))
+        seen.add(real)
+    return sorted(found)
+
+
 def remove_temporaries(folder: str | Path) -> None:
     """Remove the temporary files of ``atomic_write`` whose process was killed."""
     for path in Path(folder).glob(".tmp[0-9]*-*"):

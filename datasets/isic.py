@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from datasets.errors import DataError
+from datasets.files import find_folders
 from datasets.image_files import ENDING
 from datasets.info import DatasetInfo
 from datasets.lists import files_by_name, split_names, write_lists
@@ -41,11 +42,15 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
     """
     raw = Path(raw)
     INFO.require(raw)
-    images = files_by_name(raw.rglob(f"{IMAGES}/*"), f"(.+)(?<!_superpixels){ENDING}")
-    masks = files_by_name(raw.rglob(f"{TRUTH}/*"), f"(.+)_segmentation{ENDING}")
+    images = files_by_name(_files_in(raw, IMAGES), f"(.+)(?<!_superpixels){ENDING}")
+    masks = files_by_name(_files_in(raw, TRUTH), f"(.+)_segmentation{ENDING}")
     cases = paired(images, masks, f"{IMAGES}/*.jpg", f"{TRUTH}/*_segmentation.png") or ready_made(raw)
     if not cases:
         raise DataError(f"{raw}: must hold {IMAGES} and {TRUTH}, or images and masks; {INFO.how_to_get}")
     names = prepare_images(partial(read_pair, (0, 255)), cases, raw, out, jobs, overwrite)
     write_lists(Path(out) / "lists", dict(zip(INFO.splits, split_names(names, COUNTS), strict=True)))
     return names
+
+
+def _files_in(raw: Path, name: str) -> list[Path]:
+    return [path for folder in find_folders(raw, name) for path in folder.iterdir()]

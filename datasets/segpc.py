@@ -16,6 +16,7 @@ import numpy as np
 from scipy import ndimage
 
 from datasets.errors import DataError, brief
+from datasets.files import find_folders
 from datasets.image_files import image_files, image_of
 from datasets.info import DatasetInfo
 from datasets.lists import split_names, write_lists
@@ -104,7 +105,7 @@ def _find_images(raw: Path) -> dict[str, list[Case]]:
     INFO.require(raw)
     parts: dict[str, list[Case]] = {"train": [], "test": []}
     part_of_raw = PARTS.get(raw.resolve().name, "train")
-    for x in sorted(raw.rglob("x")):  # every archive of the challenge holds a folder of its own name
+    for x in find_folders(raw, "x"):  # every archive of the challenge holds a folder of its own name
         part = next((PARTS[name] for name in x.relative_to(raw).parts[::-1] if name in PARTS), part_of_raw)
         parts[part] += _challenge_images(x)
     if not any(parts.values()):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.errors import DataError
+from datasets.files import find_folders
 from datasets.info import DatasetInfo
 from datasets.lists import files_by_name
 from datasets.preparation import Case, paired, prepare_volumes, read_case
@@ -101,7 +102,7 @@ def prepare(
     """
     raw = Path(raw)
     INFO.require(raw)
-    folder = next((path.parent for path in sorted(raw.rglob("label")) if (path.parent / "img").is_dir()), None)
+    folder = next((label.parent for label in find_folders(raw, "label") if (label.parent / "img").is_dir()), None)
     if folder is None:
         raise DataError(f"{raw}: has no folders img and label (RawData/Training of BTCV); {INFO.how_to_get}")
     images = files_by_name((folder / "img").iterdir(), r"img([0-9]{4})\.nii(?:\.gz)?")

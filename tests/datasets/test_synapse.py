@@ -62,8 +62,10 @@ def ours(label: np.ndarray, order: str = "paper") -> np.ndarray:
 
 
 def test_voxels_and_labels_arrive_where_they_belong(tmp_path):
-    raw = write_raw(tmp_path / "RawData" / "Training")
-    assert synapse.prepare(tmp_path, tmp_path / "out") == ["case0001", "case0005"]
+    raw = write_raw(tmp_path / "disk" / "Training")
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "RawData").symlink_to(tmp_path / "disk")
+    assert synapse.prepare(tmp_path / "raw", tmp_path / "out") == ["case0001", "case0005"]
     image, label = body()
     for case in (1, 5):
         volume = read_volume(tmp_path / "out" / "test_vol_h5" / f"case{case:04d}.npy.h5", 9)
