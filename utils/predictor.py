@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from datasets import DataError, DatasetInfo, Picture, Volume
+from datasets import DATASETS, DataError, DatasetInfo, Picture, Volume
 from datasets.files import atomic_write
 from datasets.images import read_picture
 from datasets.preprocessing import ColourPreprocessing, preprocessing_from_dict
@@ -67,16 +67,17 @@ class Predictor:
         if "data" not in state:
             if info is None:
                 raise RunError(f"{checkpoint} does not say how scans are prepared for it: give --dataset")
-            state["data"] = {  # the authors chose the checkpoints of the release on the test volumes
-                "dataset": info.name, "class_names": info.class_names, "channels": info.channels,
-                "preprocessing": info.preprocessing.to_dict(), "selected_on": "test",
-            }  # fmt: skip
+            # The authors chose the checkpoints of the release on the test volumes.
+            state["data"] = {"dataset": info.name, "channels": info.channels, "selected_on": "test"}
         self.data = data = state["data"]
         if info is not None and data.get("dataset") != info.name:
             raise RunError(
-                f"{checkpoint} was trained on {data.get('dataset')}, not on {info.name}: test it with "
-                f"{script_of('test', data.get('dataset'))}, or call predict.py without --dataset"
+                f"{checkpoint} was trained on {data.get('dataset')}, not on {info.name}: give no --dataset, or test it "
+                f"with {script_of('test', data.get('dataset'))}"
             )
+        info = info or DATASETS.get(data.get("dataset"))
+        if "preprocessing" not in data and info:  # of the release, or of our first versions
+            data["preprocessing"] = info.preprocessing.to_dict()
         try:
             self.preprocessing = preprocessing_from_dict(data.get("preprocessing"))
         except DataError as error:
@@ -88,6 +89,8 @@ class Predictor:
         known = ("epoch", "iteration", "git", "versions", "args", "described")
         self.origin = {name: state[name] for name in known if name in state}
         self.channels = tuple(data.get("channels", ("image",) * channels))
+        if "class_names" not in data:
+            data["class_names"] = info.names_for(self.model.config["num_classes"])
         self.class_names = tuple(data["class_names"])
 
     def read(self, path: str | Path, time_point: int | None = None) -> Volume | Picture:
@@ -110,7 +113,7 @@ class Predictor:
     def segment(self, volume: Volume | Picture) -> np.ndarray:
         """Return the class of every voxel, uint8 (D, H, W); of an image D = 1."""
         size = self.model.config["img_size"]
-        with out_of_memory(f"lower --batch_size {self.batch_size}, or use --amp bf16"):
+        with out_of_memory(f"predict fewer slices at a time than {self.batch_size}, in bf16, or on the CPU"):
             return predict_volume(self.model, volume, size, self.batch_size, self.device, self.amp_dtype)
 
     def __call__(self, path: str | Path):
