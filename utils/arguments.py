@@ -245,7 +245,7 @@ def parse_training(
         foreign.discard("pretrained")  # true of a network without pretrained weights
     if foreign:
         flags = ", ".join(f"--{flag}" for flag in sorted(foreign))
-        raise RunError(f"--network {args.network} does not take {flags}: leave out what does not belong to it")
+        raise RunError(f"--network {args.network} does not take {flags}: leave them out")
     if args.batch_size % args.accumulate:
         raise RunError(
             f"--accumulate {args.accumulate} does not divide --batch_size {args.batch_size}: change one of them"
@@ -321,6 +321,8 @@ def _resume(parser: ArgumentParser, info: DatasetInfo, argv: list[str], path: Pa
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     args.resume = path
+    if args.output_dir.resolve() == path.parent.resolve():
+        args.output_dir = path.parent
 
     network = network_arguments_of(checkpoint, path)
     fixed = network_defaults(network["network"]) | network  # an old checkpoint lacks new arguments

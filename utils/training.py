@@ -108,8 +108,9 @@ class Trainer:
 
     def count_iterations(self) -> int:
         """Return the iteration at which the run ends, counted from its start."""
-        later_epochs = self.args.max_epochs - self.epoch - 1
-        end = self.iteration + self.batches.count(self.samples) + later_epochs * self.batches.count()
+        later_epochs = self.args.max_epochs - self.epoch - bool(self.samples)  # a begun epoch is always ended
+        rest = self.batches.count(self.samples) if self.samples else 0
+        end = self.iteration + rest + max(later_epochs, 0) * self.batches.count()
         return max(self.iteration, min(end, self.args.max_iterations or end))
 
     def fit(self) -> None:

@@ -48,7 +48,7 @@ class NumberWatch:
             self.check()
 
     def check(self) -> None:
-        """Raise RunError if a number that was not checked yet is not finite; with fp16, after too many gradients."""
+        """Raise RunError if a number that was not checked yet is not finite; with fp16, after too many overflows."""
         steps, self.unseen = self.unseen, []
         numbers = torch.stack([step[0] for step in steps]).tolist() if steps else ()
         for (_, *step), (loss, norm) in zip(steps, numbers, strict=True):
