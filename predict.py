@@ -112,7 +112,8 @@ def main() -> None:
     seed_everything(0)
     info = DATASETS.get(args.dataset)
     predictor = Predictor(args.checkpoint, args.device, args.amp, args.batch_size, info, args.prediction)
-    planar, kind = predictor.planar, (predictor.planar, len(predictor.channels))
+    planar = predictor.planar
+    kind = planar, len(predictor.channels)
     inputs = find_inputs(args.input, *kind)
     outputs, beside = name_outputs(inputs, args.output, *kind)
     check_writable(outputs[0].parent)

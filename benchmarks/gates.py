@@ -44,6 +44,8 @@ def train(flags: list[str], steps: int) -> pd.DataFrame:
                 loss = trainer.train_step(batch)[0].item() / (2 ** len(model.heads) - 1)
             passed = {name: maps[0].mean().item() for name, maps in gates.items()}
             rows.append({"step": len(rows) + 1, "loss": loss, **passed})
+        if len(rows) == steps:
+            break
     return pd.DataFrame(rows)
 
 

@@ -191,7 +191,9 @@ def _read_picture(values: Sequence[int], case: Case, bits: int | None) -> Pair:
 
 def _indices(values: Sequence[int], _: Path, label: np.ndarray) -> np.ndarray:
     """Return the class indices 1, 2, ... of label values in their order: uint8."""
-    return np.searchsorted([0, *values], label).astype(np.uint8)
+    table = np.zeros(max(values) + 1, np.uint8)
+    table[list(values)] = np.arange(1, len(values) + 1)
+    return table[label]
 
 
 def _say(found: Raw, looks: dict[str, Look], problems: dict[str, str]) -> None:

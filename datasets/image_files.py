@@ -165,9 +165,11 @@ def read_drafted(path: Path, side: int, bits: int | None = None) -> tuple[np.nda
     """
     with _opened(path) as file:
         size = file.height, file.width
-        file.draft(None, (2 * side, 2 * side))  # does nothing but to a JPEG
+        drafted = file.draft(None, (2 * side, 2 * side))  # None for what is not a JPEG
         image = _upright_rgb(path, file, bits)
         turned = file.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
+    if not drafted:
+        return image, image.shape[:2]
     return image, size[::-1] if turned else size
 
 

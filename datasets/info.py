@@ -15,7 +15,7 @@ IMAGE_FOLDER, MASK_FOLDER = "images", "masks"
 
 
 def _no_doubts(_: np.ndarray) -> list[str]:
-    return []  # no lambda, which a process of --jobs could not be given
+    return []  # a lambda cannot be sent to the processes of --jobs
 
 
 @dataclass(frozen=True)

@@ -68,14 +68,17 @@ def patient_of(name: str, pattern: str | None = None) -> str:
     Raises DataError for a pattern that is not one or does not fit the name.
     """
     name = volume_name(name)
+    if pattern is None:
+        person = _PERSON.match(name)
+        return person.group() if person else name
     try:
-        found = re.search(pattern, name) if pattern is not None else _PERSON.match(name)
+        found = re.search(pattern, name)
     except re.error as error:
         raise DataError(f"--patient_pattern {pattern}: not a regular expression ({error})") from error
-    patient = found[found.re.groups and 1] if found else ""
-    if not patient and pattern is not None:
+    patient = found[1 if found.re.groups else 0] if found else None
+    if not patient:
         raise DataError(f"{name}: --patient_pattern {pattern} finds no patient in this name; correct the pattern")
-    return patient or name
+    return patient
 
 
 def beginnings(name: str) -> list[str]:

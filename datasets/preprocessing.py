@@ -90,9 +90,10 @@ class Preprocessing:
         image = np.empty((*channels[0].shape, len(channels)), np.float32)
         for number, voxels in enumerate(channels):
             low, high = self.window or (float(voxels.min()), float(voxels.max()))
-            found = self.scales[number].ends(voxels) if self.scales else (0, 0)
-            # Both percentiles are one intensity where nearly all voxels are the black around a small object.
-            low, high = found if found[0] < found[1] else (low, high)
+            if self.scales:
+                found = self.scales[number].ends(voxels)
+                # Both percentiles are one intensity where nearly all voxels are the black around a small object.
+                low, high = found if found[0] < found[1] else (low, high)
             for z, plane in enumerate(voxels):  # only one slice at a time is in double precision
                 image[z, ..., number] = to_unit(plane, low, high)
         return image if len(channels) > 1 else image[..., 0]

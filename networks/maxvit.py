@@ -70,21 +70,26 @@ def scale_widths(scale: str) -> tuple[int, ...]:
 
 
 def weights_file(scale: str) -> Path:
-    """Return where the ImageNet weights of ``scale`` are expected; raise a NetworkError if no file was published."""
+    """Return where the ImageNet weights of ``scale`` are expected; raise a NetworkError if it has no default file."""
+    path = _default_file(scale)
+    if path is None:
+        raise NetworkError(f"scale {scale} has no default weight file: {where_from(scale)}")
+    return path
+
+
+def _default_file(scale: str) -> Path | None:
     url = timm.get_pretrained_cfg(SCALES[scale]).url
-    if not url:
-        raise NetworkError(f"no weight file is the default of scale {scale}; {where_from(scale)}")
-    return PRETRAINED_DIR / Path(urlparse(url).path).name
+    return PRETRAINED_DIR / Path(urlparse(url).path).name if url else None
 
 
 def where_from(scale: str) -> str:
     """Return what a message says about getting weights of ``scale``: from where, and to which path."""
     config, otherwise = timm.get_pretrained_cfg(SCALES[scale]), "or start from random weights (--pretrained none)"
     if config.url:
-        return f"download {config.url} to {weights_file(scale)}, {otherwise}"
+        return f"download {config.url} to {_default_file(scale)}, {otherwise}"
     if timm.list_pretrained(f"{SCALES[scale]}*"):
-        return f"download model.safetensors of {config.hf_hub_id} and give it with --pretrained, {otherwise}"
-    return f"no weights were published for scale {scale}: use another scale, {otherwise}"
+        return f"use --pretrained hub, give model.safetensors of {config.hf_hub_id} with --pretrained, {otherwise}"
+    return f"none were published; use another scale, {otherwise}"
 
 
 def load_weights(backbone: nn.Module, path: str | Path, scale: str) -> None:
@@ -109,7 +114,8 @@ def load_weights(backbone: nn.Module, path: str | Path, scale: str) -> None:
         unfit = [name for name in own if name in weights and weights[name].shape != own[name].shape]
     except Exception as error:  # torch and safetensors raise many kinds of error for a file that is not theirs
         raise NetworkError(f"{path} is not a readable weight file ({type(error).__name__}); {remedy}") from error
-    if unfit := unfit + sorted(weights.keys() ^ own.keys()):
+    unfit += sorted(weights.keys() ^ own.keys())
+    if unfit:
         differ = f"{len(unfit)} tensors differ, such as {unfit[0]}"
         raise NetworkError(f"{path} does not fit {SCALES[scale]} ({differ}); {remedy}")
     for name, value in own.items():

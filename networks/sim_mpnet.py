@@ -183,9 +183,10 @@ class SimMPNet(nn.Module):
 
     def memory_banks(self, decoder: bool = True) -> Iterator[PrototypeMemoryBank]:
         """Yield every memory bank, those of the encoder first; ``decoder=False`` omits the decoder's."""
-        for name, block in self.memory_blocks():
-            if decoder or name.startswith("encoder"):
-                yield block.bank
+        encoder = self.dmwla_encoder.modules() if self.dmwla_encoder is not None else ()
+        for module in (*encoder, *(self.decoder.modules() if decoder else ())):
+            if isinstance(module, PrototypeMemoryBank):
+                yield module
 
     def memory_blocks(self) -> Iterator[tuple[str, DMWLA]]:
         """Yield name and block of every DMW-LA block, in the order of the forward pass.

@@ -5,8 +5,9 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import copy
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,9 @@ def refuse_other_data(path: Path, then: Sequence[str], now: Sequence[str]) -> No
 def provenance() -> dict[str, Any]:
     """Return the git revision (``+`` if files have changed since) and the versions of Python, CUDA and packages."""
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    versions |= {package.name: package.version for package in distributions() if package.name in PACKAGES}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
     try:
         command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=12"]
         git = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

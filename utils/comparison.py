@@ -135,7 +135,7 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
     used, tested = [], []
     for path in paths.values():
         summary = _summary(path)
-        used.append(_text(where, volume_path or summary.get("data", {}).get(where) or args[where]))
+        used.append(_text(where, volume_path or (summary.get("data") or {}).get(where) or args[where]))
         if checkpoint := summary.get("checkpoint"):
             file, epoch, prediction = (checkpoint.get(key) for key in ("file", "epoch", "prediction"))
             tested.append(f"{file}, epoch {epoch}" + (f", prediction {prediction}" if prediction else ""))
@@ -155,8 +155,8 @@ def _and(texts: Sequence[str]) -> str:
 def _summary(cases: Path) -> dict[str, Any]:
     """Return the summary beside cases.csv, empty without one; that of an old test does not say what was tested."""
     try:
-        return json.loads(cases.with_name("summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return dict(json.loads(cases.with_name("summary.json").read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError):
         return {}
 
 

@@ -152,27 +152,27 @@ def save_progress(path: str | Path, history: Sequence[Mapping[str, Any]]) -> Non
 
     numbers = pd.DataFrame(list(history)).apply(pd.to_numeric, errors="coerce").replace([-np.inf, np.inf], np.nan)
     selected_on = "test" if any(row.get("selected_on") == "test" for row in history) else "val"
-    panels = {
-        "loss": [name for name in numbers if name.endswith("_loss")],
-        f"{dice_name(selected_on)} [%]": ["val_dice"],
-        "gates let through [%]": [name for name in numbers if name.startswith("gate")],
-        "learning rate": ["lr"],
-        "K (columns replaced)": ["k"],
-        "clusters in use [%]": ["cluster_use"],
-    }
+    panels = [  # title, columns, factor
+        ("loss", [name for name in numbers if name.endswith("_loss")], 1),
+        (f"{dice_name(selected_on)} [%]", ["val_dice"], 100),
+        ("gates let through [%]", [name for name in numbers if name.startswith("gate")], 100),
+        ("learning rate", ["lr"], 1),
+        ("K (columns replaced)", ["k"], 1),
+        ("clusters in use [%]", ["cluster_use"], 100),
+    ]
     figure = Figure(figsize=(15, 6.4), layout="constrained")
-    for axes, (title, columns) in zip(figure.subplots(2, 3).ravel(), panels.items(), strict=True):
+    for axes, (title, columns, factor) in zip(figure.subplots(2, 3).ravel(), panels, strict=True):
         kinds = list(dict.fromkeys(name.rstrip("_1234") for name in columns))
         for name in columns:
             points = numbers.reindex(columns=["epoch", name]).dropna()
-            epochs, values = points["epoch"], points[name] * (100 if "%" in title else 1)
+            epochs, values = points["epoch"], points[name] * factor
             line = ("-", "--", "-.", ":")[int(name[-1]) - 1 if name[-1].isdigit() else 0]
             style = {"color": COLOURS[kinds.index(name.rstrip("_1234"))], "marker": "." if len(points) < 40 else None}
             axes.plot(epochs, values, line, label=name, **style)
             if name == "val_dice" and len(points):
                 best = values.idxmax()
                 axes.plot(epochs[best], values[best], "*", color="black", markersize=12)
-                title += f", best {values[best]:.2f} in epoch {epochs[best]:.0f}"
+                title = f"{title}, best {values[best]:.2f} in epoch {epochs[best]:.0f}"
         if len(columns) > 1:
             axes.legend(fontsize="x-small", ncols=2)
         axes.set_title(title, fontsize=10)

@@ -143,14 +143,15 @@ def format_summary(summary: dict[str, Any]) -> str:
 def markdown(frame: "pd.DataFrame", floatfmt: str = "g", index: bool = False, tablefmt: str = "pipe") -> str:
     """Return a table as Markdown, the first column to the left and the others to the right.
 
-    Text stays as it is ("84.10" is not shortened), except that ``|`` is escaped and line breaks become blanks. NaN is
-    "-". index: write the index as the first column; tablefmt: of tabulate, such as ``plain`` for a terminal.
+    Text stays as it is ("84.10" is not shortened), but in Markdown ``|`` is escaped, and line breaks become blanks. NaN
+    is "-". index: write the index as the first column; tablefmt: of tabulate, such as ``plain`` for a terminal.
     """
 
     def cell(value: object) -> str:
         if isinstance(value, float):
             return "-" if np.isnan(value) else format(value, floatfmt)
-        return " ".join(str(value).split()).replace("|", r"\|")
+        text = " ".join(str(value).split())
+        return text.replace("|", r"\|") if tablefmt == "pipe" else text
 
     cells = (frame.reset_index() if index else frame).map(cell).rename(columns=cell)
     align = ["left", *["right"] * (len(cells.columns) - 1)]

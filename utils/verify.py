@@ -28,6 +28,7 @@ def full_check(args: Namespace, info: DatasetInfo) -> tuple[list[Part], list[str
 
     args: of this command, with the folders, the splits, the number of classes and the pattern.
     """
+    info.label_order(vars(args).get("label_order"), args.num_classes)  # raises for an order that does not fit
     parts, errors = [], []
     for split in args.splits:
         try:
