@@ -168,12 +168,14 @@ def prepared(tmp_path: Path, make_volume) -> Path:
 
 @pytest.fixture
 def refused() -> Callable[..., str]:
-    """Call a function, expect a DataError of one line in which all the words stand, and return the line."""
+    """Call a function, expect an error of ours, of one line in which all the words stand, and return the line."""
 
     from datasets import DataError
+    from networks import NetworkError
+    from utils.errors import RunError
 
     def check(function: Callable, *words: object) -> str:
-        with pytest.raises(DataError) as caught:
+        with pytest.raises((DataError, NetworkError, RunError)) as caught:
             function()
         message = str(caught.value)
         assert "\n" not in message

@@ -51,17 +51,6 @@ def test_a_run_folder_is_complete(run):
     assert not list(folder.rglob(".tmp*"))
 
 
-def test_a_seeded_training_learns_the_drawings(tmp_path):
-    """Six epochs reach a Dice of about 0.94; the bound leaves room for other processors."""
-    size = "--img_size_dmwla 32 --feature_dim 8 --decoder_feature_dim 8 --warmup_iterations 10 --batch_size 4"
-    small = "--columns_per_cluster 10 --decoder_num_clusters 3"
-    schedule = "--base_lr 1e-2 --lr_schedule cosine --max_epochs 6 --eval_interval 6"
-    made = trainer(tmp_path, *f"{size} {small} {schedule}".split(), network=SimMPNet, slices=40)
-    made.fit()
-    assert made.history[-1]["val_dice"] > 0.8
-    assert made.history[-1]["train_loss"] < made.history[0]["train_loss"] / 1.5
-
-
 # Continuing
 
 
@@ -167,21 +156,13 @@ def test_a_checkpoint_is_written_beside_the_training_and_holds_the_state_of_its_
     assert torch.equal(written[2], weights[2]) and torch.equal(written[4], weights[4])
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
-    made = trainer(tmp_path, "--max_epochs", "9", "--checkpoint_iterations", "1")
-
-    def write(path, state):
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr("utils.run_folder.save_checkpoint", write)
-    with pytest.raises(OSError, match="No space"):
-        made.fit()
-    assert made.iteration <= 2 and not list(tmp_path.glob("*.pth"))
-
-
 @pytest.mark.parametrize(("iterations", "warnings"), [(3, 1), (4, 0)])
-def test_a_run_that_ends_before_its_memory_is_used_warns(tmp_path, caplog, iterations, warnings):
-    trainer(tmp_path, "--max_iterations", str(iterations)).fit()
+def test_max_iterations_ends_an_epoch_early_and_a_memory_that_is_never_used_is_told(
+    tmp_path, caplog, iterations, warnings
+):
+    made = trainer(tmp_path, "--max_iterations", str(iterations), "--amp", "bf16")
+    made.fit()
+    assert (made.iteration, made.epoch) == (iterations, 2) and np.isfinite(made.history[-1]["train_loss"])
     assert caplog.text.count("before its memory is used: lower --warmup_iterations 3") == warnings
 
 
@@ -326,13 +307,6 @@ def test_a_run_resumed_with_less_to_do_closes_its_epoch(tmp_path):
     resumed = trainer(tmp_path, "--resume", "auto", "--max_iterations", "1")
     resumed.fit()
     assert (resumed.iteration, resumed.epoch) == (3, 2)
-
-
-def test_max_iterations_ends_an_epoch_early_also_in_bf16(tmp_path):
-    made = trainer(tmp_path, "--max_iterations", "3", "--amp", "bf16")
-    made.fit()
-    assert made.iteration == 3 and made.epoch == 2
-    assert all(np.isfinite(row["train_loss"]) for row in made.history)
 
 
 def test_a_gate_that_shuts_is_recorded_and_reported_once(tmp_path, caplog):
