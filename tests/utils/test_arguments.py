@@ -34,35 +34,31 @@ def test_command_line_wins_over_the_checkpoint_and_that_over_the_defaults(run_fo
         "--attention plain", "--select test", "--init_from other.pth",
     ],
 )  # fmt: skip
-def test_what_does_not_fit_the_resumed_run_is_refused(run_folder, flags):
-    with pytest.raises(RunError, match=flags):
-        parse(run_folder, "--resume", str(run_folder / "last.pth"), *flags.split())
+def test_what_does_not_fit_the_resumed_run_is_refused(run_folder, refused, flags):
+    refused(lambda: parse(run_folder, "--resume", str(run_folder / "last.pth"), *flags.split()), flags)
 
 
-def test_another_data_sets_script_does_not_resume_a_run(run_folder):
-    flags = ["--output_dir", str(run_folder), "--resume", "auto"]
-    with pytest.raises(RunError, match=r"is a run on drawings: resume it with train_custom\.py"):
-        parse_training(training_parser("test", acdc.INFO), acdc.INFO, SPLITS, flags)
+def test_another_data_sets_script_does_not_resume_a_run(run_folder, refused):
+    parser, flags = training_parser("test", acdc.INFO), ["--output_dir", str(run_folder), "--resume", "auto"]
+    words = "is a run on drawings: resume it with train_custom.py"
+    refused(lambda: parse_training(parser, acdc.INFO, SPLITS, flags), words)
 
 
-def test_a_new_run_takes_the_network_of_the_checkpoint_and_no_other_weights(run_folder, tmp_path):
+def test_a_new_run_takes_the_network_of_the_checkpoint_and_no_other_weights(run_folder, tmp_path, refused):
     flags = ["--init_from", str(run_folder / "best.pth")]
     args, checkpoint = parse(tmp_path, *flags, "--num_classes", "5", "--columns_per_cluster", "30")
     given = (args.num_classes, args.num_clusters, args.columns_per_cluster, args.decoder_feature_dim, args.batch_size)
     assert given == (5, 5, 30, 16, 2) and args.resume is None and "model" in checkpoint
-    with pytest.raises(RunError, match="leave one of them out"):
-        parse(tmp_path, *flags, "--pretrained", "hub")
+    refused(lambda: parse(tmp_path, *flags, "--pretrained", "hub"), "leave one of them out")
 
 
-def test_runs_are_not_overwritten(run_folder, tmp_path):
-    with pytest.raises(RunError, match="--resume auto"):
-        parse(run_folder)
+def test_runs_are_not_overwritten(run_folder, tmp_path, refused):
+    refused(lambda: parse(run_folder), "--resume auto")
     state = load_checkpoint(run_folder / "last.pth")
     older, newer = tmp_path / "best.pth", tmp_path / "last.pth"
     torch.save(state, newer)
     torch.save(state | {"iteration": state["iteration"] - 1}, older)
-    with pytest.raises(RunError, match="older than"):
-        parse(tmp_path, "--resume", str(older))
+    refused(lambda: parse(tmp_path, "--resume", str(older)), "older than")
 
 
 @pytest.mark.parametrize("checkpoint", ["runs/mine/best.pth", "runs/mine"])

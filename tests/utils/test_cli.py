@@ -109,12 +109,11 @@ def test_a_full_disk_stops_the_log_file_with_one_warning_and_not_the_run(capsys)
     assert len(lines) == 3 and sum("No space left" in line for line in lines) == 1
 
 
-def test_the_device_is_the_one_asked_for_or_an_error(monkeypatch):
+def test_the_device_is_the_one_asked_for_or_an_error(monkeypatch, refused):
     assert pick_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name, words in (("cuda:0", "no GPU"), ("mps", "expected auto"), ("cuda:x", "expected auto")):
-        with pytest.raises(RunError, match=words):
-            pick_device(name)
+        refused(lambda name=name: pick_device(name), words)
     for there, kind in ((False, "cpu"), (True, "cuda")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         assert pick_device("auto").type == kind
@@ -122,19 +121,17 @@ def test_the_device_is_the_one_asked_for_or_an_error(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert [pick_device("cuda:1")] == chosen == [torch.device("cuda", 1)]
-    with pytest.raises(RunError, match="2 GPUs"):
-        pick_device("cuda:2")
+    refused(lambda: pick_device("cuda:2"), "2 GPUs")
 
 
 @pytest.mark.usefixtures("full_precision")
-def test_the_precision_is_the_one_asked_for_and_what_a_card_cannot_do_is_said(monkeypatch):
+def test_the_precision_is_the_one_asked_for_and_what_a_card_cannot_do_is_said(monkeypatch, refused):
     for amp in AMP_DTYPES:
         set_precision(amp, torch.device("cpu"))
         assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == (amp == "tf32")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
-    with pytest.raises(RunError, match="T4 has no bfloat16: use --amp fp16"):
-        set_precision("bf16", torch.device("cuda"))
+    refused(lambda: set_precision("bf16", torch.device("cuda")), "T4 has no bfloat16: use --amp fp16")
     kept = torch.backends.cuda.cudnn_sdp_enabled()
     for version, usable in ((None, False), (92500, False), (92600, True)):
         monkeypatch.setattr(torch.backends.cudnn, "version", lambda version=version: version)
@@ -144,17 +141,14 @@ def test_the_precision_is_the_one_asked_for_and_what_a_card_cannot_do_is_said(mo
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_the_same_seed_gives_the_same_numbers(deterministic, monkeypatch):
+def test_the_same_seed_gives_the_same_numbers(deterministic, monkeypatch, refused):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what is set here is undone with the test
     numbers = []
-    try:
-        for seed in (2222, 2222, 1):
-            seed_everything(seed, deterministic)
-            numbers.append((random.random(), np.random.rand(), torch.rand(1).item()))
-        assert numbers[0] == numbers[1] and not set(numbers[0]) & set(numbers[2])
-        assert torch.are_deterministic_algorithms_enabled() is deterministic
-        assert not torch.is_deterministic_algorithms_warn_only_enabled()
-        with pytest.raises(RunError, match="seed"):
-            seed_everything(-1)
-    finally:
-        seed_everything(0)
+    for seed in (2222, 2222, 1):
+        seed_everything(seed, deterministic)
+        numbers.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    mode = torch.get_deterministic_debug_mode()
+    seed_everything(0)
+    assert numbers[0] == numbers[1] and not set(numbers[0]) & set(numbers[2])
+    assert mode == (2 if deterministic else 0)  # 2: an operation that is not deterministic is an error
+    refused(lambda: seed_everything(-1), "seed")

@@ -13,6 +13,7 @@ from networks import DMWLA, SimMPNet, build
 from networks.dsgim import select_windows
 from tests.comparison_runs import save_network
 from tests.narrow import narrow_pico  # noqa: F401, a fixture
+from tests.test_scripts import assert_one_line
 from utils import inspection
 from utils.inspection import inspect
 
@@ -131,7 +132,5 @@ def test_what_cannot_be_inspected_is_said_in_one_line(model, tmp_path, run_scrip
         (("--checkpoint", checkpoint, "--input", case, "--slice", 3), ("--slice 3", "has 3")),
         (("--checkpoint", checkpoint, "--input", tmp_path / "no.nii.gz"), ("no.nii.gz",)),
     ):
-        done = run_script("utils/inspection.py", *flags)
-        assert done.status == 1 and len(done.error.strip().splitlines()) == 1, done.error
-        assert all(word in done.error for word in words), done.error
+        assert_one_line(run_script("utils/inspection.py", *flags), *words)
     assert not (tmp_path / "inspection").exists()

@@ -175,11 +175,10 @@ def test_resume_auto_starts_a_run_and_leaves_one_that_is_over_alone(tmp_path, ca
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
-def test_a_damaged_last_checkpoint_leaves_best_to_resume_from(copied):
+def test_a_damaged_last_checkpoint_leaves_best_to_resume_from(copied, refused):
     last, best = copied / "last.pth", copied / "best.pth"
     last.write_bytes(last.read_bytes()[:5000])
-    with pytest.raises(RunError, match=r"last.pth .*--resume .*best.pth"):
-        parse(copied, "--resume", "auto")
+    refused(lambda: parse(copied, "--resume", "auto"), "last.pth ", "--resume ", "best.pth")
     assert trainer(copied, "--resume", str(best)).epoch >= 1
 
 
@@ -359,6 +358,5 @@ def test_compiled_steps_are_traced_once_in_the_warm_up_and_once_after_it(tmp_pat
     torch._dynamo.reset()
 
 
-def test_too_few_slices_for_a_batch(tmp_path):
-    with pytest.raises(RunError, match="--batch_size"):
-        trainer(tmp_path, "--batch_size", "6")
+def test_too_few_slices_for_a_batch(tmp_path, refused):
+    refused(lambda: trainer(tmp_path, "--batch_size", "6"), "--batch_size")
