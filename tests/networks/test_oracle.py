@@ -1,4 +1,4 @@
-"""The network's code equals ``tests/oracle.py`` on random shapes, cluster counts and empty clusters."""
+"""The network and the plain side of the benchmarks equal ``tests/oracle.py`` on random shapes and empty clusters."""
 
 import copy
 from unittest import mock
@@ -9,6 +9,7 @@ from einops import rearrange
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.plain import PlainDMWLA, plain_copy
 from networks import DMWLA, DSGIM, dmwla
 from tests import oracle
 
@@ -150,3 +151,20 @@ def test_dsgim(variant, batch, half_height, half_width, position, biased, streng
     x = torch.randn(batch, 8, 2 * half_height, 2 * half_width)
     with torch.no_grad():
         torch.testing.assert_close(module(x, position), oracle.dsgim_forward(module, x, position))
+
+
+def test_a_plain_step_is_that_of_the_oracle():
+    sizes = dict(batch=2, channels=6, height=5, width=5, feature_dim=8, num_clusters=3, columns_per_cluster=4)
+    block, x = block_and_input(sizes | {"replaced_columns": 2}, "paper", seed=0)
+    plain = plain_copy(block).train()
+    assert type(plain) is PlainDMWLA
+    torch.testing.assert_close(plain(x), oracle.steady_forward(block, x))
+    written = plain.bank.pool, plain.bank.prototypes, plain.phi_k
+    torch.testing.assert_close(written, oracle.updated_memory(block, x))
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_plain_copy_of_a_network_in_warm_up_and_in_use_gives_its_logits(steps, tiny_network):
+    model, x = tiny_network(steps, warmup_iterations=2), torch.rand(2, 1, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(plain_copy(model)(x), model(x))

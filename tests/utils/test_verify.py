@@ -18,12 +18,12 @@ def folders(data: Path) -> list[str]:
     return data_flags(data)[1::2]
 
 
-def quick(data: Path, train: str = "train", val: str = "val", num_classes: int = 4, info=acdc.INFO, **flags):
+def quick(data: Path, num_classes: int = 4, info=acdc.INFO, **flags):
     root, volumes, lists = folders(data)
-    args = Namespace(list_dir=lists, num_classes=num_classes, class_names=None, patient_pattern=None)
-    vars(args).update(flags)
-    train_set = SliceDataset(root, lists, train, num_classes, 32)
-    return quick_check(train_set, VolumeDataset(volumes, lists, val, num_classes), info, args)
+    flags = {"num_classes": num_classes, "class_names": None, "patient_pattern": None} | flags
+    train_set = SliceDataset(root, lists, "train", num_classes, 32)
+    val_set = VolumeDataset(volumes, lists, "val", num_classes)
+    return quick_check(train_set, val_set, info, Namespace(list_dir=lists, **flags))
 
 
 def main(data: Path, *more: str) -> int:
@@ -170,23 +170,18 @@ def named(*names: str):
     return name
 
 
-def test_the_usual_names_are_given_to_files_without_names_only_with_a_warning(tmp_path, prepared, caplog, capsys):
-    plain, words = write(tmp_path / "plain", "a b c"), "the files name no classes; those of acdc are used"
-    for data, flags, warned in ((plain, {}, 1), (plain, {"class_names": ["x", "y", "z"]}, 0), (prepared, {}, 0)):
-        caplog.clear()
-        quick(data, **flags)
-        assert caplog.text.count(words) == warned
-        main(data)
-        assert capsys.readouterr().out.count(words) == (data == plain)
-
-
-def test_classes_are_called_as_the_files_say_or_the_user(tmp_path, refused, caplog):
+def test_classes_are_called_as_the_files_say_or_the_user_or_else_as_usual_with_a_warning(
+    tmp_path, refused, caplog, capsys
+):
     plain = write(tmp_path / "plain", "a b c")
-    assert quick(plain).class_names == acdc.CLASS_NAMES
+    assert quick(plain).class_names == acdc.CLASS_NAMES and main(plain) == 0
+    for printed in (caplog.text, capsys.readouterr().out):
+        assert printed.count("the files name no classes; those of acdc are used") == 1
+    caplog.clear()
     assert quick(plain, class_names=["x", "y", "z"]).class_names == ("x", "y", "z")
     refused(lambda: quick(plain, class_names=["x", "y"]), "--class_names gives x, y", "--num_classes 3")
     data = write(tmp_path / "named", "a b c", in_volumes=named("oedema", "tumour", "core"))
-    assert quick(data).class_names == ("oedema", "tumour", "core")
+    assert quick(data).class_names == ("oedema", "tumour", "core") and not caplog.text
     refused(lambda: quick(data, class_names=["x", "y", "z"]), "oedema, tumour, core", "--class_names")
     refused(lambda: quick(data, num_classes=9), "--num_classes 4", "oedema")
     other = write(tmp_path / "other", "a b c", named("tumour", "oedema", "core"), named("oedema", "tumour", "core"))
@@ -203,7 +198,6 @@ def test_classes_are_called_as_the_files_say_or_the_user(tmp_path, refused, capl
 def test_the_quick_check_finds_the_common_mistakes(prepared, refused):
     root = folders(prepared)[0]
     refused(lambda: acdc.INFO.require(root, f"{root}/x"), f"{root}/x", "prepare_data.py acdc")
-    refused(lambda: quick(prepared, train="val"), "val.txt", "is also in")
     refused(lambda: quick(prepared, num_classes=3), "num_classes")
     refused(lambda: quick(prepared, info=synapse.INFO), "run to RAS", "LAS")  # axes that predict.py would not make
     quick(prepared)
