@@ -241,9 +241,8 @@ def test_a_picture_is_a_volume_of_one_slice(tmp_path):
 
 @pytest.mark.parametrize("ending", [".png", ".jpg"])
 def test_training_and_testing_see_the_same(tmp_path, ending):
-    data = write_set(tmp_path, ["1", "2"], (700, 900), ending)
     for shape in ((700, 900), (30, 20)):
-        write_set(tmp_path, ["1", "2"], shape, ending)
+        data = write_set(tmp_path, ["1", "2"], shape, ending)
         train = ImageDataset(INFO, data, data / "lists", "train", 3, 48)
         test = ImageFolder(INFO, data, data / "lists", "train", 3)
         for sample, picture in zip((train[0], train[1]), test, strict=True):
