@@ -110,6 +110,11 @@ def run_script() -> Callable[..., Outcome]:
     return run_in_process
 
 
+def files(folder: Path) -> dict[Path, bytes]:
+    """Return the content of every file in a folder, by its path there."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def data_flags(data: Path) -> list[str]:
     """Return the flags of ``train_acdc.py`` for a phantom; from the third on they are those of ``test_acdc.py``."""
     return ["--root_path", f"{data}/train_npz", "--volume_path", f"{data}/test_vol_h5", "--list_dir", f"{data}/lists"]

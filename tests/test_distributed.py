@@ -10,16 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT, data_flags
+from tests.conftest import ROOT, SMALL, data_flags
 from tests.test_scripts import assert_one_line
 from utils.checkpoint import load_checkpoint
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-TINY = (
-    "--model_scale pico --pretrained none --img_size 64 --img_size_dmwla 64 --feature_dim 16 --decoder_feature_dim 16 "
-    "--columns_per_cluster 20 --warmup_iterations 2 --batch_size 2 --num_workers 0 --device cpu --resume auto"
-).split()
+TINY = [*SMALL, "--batch_size", "2", "--resume", "auto"]
 
 
 def start(command: list[object]) -> subprocess.Popen:

@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 import SimpleITK
 import torch
-from torch import nn
 
 from datasets import Preprocessing, read_scan, synapse
 from datasets.preprocessing import reorient
@@ -18,6 +17,7 @@ from tests.comparison_runs import save_network
 from tests.datasets.test_dicom import write_dicom
 from tests.datasets.test_scan import ORIENTATIONS, turn
 from tests.test_scripts import assert_one_line
+from tests.utils.test_evaluation import Threshold
 from utils import predictor as predictors
 from utils.checkpoint import save_checkpoint
 from utils.evaluation import predict_volume
@@ -27,23 +27,11 @@ NAMES = synapse.CLASS_NAMES
 SIZE = 32
 
 
-class Threshold(nn.Module):
-    """Finds the class whose number is in the brightness: c / 8 of the window is class c."""
-
-    def __init__(self):
-        super().__init__()
-        self.config = {"num_classes": 9, "in_channels": 1, "img_size": SIZE}
-        self.register_buffer("brightness", torch.arange(9.0).view(1, 9, 1, 1) / 8)
-
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return [-(x - self.brightness).abs()] * 4
-
-
 @pytest.fixture
 def threshold(tmp_path, monkeypatch) -> Path:
-    """A checkpoint from which ``Threshold`` is built."""
-    monkeypatch.setattr(predictors, "build_network", lambda *_: Threshold())
-    return save_network(tmp_path / "best.pth", Threshold(), "synapse")
+    """A checkpoint from which a network is built that finds class c where c / 8 of the window is."""
+    monkeypatch.setattr(predictors, "build_network", lambda *_: Threshold(9, brightest=1))
+    return save_network(tmp_path / "best.pth", Threshold(9), "synapse")
 
 
 def write_scan(folder: Path, name: str, orientation: str, degrees: float = 0.0, plane=(SIZE, SIZE)) -> Path:
@@ -226,7 +214,7 @@ def test_a_prediction_takes_the_memory_of_a_few_slices(tmp_path):
     """Beside the image and the prediction, whatever the length of the scan."""
     scan = tmp_path / "scan.nii"
     nibabel.save(nibabel.Nifti1Image(np.zeros((128, 128, 300), np.int16), np.eye(4)), scan)
-    model = Threshold()
+    model = Threshold(9, brightest=1)
     volume = read_scan(scan, synapse.INFO.preprocessing)
     predict_volume(model, volume, SIZE, 4)
     tracemalloc.start()

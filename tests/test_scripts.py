@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROOT, SMALL, Outcome, data_flags, flags_of
+from tests.conftest import ROOT, SMALL, Outcome, data_flags, files, flags_of
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_a_test_on_training_cases_warns(trained, phantom, data, run_script, tmp_
 
 def test_resume_refuses_other_data_and_leaves_the_run_as_it_was(trained, data, run_script, tmp_path):
     folder = Path(shutil.copytree(trained, tmp_path / "run"))
-    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    before = files(folder)
     flags = ["--resume", folder / "last.pth", "--max_iterations", 5, *data_flags(data)]
     slices = sorted((data / "train_npz").glob("*.npz"))
     with np.load(slices[0]) as stored:
@@ -101,7 +101,7 @@ def test_resume_refuses_other_data_and_leaves_the_run_as_it_was(trained, data, r
     assert_one_line(run_script("train_acdc.py", *flags), "training sample 1 with mean", "--init_from")
     (data / "lists/train.txt").write_text("patient002\n")
     assert_one_line(run_script("train_acdc.py", *flags), "training case patient001_frame01 there")
-    assert files == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert files(folder) == before
 
 
 def test_bad_data_is_one_line_before_anything_is_written(data, run_script):
@@ -119,6 +119,8 @@ def test_bad_data_is_one_line_before_anything_is_written(data, run_script):
     [
         (["--img_size", "100"], ["img_size", "96", "128"]),
         (["--unknown", "1"], ["--unknown"]),
+        (["--base_lr", "x"], ["--base_lr"]),
+        (["--base", "1"], ["--base"]),  # no flag is guessed from its beginning
         (["--max-epochs=3"], ["did you mean --max_epochs?"]),
         (["--network", "unett"], ["did you mean unet?"]),
         (["--network", "attention_unet"], ["--network attention_unet does not take --columns_per_cluster, "]),

@@ -58,20 +58,15 @@ def test_an_entry_names_its_files_in_natural_order_and_blank_lines_are_skipped(t
     assert [path.name for path in select_files(tmp_path, "train", data)] == expected
 
 
-@pytest.mark.parametrize(
-    "entry", ["../patient001", "/etc/passwd", "a/b", "a\\b", "..", ".hidden", "patient001/../../x", "a\0b"]
-)
-def test_an_entry_with_a_path_is_refused(tmp_path, refused, entry):
-    data = _folder(tmp_path, ["patient001", entry], ["patient001.npz"])
-    refused(lambda: select_files(tmp_path, "train", data), tmp_path / "train.txt", repr(entry), "without folders")
-
-
 def test_unusable_lists_are_refused(tmp_path, refused):
     data, source = _folder(tmp_path, [], ["patient001_a.npz"]), tmp_path / "train.txt"
     refused(lambda: read_list(tmp_path, "val"), tmp_path / "val.txt", "--list_dir")
     for content, word in ((b"\n \n", "empty"), (b"\xff\xfe\x00\x01", "text"), (b"patient001\npatient001", "twice")):
         source.write_bytes(content)
         refused(lambda: read_list(tmp_path, "train"), source, word)
+    for entry in ("../patient001", "/etc/passwd", "a/b", "a\\b", "..", ".hidden", "patient001/../../x", "a\0b"):
+        _folder(tmp_path, ["patient001", entry], [])
+        refused(lambda: select_files(tmp_path, "train", data), source, repr(entry), "without folders")
     _folder(tmp_path, ["patient001", "patient001_a"], [])
     refused(lambda: select_files(tmp_path, "train", data), source, "both name")
     _folder(tmp_path, ["patient001", "patient007", "patient008"], [])

@@ -9,7 +9,7 @@ from datasets import segpc
 from datasets.image_files import read_image, read_mask
 from datasets.images import ImageFolder
 from datasets.lists import read_list, split_names
-from tests.conftest import ROOT
+from tests.conftest import ROOT, files
 
 SHAPE = (96, 128)
 
@@ -20,10 +20,6 @@ def cell(top, left, height, width, shape=SHAPE):
     mask[max(top, 0) : top + height, max(left, 0) : left + width] = 20
     mask[max(top, 0) : top + height // 2, max(left, 0) : left + width // 2] = 40
     return mask
-
-
-def files(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 CELLS = [cell(10, 12, 30, 40), cell(24, 40, 30, 30), cell(70, 100, 40, 40)]  # two overlap, one leaves the image

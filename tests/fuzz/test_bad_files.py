@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK
@@ -29,10 +30,9 @@ from datasets.image_files import read_image, read_mask
 from datasets.lists import read_list
 from datasets.scan import read_scan_label
 from networks import NetworkError
+from tests.conftest import files
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import RunError
-
-nibabel = pytest.importorskip("nibabel")
 
 SEED = os.environ.get("FUZZ_SEED", "2222")
 COUNTS = [pytest.param(25, id="few"), pytest.param(400, id="many", marks=pytest.mark.slow)]
@@ -69,10 +69,6 @@ def slice_of(npy: bytes) -> bytes:
         for name in ("image.npy", "label.npy"):
             archive.writestr(name, npy)
     return content.getvalue()
-
-
-def everything_in(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 PLAIN_HDF5 = hdf5(lambda file: file.update(image=VOXELS.astype(np.float64), label=LABEL.astype(np.int32)))
@@ -280,12 +276,12 @@ def test_no_name_leads_out_of_the_output_folder(trained, tmp_path, run_script):
         (scans / f"a{name}.nii.gz").write_bytes(gzip.compress(nifti(np.zeros((1, 8, 9), np.int16)), 1))
     write_volume(volumes / "patient001_frame01.npy.h5", volume_named(tuple(names)))
     (volumes / "test.txt").write_text("patient001\n")
-    before = everything_in(tmp_path)
+    before = files(tmp_path)
     common = ("--device", "cpu", "--overlays", 1, "--checkpoint", tmp_path / "in" / "best.pth")
     run_script("predict.py", *common, "--input", scans, "--output", tmp_path / "out" / "predicted").succeeded()
     saving = ("--is_savenii", "--test_save_dir", tmp_path / "out" / "tested")
     run_script("test_acdc.py", *common, *saving, "--volume_path", volumes, "--list_dir", volumes).succeeded()
-    after = everything_in(tmp_path)
+    after = files(tmp_path)
     assert before.items() <= after.items()
-    new = {path.relative_to(tmp_path / "out").parts[0] for path in after.keys() - before.keys()}
-    assert new == {"predicted", "tested"} and not Path("/tmp/evil").exists()
+    new = {path.parts[:2] for path in after.keys() - before.keys()}
+    assert new == {("out", "predicted"), ("out", "tested")} and not Path("/tmp/evil").exists()

@@ -4,10 +4,14 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
-from networks import DMWLA, SCALES, SimMPNet
+from benchmarks.measure import past_warm_up
+from networks import DMWLA, SCALES, PrototypeMemoryBank, SimMPNet
 from networks.maxvit import scale_widths
 from networks.memory_bank import kmeans
+from tests.networks.conftest import NARROW
+from utils.losses import subset_losses
 
 
 @pytest.fixture
@@ -98,3 +102,27 @@ def test_the_default_is_the_papers_network():
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(93.49e6, abs=0.005e6)
     banks = list(model.memory_banks())
     assert [tuple(b.pool.shape) for b in banks] == [(9, 100, 256)] * 12 + [(10, 100, 128)] * 4
+
+
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["block", "network"])
+def test_steady_steps_are_one_graph_traced_once_that_writes_the_memory(whole, narrow):
+    torch.manual_seed(0)
+    model = (SimMPNet(3, **NARROW) if whole else nn.Sequential(nn.Conv2d(1, 3, 8, 8), DMWLA(3, 8, 3, 20))).train()
+    images, label = torch.rand(2, 1, 64, 64), torch.randint(3, (2, 64, 64) if whole else (2, 8, 8))
+    banks = [module for module in model.modules() if isinstance(module, PrototypeMemoryBank)]
+    past_warm_up(model)
+    assert not any(bank.in_warmup for bank in banks)
+
+    def losses(images, label):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(images)
+        return subset_losses(logits if whole else [logits], label)
+
+    step = torch.compile(losses, backend="eager", dynamic=False, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            before = [bank.pool.clone() for bank in banks]
+            step(images, label)[0].backward()
+            assert not any(torch.equal(bank.pool, pool) for bank, pool in zip(banks, before, strict=True))
+    torch._dynamo.reset()
+    assert all(p.grad.isfinite().all() for p in model.parameters())

@@ -5,14 +5,9 @@ import torch
 
 from networks import SimMPNet
 from tests.networks.test_weights import release_state
-from utils.checkpoint import build_network, load_checkpoint, save_checkpoint
+from utils.checkpoint import build_network, load_checkpoint
 
 STATE = {"model": {"w": torch.arange(3.0)}, "network": {}, "data": {"dataset": "acdc", "class_names": ("a", "b")}}
-
-
-def test_what_is_saved_is_loaded(tmp_path):
-    save_checkpoint(tmp_path / "a.pth", STATE)
-    assert torch.equal(load_checkpoint(tmp_path / "a.pth")["model"]["w"], STATE["model"]["w"])
 
 
 def test_files_that_are_no_checkpoints_are_refused_without_the_words_of_pytorch(tmp_path, refused):

@@ -1,6 +1,5 @@
 """Prediction, scoring and NIfTI files, with a model that thresholds and volumes of boxes."""
 
-import copy
 import logging
 import weakref
 from functools import partial
@@ -20,10 +19,15 @@ NAMES = ("box", "core", "nowhere")
 
 
 class Threshold(nn.Module):
-    """Gives the class nearest to the intensity; only the sum of its four maps says so, no single map does."""
+    """Gives the class nearest to the intensity; only the sum of its four maps says so, no single map does.
 
-    def __init__(self, num_classes: int = 4):
+    brightest: the intensity of the last class; None: each class is as bright as its number.
+    """
+
+    def __init__(self, num_classes: int = 4, brightest: float | None = None):
         super().__init__()
+        self.config = {"num_classes": num_classes, "in_channels": 1, "img_size": 32}
+        self.scale = 1 if brightest is None else (num_classes - 1) / brightest
         self.norm = nn.BatchNorm2d(1)
         self.dropout = nn.Dropout(0.9)
         self.num_classes = num_classes
@@ -31,7 +35,7 @@ class Threshold(nn.Module):
 
     def forward(self, x):
         self.batch_sizes.append(len(x))
-        x = self.dropout(self.norm(x))
+        x = self.scale * self.dropout(self.norm(x))
         classes = torch.arange(self.num_classes).view(1, -1, 1, 1)
         logits = -((x - classes) ** 2)
         wrong = torch.zeros_like(logits)
@@ -69,15 +73,6 @@ def test_the_prediction_is_the_arg_max_of_the_summed_maps_for_any_batch_size(bat
     prediction = predict_volume(model, volume_of(box_label()), 32, batch_size)
     assert prediction.dtype == np.uint8 and model.batch_sizes == batches
     np.testing.assert_array_equal(prediction, box_label())
-
-
-def test_the_model_is_unchanged_and_can_train_afterwards():
-    model = Threshold().train()
-    before = copy.deepcopy(model.state_dict())
-    predict_volume(model, volume_of(box_label()), 32)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    sum(m.sum() for m in model.train()(torch.rand(2, 1, 8, 8))).backward()
-    assert torch.isfinite(model.norm.weight.grad).all()
 
 
 def test_autocast_reaches_the_model():
@@ -142,10 +137,10 @@ def test_images_are_measured_in_two_dimensions():
 def test_nifti_without_an_affine_has_the_spacing(tmp_path):
     """With one, tests/datasets/test_scan.py looks where every voxel lies."""
     label = np.random.default_rng(0).integers(0, 3, (3, 7, 11), np.uint8)
-    volume = volume_of(label, name="patient001_frame01")
+    volume = volume_of(label)
     for volume.spacing, zooms in (((8.0, 1.5, 1.25), (1.25, 1.5, 8.0)), (None, (1.0, 1.0, 1.0))):
         paths = save_nifti(tmp_path, label, volume)
-        assert [path.name for path in paths] == [f"patient001_frame01_{k}.nii.gz" for k in ("pred", "img", "gt")]
+        assert [path.name for path in paths] == ["case_pred.nii.gz", "case_img.nii.gz", "case_gt.nii.gz"]
         for path, dtype in zip(paths, (np.uint8, np.float32, np.uint8), strict=True):
             file = nibabel.load(path)
             np.testing.assert_allclose(file.affine, np.diag([*zooms, 1]))

@@ -1,11 +1,12 @@
-"""The pictures are there, of the right slices, under safe names, and survive missing values."""
+"""Pictures show the right slices under safe names and survive missing values; previews show what a training sees."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import Volume
-from utils import figures
+from datasets import DATASETS, Volume
+from tests.datasets.test_images import write_set
+from utils import figures, preview
 from utils.figures import COLOURS, class_rgb, draw_masks, save_overlays, save_picture_overlay, save_progress
 
 
@@ -114,3 +115,35 @@ def test_little_or_nothing_to_draw_is_no_error(tmp_path, rows):
     save_progress(tmp_path / "progress.png", rows)
     assert pixels(tmp_path / "progress.png").std() > 0
     assert [p.name for p in tmp_path.iterdir()] == ["progress.png"]
+
+
+@pytest.fixture
+def made(tmp_path, prepared):
+    """Made-up slices and images: the folder of samples and that of lists."""
+    lesions = write_set(tmp_path / "isic", [f"ISIC_{number:07d}" for number in range(20)], ending=".jpg", num_classes=2)
+    return {"acdc": (prepared / "train_npz", prepared / "lists"), "isic": (lesions, lesions / "lists")}
+
+
+def sheet_of(made, dataset, output, *more):
+    root, lists = made[dataset]
+    flags = ["--root_path", root, "--list_dir", lists, "--output", output, "--img_size", 32, *more]
+    preview.main([dataset, *map(str, flags)])
+    return pixels(output).astype(int)
+
+
+@pytest.mark.parametrize("dataset", ["acdc", "isic"])
+def test_a_preview_shows_every_class(made, tmp_path, dataset):
+    sheet = sheet_of(made, dataset, tmp_path / "sheets" / f"{dataset}.png", "--count", 5)[:-70]  # without the legend
+    for c, name in enumerate(DATASETS[dataset].class_names, 1):
+        assert (np.abs(sheet - class_rgb(c)).max(-1) < 8).sum() > 5, name
+
+
+def test_the_seed_decides_the_preview_and_wrong_flags_are_refused(made, tmp_path, refused):
+    output = tmp_path / "sheet.png"
+    plain, again, other, photometric = (
+        sheet_of(made, "isic", output, "--count", 1, *more) for more in ((), (), ("--seed", 3), ("--photometric",))
+    )
+    np.testing.assert_array_equal(plain, again)
+    assert not np.array_equal(plain, other) and not np.array_equal(plain, photometric)
+    refused(lambda: sheet_of(made, "acdc", output, "--photometric"), "--photometric", "grey")
+    refused(lambda: sheet_of(made, "isic", output, "--split", "val"), "val.txt")

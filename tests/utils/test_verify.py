@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +47,7 @@ def write(folder: Path, names: str, in_slices=lambda volume: volume, in_volumes=
 
 
 def brighter(volume: Volume) -> Volume:
-    volume.image = volume.image * 255
-    return volume
+    return replace(volume, image=volume.image * 255)
 
 
 def test_a_good_set_passes_and_what_it_holds_is_printed(prepared, capsys):
@@ -127,7 +127,7 @@ def test_the_pattern_says_which_scans_are_of_one_patient(tmp_path, refused, caps
 @pytest.mark.parametrize("order", [(1, 2, 0), (2, 1, 0), (1, 0, 2), (0, 2, 1)])
 def test_volumes_with_other_axes_than_their_slices_are_refused(tmp_path, refused, capsys, order):
     def turned(volume):
-        return Volume(volume.name, volume.image.transpose(order), volume.label.transpose(order))
+        return replace(volume, image=volume.image.transpose(order), label=volume.label.transpose(order))
 
     data = write(tmp_path / "set", "a b c", in_volumes=turned)
     refused(lambda: quick(data), "a.npy.h5" if order[0] == 0 else "b.npy.h5", "rows, columns)")
@@ -135,13 +135,12 @@ def test_volumes_with_other_axes_than_their_slices_are_refused(tmp_path, refused
 
 
 def test_volumes_of_several_channels_have_the_axes_of_their_slices(tmp_path):
-    def two(volume: Volume) -> Volume:
-        return Volume(volume.name, np.stack([volume.image] * 2, -1), volume.label)
+    def of_two(volume: Volume, repeats: int = 1) -> Volume:
+        image, label = (np.tile(array, (repeats, 1, 1)) for array in (volume.image, volume.label))
+        return replace(volume, image=np.stack([image] * 2, -1), label=label)
 
-    def deep(volume: Volume) -> Volume:
-        return two(Volume(volume.name, np.tile(volume.image, (12, 1, 1)), np.tile(volume.label, (12, 1, 1))))
-
-    quick(write(tmp_path / "set", "a b c", two, deep), info=replace(acdc.INFO, channels=("t1", "t2")))
+    deep = partial(of_two, repeats=12)
+    quick(write(tmp_path / "set", "a b c", of_two, deep), info=replace(acdc.INFO, channels=("t1", "t2")))
 
 
 def test_other_intensities_than_of_0_to_1_are_in_the_checkpoint_and_no_scan_is_prepared_for_it(
@@ -163,11 +162,7 @@ def test_other_intensities_than_of_0_to_1_are_in_the_checkpoint_and_no_scan_is_p
 
 
 def named(*names: str):
-    def name(volume: Volume) -> Volume:
-        volume.class_names = names
-        return volume
-
-    return name
+    return lambda volume: replace(volume, class_names=names)
 
 
 def test_classes_are_called_as_the_files_say_or_the_user_or_else_as_usual_with_a_warning(
