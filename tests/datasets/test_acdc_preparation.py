@@ -122,10 +122,10 @@ def test_unfit_raw_folders_are_refused(raw, tmp_path, refused):
 
     shutil.copy(image, raw / image.name)
     refuse(image, raw / image.name, "same name")
-    (raw / image.name).rename(tmp_path / "copy.nii.gz")
-    image.unlink()
+    (raw / image.name).unlink()
+    image.rename(tmp_path / image.name)
     refuse(label, "patient001_frame12.nii.gz is missing")
-    shutil.copy(tmp_path / "copy.nii.gz", image)
+    (tmp_path / image.name).rename(image)
 
     good = nibabel.load(label).get_fdata()
     for bad, word in ((good + 2, "label id 5"), (good + 0.5, "whole numbers"), (good[:-1], "(4, 13, 10)")):

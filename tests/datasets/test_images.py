@@ -4,6 +4,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import SimpleITK
 from PIL import Image
 
 from datasets.image_files import common_bits, image_of, read_image, read_mask
@@ -105,9 +106,8 @@ def test_a_palette_of_greys_is_applied_to_a_mask_and_any_other_is_ignored(tmp_pa
 
 def write_deep(path, image, bits):
     """Write the values of an 8-bit image in 16 bits, of which ``bits`` are in use."""
-    sitk = pytest.importorskip("SimpleITK")
     values = image.astype(np.uint16) << bits - 8 | image >> 16 - bits  # what an 8-bit image of it would keep, and more
-    sitk.WriteImage(sitk.GetImageFromArray(values, isVector=image.ndim == 3), str(path))
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(values, isVector=image.ndim == 3), str(path))
 
 
 @pytest.mark.parametrize("ending", ["png", "tif"])
@@ -226,17 +226,12 @@ def test_a_mask_lies_on_its_image_after_any_change_of_size():
 def test_a_picture_is_a_volume_of_one_slice(tmp_path):
     image = scene(90, 130)
     Image.fromarray(image).save(tmp_path / "a.b.png")
-    picture = read_picture(tmp_path / "a.b.png")
+    picture, mask = read_picture(tmp_path / "a.b.png"), image[..., 0] // 128
     assert (picture.name, picture.label, picture.planar) == ("a.b", None, True)
-    np.testing.assert_array_equal(picture.image, image[None])
-    out = picture.network_input(32)
-    assert (out.shape, out.dtype) == ((1, 3, 32, 32), np.float32)
+    assert picture.network_input(32).shape == (1, 3, 32, 32)
     assert picture.network_input(32, slice(1, 2)).shape == (0, 3, 32, 32)
-    prediction = np.random.default_rng(0).integers(0, 3, (1, 32, 32)).astype(np.uint8)
-    restored = picture.restore(prediction)
-    assert (restored.shape, restored.dtype) == ((1, 90, 130), np.uint8)
-    for y, x in ((0, 0), (89, 129), (45, 64), (10, 100)):
-        assert restored[0, y, x] == prediction[0, int((y + 0.5) * 32 / 90), int((x + 0.5) * 32 / 130)]
+    (restored,) = picture.restore(resize_mask(mask, (32, 32))[None])
+    assert restored.dtype == np.uint8 and (restored != mask).mean() < 0.06
 
 
 @pytest.mark.parametrize("ending", [".png", ".jpg"])
@@ -308,7 +303,6 @@ def test_unusable_folders_are_refused(tmp_path, refused):
 
 
 def test_samples_do_not_depend_on_workers_but_on_epoch_and_seed(tmp_path):
-    pytest.importorskip("imgaug")
     data = write_set(tmp_path, map(str, range(9)))
     assert_samples_depend_on_epoch_and_seed_alone(
         lambda seed: ImageDataset(INFO, data, data / "lists", "train", 3, 32, augment=True, photometric=True, seed=seed)

@@ -3,16 +3,15 @@
 import gzip
 
 import h5py
+import nibabel
 import numpy as np
 import pytest
+import SimpleITK
 
 from datasets import Preprocessing, Volume, read_scan, read_volume, write_volume
 from datasets.preprocessing import orientation_of, reorient
 from datasets.scan import label_ending, load_scan, read_scan_label, write_segmentation
 from utils.evaluation import save_nifti
-
-nibabel = pytest.importorskip("nibabel")
-SimpleITK = pytest.importorskip("SimpleITK")
 
 CT = Preprocessing("LAS", (-125.0, 275.0))
 SPACING = (0.8, 0.9, 3.0)
@@ -26,14 +25,14 @@ def turn(degrees: float) -> np.ndarray:
     return Rotation.from_rotvec(np.radians(degrees) * np.array([2, -1, 3]) / np.sqrt(14)).as_matrix()
 
 
-def write_phantom(folder, orientation="RAS", degrees=0.0, shape=(13, 11, 7), label_type=np.uint8, image_type=np.int16):
+def write_phantom(folder, orientation="RAS", degrees=0.0, label_type=np.uint8):
     """Write a lopsided body with three organs as the given orientation stores it; return (image path, label path)."""
-    label = np.zeros(shape, np.uint8)  # (x, y, z) of RAS
+    label = np.zeros((13, 11, 7), np.uint8)  # (x, y, z) of RAS
     label[2:5, 3:9, 1:3] = 1
     label[6:12, 4, 2:6] = 2
     label[7, 6:8, 5] = 3
     rng = np.random.default_rng(5)
-    image = (rng.permutation(label.size).reshape(shape) % 1400 - 700).astype(image_type)
+    image = (rng.permutation(label.size).reshape(label.shape) % 1400 - 700).astype(np.int16)
     affine = np.eye(4)
     affine[:3, :3] = turn(degrees) * SPACING
     affine[:3, 3] = (-31.5, 12.25, 104.0)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 
@@ -11,8 +12,6 @@ from datasets.preprocessing import reorient
 from datasets.volumes import Volume
 from tests.datasets.test_scan import turn
 from utils import verify
-
-nibabel = pytest.importorskip("nibabel")
 
 LISTS = Path(__file__).resolve().parents[2] / "lists" / "lists_Synapse"
 

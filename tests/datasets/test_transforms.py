@@ -3,7 +3,6 @@
 import sys
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,7 +72,6 @@ def bands(height=120, width=90):
 
 
 def test_photometric_augmentation_bends_image_and_label_alike_up_to_the_border(monkeypatch):
-    pytest.importorskip("imgaug")
     for name, value in dict(BRIGHTNESS=0, CONTRAST=0, SATURATION=0, HUE=0, BLUR=0, ELASTIC=6.0, SHARE=1).items():
         monkeypatch.setattr(photometric, name, value)
     image, label = bands()

@@ -27,10 +27,6 @@ def assert_close(actual: torch.Tensor, expected: np.ndarray, tolerance: float) -
     torch.testing.assert_close(actual.detach().float(), torch.from_numpy(expected), atol=tolerance, rtol=0)
 
 
-def pool_as_release(bank) -> torch.Tensor:
-    return rearrange(bank.pool, "k m d -> d (k m)")
-
-
 def fill(module: torch.nn.Module, source_of: Callable[[str], str]) -> None:
     """Give the tensors of a module the synthetic values of the release's, whose names ``source_of`` returns."""
     state = module.state_dict()
@@ -78,7 +74,7 @@ def test_dmwla_two_steady_steps_and_their_memory(dmwla, training):
         counts = block.bank.key_counts.clone()
         assert_close(block(x), dmwla[f"output{step}"], 1e-5)
         assert torch.equal(block.bank.key_counts - counts, torch.from_numpy(dmwla[f"key_counts{step}"]))
-        assert_close(pool_as_release(block.bank), dmwla[f"pool{step}"], 1e-5)
+        assert_close(rearrange(block.bank.pool, "k m d -> d (k m)"), dmwla[f"pool{step}"], 1e-5)
         assert_close(block.bank.prototypes.T, dmwla[f"prototypes{step}"], 1e-5)
         assert_close(block.phi_k[:, :, None, None], dmwla[f"phi_k{step}"], 1e-5)
 

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from medpy.metric import binary
 
 from tests.parity import load
 from utils.metrics import case_metrics, class_metrics, confusion, dice_only, pooled_metrics
@@ -20,7 +21,6 @@ def test_every_value_of_the_fixture():
 
 def medpy(a: np.ndarray, b: np.ndarray, spacing: tuple[float, ...] | None) -> tuple[float, ...]:
     """Return Dice, HD95, Jaccard and ASSD as medpy computes them."""
-    binary = pytest.importorskip("medpy.metric.binary")
     return binary.dc(a, b), binary.hd95(a, b, spacing), binary.jc(a, b), binary.assd(a, b, spacing)
 
 
