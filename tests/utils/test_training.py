@@ -8,6 +8,7 @@ import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -226,11 +227,7 @@ def test_best_is_kept_from_worse_epochs_and_from_a_kill_before_it_is_written(tmp
 
     made = trainer(tmp_path, "--max_epochs", "4", "--resume", "auto")
     made.validate = lambda: {"val_dice": 0.6}
-
-    def killed(source):
-        raise KeyboardInterrupt
-
-    made.run.keep_best = killed  # last.pth is written, best.pth is not
+    made.run.keep_best = mock.Mock(side_effect=KeyboardInterrupt)  # last.pth is written, best.pth is not
     with pytest.raises(KeyboardInterrupt):
         made.fit()
     assert load_checkpoint(tmp_path / "last.pth")["epoch"] == 4
