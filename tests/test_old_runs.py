@@ -58,3 +58,9 @@ def test_a_new_run_starts_from_an_old_one_and_makes_anew_what_does_not_fit(old_r
     assert heads == f"new heads: {old_run} has none that fits (heads.0, heads.1, heads.2, heads.3)"
     assert memory.startswith(f"new memory: {old_run} has none that fits (dmwla_encoder.stages.0.0.bank, ")
     assert [int(bank.warmup_counter) > 0 for bank in model.memory_banks()] == [False] * 12 + [True] * 4
+
+
+def test_old_runs_are_compared(tmp_path, run_script):
+    runs = [f"{variant}={FIXTURES / f'run_2c5fbf2_{variant}'}" for variant in ("paper", "release")]
+    done = run_script("compare.py", *runs, "--output_dir", tmp_path).succeeded()
+    assert "paper" in done.output and "release" in done.output
