@@ -72,8 +72,8 @@ class Predictor:
         self.data = data = state["data"]
         if info is not None and data.get("dataset") != info.name:
             raise RunError(
-                f"{checkpoint} was trained on {data.get('dataset')}, not on {info.name}: give no --dataset, or test it "
-                f"with {script_of('test', data.get('dataset'))}"
+                f"{checkpoint} was trained on {data.get('dataset')}, not on {info.name}: test it with "
+                f"{script_of('test', data.get('dataset'))}, or name no data set"
             )
         info = info or DATASETS.get(data.get("dataset"))
         if "preprocessing" not in data and info:  # of the release, or of our first versions
