@@ -174,7 +174,7 @@ def test_what_cannot_be_done_is_said_in_one_line(predict, threshold, tmp_path):
         (scan.parent, scan.parent, [], ["would be lost"]),
         (scan, scan.parent, [], ["would be lost"]),
         (scan, tmp_path / "o.mhd", [], [".nii.gz", ".mha"]),
-        (scan, out, ["--dataset", "acdc"], ["synapse", "--dataset"]),
+        (scan, out, ["--dataset", "acdc"], ["synapse", "name no data set"]),
         (scan.parent, out, [], ["give a folder"]),
         (threshold, out, [], ["best.pth", "not a readable scan"]),
         (scan, out, ["--checkpoint", scan], ["scan.nii.gz", "checkpoint"]),
