@@ -43,8 +43,12 @@ def info_of(folder: str | Path, fold: int = 0) -> DatasetInfo:
     """Return the facts of a prepared folder, with the lists of a fold; raises DataError for another folder."""
     path = Path(folder) / JSON
     if not path.is_file():
-        raise DataError(f"{path}: no such file; {_HOW_TO_GET} --raw FOLDER --out {quote(str(folder))}")
+        raise DataError(f"{path}: no such file; {_how_to_get(folder)}")
     return info_from(read_json(path), folder, fold)
+
+
+def _how_to_get(folder: str | Path) -> str:
+    return f"{_HOW_TO_GET} --raw FOLDER --out {quote(str(folder))}"
 
 
 def info_from(facts: dict[str, Any], folder: str | Path, fold: int = 0) -> DatasetInfo:
@@ -58,7 +62,7 @@ def info_from(facts: dict[str, Any], folder: str | Path, fold: int = 0) -> Datas
             list_dir=f"{folder}/lists/fold_{fold}",
             splits=("train", "val", "test") if facts["test"] else ("train", "val"),
             preprocessing=preprocessing_from_dict(facts["preprocessing"]),
-            how_to_get=f"{_HOW_TO_GET} --raw FOLDER --out {quote(str(folder))}",
+            how_to_get=_how_to_get(folder),
             train_script=f"train_custom.py --data {quote(str(folder))}",
             channels=tuple(map(str, facts["channels"])),
             fold=fold,

@@ -70,9 +70,12 @@ def _smp(
             f"pretrained is {pretrained}; this network accepts hub (its library downloads ImageNet weights) or none"
         )
     smp = _library("segmentation_models_pytorch", "segmentation-models-pytorch")
-    options = {"in_channels": in_channels, "classes": num_classes, "encoder_weights": pretrained and "imagenet"}
-    if encoder.startswith("tu-"):  # timm's encoders are built for one size, and accept only True for weights
-        options |= {"img_size": img_size, "encoder_weights": pretrained and True}
+    options = {"in_channels": in_channels, "classes": num_classes, "encoder_weights": None}
+    of_timm = encoder.startswith("tu-")
+    if of_timm:  # timm's encoders are built for one size, and accept only True for weights
+        options["img_size"] = img_size
+    if pretrained == "hub":
+        options["encoder_weights"] = True if of_timm else "imagenet"
     with downloading(encoder.removeprefix("tu-"), REMEDY) if pretrained else nullcontext(), _NumbersOnTheCPU():
         return getattr(smp, architecture)(encoder, **options)
 

@@ -183,10 +183,9 @@ class SimMPNet(nn.Module):
 
     def memory_banks(self, decoder: bool = True) -> Iterator[PrototypeMemoryBank]:
         """Yield every memory bank, those of the encoder first; ``decoder=False`` omits the decoder's."""
-        encoder = self.dmwla_encoder.modules() if self.dmwla_encoder is not None else ()
-        for module in (*encoder, *(self.decoder.modules() if decoder else ())):
-            if isinstance(module, PrototypeMemoryBank):
-                yield module
+        for part in (self.dmwla_encoder, self.decoder) if decoder else (self.dmwla_encoder,):
+            if part is not None:
+                yield from (module for module in part.modules() if isinstance(module, PrototypeMemoryBank))
 
     def memory_blocks(self) -> Iterator[tuple[str, DMWLA]]:
         """Yield name and block of every DMW-LA block, in the order of the forward pass.
