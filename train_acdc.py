@@ -12,11 +12,9 @@ from utils.arguments import training_parser
 from utils.cli import run_script
 from utils.launch import train
 
-SPLITS = {"val": ("train", "val"), "test": ("trainval", "test")}  # --select: lists to train and select on
-
 
 def main() -> None:
-    train(training_parser(__doc__, acdc.INFO, feature_dim=128), acdc.INFO, SPLITS)
+    train(training_parser(__doc__, acdc.INFO, feature_dim=128), acdc.INFO)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,10 @@ from utils.arguments import own_data, training_parser
 from utils.cli import run_script
 from utils.launch import train
 
-SPLITS = {"val": ("train", "val"), "test": ("train", "test")}  # --select: lists to train and select on
-
 
 def main() -> None:
     for info, argv in own_data("--resume", "auto"):
-        train(training_parser(__doc__, info), info, SPLITS, argv)
+        train(training_parser(__doc__, info), info, argv)
 
 
 if __name__ == "__main__":

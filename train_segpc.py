@@ -13,11 +13,9 @@ from utils.arguments import training_parser
 from utils.cli import run_script
 from utils.launch import train
 
-SPLITS = {"val": ("train", "val"), "test": ("train", "test")}  # --select: lists to train and select on
-
 
 def main() -> None:
-    train(training_parser(__doc__, segpc.INFO, feature_dim=256), segpc.INFO, SPLITS)
+    train(training_parser(__doc__, segpc.INFO, feature_dim=256), segpc.INFO)
 
 
 if __name__ == "__main__":

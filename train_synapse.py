@@ -12,13 +12,11 @@ from utils.arguments import training_parser
 from utils.cli import run_script
 from utils.launch import train
 
-SPLITS = {"val": ("train", "train"), "test": ("train", "test_vol")}  # --select: lists to train and select on
-
 
 def main() -> None:
     parser = training_parser(__doc__, synapse.INFO, feature_dim=256)
     parser.add_argument("--val_cases", nargs="+", default=synapse.VALIDATION_CASES, help="held out for --select val")
-    train(parser, synapse.INFO, SPLITS)
+    train(parser, synapse.INFO)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from utils.cli import ArgumentParser, pick_device, run_script
 from utils.launch import make_trainer
 from utils.results import markdown
 
-SPLITS = {"val": ("train", "val"), "test": ("trainval", "test")}  # as train_acdc.py
 KINDS = {  # of gates, by their names in a row
     "between the encoders": "^gate$",
     "spatial": "^gate_spatial",
@@ -33,7 +32,7 @@ KINDS = {  # of gates, by their names in a row
 def train(flags: list[str], steps: int) -> pd.DataFrame:
     """Return loss per combination and the mean of each gate for each of the first ``steps`` steps of a training."""
     parser = training_parser(__doc__, acdc.INFO, feature_dim=128)
-    args, checkpoint = parse_training(parser, acdc.INFO, SPLITS, flags)
+    args, checkpoint = parse_training(parser, acdc.INFO, flags)
     trainer, rows = make_trainer(args, checkpoint, acdc.INFO, pick_device(args.device)), []
     model = trainer.model.train()
     for epoch in range(1, args.max_epochs + 1):

@@ -25,6 +25,7 @@ INFO = DatasetInfo(
     class_names=("right ventricle", "myocardium", "left ventricle"),
     folder="data/ACDC",
     list_dir="lists/lists_ACDC",
+    selections={"val": ("train", "val"), "test": ("trainval", "test")},
     how_to_get=(
         "download ACDC (https://www.creatis.insa-lyon.fr/Challenge/acdc/databases.html), unpack it, then run: "
         "python prepare_data.py acdc --raw FOLDER"

@@ -27,6 +27,10 @@ class DatasetInfo:
     folder: str  # where it is prepared
     list_dir: str  # folder of its lists
     splits: tuple[str, ...] = ("train", "val", "test")  # names of its lists, the one to train on first
+    # By --select: the list to train on, and the list to choose the best epoch on.
+    selections: Mapping[str, tuple[str, str]] = field(
+        default_factory=lambda: {"val": ("train", "val"), "test": ("train", "test")}
+    )
     # Of every scan or image; every checkpoint stores it.
     preprocessing: Preprocessing | ColourPreprocessing = field(default=Preprocessing())
     how_to_get: str = ""  # ends the message about missing data

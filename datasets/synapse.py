@@ -79,6 +79,7 @@ INFO = DatasetInfo(
     folder="data/Synapse",
     list_dir="lists/lists_Synapse",
     splits=("train", "test_vol"),
+    selections={"val": ("train", "train"), "test": ("train", "test_vol")},
     preprocessing=Preprocessing("LAS", WINDOW),
     how_to_get=(
         "download BTCV's RawData.zip (https://www.synapse.org/Synapse:syn3193805/wiki/217789), unpack it, then run: "

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from datasets import DatasetInfo, Preprocessing, Volume
+from datasets import DatasetInfo, Volume
 from datasets.training_set import TrainingSet
 from networks import DMWLA
 from networks.registry import Baseline
@@ -16,8 +16,7 @@ from utils.cli import seed_everything
 from utils.training import Trainer
 
 NAMES = ("ring", "disc")
-DRAWINGS = DatasetInfo("drawings", NAMES, "", "", ("train", "val"), Preprocessing(), "", "")
-SPLITS = {"val": ("train", "val"), "test": ("trainval", "test")}
+DRAWINGS = DatasetInfo("drawings", NAMES, folder="", list_dir="", splits=("train", "val"))
 SIZE = 64
 
 
@@ -81,7 +80,7 @@ def parse(folder: Path, *flags: str):
         "--decoder_feature_dim 16 --columns_per_cluster 20 --warmup_iterations 3 --batch_size 2 --max_epochs 2"
     )
     parser = training_parser("test", DRAWINGS, output_dir=folder)
-    return parse_training(parser, DRAWINGS, SPLITS, [*small.split(), *flags])
+    return parse_training(parser, DRAWINGS, [*small.split(), *flags])
 
 
 def trainer(

@@ -7,7 +7,7 @@ import inspect
 import logging
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,6 @@ VARIANT_DEFAULTS = {
     "release": {"select": "test", "select_from_epoch": 100},  # as the authors' program does
     "stable": {"select": "val", "select_from_epoch": 1},
 }
-Splits = Mapping[str, tuple[str, str]]
-"""For each choice of ``--select``: the list to train on, and the list to choose the best epoch on."""
 NETWORK_HELP = {
     "img_size": "side of the network's input in pixels, a multiple of 32",
     "img_size_dmwla": "side of the DMW-LA encoder's image",
@@ -211,7 +209,7 @@ def _add_shared(add: Callable[..., Any], info: DatasetInfo) -> None:
 
 
 def parse_training(
-    parser: ArgumentParser, info: DatasetInfo, splits: Splits, argv: list[str] | None = None
+    parser: ArgumentParser, info: DatasetInfo, argv: list[str] | None = None
 ) -> tuple[Namespace, dict[str, Any] | None]:
     """Return the merged arguments, and the checkpoint that the run continues or starts from.
 
@@ -256,10 +254,10 @@ def parse_training(
     for name, value in VARIANT_DEFAULTS[args.variant].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    train_split, val_split = splits[args.select]
+    train_split, val_split = info.selections[args.select]
     args.train_split = args.train_split or train_split
     args.val_split = args.val_split or val_split
-    args.selected_on = "test" if args.val_split == splits["test"][1] else "val"
+    args.selected_on = "test" if args.val_split == info.selections["test"][1] else "val"
     with torch.device("meta"):  # takes no memory: only to find sizes that do not fit before data are read
         build(args.network, **network_arguments(args))
     return args, checkpoint

@@ -17,7 +17,7 @@ from datasets.files import file_stem
 from datasets.lists import list_path
 from networks import build, default_weights
 from networks.ranks import rank
-from utils.arguments import Splits, check_n_gpu, network_arguments, parse_training
+from utils.arguments import check_n_gpu, network_arguments, parse_training
 from utils.checkpoint import load_fitting, refuse_other_data
 from utils.cli import ArgumentParser, seed_everything, set_precision, setup_logging
 from utils.data_checks import Cases, compare_with_checkpoint, open_cases, open_samples, quick_check
@@ -34,9 +34,9 @@ from utils.training import Trainer
 logger = logging.getLogger(__name__)
 
 
-def train(parser: ArgumentParser, info: DatasetInfo, splits: Splits, argv: list[str] | None = None) -> None:
+def train(parser: ArgumentParser, info: DatasetInfo, argv: list[str] | None = None) -> None:
     """Train a network on a data set, with the arguments of ``parse_training``."""
-    args, checkpoint = parse_training(parser, info, splits, argv)
+    args, checkpoint = parse_training(parser, info, argv)
     device = rank_device(args.device)
     if args.sync_bn and device.type == "cpu":
         raise RunError("--sync_bn needs GPUs, and this run is on the CPU: leave --sync_bn out")

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import ablation
 from tests.comparison_runs import write_run
-from tests.mini import DRAWINGS, SPLITS
+from tests.mini import DRAWINGS
 from utils.arguments import network_arguments, parse_training, training_parser
 
 
@@ -69,6 +69,6 @@ def test_every_row_is_understood_by_the_training_script():
         configurations = []
         for flags in rows.values():
             parser = training_parser("test", DRAWINGS, output_dir=Path("nowhere"))
-            args, _ = parse_training(parser, DRAWINGS, SPLITS, flags.split())
+            args, _ = parse_training(parser, DRAWINGS, flags.split())
             configurations.append((args.network, args.wld, *network_arguments(args).values()))
         assert len(set(configurations)) == len(rows)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from datasets import acdc
 from datasets.lists import patient_of, read_list, select_files, volume_name
 from tests.conftest import ROOT
 
@@ -28,6 +29,7 @@ def test_the_lists_are_those_of_the_release_and_of_our_seed_and_name_each_patien
         assert sorted(entry for part in parts for entry in part) == names(range(1, 101))
     train, val, both = (read_list(LISTS / "lists_ACDC", part) for part in ("train", "val", "trainval"))
     assert sorted(train + val) == both
+    assert acdc.INFO.selections == {"val": ("train", "val"), "test": ("trainval", "test")}  # no patient unused
     for first in range(1, 100, 20):  # a diagnosis
         assert len({*names(range(first, first + 20))} & {*val}) == 2
     for part, patients in {

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from datasets import acdc, custom
-from tests.mini import DRAWINGS, SPLITS, parse, trainer
+from tests.mini import DRAWINGS, parse, trainer
 from tests.narrow import narrow_pico  # noqa: F401, a fixture for the whole module
 from utils.arguments import own_data, parse_training, training_parser
 from utils.checkpoint import load_checkpoint
@@ -23,7 +23,7 @@ def run_folder(tmp_path_factory) -> Path:
 
 def test_command_line_wins_over_the_checkpoint_and_that_over_the_defaults(run_folder):
     parser = training_parser("test", DRAWINGS, output_dir="elsewhere")
-    args, _ = parse_training(parser, DRAWINGS, SPLITS, ["--resume", str(run_folder / "last.pth"), "--base_lr", "3e-4"])
+    args, _ = parse_training(parser, DRAWINGS, ["--resume", str(run_folder / "last.pth"), "--base_lr", "3e-4"])
     assert args.base_lr == 3e-4 and args.batch_size == 2 and args.output_dir == run_folder
 
 
@@ -41,7 +41,7 @@ def test_what_does_not_fit_the_resumed_run_is_refused(run_folder, refused, flags
 def test_another_data_sets_script_does_not_resume_a_run(run_folder, refused):
     parser, flags = training_parser("test", acdc.INFO), ["--output_dir", str(run_folder), "--resume", "auto"]
     words = "is a run on drawings: resume it with train_custom.py"
-    refused(lambda: parse_training(parser, acdc.INFO, SPLITS, flags), words)
+    refused(lambda: parse_training(parser, acdc.INFO, flags), words)
 
 
 def test_a_new_run_takes_the_network_of_the_checkpoint_and_no_other_weights(run_folder, tmp_path, refused):
@@ -74,7 +74,7 @@ def test_every_fold_has_folders_of_its_own(monkeypatch, checkpoint):
 
 def test_variant_chooses_splits_and_selection_unless_they_are_typed(tmp_path):
     release, _ = parse(tmp_path, "--variant", "release")
-    assert (release.train_split, release.val_split, release.select_from_epoch) == ("trainval", "test", 100)
+    assert (release.train_split, release.val_split, release.select_from_epoch) == ("train", "test", 100)
     paper, _ = parse(tmp_path)
     assert (paper.train_split, paper.val_split, paper.select_from_epoch) == ("train", "val", 1)
     typed, _ = parse(tmp_path, "--variant", "release", "--val_split", "val", "--select_from_epoch", "3")
