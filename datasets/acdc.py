@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from datasets.errors import DataError, counted
+from datasets.files import find_files
 from datasets.info import VOLUME_FOLDER, DatasetInfo
 from datasets.lists import files_by_name, volume_name
 from datasets.preparation import Case, paired, prepare_volumes, read_case
@@ -47,12 +48,12 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
     """
     raw = Path(raw)
     INFO.require(raw)
-    scans = list(raw.rglob("patient*_frame*.nii*"))  # unpacking may add folders
-    images = files_by_name(scans, rf"{_FRAME}\.nii(?:\.gz)?")
-    labels = files_by_name(scans, rf"{_FRAME}_gt\.nii(?:\.gz)?")
+    files = find_files(raw)  # unpacking may add folders
+    images = files_by_name(files, rf"{_FRAME}\.nii(?:\.gz)?")
+    labels = files_by_name(files, rf"{_FRAME}_gt\.nii(?:\.gz)?")
     cases, read = paired(images, labels, "*.nii.gz", "*_gt.nii.gz"), partial(read_case, INFO)
     if not cases:
-        cases, read = _hdf5_cases(raw), _read_hdf5
+        cases, read = _hdf5_cases(raw, files), _read_hdf5
     if not cases:
         raise DataError(
             f"{raw}: holds neither patientXXX/patientXXX_frameYY.nii.gz (the challenge's folders) nor "
@@ -66,9 +67,9 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
     return prepare_volumes(read, cases, out, jobs, overwrite)
 
 
-def _hdf5_cases(raw: Path) -> list[Case]:
+def _hdf5_cases(raw: Path, files: list[Path]) -> list[Case]:
     """Return the volumes below a folder, and the slices of every frame without a volume; not what is prepared there."""
-    files = [p for p in raw.rglob("patient*_frame*.h5") if VOLUME_FOLDER not in p.relative_to(raw).parts]
+    files = [path for path in files if VOLUME_FOLDER not in path.relative_to(raw).parts]
     volumes = files_by_name(files, rf"{_FRAME}(?:\.npy)?\.h5")
     slices = files_by_name((path for path in files if volume_name(path) not in volumes), r"(.+_slice_?[0-9]+)\.h5")
     return [Case(name, tuple(paths)) for name, paths in group_by_volume([*volumes.values(), *slices.values()]).items()]

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from datasets.errors import DataError, brief, counted
+from datasets.files import find_files
 from datasets.storage import check_declared, reading
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def several_series(folder: Path) -> list[Path]:
     """Return the subfolders and files of a folder that are a DICOM series each, or none if it is one series in all."""
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        files = find_files(path) if path.is_dir() else [path]
         header = next((header for file in files if file.is_file() and not _kind(header := _header(file))), None)
         if header is not None and found.setdefault(header.get("SeriesInstanceUID"), path) != path:
             return []
@@ -95,7 +96,7 @@ def _find_series(path: Path) -> dict[Path, Any]:
     """Return the headers of the one series that ``path`` means, by file, and log what is left out."""
     whole = path.is_dir() or path.name.upper() == "DICOMDIR"
     folder = path if path.is_dir() else path.parent
-    files = [file for file in sorted(folder.rglob("*") if whole else folder.iterdir()) if file.is_file()]
+    files = find_files(folder) if whole else sorted(file for file in folder.iterdir() if file.is_file())
     headers = {file: _header(file) for file in files if not file.name.startswith(".")}
     others = {file: kind for file, header in headers.items() if (kind := _kind(header))}
     if path in others and not whole:

@@ -31,15 +31,25 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 def find_folders(root: str | Path, name: str) -> list[Path]:
     """Return the folders called ``name`` anywhere below ``root``, also behind links, in sorted order."""
-    found, seen = [], set()
-    for folder, inside, _ in os.walk(root, followlinks=True):
+    return sorted(Path(folder, name) for folder, inside, _ in _walk(root) if name in inside)
+
+
+def find_files(root: str | Path) -> list[Path]:
+    """Return all files anywhere below ``root``, also behind links, in sorted order."""
+    paths = (Path(folder, name) for folder, _, names in _walk(root) for name in names)
+    return sorted(path for path in paths if path.is_file())
+
+
+def _walk(root: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield what ``os.walk`` does, of each folder once, also of those behind links."""
+    seen = set()
+    for folder, inside, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        if real in seen:  # a link to a folder above it
+        if real in seen:  # a link to a folder above it, or a second one to the same folder
             inside.clear()
-        elif name in inside:
-            found.append(Path(folder, name))
+        else:
+            yield folder, inside, names
         seen.add(real)
-    return sorted(found)
 
 
 def remove_temporaries(folder: str | Path) -> None:

@@ -117,6 +117,7 @@ def read_scan(path: str | Path | Sequence[Path], preprocessing: Preprocessing, t
     files = channel_files(path, preprocessing.channels) if isinstance(path, str | Path) else list(path)
     path = files[0]
     if path.name.lower().endswith(PREPARED):
+        choose(path, 1, time_point, "volume")
         return _read_prepared(path, preprocessing)
     if preprocessing.stored is not None:
         raise DataError(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from datasets import DATASETS, DataError, DatasetInfo, Picture, Volume
+from datasets.dicom import choose
 from datasets.files import atomic_write
 from datasets.images import read_picture
 from datasets.preprocessing import ColourPreprocessing, preprocessing_from_dict
@@ -96,6 +97,7 @@ class Predictor:
     def read(self, path: str | Path, time_point: int | None = None) -> Volume | Picture:
         """Open a scan or an image for the network. time_point: of a scan with several volumes, from 0."""
         if self.planar:
+            choose(Path(path), 1, time_point, "image")
             return read_picture(path, class_names=self.class_names, preprocessing=self.preprocessing)
         volume = read_scan(path, self.preprocessing, time_point)
         volume.class_names = self.class_names

@@ -40,7 +40,9 @@ def write_patient(folder, patient, frames=(1, 12), ending=".nii.gz"):
 @pytest.fixture
 def raw(tmp_path):
     write_patient(tmp_path / "raw" / "training", 1)
-    write_patient(tmp_path / "raw" / "testing", 102, (1, 9), ending=".nii")
+    write_patient(tmp_path / "disk" / "testing", 102, (1, 9), ending=".nii")
+    (tmp_path / "raw" / "testing").symlink_to(tmp_path / "disk" / "testing")
+    (tmp_path / "raw" / "testing" / "again").symlink_to(tmp_path / "raw")  # without end, if all links are followed
     return tmp_path / "raw"
 
 

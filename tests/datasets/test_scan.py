@@ -291,6 +291,7 @@ def test_a_prepared_volume_is_taken_as_it_is(tmp_path, refused, make_volume):
     np.testing.assert_array_equal(read.image, volume.image)
     assert (read.name, read.spacing, read.label) == ("a", volume.spacing, None)
     refused(lambda: read_scan(path, Preprocessing("LPS")), path, "its axes run RAS")
+    refused(lambda: read_scan(path, Preprocessing(), time_point=1), path, "no time point 1", "1 volume")
     refused(lambda: read_scan(path, Preprocessing(stored=(0.0, 255.0))), path, "0 to 255")
     volume.image = 255 * volume.image
     write_volume(path, volume)
