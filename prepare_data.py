@@ -88,8 +88,6 @@ def main() -> None:
     logger.info("prepared in %s: %s", out, counted(len(names), "image" if info.planar else "volume"))
     checked = info.train_script.replace("train_custom.py", "custom") if name == "custom" else name
     logger.info("next, check them:  python -m utils.verify %s", f"{checked} {where}{only}".rstrip())
-    if name == "phantom":  # needs no downloaded weights
-        where += " --pretrained none --model_scale pico --variant stable --output_dir runs/phantom"
     logger.info("then train:        python %s", f"{info.train_script} {where}".rstrip())
 
 

@@ -15,8 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.measure import write_flags
 from datasets import DATASETS
-from datasets.files import atomic_write
 from networks import NETWORKS
 from utils.cli import ArgumentParser, run_script
 from utils.errors import RunError
@@ -49,13 +49,10 @@ PRESETS = {
 
 def train_and_test(folder: Path, dataset: str, split: str, flags: list[str]) -> None:
     """Train and test one run from where an earlier call stopped; raises RunError if it was trained with other flags."""
-    typed, last, text = folder / "flags.txt", folder / "last.pth", shlex.join(flags)
-    if typed.exists() and (before := typed.read_text(encoding="utf-8")) != text:
-        raise RunError(f"{folder} was trained with {before}, not {text}: choose another --output_dir")
+    last = folder / "last.pth"
+    write_flags(folder / "flags.txt", flags, used=last.exists())
     if (folder / f"results_{split}" / "summary.json").exists():
         return
-    with atomic_write(typed) as temporary:
-        temporary.write_text(text, encoding="utf-8")
     _run(f"train_{dataset}.py", *(["--resume", last] if last.exists() else [*flags, "--output_dir", folder]))
     trained = json.loads((folder / "config.json").read_text(encoding="utf-8"))["args"]
     same = [word for name in ("device", "n_gpu", "amp") if name in trained for word in (f"--{name}", trained[name])]

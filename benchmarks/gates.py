@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.measure import machine
+from benchmarks.measure import machine, write_flags
 from datasets import acdc
 from utils.arguments import parse_training, training_parser
 from utils.cli import ArgumentParser, pick_device, run_script
+from utils.errors import RunError
 from utils.launch import make_trainer
 from utils.results import markdown
 
@@ -32,7 +33,10 @@ KINDS = {  # of gates, by their names in a row
 def train(flags: list[str], steps: int) -> pd.DataFrame:
     """Return loss per combination and the mean of each gate for each of the first ``steps`` steps of a training."""
     parser = training_parser(__doc__, acdc.INFO, feature_dim=128)
+    parser.prog = "train_acdc.py"  # whose --help has these flags
     args, checkpoint = parse_training(parser, acdc.INFO, flags)
+    if args.network != "sim_mpnet":
+        raise RunError(f"--network {args.network} has no gates: leave it out")
     trainer, rows = make_trainer(args, checkpoint, acdc.INFO, pick_device(args.device)), []
     model = trainer.model.train()
     for epoch in range(1, args.max_epochs + 1):
@@ -66,7 +70,8 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the CSV files")
     parser.add_argument("flags", nargs="*", help="after --: flags of train_acdc.py")
     args = parser.parse_args()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    flags = ["--steps", str(args.steps), "--", *args.flags]
+    write_flags(args.output_dir / "flags.txt", flags, used=any(args.output_dir.glob("seed_*.csv")))
     rows = []
     for seed in args.seeds:
         path = args.output_dir / f"seed_{seed}.csv"

@@ -34,6 +34,7 @@ from benchmarks.complexity import count
 from benchmarks.measure import add_network, machine, past_warm_up, synchronize, time_sides
 from networks import SimMPNet
 from utils.cli import ArgumentParser, pick_device, run_script, seed_everything, set_precision
+from utils.errors import RunError
 from utils.losses import subset_loss
 from utils.results import markdown
 
@@ -173,6 +174,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="folder for the results")
     args = parser.parse_args()
     device = pick_device(args.device)
+    if device.type == "cpu" and args.device == "auto":
+        raise RunError("there is no GPU: for a run on the CPU give --device cpu and a small network, as --help shows")
+    print(machine(device), flush=True)
     seed_everything(0, deterministic=bool(args.deterministic))
     args.output.mkdir(parents=True, exist_ok=True)
 

@@ -2,17 +2,20 @@
 
 import platform
 import re
+import shlex
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from datasets.files import atomic_write
 from networks import PrototypeMemoryBank
 from utils.cli import ArgumentParser
+from utils.errors import RunError
 
 Sides = Mapping[str, Callable[[], object]]
 """Name of each side of a comparison, and the function that does its work once."""
@@ -24,6 +27,15 @@ def add_network(parser: ArgumentParser) -> None:
     parser.add_argument("--num_classes", type=int, default=9, help="classes with background")
     parser.add_argument("--img_size", type=int, default=256, help="side of the images in pixels")
     parser.add_argument("--img_size_dmwla", type=int, default=224, help="side of the DMW-LA encoder's input in pixels")
+
+
+def write_flags(path: Path, flags: Sequence[str], used: bool) -> None:
+    """Write the flags of a run to a file; if it is ``used``, raise RunError where the file has other flags."""
+    text = shlex.join(flags)
+    if used and path.exists() and (before := path.read_text(encoding="utf-8")) != text:
+        raise RunError(f"{path.parent} was trained with {before}, not {text}: choose another --output_dir")
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def time_sides(sides: Sides, repeats: int = 5, warmup: int = 1, device: str | torch.device = "cpu") -> dict[str, float]:

@@ -125,7 +125,9 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
     paths = {split: paths[split] for split in splits or paths if split in paths}
     if not paths:
         split = splits[0] if splits else info.splits[-1]
-        flags = ["--checkpoint", folder / "best.pth", "--split", split, f"--{where}", args[where], "--list_dir"]
+        chosen, last = folder / "best.pth", folder / "last.pth"
+        checkpoint = last if last.exists() and not chosen.exists() else chosen
+        flags = ["--checkpoint", checkpoint, "--split", split, f"--{where}", args[where], "--list_dir"]
         script = info.train_script.replace("train", "test", 1)
         command = f"python {script} {shlex.join(map(str, [*flags, args['list_dir']]))}"
         raise RunError(f"{folder} was not tested on {split}: test it with {command}")

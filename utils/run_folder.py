@@ -118,14 +118,16 @@ def _log_epoch(history: Sequence[dict[str, Any]], max_epochs: int) -> None:
     absent = [name[9:].replace("_", " ") for name, dice in row.items() if name[:9] == "val_dice_" and np.isnan(dice)]
     if absent and sum("val_dice" in earlier for earlier in history) == 1:  # said once
         logger.warning("no validation case has %s, so the mean is that of the other classes", ", ".join(absent))
-    for name, value in gates.items():
-        before = [earlier[name] for earlier in history[:-1] if name in earlier] or [1.0]
-        if value < GATE_SHUT <= before[-1]:
-            logger.warning(
-                "%s is shut (%.1e): almost nothing passes it, and almost no gradient; it may open again, otherwise "
-                "start a run with --variant stable or a lower --base_lr (docs/training.md says which gate this is)",
-                name, value,
-            )  # fmt: skip
+    before = next((earlier for earlier in reversed(history[:-1]) if gates.keys() <= earlier.keys()), {})
+    shut = [name for name, value in gates.items() if value < GATE_SHUT <= before.get(name, 1.0)]
+    if injections := [name for name in shut if name.startswith(("gate_maxvit", "gate_dmwla"))]:
+        logger.warning("shut: %s; the image is not injected there any more, the features pass", ", ".join(injections))
+    if others := [name for name in shut if name not in injections]:
+        logger.warning(
+            "shut: %s; what it multiplies is lost and does not learn; if it stays so in the next epochs, start a run "
+            "with a lower --base_lr, or with --variant stable if this one has another (docs/training.md)",
+            ", ".join(others),
+        )
 
 
 def _link(source: Path, target: Path) -> None:

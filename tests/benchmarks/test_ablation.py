@@ -55,6 +55,8 @@ def test_rows_over_seeds_are_compared_and_resumed(started, monkeypatch, tmp_path
     assert tested == ("test_acdc.py", "--checkpoint", str(interrupted / "best.pth"), *same) and compared == comparison
     words = "whole/seed_1 was trained with --amp bf16 --seed 1, not ", "--batch_size 2"
     refused(lambda: call(monkeypatch, *argv, "--batch_size", 2), *words)
+    (tmp_path / "whole/seed_1/last.pth").unlink()  # wrong flags, with which nothing was trained, can be corrected
+    call(monkeypatch, *argv[:6], "--rows", "whole", "--", "--batch_size", 2)
 
 
 @pytest.mark.parametrize("flags", ["--rows wide", "-- --seed=3"])

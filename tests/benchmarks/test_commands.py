@@ -77,6 +77,8 @@ def test_gates_trains_each_seed_once_and_reports_loss_and_gates(run_script, phan
     assert steps["step"].tolist() == [1, 2] and steps["gate"][0] == 0.5 and len(steps.columns) == 2 + 15
     assert "loss at 2" in first.output and "0.50 to" in first.output
     assert again.output.splitlines()[-6:-1] == first.output.splitlines()[-6:-1]
+    other = run_script("benchmarks/gates.py", *flags, "--base_lr", 1)
+    assert other.status == 1 and "--base_lr 1: choose another --output_dir" in other.error
 
 
 def test_grid_costs_labels_and_predictions_what_is_finer_than_it(run_script, phantom, trained):

@@ -30,7 +30,7 @@ def test_it_is_a_valid_data_set_with_its_own_lists_and_the_next_commands_are_nam
     printed, slices = capsys.readouterr().out, sum(len(volume.image) for volume in read(out, "train"))
     assert "warning" not in printed and f"train: {slices} slices of 5 patients" in printed
     assert f"python -m utils.verify phantom {' '.join(data_flags(out))}" in told
-    assert "--pretrained none --model_scale pico" in told
+    assert "--variant stable --pretrained none" in told
     assert len({volume.image.shape for volume in volumes}) > 4 and len({volume.name for volume in volumes}) > 10
     for volume in volumes:
         assert volume.class_names == phantom.INFO.class_names and volume.spacing[0] > 3 * volume.spacing[1]

@@ -312,20 +312,23 @@ def test_a_gate_that_shuts_is_recorded_and_reported_once(tmp_path, caplog):
         def __init__(self, **config):
             super().__init__(**config)
             self.logits = [-9.0, -9.0, 0.0, -9.0]
-            self.gate = Gate()
+            self.gate, self.injection = Gate(), Gate()
 
         gates_observed = SimMPNet.gates_observed
 
         def gates(self):
             yield "gate_spatial_1", self.gate
+            yield "gate_maxvit_1", self.injection
 
         def forward(self, x):
+            self.injection(torch.full_like(x, -9.0))
             return super().forward(x * self.gate(torch.full_like(x, 9.0 if self.training else self.logits.pop(0))))
 
     trainer(tmp_path, "--max_epochs", "4", network=Gated).fit()
     gates = pd.read_csv(tmp_path / "metrics.csv")["gate_spatial_1"].tolist()
     assert gates == pytest.approx([1.2e-4, 1.2e-4, 0.5, 1.2e-4], rel=0.1)
-    assert caplog.text.count("gate_spatial_1 is shut") == 2
+    assert caplog.text.count("shut: gate_spatial_1; what it multiplies is lost") == 2
+    assert caplog.text.count("shut: gate_maxvit_1; the image is not injected there") == 1
 
 
 def test_the_gate_between_the_encoders_learns_at_its_own_rate_and_an_older_run_resumes_at_one(tmp_path):
