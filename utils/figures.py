@@ -174,7 +174,8 @@ def save_progress(path: str | Path, history: Sequence[Mapping[str, Any]]) -> Non
                 axes.plot(epochs[best], values[best], "*", color="black", markersize=12)
                 title = f"{title}, best {values[best]:.2f} in epoch {epochs[best]:.0f}"
         if len(columns) > 1:
-            axes.legend(fontsize="x-small", ncols=2)
+            beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(columns) > 4 else {}
+            axes.legend(fontsize="x-small", handlelength=3, **beside)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
