@@ -32,8 +32,8 @@ NETWORK_HELP = {
     "img_size": "side of the network's input in pixels, a multiple of 32",
     "img_size_dmwla": "side of the DMW-LA encoder's image",
     "model_scale": "size of MaxViT; the paper's is small",
-    "variant": "release: compute what the authors' program computes; stable: gates and attention read normalised "
-    "features, for random weights at rates above the paper's",
+    "variant": "release: compute what the authors' program computes; stable: gates, attention and DS-GIM's norms read "
+    "normalised features, for random weights or rates above the paper's",
     "feature_dim": "memory width d in the encoder",
     "num_clusters": "clusters in the encoder; default: num_classes",
     "decoder_feature_dim": "memory width d in the decoder",
