@@ -35,7 +35,7 @@ INFO = DatasetInfo(
 )
 CLASS_NAMES = INFO.class_names
 
-_FRAME = "(patient[0-9]{3}_frame[0-9]{2})"
+_FRAME = "patient[0-9]{3}_frame[0-9]{2}"
 
 
 def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = False) -> list[str]:
@@ -49,8 +49,8 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
     raw = Path(raw)
     INFO.require(raw)
     files = find_files(raw)  # unpacking may add folders
-    images = files_by_name(files, rf"{_FRAME}\.nii(?:\.gz)?")
-    labels = files_by_name(files, rf"{_FRAME}_gt\.nii(?:\.gz)?")
+    images = files_by_name(files, rf"({_FRAME})\.nii(?:\.gz)?")
+    labels = files_by_name(files, rf"({_FRAME})_gt\.nii(?:\.gz)?")
     cases, read = paired(images, labels, "*.nii.gz", "*_gt.nii.gz"), partial(read_case, INFO)
     if not cases:
         cases, read = _hdf5_cases(raw, files), _read_hdf5
@@ -70,8 +70,9 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
 def _hdf5_cases(raw: Path, files: list[Path]) -> list[Case]:
     """Return the volumes below a folder, and the slices of every frame without a volume; not what is prepared there."""
     files = [path for path in files if VOLUME_FOLDER not in path.relative_to(raw).parts]
-    volumes = files_by_name(files, rf"{_FRAME}(?:\.npy)?\.h5")
-    slices = files_by_name((path for path in files if volume_name(path) not in volumes), r"(.+_slice_?[0-9]+)\.h5")
+    volumes = files_by_name(files, rf"({_FRAME})(?:\.npy)?\.h5")
+    without = (path for path in files if volume_name(path) not in volumes)
+    slices = files_by_name(without, rf"({_FRAME}.*_slice_?[0-9]+)\.h5")
     return [Case(name, tuple(paths)) for name, paths in group_by_volume([*volumes.values(), *slices.values()]).items()]
 
 

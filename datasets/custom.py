@@ -20,12 +20,13 @@ from datasets.dicom import TO_RAS
 from datasets.errors import DataError, brief, counted
 from datasets.files import atomic_write
 from datasets.image_files import read_grey, read_image
-from datasets.info import DatasetInfo
+from datasets.info import MASK_FOLDER, VOLUME_FOLDER, DatasetInfo
 from datasets.lists import divide, refuse_names, write_lists
 from datasets.preparation import Case, Pair, prepare_images, prepare_volumes, read_case, run_all
 from datasets.preprocessing import ColourPreprocessing, Preprocessing, Scale, orientation_of, preprocessing_from_dict
 from datasets.raw_forms import JSON, MAX_CLASSES, Raw, read_json, recognise
 from datasets.scan import load_scan, read_scan_label
+from datasets.storage import FACTS
 from datasets.volumes import Volume
 
 logger = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ def prepare(
     out the cases that cannot be used. jobs, overwrite: as in ``prepare_volumes``. Raises DataError for raw data that
     are missing or unfit, before anything is written.
     """
-    if window is not None and not window[0] < window[1]:
+    if window is not None and not -np.inf < window[0] < window[1] < np.inf:
         raise DataError(f"--window {window[0]:g} {window[1]:g}: expected two rising intensities")
     out, found = Path(out), recognise(raw)
     if out.resolve() == Path(raw).resolve():
@@ -161,7 +162,11 @@ def prepare(
         raise DataError(f"{next(iter(problems.values()))}{more}")
     refuse_names(raw, looks)
     values, names = _classes(raw, found, looks, class_names)
+    if splits is not None and (folds, test, seed) != (None, 0, 2222):
+        raise DataError(f"--splits {splits} says how to divide the cases: leave --folds, --test and --seed out")
     lists = divide(list(looks), folds, test, splits, seed, patient_pattern, problems)
+    if unused := looks.keys() - {name for parts in lists for part in parts.values() for name in part}:
+        logger.warning("%s names no part for %s", splits, brief(", ".join(sorted(unused)), 80))
     tested = {name for part in lists for name in part.get("test", ())}
     preprocessing = ColourPreprocessing()
     if not found.planar:
@@ -173,7 +178,7 @@ def prepare(
     facts = {
         "name": out.resolve().name, "class_names": names, "channels": found.channels, "planar": found.planar,
         "preprocessing": preprocessing.to_dict(), "label_values": values, "folds": len(lists), "test": bool(tested),
-        "seed": seed, "patient_pattern": patient_pattern, "raw": found.form,
+        "seed": seed, "patient_pattern": patient_pattern, "raw": found.form, "source": str(Path(raw).resolve()),
     }  # fmt: skip
     _write_facts(out, facts, overwrite)
     for fold, parts in enumerate(lists):
@@ -241,7 +246,10 @@ def _classes(
         )
     if class_names and not len({*class_names}) == len(class_names) == len(values):
         raise DataError(f"--class_names: {counted(len(class_names), 'name')}; expected {len(values)} different")
-    return values, list(class_names or names)
+    names = list(class_names or names)
+    if not FACTS["class_names"][1](names):
+        raise DataError(f"{raw}: its classes are called {brief(names, 200)}; expected names of 1 to 100 letters")
+    return values, names
 
 
 def _spacings(looks: Sequence[Look]) -> dict[str, float]:
@@ -283,11 +291,13 @@ def _write_facts(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
     text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
     if (out / JSON).is_file() and not overwrite:
         before, now = read_json(out / JSON), json.loads(text)
-        for key in ("class_names", "channels", "planar", "preprocessing", "label_values"):
-            if before.get(key) != now[key]:
+        for key in ("source", "class_names", "channels", "planar", "preprocessing", "label_values"):
+            if before.get(key, now[key]) != now[key]:
                 raise DataError(
                     f"{out}: was prepared with {key} {brief(before.get(key), 100)}, not {brief(now[key], 100)}; "
                     "prepare all cases again with --overwrite, or give another --out"
                 )
+    elif not overwrite and any(folder.is_dir() for folder in (out / VOLUME_FOLDER, out / MASK_FOLDER)):
+        raise DataError(f"{out}: holds files of another preparation, without a {JSON}; give another --out")
     with atomic_write(out / JSON) as temporary:
         temporary.write_text(text, encoding="utf-8")

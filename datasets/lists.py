@@ -10,10 +10,11 @@ import random
 import re
 from collections import Counter
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from datasets.errors import DataError, brief, counted
-from datasets.files import atomic_write
+from datasets.files import atomic_write, file_stem
 from datasets.storage import reading
 
 ENDINGS = (".npy.h5", ".h5", ".npz")  # extensions of volumes and slices, longest first
@@ -230,8 +231,11 @@ def refuse_names(raw: str | Path, names: Collection[str]) -> None:
         other = next((start for start in beginnings(name)[:-1] if start in names), None)
         if other is not None:
             raise DataError(f"{raw}: in lists, {other} also means {name}; rename one of the two cases")
-        if is_slice(name) or has_path(name) or name != name.strip():
+        if is_slice(name) or has_path(name) or name != name.strip() or not name.isprintable():
             raise DataError(f"{raw}: a case is called {name!r}, which lists read otherwise; rename it")
+    for stem, alike in groupby(sorted(names, key=file_stem), file_stem):
+        if len(alike := [*alike]) > 1:
+            raise DataError(f"{raw}: {alike[0]} and {alike[1]} would both be written as {stem}; rename one of the two")
 
 
 def divide(

@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def _prepare_volume(read: Callable[[Any], Volume], out: str | Path, case: Any) -
 def write_prepared(volume: Volume, out: str | Path) -> None:
     """Write the slices of a volume and then the volume."""
     target, slices = _volume_file(out, volume.name), Path(out, SLICE_FOLDER)
-    for old in (target, *slices.glob(f"{volume.name}_slice*.npz")):
+    for old in (target, *slices.glob(f"{escape(volume.name)}_slice*.npz")):
         old.unlink(missing_ok=True)
     for index in range(len(volume.image)):
         write_slice(slices / f"{volume.name}_slice{index:03d}.npz", volume, index)
@@ -182,14 +183,21 @@ def _mask_file(out: str | Path, name: str) -> Path:
     return Path(out, MASK_FOLDER, f"{name}.png")
 
 
+def _is_done(case: Any, target: Path) -> bool:
+    """Return whether the prepared file of a case is there, and no older than its raw files."""
+    raw = (*case.images, *case.labels) if isinstance(case, Case) else ()
+    return target.is_file() and all(path.stat().st_mtime <= target.stat().st_mtime for path in raw)
+
+
 def run_all(
     work: Callable[[Any], Any], cases: Sequence[Any], what: str, jobs: int, target: Callable[[str], Path] | None = None
 ) -> dict[str, Any]:
     """Return what ``work`` returns for every case by its name; raises the first error.
 
-    target: gives the file that ``work`` writes last for a case of this name; a case that has it is left out.
+    target: gives the file that ``work`` writes last for a case of this name; a case that has it is left out, unless its
+    raw files are newer.
     """
-    waiting = {case.name: case for case in cases if target is None or not target(case.name).is_file()}
+    waiting = {case.name: case for case in cases if target is None or not _is_done(case, target(case.name))}
     if len(waiting) < len(cases):
         done = len(cases) - len(waiting)
         logger.info("%d of %d %s are already prepared; --overwrite does them again", done, len(cases), what)

@@ -116,8 +116,26 @@ def test_each_form_is_said_and_prepared_like_the_named_sets(tmp_path, caplog, re
     files = sorted((raw / ("images" if make is folders else "imagesTr")).glob("c d*"))
     again = read_scan(files[0], info.preprocessing)  # as predict.py reads it
     np.testing.assert_array_equal(again.image, volume.image)
+    scan(next(raw.glob("labels*/c d.nii.gz")), 0 * LABEL)  # corrected after it was prepared
     prepare(raw, out)
+    assert not read_volume(out / "test_vol_h5/c d.npy.h5").label.any()
     refused(lambda: prepare(raw, out, window=(0, 1)), "preprocessing ", "--overwrite")
+    refused(lambda: prepare(make(tmp_path / "other"), out), "was prepared with source", "--overwrite")
+    (out / JSON).unlink()
+    refused(lambda: prepare(raw, out), "files of another preparation")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (dict(window=(0, np.inf)), "--window 0 inf"),
+        (dict(class_names=["organ", ""]), "1 to 100 letters"),
+        (dict(splits=Path("lists"), test=25), "leave --folds, --test and --seed out"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused_and_nothing_is_written(tmp_path, refused, flags, words):
+    refused(lambda: prepare(folders(tmp_path / "raw"), tmp_path / "out", **flags), words)
+    assert not (tmp_path / "out").exists()
 
 
 def test_ct_is_clipped_to_the_foreground_of_the_cases_that_do_not_test_and_flags_say_otherwise(tmp_path):
@@ -173,6 +191,11 @@ def test_patients_are_divided_once_and_never_into_two_parts():
         assert sum(map(len, owners)) == len(set.union(*owners)) == 11 and len(owners[2]) == 2
 
 
+def rename_b(raw: Path, name: str) -> None:
+    for path in raw.rglob("b*.gz"):
+        path.rename(path.with_name(path.name.replace("b", name, 1)))
+
+
 def replace_label(**labels):
     return lambda raw: write_json(raw, labels=labels, channel_names={"0": "T1", "1": "T2"})
 
@@ -210,7 +233,9 @@ BAD = {
     "twice": (lambda raw: scan(raw / "imagesTr/a_0001.nii", image(0)), ["a_0001.nii", "same name"]),
     "twins": (lambda raw: listed(raw, "a/x", "b/x"), ["is called x, too"]),
     "pictures": (lambda raw: pictures(raw) and listed(raw, "a", more=["images/b.png"]), ["pictures and scans"]),
-    "alike": (lambda raw: [p.rename(p.with_name(p.name.replace("b", "a_b", 1))) for p in raw.rglob("b*.gz")], ["a_b"]),
+    "unprintable": (lambda raw: rename_b(raw, "\x07"), ["x07"]),
+    "one stem": (lambda raw: rename_b(raw, "c+d"), ["c_d"]),
+    "alike": (lambda raw: rename_b(raw, "a_b"), ["a_b"]),
 }  # fmt: skip
 OF_ONE_CASE = ("no label", "no image", "channels", "place", "gap", "one channel", "grid", "shape", "cut")
 
