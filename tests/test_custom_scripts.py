@@ -32,6 +32,15 @@ def test_folds_of_two_channels_are_trained_resumed_tested_compared_and_applied(t
     methods = (tmp_path / "compared" / "comparison.csv").read_text(encoding="utf-8").splitlines()
     assert all(",val,measured,sim_mpnet,val,2,4," in line for line in methods[1:])  # two folds, the cases of both
 
+    leak = *small[:-2], "--output_dir", tmp_path / "leak", "--init_from", run / "best.pth", "--resume", "auto"
+    assert "trained on 2 of 2 validation cases" in do("train_custom.py", "--data", data, "--fold", 1, *leak).error
+    tested = do("test_custom.py", "--data", data, "--fold", 1, "--checkpoint", tmp_path / "leak" / "best.pth")
+    assert "was trained on cases of this list (2 of 2" in tested.error
+    other = tmp_path / "coronal" / "data"
+    do("prepare_data.py", "custom", "--raw", raw, "--out", other, "--axis", "coronal", "--folds", 2)
+    flags = "--data", other, "--checkpoint", run / "best.pth"
+    assert_one_line(run_script("test_custom.py", *flags), "prepared with orientation")
+
     where = tmp_path / "segmented"
     do("predict.py", "--checkpoint", run / "best.pth", "--input", raw / "imagesTr", "--output", where, "--overlays", 1)
     found = sorted(path.name for path in where.glob("*.nii.gz"))

@@ -25,7 +25,6 @@ from tests.test_scripts import assert_one_line
 TINY = [*SMALL, *"--max_iterations 2 --warmup_iterations 1 --batch_size 2".split()]
 IMAGES = ("segpc", "isic")
 ADDED = {
-    "train_synapse": ["--val_cases", "case0007"],
     "test_synapse": ["--is_savenii"],
     **{f"train_{name}": ["--photometric"] for name in IMAGES},
     **{f"test_{name}": ["--save_masks", "--overlays", 1] for name in IMAGES},
@@ -69,7 +68,8 @@ def rows(data, tmp_path_factory) -> tuple[Path, dict[str, list[Outcome]]]:
         flags += [*where(script.stem, data[script.stem.split("_")[1]]), *ADDED.get(script.stem, [])]
         if script.stem.startswith("train"):
             run = Path(flags[flags.index("--output_dir") + 1])
-            flags += [*TINY, "--select_from_epoch", "1"]
+            held_out = ["--val_cases", "case0007"] if run.name == "synapse" else []
+            flags += [*TINY, "--select_from_epoch", "1", *held_out]
         done = run_in_process(script.name, *flags)
         assert done.status == 0, f"{script.name} {flags}: {done.error}"
         printed.setdefault(run.name, []).append(done)
@@ -140,7 +140,7 @@ def test_single_cells_are_tested_on_by_the_lists_of_their_images(data, rows, tmp
     assert "best.pth was trained on whole images, but these are single cells" in done.error
 
 
-def test_other_files_need_their_label_order(rows, run_script, tmp_path):
+def test_other_files_need_their_label_order(data, rows, run_script, tmp_path):
     theirs = write_other(tmp_path / "theirs", "transunet")
     run = rows[0] / "synapse_by_test"
     flags = ["--checkpoint", run / "best.pth", "--test_save_dir", tmp_path / "results", *data_flags(theirs)[2:]]
@@ -154,6 +154,9 @@ def test_other_files_need_their_label_order(rows, run_script, tmp_path):
     for more in ((), ("--volume_path", os.path.relpath(flags[5], ROOT))):  # the same folder by another path
         done = run_script("test_synapse.py", "--checkpoint", tmp_path / "theirs.pth", *flags[2:4], *more)
         assert done.status == 0 and "--label_order" not in done.error  # that of the training
+    more = data_flags(data["synapse"])[2:4]
+    done = run_script("test_synapse.py", "--checkpoint", tmp_path / "theirs.pth", *flags[2:4], *more)
+    assert_one_line(done, "the training had --label_order transunet")
     flags = ["--resume", run / "last.pth", "--label_order", "transunet"]
     assert_one_line(run_script("train_synapse.py", *flags), "--label_order transunet")
 

@@ -177,7 +177,7 @@ def testing_parser(description: str, info: DatasetInfo) -> ArgumentParser:
         saving = ("--save_masks", "save predictions as PNG")
     else:
         add("--volume_path", type=Path, help=f"folder of the volumes; {own}")
-        add("--cases", nargs="+", help="only these patients of the list (case0005)")
+        add("--cases", nargs="+", help="only these patients of the list (case0005); results in cases_SPLIT")
         saving = ("--is_savenii", "save images, labels and predictions as NIfTI")
     add(saving[0], dest="save_predictions", action="store_true", help=saving[1])
     add("--overlays", type=number(int, 0), default=0, help="PNGs per volume, of slices with most errors")
@@ -236,6 +236,7 @@ def parse_training(
         saved = {k: v for k, v in saved.items() if k not in ("num_classes", "in_channels", "num_clusters")}
         parser.set_defaults(**saved | VARIANT_DEFAULTS[args.variant])  # how to select is no part of the network
         args = parser.parse_args(argv)
+        args.resume = None
 
     typed = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
     foreign = flags_of_others()[args.network] & typed
@@ -257,6 +258,8 @@ def parse_training(
     train_split, val_split = info.selections[args.select]
     args.train_split = args.train_split or train_split
     args.val_split = args.val_split or val_split
+    if "val_cases" in typed and args.val_split != args.train_split:
+        raise RunError(f"--val_cases holds out cases of {args.train_split}, but {args.val_split} chooses: leave it out")
     args.selected_on = "test" if args.val_split == info.selections["test"][1] else "val"
     with torch.device("meta"):  # takes no memory: only to find sizes that do not fit before data are read
         build(args.network, **network_arguments(args))

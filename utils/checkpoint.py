@@ -4,7 +4,7 @@ import functools
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from importlib.metadata import PackageNotFoundError, version
@@ -183,6 +183,12 @@ def describe_data(train_set: TrainingSet, val_set: Sequence[Volume | Picture], c
         pixels = ", ".join(map(str, np.bincount(label.ravel()).tolist()))
         lines.append(f"training sample {i + 1} with mean {image.mean(dtype=float):.3g}, pixels of its classes {pixels}")
     return lines
+
+
+def cases_seen(checkpoint: Mapping[str, Any]) -> set[str]:
+    """Return the cases that trained the weights of a checkpoint, in its own run and in those that it started from."""
+    own = (line for line in checkpoint.get("described", ()) if line.startswith("training case "))
+    return {*checkpoint.get("seen", ()), *(line.removeprefix("training case ") for line in own)}
 
 
 def refuse_other_data(path: Path, then: Sequence[str], now: Sequence[str]) -> None:

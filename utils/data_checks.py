@@ -208,11 +208,18 @@ def compare_with_checkpoint(cases: Cases, info: DatasetInfo, data: dict[str, Any
     """Compare the first case of a test with what the checkpoint says of its training data; log what looks wrong.
 
     data: of the checkpoint. Returns the names of the classes; from now on no file may name others. Raises DataError for
-    files that name other classes than the checkpoint.
+    files that were prepared otherwise or name other classes than those of the checkpoint.
     """
+    trained, here = data.get("preprocessing", {}), info.preprocessing.to_dict()
+    for key in here.keys() & trained.keys() - {"stored", "bits"}:
+        if here[key] != trained[key]:
+            raise DataError(
+                f"{info.folder}: its files are prepared with {key} {here[key]}, those of the training with "
+                f"{trained[key]}; prepare them alike, or test another checkpoint"
+            )
     part, names = Part(cases, info), tuple(data["class_names"])
     part.add(0)
-    doubts, found = part.warnings(data.get("preprocessing", {}).get("stored")), ", ".join(part.named)
+    doubts, found = part.warnings(trained.get("stored")), ", ".join(part.named)
     if part.named not in ((), names):
         # Earlier versions stored the usual names, whatever the files said.
         if names != info.class_names or {*names} & {*part.named}:
@@ -224,9 +231,9 @@ def compare_with_checkpoint(cases: Cases, info: DatasetInfo, data: dict[str, Any
         names = part.named
     cases.class_names = names
     if info.planar:
-        own, trained = cases.preprocessing.bits or 0, data.get("preprocessing", {}).get("bits") or 0
-        bits = max(own, trained) or None
-        if 0 < own < trained:
+        own, before = cases.preprocessing.bits or 0, trained.get("bits") or 0
+        bits = max(own, before) or None
+        if 0 < own < before:
             logger.info("images of 16-bit files are read with %d bits, as in training", bits)
         cases.preprocessing = replace(cases.preprocessing, bits=bits)
     for doubt in doubts:

@@ -11,6 +11,7 @@ import torch
 
 from datasets import Picture, Volume
 from datasets.files import atomic_write, file_stem
+from utils.errors import RunError
 from utils.metrics import ClassResult, case_metrics, confusion
 
 
@@ -41,7 +42,10 @@ def predict_volume(
         for start in range(0, len(volume.image), batch_size):
             slices = torch.from_numpy(volume.network_input(img_size, slice(start, start + batch_size)))
             logits = sum(m.float() for m in model(slices.to(device)))  # (B, num_classes, S, S)
-            predictions.append(logits.max(1).indices.to("cpu", torch.uint8))  # argmax is ten times slower on a CPU
+            largest = logits.max(1)  # argmax is ten times slower on a CPU
+            if not largest.values.isfinite().all():
+                raise RunError(f"{volume.name}: the output is not finite: use --amp bf16 or none, or train again")
+            predictions.append(largest.indices.to("cpu", torch.uint8))
     return volume.restore(torch.cat(predictions).numpy())
 
 

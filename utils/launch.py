@@ -18,7 +18,7 @@ from datasets.lists import list_path
 from networks import build, default_weights
 from networks.ranks import rank
 from utils.arguments import check_n_gpu, network_arguments, parse_training
-from utils.checkpoint import load_fitting, refuse_other_data
+from utils.checkpoint import cases_seen, load_fitting, refuse_other_data
 from utils.cli import ArgumentParser, seed_everything, set_precision, setup_logging
 from utils.data_checks import Cases, compare_with_checkpoint, open_cases, open_samples, quick_check
 from utils.distribution import launched, process_group, rank_device
@@ -80,7 +80,12 @@ def make_trainer(
             remedy = "give a last.pth of this version"
             raise RunError(f"cannot resume from {args.resume} ({brief(error)}): {remedy}") from error
         lines = [f"continue after epoch {trainer.epoch}, iteration {trainer.iteration} from {args.resume}"]
+    elif checkpoint and checkpoint.get("data", {}).get("dataset") == info.name:
+        trainer.seen = sorted(cases_seen(checkpoint))
     setup_logging(Path(args.output_dir) / "train.log")
+    if known := {*trainer.seen}.intersection(val_set.names):
+        text = "the weights that this run starts from were trained on %d of %d validation cases: scores are optimistic"
+        logger.warning(text, len(known), len(val_set))
     if args.selected_on == "test":
         logger.warning("the best epoch is chosen on the test cases, as the release does: its scores are optimistic")
     for line in lines:
@@ -128,7 +133,8 @@ def test(args: Namespace, info: DatasetInfo) -> None:
         remedy = f"give the folder with --{where} and that of its lists with --list_dir, or {info.how_to_get}"
         raise RunError(f"{tested}: no such folder; {remedy}")
     cases = open_cases(info, args, args.split, vars(args).get("cases"))
-    folder = args.test_save_dir or args.checkpoint.parent / f"results_{args.split}"
+    whole = "results" if vars(args).get("cases") is None else "cases"  # compare.py reads results of whole lists
+    folder = args.test_save_dir or args.checkpoint.parent / f"{whole}_{args.split}"
     if folder.resolve() == tested.resolve():
         raise RunError(f"--test_save_dir {folder} holds the data: give another folder")
     again = (folder / "test.log").is_file()
@@ -171,11 +177,10 @@ def _warn_of_misleading_scores(args: Namespace, predictor: Predictor, cases: Cas
     seen = args.split == predictor.origin.get("args", {}).get("val_split") and data.get("selected_on") != "test"
     if seen and args.checkpoint.name == "best.pth":  # of those chosen on test volumes every table says it
         logger.warning("the best epoch was chosen on these cases, so its scores are optimistic; last.pth has fair ones")
-    trained = {f"training case {name}" for name in cases.names}.intersection(predictor.origin.get("described", ()))
-    if trained:
+    if trained := cases_seen(predictor.origin).intersection(cases.names):
         logger.warning(
             "the checkpoint was trained on cases of this list (%d of %d, such as %s): their scores are optimistic",
-            len(trained), len(cases), min(trained).removeprefix("training case "),
+            len(trained), len(cases), min(trained),
         )  # fmt: skip
     if data.get("kind", "") not in ("", getattr(cases, "kind", "")):
         logger.warning(
@@ -205,8 +210,11 @@ def _choose_folders(args: Namespace, info: DatasetInfo, where: str, saved: dict[
         if getattr(args, name) != before:
             logger.info("the training's --%s %s does not exist here, so %s is used", name, before, default)
     same = saved.get(where) and Path(saved[where]).resolve() == Path(getattr(args, where)).resolve()
-    if same and vars(args).get("label_order", "") is None:
-        args.label_order = saved.get("label_order")
+    order = saved.get("label_order")
+    if vars(args).get("label_order", "") is None and order is not None:
+        if not same and order != next(iter(info.label_orders)):
+            raise RunError(f"the training had --label_order {order}: say with it which order these other files have")
+        args.label_order = order if same else None
 
 
 def _remove_pictures(folder: Path) -> None:

@@ -87,7 +87,7 @@ class Predictor:
         channels = 3 if self.planar else self.preprocessing.channels
         if not is_onnx(checkpoint):
             self.model = build_network(state, checkpoint, channels, prediction).to(self.device)
-        known = ("epoch", "iteration", "git", "versions", "args", "described")
+        known = ("epoch", "iteration", "git", "versions", "args", "described", "seen")
         self.origin = {name: state[name] for name in known if name in state}
         self.channels = tuple(data.get("channels", ("image",) * channels))
         if "class_names" not in data:

@@ -64,6 +64,7 @@ class Trainer:
             "kind": getattr(train_set, "kind", ""),
         }
         self.described = describe_data(train_set, val_set, self.data["class_names"])
+        self.seen: list[str] = []  # cases of this data set that trained the weights the run starts from
         self.release = args.variant == "release"
         self.model = model.to(device, memory_format=torch.channels_last)
         self.network = distribute(self.model, device)  # the model as a training step calls it
@@ -356,6 +357,7 @@ class Trainer:
             "network": self.model.config,
             "data": self.data,
             "described": self.described,
+            "seen": self.seen,
             "args": {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.args).items()},
             **{name: getattr(self, name) for name in COUNTED},
             "in_epoch": {name: getattr(self, name) for name in COUNTED_IN_EPOCH},
@@ -380,6 +382,7 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.wld.load_state_dict(state["wld"])
         self.watch.overflows = state["overflows"]
+        self.seen = state.get("seen", [])
         for name in COUNTED:
             setattr(self, name, state.get(name, 0))  # older checkpoints have no best_epoch
         for name in COUNTED_IN_EPOCH:

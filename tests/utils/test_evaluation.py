@@ -83,6 +83,13 @@ def test_autocast_reaches_the_model():
     assert types == [torch.bfloat16, torch.float32]
 
 
+def test_an_output_that_is_not_finite_is_no_prediction(refused):
+    model = nn.Conv2d(1, 2, 1)
+    nn.init.constant_(model.weight, 3e38)
+    model.register_forward_hook(lambda _, arguments, output: [output, -output])  # inf and -inf
+    refused(lambda: predict_volume(model, volume_of(box_label(), name="a"), 32), "a: the output is not finite")
+
+
 def test_cases_are_scored_in_order_with_a_line_in_the_log_for_each(caplog):
     cases = [volume_of(box_label(), seen, name, spacing=(2.0, 1.0, 1.0)) for name, seen in predictions().items()]
     with caplog.at_level(logging.INFO):
