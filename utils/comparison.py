@@ -52,6 +52,7 @@ class Run:
     results: pd.DataFrame  # a row per split, case, class, convention and metric
     method: str  # the name that the user gave, or empty until `name_methods`
     tested: str  # the checkpoint and its epoch, of each split, or "-" where an old test did not say it
+    lists: set[Path]  # folders of the lists that it was tested on
 
 
 @dataclass
@@ -99,13 +100,16 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
 
     splits: those whose results are read; without any, all. volume_path: where the test cases are, if elsewhere.
     """
-    folder, history = Path(folder), pd.DataFrame()
+    folder, history, best = Path(folder), pd.DataFrame(), None
     path = folder / "config.json"
     if not path.is_file():
         raise RunError(f"{folder} is not a run folder, it has no config.json: give folders that train_<set>.py wrote")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         data, given = config["data"], config["args"]
+        path = folder / "config_resumed.json"
+        if path.is_file():
+            given = given | json.loads(path.read_text(encoding="utf-8"))["args"]
         custom_set = "data" in given
         info = custom.info_of_run(data, given["data"], given["fold"]) if custom_set else DATASETS[data["dataset"]]
         defaults = vars(training_parser("", info).parse_args([])) | VARIANT_DEFAULTS.get(given.get("variant"), {})
@@ -114,12 +118,14 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
         path = folder / "metrics.csv"
         if path.is_file():
             history = pd.read_csv(path, encoding_errors="replace")
+            epochs = history.reindex(columns=["epoch", "val_dice"]).dropna()
+            epochs = epochs[epochs["epoch"] >= (args["select_from_epoch"] or 1)]
+            best = epochs["epoch"][epochs["val_dice"].idxmax()] if len(epochs) else None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RunError(
             f"{path} is damaged or not of train_<set>.py ({type(error).__name__}: {brief(error)}): copy it again"
         ) from error
     settings = {n: _text(n, value) for n, value in args.items() if n not in left_out and value is not None}
-    unusual = {name for name, value in settings.items() if value != _text(name, defaults.get(name))}
     where = "root_path" if info.planar else "volume_path"
     paths = {path.parent.name.removeprefix("results_"): path for path in sorted(folder.glob("results_*/cases.csv"))}
     paths = {split: paths[split] for split in splits or paths if split in paths}
@@ -131,23 +137,29 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
         script = info.train_script.replace("train", "test", 1)
         command = f"python {script} {shlex.join(map(str, [*flags, args['list_dir']]))}"
         raise RunError(f"{folder} was not tested on {split}: test it with {command}")
-    epochs = history.reindex(columns=["epoch", "val_dice"]).dropna()
-    epochs = epochs[epochs["epoch"] >= (args["select_from_epoch"] or 1)]
-    best = epochs["epoch"][epochs["val_dice"].idxmax()] if len(epochs) else None
-    used, tested = [], []
+    used, tested, lists, files, predictions = [], [], set(), [], []
     for path in paths.values():
         summary = _summary(path)
-        used.append(_text(where, volume_path or (summary.get("data") or {}).get(where) or args[where]))
+        folders = args | (summary.get("data") or {})
+        used.append(_text(where, volume_path or folders[where]))
+        lists.add(Path(folders["list_dir"]).resolve())
         if checkpoint := summary.get("checkpoint"):
             file, epoch, prediction = (checkpoint.get(key) for key in ("file", "epoch", "prediction"))
             tested.append(f"{file}, epoch {epoch}" + (f", prediction {prediction}" if prediction else ""))
+            files.append(str(file))
+            predictions += [prediction] if prediction else []
             if file == "best.pth" and best not in (None, epoch):
                 text = "%s: its results are of epoch %s, but best.pth is now of epoch %d: test it again"
                 logger.warning(text, folder, epoch, best)
+    # What was tested is part of the method too.
+    settings["checkpoint"] = _and(files) or "best.pth"
+    settings |= {"prediction": _and(predictions)} if predictions else {}
+    usual = defaults | {"checkpoint": "best.pth"}
+    unusual = {name for name, value in settings.items() if value != _text(name, usual.get(name))}
     data = info.name if {*used} == {_text(where, info.volume_path)} else f"{info.name} in {_and(used)}"
     tables = [_long(read_cases(path)).assign(split=split, run=str(folder)) for split, path in paths.items()]
     results = pd.concat(tables)
-    return Run(folder, info, args, data, settings, unusual, history, results, method, _and(tested) or "-")
+    return Run(folder, info, args, data, settings, unusual, history, results, method, _and(tested) or "-", lists)
 
 
 def _and(texts: Sequence[str]) -> str:

@@ -27,8 +27,10 @@ CSV_COLUMNS = [
 def published_rows(comparison: Comparison) -> pd.DataFrame:
     """Return the published means, and Dice of each class, as printed, for runs on the data set's own test data."""
     info = comparison.info
-    lists = {Path(run.args["list_dir"]).resolve() for runs in comparison.methods.values() for run in runs}
-    if lists != {Path(info.list_dir).resolve()} or comparison.split != info.splits[-1] or comparison.data != info.name:
+    lists = set().union(*(run.lists for runs in comparison.methods.values() for run in runs))
+    # A set of the user's own, which has folds, may have the name of a known one.
+    own = lists == {Path(info.list_dir).resolve()} and info.fold is None
+    if not own or comparison.split != info.splits[-1] or comparison.data != info.name:
         return pd.DataFrame()
     names = {"dsc": (MEAN, "dice", "%"), "hd95": (MEAN, "hd95", "as printed")}
     names |= {f"class{i}": (name, "dice", "%") for i, name in enumerate(info.class_names, 1)}

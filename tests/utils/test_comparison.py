@@ -9,7 +9,7 @@ import pytest
 
 from tests.comparison_runs import NAN, class_result, random_dice, write_run
 from utils.comparison import MEAN, Run, compare, name_methods, paired_tests, read_run
-from utils.comparison_report import notes
+from utils.comparison_report import notes, published_rows
 from utils.evaluation import CaseResult
 
 
@@ -44,6 +44,16 @@ def test_a_method_is_called_by_its_network_and_what_sets_it_apart_and_seeds_are_
     assert runs[0].settings["dsgim"] == "both" and "dsgim" not in runs[2].settings
     mine = [(run.folder, name) for run, name in zip(runs, ("Ours", "Ours", "U-Net & co"), strict=False)]
     assert [run.method for run in named(*mine)] == ["Ours", "Ours", "U-Net & co"]
+
+
+def test_what_was_resumed_otherwise_or_tested_otherwise_is_another_method(tmp_path):
+    runs = [write_run(tmp_path / name, random_dice(3, 0)) for name in "abc"]
+    (runs[1] / "config_resumed.json").write_text(json.dumps({"args": {"ce_weight": 1}}))
+    tested = {"checkpoint": {"file": "last.pth", "epoch": 9, "prediction": "last"}, "data": {"list_dir": "my/lists"}}
+    (runs[2] / "results_test/summary.json").write_text(json.dumps(tested))
+    names = ["sim_mpnet", "sim_mpnet, ce_weight 1", "sim_mpnet, prediction last, checkpoint last.pth"]
+    assert [run.method for run in named(*runs)] == names
+    assert len(published_rows(*compared(runs[0]))) and not len(published_rows(*compared(runs[2])))
 
 
 def test_a_repeat_of_a_seed_is_left_out_and_unlike_runs_of_one_name_are_pointed_out(tmp_path, caplog):
