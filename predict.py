@@ -99,6 +99,9 @@ def name_outputs(inputs: list[Path], target: Path, planar: bool, channels: int) 
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
         raise RunError(f"{count} inputs would be written as {name}: rename one of them")
+    for path in inputs:
+        if not path.name.isprintable():
+            raise RunError(f"{path.name!r} in {path.parent}: its name cannot be written to tables: rename it")
     files = [[path] if planar else scan.channel_files(path, channels) for path in inputs]
     originals = {path.resolve() for of_one in files for path in of_one}
     for output in outputs:
@@ -139,6 +142,8 @@ def main() -> None:
         if args.overlays and planar:
             save_picture_overlay(f"{beside}overlays/{target.stem}.png", case.image[0], prediction[0])
         elif args.overlays:
+            for old in Path(f"{beside}overlays").glob(f"{file_stem(case.name)}_slice[0-9][0-9][0-9].png"):
+                old.unlink()  # of an earlier call, which may have drawn other slices
             save_overlays(f"{beside}overlays", case, prediction, args.overlays)
         sizes += class_sizes(case, prediction)
         found = len(np.unique(prediction[prediction > 0]))

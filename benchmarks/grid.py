@@ -45,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     cases = list(VolumeDataset(args.volume_path, args.list_dir, args.split, CLASSES))
     masks = {"the labels": [volume.label for volume in cases]}
-    masks |= {str(path): list(map(Predictor(path).segment, cases)) for path in args.checkpoints}
+    masks |= {str(path): list(map(Predictor(path, info=acdc.INFO).segment, cases)) for path in args.checkpoints}
     rows = []
     for name, of_cases in masks.items():
         row: dict[str, object] = {"masks": name}

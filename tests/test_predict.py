@@ -80,7 +80,8 @@ def predict(threshold, run_script):
 def test_one_file_and_what_lies_beside_it(predict, tmp_path):
     scan = write_scan(tmp_path / "scans", "scan", "RAS")
     out = tmp_path / "out" / "seg.nii.gz"
-    predict("--input", scan, "--output", out, "--overlays", 2).succeeded()
+    for count in (3, 2):  # the pictures of the second call alone
+        predict("--input", scan, "--output", out, "--overlays", count).succeeded()
     names = ("", "_labels.ctbl", "_labels_itksnap.txt", "_overlays", "_volumes.csv")
     assert {path.name for path in out.parent.iterdir()} == {f"seg{name or '.nii.gz'}" for name in names}
     assert len(list((out.parent / "seg_overlays").glob("*.png"))) == 2
@@ -194,6 +195,9 @@ def test_two_scans_are_never_written_to_one_file_and_hidden_files_are_not_read(p
     assert done.status == 1 and "rename" in done.error
     for path in scans.glob("a_b*"):
         path.unlink()
+    bell = (scans / "a b.nii.gz").rename(scans / "\x07.nii.gz")
+    assert_one_line(predict("--input", scans, "--output", tmp_path / "out"), "x07.nii.gz", "rename")
+    bell.rename(scans / "a b.nii.gz")
     (scans / "._a b.nii.gz").write_bytes(b"of another system")
     (scans / "a b.nii.gz").rename(scans / "A.NII.GZ")
     predict("--input", scans, "--output", tmp_path / "out").succeeded()

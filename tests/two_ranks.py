@@ -57,6 +57,7 @@ def main(folder: Path, batch_size: str, device_name: str = "cpu") -> None:
         torch.set_default_dtype(torch.float64)
     with process_group(device):
         pools = memory_of_a_block()
+    with process_group(device):  # a second one, as of the folds of --fold all
         flags = ("--batch_size", batch_size, "--wld_start_epoch", "1")
         made = trainer(folder / "run", *flags, network=Network, slices=12, volumes=3, device=device)
         if rank():

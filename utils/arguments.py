@@ -225,8 +225,9 @@ def parse_training(
             logger.info("--resume auto: there is no %s yet, so a new run starts", last)
     if args.resume is not None:
         args, checkpoint = _resume(parser, info, argv, args.resume)
-    elif last.exists():
-        raise RunError(f"{args.output_dir} holds a run: continue it with --resume auto, or choose another --output_dir")
+    elif old := [path for name in ("best.pth", "epoch_*.pth", "last.pth") for path in sorted(last.parent.glob(name))]:
+        newest = "auto" if last.exists() else old[-1]
+        raise RunError(f"{last.parent} holds a run: continue it with --resume {newest}, or choose another --output_dir")
     elif args.init_from is not None:
         if args.pretrained not in (None, "none"):
             raise RunError(f"--pretrained and --init_from {args.init_from} both give weights: leave one of them out")
@@ -309,7 +310,7 @@ def _resume(parser: ArgumentParser, info: DatasetInfo, argv: list[str], path: Pa
     try:
         checkpoint = load_checkpoint(path)
     except RunError as error:
-        remedy = f"; try --resume {path.with_name('best.pth')} or an epoch_*.pth, or delete it to start a new run"
+        remedy = f"; try --resume {path.with_name('best.pth')} or an epoch_*.pth, or start anew in another --output_dir"
         raise RunError(f"{error}{remedy if path.is_file() else ''}") from error
     if not {"optimizer", "args", "in_epoch"} <= checkpoint.keys():
         raise RunError(f"{path} is not a training checkpoint: give the last.pth of a run")

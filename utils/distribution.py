@@ -1,6 +1,7 @@
 """A run of several processes under torchrun: joining them, sharing out the batches, and agreeing on numbers."""
 
 import inspect
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,9 @@ def rank_device(name: str) -> torch.device:
     return torch.device("cuda", local)
 
 
+_GROUPS = itertools.count()  # of this process
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the processes that torchrun started, by NCCL between GPUs and gloo between CPUs; alone, do nothing.
@@ -52,8 +56,10 @@ def process_group(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store, own_rank, size = next(rendezvous("env://"))
-    # After a restart by torchrun, the store still holds the messages of the processes before.
-    store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    # The store still holds the messages of the group of an earlier fold, and after a restart by torchrun those of the
+    # processes before.
+    restarts, group = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0), next(_GROUPS)
+    store = dist.PrefixStore(f"restart_{restarts}_group_{group}", store)
     # gloo exchanges between GPUs too, more slowly; Windows has no NCCL.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
     try:

@@ -140,11 +140,11 @@ def save_picture_overlay(path: str | Path, image: np.ndarray, mask: np.ndarray) 
         picture.save(temporary)
 
 
-def save_progress(path: str | Path, history: Sequence[Mapping[str, Any]]) -> None:
+def save_progress(path: str | Path, history: Sequence[Mapping[str, Any]], select_from: int = 1) -> None:
     """Draw the course of a training over its epochs, a panel for each kind of number.
 
     history: rows of metrics.csv, numbers or text; a value that is missing, empty or not finite is not drawn. Of the
-    gates a kind has a colour, a level a line style.
+    gates a kind has a colour, a level a line style. select_from: the first epoch that can be the best.
     """
     import pandas as pd
     from matplotlib.figure import Figure
@@ -169,8 +169,8 @@ def save_progress(path: str | Path, history: Sequence[Mapping[str, Any]]) -> Non
             line = ("-", "--", "-.", ":")[int(name[-1]) - 1 if name[-1].isdigit() else 0]
             style = {"color": COLOURS[kinds.index(name.rstrip("_1234"))], "marker": "." if len(points) < 40 else None}
             axes.plot(epochs, values, line, label=name, **style)
-            if name == "val_dice" and len(points):
-                best = values.idxmax()
+            if name == "val_dice" and len(of_these := values[epochs >= select_from]):
+                best = of_these.idxmax()
                 axes.plot(epochs[best], values[best], "*", color="black", markersize=12)
                 title = f"{title}, best {values[best]:.2f} in epoch {epochs[best]:.0f}"
         if len(columns) > 1:

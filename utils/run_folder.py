@@ -64,15 +64,18 @@ class RunFolder:
         except (ImportError, OSError):  # Windows, and some network disks
             logger.info("%s cannot be locked on this system: start no second training in it", self.path)
 
-    def record(self, history: Sequence[dict[str, Any]], max_epochs: int) -> None:
-        """Write the last epoch to the log and TensorBoard, and all epochs to ``metrics.csv`` and ``progress.png``."""
+    def record(self, history: Sequence[dict[str, Any]], max_epochs: int, select_from: int = 1) -> None:
+        """Write the last epoch to the log and TensorBoard, and all epochs to ``metrics.csv`` and ``progress.png``.
+
+        max_epochs: of the run; select_from: the first epoch that can be the best.
+        """
         import pandas as pd
 
         _log_epoch(history, max_epochs)
         self._events.add(history[-1:])
         write_csv(self.path / "metrics.csv", pd.DataFrame(history, dtype=object), float_format=None)
         if "val_dice" in history[-1]:
-            save_progress(self.path / "progress.png", history)
+            save_progress(self.path / "progress.png", history, select_from)
 
     def save(self, state: dict[str, Any], is_best: bool = False, keep: int = 0) -> None:
         """Write ``last.pth`` in a thread, while the training goes on; the checkpoint before is on the disk then.

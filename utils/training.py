@@ -339,7 +339,7 @@ class Trainer:
         if is_best:
             self.best_dice, self.best_epoch = row["val_dice"], self.epoch
         if self.writes:
-            self.run.record(self.history, self.args.max_epochs)
+            self.run.record(self.history, self.args.max_epochs, self.args.select_from_epoch)
         self.save(is_best, self.args.keep)
 
     def save(self, is_best: bool = False, keep: int = 0) -> None:
