@@ -13,6 +13,7 @@ docs/own_scans.md lists the formats, what is written, and what is refused. utils
 """
 
 import logging
+import re
 from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
@@ -26,6 +27,7 @@ from datasets.errors import brief
 from datasets.files import atomic_write, check_writable, file_stem
 from datasets.image_files import ENDINGS as IMAGE_ENDINGS
 from datasets.image_files import common_bits
+from datasets.lists import is_one_line
 from utils.arguments import add_prediction
 from utils.cli import AMP_DTYPES, ArgumentParser, number, run_script, seed_everything
 from utils.errors import RunError
@@ -100,7 +102,7 @@ def name_outputs(inputs: list[Path], target: Path, planar: bool, channels: int) 
     if count > 1:
         raise RunError(f"{count} inputs would be written as {name}: rename one of them")
     for path in inputs:
-        if not path.name.isprintable():
+        if not is_one_line(path.name):
             raise RunError(f"{path.name!r} in {path.parent}: its name cannot be written to tables: rename it")
     files = [[path] if planar else scan.channel_files(path, channels) for path in inputs]
     originals = {path.resolve() for of_one in files for path in of_one}
@@ -142,8 +144,9 @@ def main() -> None:
         if args.overlays and planar:
             save_picture_overlay(f"{beside}overlays/{target.stem}.png", case.image[0], prediction[0])
         elif args.overlays:
-            for old in Path(f"{beside}overlays").glob(f"{file_stem(case.name)}_slice[0-9][0-9][0-9].png"):
-                old.unlink()  # of an earlier call, which may have drawn other slices
+            for old in Path(f"{beside}overlays").glob(f"{file_stem(case.name)}_slice*.png"):
+                if re.fullmatch(r"_slice[0-9]+\.png", old.name.removeprefix(file_stem(case.name))):
+                    old.unlink()  # of an earlier call, which may have drawn other slices
             save_overlays(f"{beside}overlays", case, prediction, args.overlays)
         sizes += class_sizes(case, prediction)
         found = len(np.unique(prediction[prediction > 0]))

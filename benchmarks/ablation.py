@@ -50,7 +50,7 @@ PRESETS = {
 def train_and_test(folder: Path, dataset: str, split: str, flags: list[str]) -> None:
     """Train and test one run from where an earlier call stopped; raises RunError if it was trained with other flags."""
     last = folder / "last.pth"
-    write_flags(folder / "flags.txt", flags, used=last.exists())
+    write_flags(folder / "flags.txt", flags, used=last.exists() or any(folder.glob("results_*")))
     if (folder / f"results_{split}" / "summary.json").exists():
         return
     _run(f"train_{dataset}.py", *(["--resume", last] if last.exists() else [*flags, "--output_dir", folder]))

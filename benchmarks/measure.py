@@ -32,7 +32,8 @@ def add_network(parser: ArgumentParser) -> None:
 def write_flags(path: Path, flags: Sequence[str], used: bool) -> None:
     """Write the flags of a run to a file; if it is ``used``, raise RunError where the file has other flags."""
     text = shlex.join(flags)
-    if used and path.exists() and (before := path.read_text(encoding="utf-8")) != text:
+    before = path.read_text(encoding="utf-8") if path.exists() else "unknown flags"
+    if used and before != text:
         raise RunError(f"{path.parent} was trained with {before}, not {text}: choose another --output_dir")
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

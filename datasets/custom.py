@@ -26,7 +26,6 @@ from datasets.preparation import Case, Pair, prepare_images, prepare_volumes, re
 from datasets.preprocessing import ColourPreprocessing, Preprocessing, Scale, orientation_of, preprocessing_from_dict
 from datasets.raw_forms import JSON, MAX_CLASSES, Raw, read_json, recognise
 from datasets.scan import load_scan, read_scan_label
-from datasets.storage import FACTS
 from datasets.volumes import Volume
 
 logger = logging.getLogger(__name__)
@@ -145,6 +144,8 @@ def prepare(
     """
     if window is not None and not -np.inf < window[0] < window[1] < np.inf:
         raise DataError(f"--window {window[0]:g} {window[1]:g}: expected two rising intensities")
+    if splits is not None and (folds, test, seed) != (None, 0, 2222):
+        raise DataError(f"--splits {splits} says how to divide the cases: leave --folds, --test and --seed out")
     out, found = Path(out), recognise(raw)
     if out.resolve() == Path(raw).resolve():
         raise DataError(f"{out}: this is the raw folder, whose {JSON} would be overwritten; give another --out")
@@ -162,11 +163,9 @@ def prepare(
         raise DataError(f"{next(iter(problems.values()))}{more}")
     refuse_names(raw, looks)
     values, names = _classes(raw, found, looks, class_names)
-    if splits is not None and (folds, test, seed) != (None, 0, 2222):
-        raise DataError(f"--splits {splits} says how to divide the cases: leave --folds, --test and --seed out")
     lists = divide(list(looks), folds, test, splits, seed, patient_pattern, problems)
     if unused := looks.keys() - {name for parts in lists for part in parts.values() for name in part}:
-        logger.warning("%s names no part for %s", splits, brief(", ".join(sorted(unused)), 80))
+        logger.warning("%s does not name %s: prepared, but in no list", splits, brief(", ".join(sorted(unused)), 80))
     tested = {name for part in lists for name in part.get("test", ())}
     preprocessing = ColourPreprocessing()
     if not found.planar:
@@ -247,8 +246,9 @@ def _classes(
     if class_names and not len({*class_names}) == len(class_names) == len(values):
         raise DataError(f"--class_names: {counted(len(class_names), 'name')}; expected {len(values)} different")
     names = list(class_names or names)
-    if not FACTS["class_names"][1](names):
-        raise DataError(f"{raw}: its classes are called {brief(names, 200)}; expected names of 1 to 100 letters")
+    if not all(name.isprintable() and 0 < len(name) <= 100 for name in names):
+        what = f"its classes are called {brief(names, 200)}; expected names of 1 to 100 letters"
+        raise DataError(f"{raw}: {what}: give others with --class_names, or in {JSON}")
     return values, names
 
 
@@ -291,11 +291,13 @@ def _write_facts(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
     text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
     if (out / JSON).is_file() and not overwrite:
         before, now = read_json(out / JSON), json.loads(text)
+        before.setdefault("source", now["source"])  # earlier versions did not write it
         for key in ("source", "class_names", "channels", "planar", "preprocessing", "label_values"):
-            if before.get(key, now[key]) != now[key]:
+            if before.get(key) != now[key]:
                 raise DataError(
                     f"{out}: was prepared with {key} {brief(before.get(key), 100)}, not {brief(now[key], 100)}; "
-                    "prepare all cases again with --overwrite, or give another --out"
+                    + "if this folder has moved, link its old path to it, otherwise " * (key == "source")
+                    + "prepare all cases again with --overwrite, or give another --out"
                 )
     elif not overwrite and any(folder.is_dir() for folder in (out / VOLUME_FOLDER, out / MASK_FOLDER)):
         raise DataError(f"{out}: holds files of another preparation, without a {JSON}; give another --out")

@@ -223,6 +223,11 @@ def split_names(names: Iterable[str], counts: Sequence[int], seed: int = 2222) -
     return [sorted(names[start:end], key=natural_key) for start, end in zip([0, *ends], ends, strict=False)]
 
 
+def is_one_line(name: str) -> bool:
+    """Return whether lists and tables can hold a name: without control characters, line breaks and bytes of no text."""
+    return re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", name) is None
+
+
 def refuse_names(raw: str | Path, names: Collection[str]) -> None:
     """Raise DataError for fewer than two cases, and for names by which lists could not tell files apart."""
     if len(names) < 2:
@@ -231,7 +236,7 @@ def refuse_names(raw: str | Path, names: Collection[str]) -> None:
         other = next((start for start in beginnings(name)[:-1] if start in names), None)
         if other is not None:
             raise DataError(f"{raw}: in lists, {other} also means {name}; rename one of the two cases")
-        if is_slice(name) or has_path(name) or name != name.strip() or not name.isprintable():
+        if is_slice(name) or has_path(name) or name != name.strip() or not is_one_line(name):
             raise DataError(f"{raw}: a case is called {name!r}, which lists read otherwise; rename it")
     for stem, alike in groupby(sorted(names, key=file_stem), file_stem):
         if len(alike := [*alike]) > 1:

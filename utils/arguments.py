@@ -219,16 +219,18 @@ def parse_training(
     argv = sys.argv[1:] if argv is None else argv
     args, checkpoint = parser.parse_args(argv), None
     last = Path(args.output_dir, "last.pth")
-    if args.resume == Path("auto"):
+    automatic = args.resume == Path("auto")
+    if automatic:
         args.resume = last if last.exists() else None
-        if args.resume is None:
-            logger.info("--resume auto: there is no %s yet, so a new run starts", last)
     if args.resume is not None:
         args, checkpoint = _resume(parser, info, argv, args.resume)
     elif old := [path for name in ("best.pth", "epoch_*.pth", "last.pth") for path in sorted(last.parent.glob(name))]:
         newest = "auto" if last.exists() else old[-1]
-        raise RunError(f"{last.parent} holds a run: continue it with --resume {newest}, or choose another --output_dir")
-    elif args.init_from is not None:
+        remedy = f"continue it with --resume {newest}, or choose another --output_dir"
+        raise RunError(f"{last.parent} holds checkpoints of a run: {remedy}")
+    elif automatic:
+        logger.info("--resume auto: there is no %s yet, so a new run starts", last)
+    if checkpoint is None and args.init_from is not None:
         if args.pretrained not in (None, "none"):
             raise RunError(f"--pretrained and --init_from {args.init_from} both give weights: leave one of them out")
         checkpoint = load_checkpoint(args.init_from)

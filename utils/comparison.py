@@ -151,6 +151,8 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
             if file == "best.pth" and best not in (None, epoch):
                 text = "%s: its results are of epoch %s, but best.pth is now of epoch %d: test it again"
                 logger.warning(text, folder, epoch, best)
+    if len({*files}) > 1 or len({*predictions}) > 1:
+        logger.warning("%s: its splits were tested otherwise (%s): give one with --split", folder, _and(tested))
     # What was tested is part of the method too.
     settings["checkpoint"] = _and(files) or "best.pth"
     settings |= {"prediction": _and(predictions)} if predictions else {}

@@ -44,7 +44,10 @@ def predict_volume(
             logits = sum(m.float() for m in model(slices.to(device)))  # (B, num_classes, S, S)
             largest = logits.max(1)  # argmax is ten times slower on a CPU
             if not largest.values.isfinite().all():
-                raise RunError(f"{volume.name}: the output is not finite: use --amp bf16 or none, or train again")
+                remedy = "use another checkpoint, or train with a lower --base_lr"
+                if amp_dtype is not None:
+                    remedy = "use --amp none (a training continues with --resume auto --amp none)"
+                raise RunError(f"{volume.name}: the network's output is not finite: {remedy}")
             predictions.append(largest.indices.to("cpu", torch.uint8))
     return volume.restore(torch.cat(predictions).numpy())
 

@@ -119,8 +119,8 @@ def test(args: Namespace, info: DatasetInfo) -> None:
     if not args.checkpoint.exists():
         last = args.checkpoint.with_name("last.pth")
         remedy = f"train one with python {info.train_script}, or give another with --checkpoint"
-        if last.is_file():
-            remedy = f"its training has not validated an epoch to choose; continue it with --resume, or test {last}"
+        if args.checkpoint.name == "best.pth" and last.is_file():
+            remedy = f"its training has not chosen an epoch yet: test {last}"
         raise RunError(f"no checkpoint at {args.checkpoint}: {remedy}")
     if is_onnx(args.checkpoint):
         raise RunError(f"{args.checkpoint} is an ONNX file, which only predict.py reads: give a best.pth")

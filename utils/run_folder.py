@@ -43,6 +43,8 @@ class RunFolder:
         self.lock()
         remove_temporaries(self.path)
         name = "config_resumed.json" if resumed else "config.json"
+        if not resumed:  # of an earlier run in this folder
+            (self.path / "config_resumed.json").unlink(missing_ok=True)
         with atomic_write(self.path / name) as temporary:
             temporary.write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
         self._events = EventFile(self.path / "events")

@@ -1,5 +1,6 @@
 """Rows are trained and tested over seeds: all are compared, none is done twice, and interrupted runs are resumed."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,9 @@ def test_rows_over_seeds_are_compared_and_resumed(started, monkeypatch, tmp_path
     assert tested == ("test_acdc.py", "--checkpoint", str(interrupted / "best.pth"), *same) and compared == comparison
     words = "whole/seed_1 was trained with --amp bf16 --seed 1, not ", "--batch_size 2"
     refused(lambda: call(monkeypatch, *argv, "--batch_size", 2), *words)
-    (tmp_path / "whole/seed_1/last.pth").unlink()  # wrong flags, with which nothing was trained, can be corrected
+    (tmp_path / "whole/seed_1/last.pth").unlink()
+    refused(lambda: call(monkeypatch, *argv, "--batch_size", 2), *words)
+    shutil.rmtree(tmp_path / "whole/seed_1/results_test")  # flags with which nothing was trained can be corrected
     call(monkeypatch, *argv[:6], "--rows", "whole", "--", "--batch_size", 2)
 
 

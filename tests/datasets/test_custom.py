@@ -121,6 +121,8 @@ def test_each_form_is_said_and_prepared_like_the_named_sets(tmp_path, caplog, re
     assert not read_volume(out / "test_vol_h5/c d.npy.h5").label.any()
     refused(lambda: prepare(raw, out, window=(0, 1)), "preprocessing ", "--overwrite")
     refused(lambda: prepare(make(tmp_path / "other"), out), "was prepared with source", "--overwrite")
+    write_json(out, labels={})  # raw data of another set
+    refused(lambda: prepare(raw, out), "was prepared with class_names None")
     (out / JSON).unlink()
     refused(lambda: prepare(raw, out), "files of another preparation")
 
