@@ -11,7 +11,6 @@ from datasets.image_files import common_bits, image_of, read_image, read_mask
 from datasets.images import ImageDataset, ImageFolder, read_picture, resize_image, resize_mask, shrunk_size
 from datasets.preprocessing import ColourPreprocessing, preprocessing_from_dict
 from datasets.segpc import INFO
-from tests.datasets.test_volumes import assert_samples_depend_on_epoch_and_seed_alone
 
 
 def scene(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -300,10 +299,3 @@ def test_unusable_folders_are_refused(tmp_path, refused):
     write_set(tmp_path, ["2"])
     (lists / "train.txt").write_text("2\n")
     refused(lambda: ImageDataset(INFO, data, lists, "train", 2, 32)[0], "2.png", "label id 2", "--num_classes")
-
-
-def test_samples_do_not_depend_on_workers_but_on_epoch_and_seed(tmp_path):
-    data = write_set(tmp_path, map(str, range(9)))
-    assert_samples_depend_on_epoch_and_seed_alone(
-        lambda seed: ImageDataset(INFO, data, data / "lists", "train", 3, 32, augment=True, photometric=True, seed=seed)
-    )

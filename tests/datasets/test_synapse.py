@@ -8,12 +8,9 @@ import pytest
 
 from datasets import SliceDataset, VolumeDataset, read_volume, synapse, write_slice, write_volume
 from datasets.lists import read_list
-from datasets.preprocessing import reorient
 from datasets.volumes import Volume
-from tests.datasets.test_scan import turn
+from tests.conftest import ROOT, data_flags
 from utils import verify
-
-LISTS = Path(__file__).resolve().parents[2] / "lists" / "lists_Synapse"
 
 # Boxes (z, y, x) of a body that lies as LAS: the patient's right is at small x. Each organ with its BTCV id.
 ORGANS = {
@@ -36,18 +33,16 @@ def body() -> tuple[np.ndarray, np.ndarray]:
     return (rng.integers(-1000, 800, SHAPE)).astype(np.int16), label
 
 
-def write_raw(folder: Path, cases=(1, 5), orientation="LAS", degrees=0.0, image=None) -> Path:
-    """Write BTCV's folders, as the given orientation stores them."""
-    noise, label = body()
-    image = noise if image is None else image
-    affine = np.eye(4)
-    affine[:3, :3] = turn(degrees) @ np.diag([-0.8, 0.8, 3.0])
+def write_raw(folder: Path, cases=(1, 5)) -> Path:
+    """Write BTCV's folders."""
+    image, label = body()
+    affine = np.diag([-0.8, 0.8, 3.0, 1])
     affine[:3, 3] = (12.5, -7, 40)
     for kind, array in (("img", image), ("label", label)):
         (folder / kind).mkdir(parents=True)
         for case in cases:
-            turned, there = reorient(np.roll(array, case, 0), affine, orientation)
-            nibabel.save(nibabel.Nifti1Image(turned.T, there), folder / kind / f"{kind}{case:04d}.nii.gz")
+            file = nibabel.Nifti1Image(np.roll(array, case, 0).T, affine)
+            nibabel.save(file, folder / kind / f"{kind}{case:04d}.nii.gz")
     return folder
 
 
@@ -96,7 +91,7 @@ def test_unfit_raw_folders_are_refused(tmp_path, refused):
 
 
 def test_the_lists_are_those_of_the_field():
-    train, test = read_list(LISTS, "train"), read_list(LISTS, "test_vol")
+    train, test = (read_list(ROOT / synapse.INFO.list_dir, part) for part in ("train", "test_vol"))
     assert test == [f"case{n:04d}" for n in (1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38)]
     assert len(train) == 18 and not set(train) & set(test)
     assert set(train) | set(test) == {f"case{n:04d}" for n in (*range(1, 11), *range(21, 41))}
@@ -145,9 +140,7 @@ def test_ids_beyond_the_order_and_files_of_another_order_are_refused(tmp_path, r
 @pytest.mark.parametrize("made", ["paper", "transunet", "merit"])
 def test_a_wrong_order_gives_a_warning_and_the_right_one_does_not(tmp_path, capsys, made, taken):
     data = write_other(tmp_path, made)
-    arguments = ["synapse", "--root_path", f"{data}/train_npz", "--volume_path", f"{data}/test_vol_h5"]
-    arguments += ["--list_dir", f"{data}/lists", "--label_order", taken, "--splits", "train"]
-    assert verify.main(arguments) == 0
+    assert verify.main(["synapse", *data_flags(data), "--label_order", taken, "--splits", "train"]) == 0
     told = capsys.readouterr().out
     assert ("warning" in told) == (made != taken), told
     for name in synapse.CLASS_NAMES:

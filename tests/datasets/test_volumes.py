@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from datasets import SliceDataset, VolumeDataset, read_volume, write_slice, write_volume
+from datasets import ImageDataset, SliceDataset, VolumeDataset, read_volume, segpc, write_slice, write_volume
+from tests.datasets.test_images import write_set
 
 
 @pytest.mark.parametrize("shape", [(3, 20, 14), (1, 20, 14), (1, 1, 1)])
@@ -102,9 +103,8 @@ def test_volumes_come_by_the_list_and_are_read_when_asked_for(prepared, refused)
     refused(lambda: VolumeDataset(prepared / "test_vol_h5", prepared / "lists", "val", 4), *words)
 
 
-@pytest.fixture
-def mtunet(tmp_path, make_volume):
-    """MT-UNet's folders: keys img and label, entries with ending, a list called valid, validation as slices."""
+def test_mtunets_files_are_read_as_they_are_unless_a_slice_is_of_another_shape(tmp_path, make_volume, refused, caplog):
+    """Keys img and label, entries with ending, a list called valid, validation as slices."""
     root = tmp_path / "mtunet"
     for part, case in (("train", "001"), ("valid", "019")):
         volume = make_volume(f"case_{case}", (12, 20, 14))
@@ -117,30 +117,25 @@ def mtunet(tmp_path, make_volume):
     (root / "test").mkdir()
     np.savez(root / "test" / "case_002_volume_ED.npz", img=volume.image, label=volume.label.astype(np.float32))
     (root / "test.txt").write_text("case_002_volume_ED.npz\n")
-    return root
 
-
-def test_mtunets_files_are_read_as_they_are(mtunet, make_volume):
-    slices = SliceDataset(mtunet, mtunet, "train", 4, 32)
+    slices = SliceDataset(root, root, "train", 4, 32)
     assert len(slices) == 12
     assert slices[0]["image"].shape == (1, 32, 32)
-    val = VolumeDataset(mtunet, mtunet, "val", 4)
+    val = VolumeDataset(root, root, "val", 4)
     assert val.names == ["case_019_volume_ED"]
     np.testing.assert_array_equal(val[0].image, make_volume("case_019", (12, 20, 14)).image)
-    for folder in (mtunet, mtunet / "test"):
-        test = VolumeDataset(folder, mtunet, "test", 4)
+    for folder in (root, root / "test"):
+        test = VolumeDataset(folder, root, "test", 4)
         assert test.names == ["case_002_volume_ED"]
-        np.testing.assert_array_equal(test[0].label, make_volume("case_002").label)
+        np.testing.assert_array_equal(test[0].label, volume.label)
         assert (test[0].spacing, test[0].affine, test[0].class_names, test[0].label.dtype) == (None, None, (), "u1")
-
-
-def test_slices_of_unequal_shape_are_refused_and_missing_ones_named(mtunet, refused, caplog):
-    entries = (mtunet / "valid.txt").read_text()
-    (mtunet / "valid.txt").write_text(entries.replace("case_019_sliceED_5.npz\n", ""))
-    assert len(VolumeDataset(mtunet, mtunet, "val", 4)[0].image) == 11
+    assert not caplog.text
+    entries = (root / "valid.txt").read_text()
+    (root / "valid.txt").write_text(entries.replace("case_019_sliceED_5.npz\n", ""))
+    assert len(VolumeDataset(root, root, "val", 4)[0].image) == 11
     assert "slice 5 of case_019_volume_ED is missing" in caplog.text
-    np.savez(mtunet / "valid" / "case_019_sliceED_7.npz", img=np.zeros((5, 5)), label=np.zeros((5, 5)))
-    refused(lambda: VolumeDataset(mtunet, mtunet, "val", 4)[0], "case_019_sliceED_7.npz", "(5, 5)")
+    np.savez(root / "valid" / "case_019_sliceED_7.npz", img=np.zeros((5, 5)), label=np.zeros((5, 5)))
+    refused(lambda: VolumeDataset(root, root, "val", 4)[0], "case_019_sliceED_7.npz", "(5, 5)")
 
 
 # Training samples
@@ -162,8 +157,15 @@ def test_without_augmentation_a_sample_is_the_slice_resized(prepared):
     np.testing.assert_array_equal(sample["label"][:, [0, -1]], label[:, [0, -1]])
 
 
-def assert_samples_depend_on_epoch_and_seed_alone(open_set):
-    """``open_set(seed)`` opens a training set; its samples must not depend on workers, on the order or on the time."""
+@pytest.mark.parametrize("kind", ["slices", "images"])
+def test_samples_do_not_depend_on_workers_and_order_but_on_epoch_and_seed(prepared, kind):
+    images = write_set(prepared / "images", map(str, range(9)))
+
+    def open_set(seed):
+        if kind == "slices":
+            return _open(prepared, seed=seed)
+        augmentation = {"augment": True, "photometric": True, "seed": seed}
+        return ImageDataset(segpc.INFO, images, images / "lists", "train", 3, 32, **augmentation)
 
     def samples(loader):
         batches = list(loader)
@@ -177,16 +179,12 @@ def assert_samples_depend_on_epoch_and_seed_alone(open_set):
         dataset.set_epoch(epoch)
         by_epoch.append(samples(alone))
         assert all(map(torch.equal, samples(shared), by_epoch[epoch]))
-    images = by_epoch[0][0]
-    assert not torch.equal(images, by_epoch[1][0])
+    first = by_epoch[0][0]
+    assert not torch.equal(first, by_epoch[1][0])
     again = open_set(5)
     backwards = torch.stack([again[i]["image"] for i in reversed(range(len(again)))][::-1])
-    assert torch.equal(backwards, images) and torch.equal(again[-1]["image"], images[-1])
-    assert not torch.equal(samples(DataLoader(open_set(6), batch_size=4))[0], images)
-
-
-def test_samples_do_not_depend_on_workers_and_order_but_on_epoch_and_seed(prepared):
-    assert_samples_depend_on_epoch_and_seed_alone(lambda seed: _open(prepared, seed=seed))
+    assert torch.equal(backwards, first) and torch.equal(again[-1]["image"], first[-1])
+    assert not torch.equal(samples(DataLoader(open_set(6), batch_size=4))[0], first)
 
 
 def test_what_is_kept_in_memory_is_bounded_and_changes_no_sample(prepared, monkeypatch):
