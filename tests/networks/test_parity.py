@@ -44,11 +44,6 @@ def fill(module: torch.nn.Module, source_of: Callable[[str], str]) -> None:
     module.load_state_dict(state)
 
 
-@pytest.fixture
-def dmwla():
-    return load("dmwla.npz")
-
-
 def release_dmwla(f, warmup_iterations: int = 2000) -> DMWLA:
     """Build the fixture's block with its synthetic weights."""
     sizes = [int(f[key]) for key in ("ch", "feature_dim", "num_k", "pool_size_per_cluster")]
@@ -58,17 +53,13 @@ def release_dmwla(f, warmup_iterations: int = 2000) -> DMWLA:
     return block
 
 
-def test_dmwla_plain_attention_of_the_warm_up(dmwla):
-    block = release_dmwla(dmwla, warmup_iterations=10**6)
-    x = synthetic(str(dmwla["prefix"]) + "x0.input", (2, 24, 9, 8))
-    assert_close(block(x), dmwla["warmup_output"], 1e-5)
-
-
 @pytest.mark.parametrize("training", [True, False])
-def test_dmwla_two_steady_steps_and_their_memory(dmwla, training):
+def test_dmwla_in_the_warm_up_and_in_two_steady_steps_and_their_memory(training):
+    dmwla = load("dmwla.npz")
+    inputs = [synthetic(f"{dmwla['prefix']}x{step}.input", (2, 24, 9, 8)) for step in (0, 1)]
+    assert_close(release_dmwla(dmwla, warmup_iterations=10**6).train(training)(inputs[0]), dmwla["warmup_output"], 1e-5)
     block = release_dmwla(dmwla).train(training)
-    for step in (0, 1):
-        x = synthetic(str(dmwla["prefix"]) + f"x{step}.input", (2, 24, 9, 8))
+    for step, x in enumerate(inputs):
         tokens = rearrange(x, "b c h w -> b (h w) c")
         assert torch.equal(block.assign(tokens).flatten(), torch.from_numpy(dmwla[f"assignment{step}"]))
         counts = block.bank.key_counts.clone()
@@ -79,15 +70,13 @@ def test_dmwla_two_steady_steps_and_their_memory(dmwla, training):
         assert_close(block.phi_k[:, :, None, None], dmwla[f"phi_k{step}"], 1e-5)
 
 
-def test_dmwla_gradients(dmwla):
+def test_dmwla_gradients():
+    dmwla = load("dmwla.npz")
     block = release_dmwla(dmwla)
-    prefix = str(dmwla["prefix"])
-    x = synthetic(prefix + "x0.input", (2, 24, 9, 8)).requires_grad_()
-    (block(x) * synthetic(prefix + "coef.input", (2, 24, 9, 8))).sum().backward()
-    gradients = {"x": x.grad} | {
-        name: getattr(block, name).weight.grad[:, :, None, None] for name in ("theta", "phi", "g", "o")
-    }
-    for name, gradient in gradients.items():
+    x, coefficients = (synthetic(f"{dmwla['prefix']}{name}.input", (2, 24, 9, 8)) for name in ("x0", "coef"))
+    (block(x.requires_grad_()) * coefficients).sum().backward()
+    weights = {name: getattr(block, name).weight.grad[:, :, None, None] for name in ("theta", "phi", "g", "o")}
+    for name, gradient in ({"x": x.grad} | weights).items():
         expected = dmwla[f"grad_{name}"]
         assert_close(gradient, expected, 1e-6 * np.abs(expected).max())
 

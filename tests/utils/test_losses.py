@@ -29,15 +29,11 @@ def test_every_subset_and_the_total_equal_the_release(release):
     assert subset_loss(logits, label).item() == pytest.approx(float(f["total"]), rel=1e-6)
 
 
-def test_one_map_has_the_weighted_loss_of_that_map(release):
+def test_one_map_has_its_weighted_loss_and_half_precision_logits_are_summed_in_float32(release):
     _, logits, label = release
     loss, cross_entropy, dice = subset_losses(logits[:1], label, ce_weight=0.2, dice_weight=0.5)
     assert cross_entropy.item() == pytest.approx(F.cross_entropy(logits[0], label).item(), rel=1e-6)
     assert loss.item() == pytest.approx((0.2 * cross_entropy + 0.5 * dice).item(), rel=1e-6)
-
-
-def test_half_precision_logits_are_summed_in_float32(release):
-    _, logits, label = release
     half = [m.bfloat16() for m in logits]
     assert torch.equal(subset_loss(half, label), subset_loss([m.float() for m in half], label))
 
