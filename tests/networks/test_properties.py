@@ -14,18 +14,13 @@ from tests.networks.conftest import NARROW
 from utils.losses import subset_losses
 
 
-@pytest.fixture
-def images() -> torch.Tensor:
-    return torch.rand(3, 1, 64, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
 @pytest.mark.processors
 @pytest.mark.parametrize(("steps", "warmup_iterations"), [(0, 1000), (3, 2)], ids=["in warm-up", "steady"])
 @torch.no_grad()
 def test_evaluation_repeats_itself_changes_nothing_and_does_not_depend_on_the_batch(
-    tiny_network, double_precision, images, steps, warmup_iterations
+    tiny_network, double_precision, steps, warmup_iterations
 ):
-    model = tiny_network(steps, warmup_iterations)
+    model, images = tiny_network(steps, warmup_iterations), torch.rand(3, 1, 64, 64)
     assert all(bank.in_warmup == (steps == 0) for bank in model.memory_banks())
     before = copy.deepcopy(model.state_dict())
     whole, order = torch.stack(model(images)), [2, 0, 1]

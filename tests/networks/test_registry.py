@@ -178,15 +178,12 @@ def test_without_a_gate_the_second_encoder_sees_the_image():
         assert same(gated, ungated) == is_open
 
 
-def test_the_last_layer_predicts_alone():
+def test_the_finest_map_alone_can_predict_for_a_network_that_was_trained_with_it_or_with_all(tmp_path, refused):
     whole, last = make(), make(loss="last")
     state = {name: value for name, value in whole.state_dict().items() if not re.match(r"heads\.[012]", name)}
     last.load_state_dict({name.replace("heads.3.", "heads.0."): value for name, value in state.items()})
     assert same(last, whole)
-
-
-def test_the_finest_map_alone_can_predict_for_a_network_that_was_trained_with_all(tmp_path, refused):
-    whole, images = make().to(memory_format=torch.channels_last), torch.rand(2, 1, 64, 64)
+    whole, images = whole.to(memory_format=torch.channels_last), torch.rand(2, 1, 64, 64)
     assert len(whole.train()(images)) == len(make(prediction="last").train()(images)) == 4
     state = {"model": whole.state_dict(), "network": whole.config, "data": {"class_names": ["a", "b"]}}
     finest = build_network(state, tmp_path, prediction="last").eval()

@@ -96,13 +96,8 @@ def release_state(device: str = "cpu") -> dict[str, torch.Tensor]:
     return {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
 
 
-@pytest.fixture(scope="module")
-def small() -> SimMPNet:
-    return SimMPNet(9)
-
-
-def test_release_missing_left_over_and_unfit_tensors_are_all_listed(small, refused):
-    state = release_state("meta")
+def test_release_fills_the_variant_paper_from_the_names_its_forward_pass_uses_or_lists_all_that_does_not_fit(refused):
+    state, small = release_state("meta"), SimMPNet(9)
     del state["DMWLA_2.1.theta.weight"]
     state["unheard.of"] = torch.zeros(1)
     state["out_head1.weight"] = torch.zeros(4, 768, 1, 1)
@@ -110,9 +105,6 @@ def test_release_missing_left_over_and_unfit_tensors_are_all_listed(small, refus
     words = ("missing: DMWLA_2.1.theta.weight; left over: unheard.of; ", "out_head1.weight (4, 768, 1, 1)")
     refused(lambda: load_release_state_dict(small, state), *words)
     torch.testing.assert_close(small.state_dict(), before, rtol=0, atol=0)
-
-
-def test_release_fills_the_variant_paper_from_the_names_its_forward_pass_uses(small):
     state = release_state()
     state["stem_1.conv1.weight"] += 1
     state["backbone1.stem.conv1.weight"] += 2

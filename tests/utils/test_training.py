@@ -210,7 +210,8 @@ def test_the_newest_epochs_are_kept_and_the_folder_does_not_grow(tmp_path):
     assert events.read_bytes().count(b"train_loss") == 5
 
 
-def test_a_resumed_run_with_another_batch_size_ends_with_the_same_epoch(copied):
+def test_a_batch_above_the_slices_is_refused_and_a_run_resumed_with_another_ends_with_the_same_epoch(copied, refused):
+    refused(lambda: trainer(copied / "new", "--batch_size", "6"), "--batch_size")
     resumed = trainer(copied, "--resume", "auto", "--max_epochs", "3", "--batch_size", "1", "--weight_decay", "0.5")
     assert resumed.optimizer.param_groups[0]["weight_decay"] == 0.5
     resumed.fit()
@@ -275,21 +276,16 @@ def test_wld_sets_k_of_every_block_or_in_release_of_the_encoder(tmp_path, flags,
 
 
 @pytest.mark.parametrize(
-    ("schedule", "middle", "end"), [("constant", 1e-4, 1e-4), ("poly", 1e-4 * 0.5**0.9, 0), ("cosine", 5e-5, 0)]
+    ("schedule", "middle", "end", "epochs", "warnings"),
+    [("constant", 1, 1, 3, 0), ("poly", 0.5**0.9, 0, 2, 0), ("poly", 0.5**0.9, 0, 3, 1), ("cosine", 0.5, 0, 3, 1)],
 )
-def test_learning_rate_schedules(tmp_path, schedule, middle, end):
-    made = trainer(tmp_path, "--lr_schedule", schedule)
-    total = made.total_iterations
-    assert [made.learning_rate(i) for i in (0, total // 2, total)] == pytest.approx([1e-4, middle, end])
-
-
-@pytest.mark.parametrize(
-    ("schedule", "epochs", "warnings"), [("constant", 3, 0), ("poly", 2, 0), ("poly", 3, 1), ("cosine", 3, 1)]
-)
-def test_a_resumed_run_says_when_its_learning_rate_is_not_that_of_one_long_run(
-    tmp_path, caplog, schedule, epochs, warnings
+def test_learning_rates_follow_the_schedule_and_a_resumed_run_says_when_they_are_not_those_of_one_long_run(
+    tmp_path, caplog, schedule, middle, end, epochs, warnings
 ):
-    trainer(tmp_path, "--lr_schedule", schedule, "--keep", "2").fit()
+    made = trainer(tmp_path, "--lr_schedule", schedule, "--keep", "2")
+    total = made.total_iterations
+    assert [made.learning_rate(i) for i in (0, total // 2, total)] == pytest.approx([1e-4, 1e-4 * middle, 1e-4 * end])
+    made.fit()
     (tmp_path / "last.pth").unlink()
     trainer(tmp_path, "--resume", str(tmp_path / "epoch_0001.pth"), "--max_epochs", str(epochs)).fit()
     assert caplog.text.count("iteration 2 had learning rate") == warnings
@@ -356,7 +352,3 @@ def test_compiled_steps_are_traced_once_in_the_warm_up_and_once_after_it(tmp_pat
     made.fit()
     assert made.iteration == 6 and set(traced_at) == {0, 3}  # --warmup_iterations 3
     torch._dynamo.reset()
-
-
-def test_too_few_slices_for_a_batch(tmp_path, refused):
-    refused(lambda: trainer(tmp_path, "--batch_size", "6"), "--batch_size")
