@@ -1,7 +1,5 @@
 """Any valid DICOM series is read with its real values on its place, or refused with the true reason."""
 
-import logging
-
 import nibabel
 import numpy as np
 import pydicom
@@ -174,7 +172,7 @@ def test_a_time_point_is_chosen_at_every_position(tmp_path, refused):
 
 
 def test_a_series_is_found_from_its_file_its_parents_and_among_other_files(tmp_path, refused, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level("INFO")
     folder = write_dicom(tmp_path / "patient" / "study" / "series")
     expected = values(folder)
     write_dicom(folder, [0], first=8, SOPClassUID="1.2.840.10008.5.1.4.1.1.481.5", SeriesInstanceUID="1.9")

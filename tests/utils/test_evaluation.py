@@ -1,6 +1,5 @@
 """Prediction, scoring and NIfTI files, with a model that thresholds and volumes of boxes."""
 
-import logging
 import weakref
 from functools import partial
 from unittest import mock
@@ -95,8 +94,8 @@ def test_an_output_that_is_not_finite_is_no_prediction(refused):
 
 def test_cases_are_scored_in_order_with_a_line_in_the_log_for_each(caplog):
     cases = [volume_of(box_label(), seen, name, spacing=(2.0, 1.0, 1.0)) for name, seen in predictions().items()]
-    with caplog.at_level(logging.INFO):
-        results = evaluate(predict_boxes(), [*cases, volume_of(box_label(), name="no spacing")], 4)
+    caplog.set_level("INFO")
+    results = evaluate(predict_boxes(), [*cases, volume_of(box_label(), name="no spacing")], 4)
     lines = [record.getMessage().split(":")[0] for record in caplog.records]
     assert lines == ["1/4 perfect", "2/4 missed", "3/4 spurious", "4/4 no spacing"]
     assert [(r.name, r.unit, [c.state for c in r.classes]) for r in results] == [
