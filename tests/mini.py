@@ -101,6 +101,19 @@ def trainer(
     return made
 
 
+def around(made: Trainer, method: str, before: Callable = lambda: None, after: Callable = lambda: None) -> None:
+    """Let a trainer call ``before`` and ``after`` around each call of one of its methods."""
+    call = getattr(made, method)
+
+    def wrapped(*arguments):
+        before()
+        result = call(*arguments)
+        after()
+        return result
+
+    setattr(made, method, wrapped)
+
+
 def assert_same(a, b, where: str = "") -> None:
     """Hold two checkpoints against each other, value by value; what the clock says may differ."""
     if isinstance(a, dict):

@@ -20,7 +20,7 @@ import torch
 
 from datasets.files import remove_temporaries
 from tests.conftest import ROOT, SMALL, data_flags
-from tests.mini import assert_same, trainer
+from tests.mini import around, assert_same, trainer
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import RunError
 from utils.figures import save_progress
@@ -158,14 +158,13 @@ def test_memory_of_a_long_run_does_not_grow(tmp_path, monkeypatch):
     """100 iterations, with validations, curves and checkpoints."""
     monkeypatch.setattr("utils.run_folder.save_progress", save_progress)
     made = trainer(tmp_path, "--max_epochs", "10", "--keep", "2", "--eval_interval", "2", slices=20)
-    resident, close = [], made.close_epoch
+    resident = []
 
-    def measured(scores):
-        close(scores)
+    def measure():
         gc.collect()
         resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
 
-    made.close_epoch = measured
+    around(made, "close_epoch", after=measure)
     made.fit()
     assert made.iteration == 100 and (tmp_path / "progress.png").read_bytes().startswith(b"\x89PNG")
     assert resident[-1] - resident[4] < 10 * 2**20, resident

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from networks import DMWLA, SimMPNet
 from tests.conftest import ROOT
-from tests.mini import assert_same, trainer
+from tests.mini import around, assert_same, trainer
 from utils.checkpoint import load_checkpoint
 from utils.cli import random_state
 
@@ -83,13 +83,8 @@ def test_a_deterministic_run_trains_on_the_gpu_and_goes_on_from_its_own_state(tm
 
 def test_memory_of_the_gpu_stays_as_it_is(tmp_path):
     made = trainer(tmp_path, "--max_epochs", "20", "--deterministic", "0", slices=200, device="cuda")
-    allocated, close = [], made.close_epoch
-
-    def measured(*arguments):
-        close(*arguments)
-        allocated.append(torch.cuda.memory_allocated())
-
-    made.close_epoch = measured
+    allocated = []
+    around(made, "close_epoch", after=lambda: allocated.append(torch.cuda.memory_allocated()))
     made.fit()
     assert made.iteration == 2000 and allocated[-1] <= allocated[2]
 

@@ -17,7 +17,7 @@ import torch
 
 from networks import SimMPNet
 from networks.gates import Gate
-from tests.mini import MiniNet, assert_same, parse, trainer
+from tests.mini import MiniNet, around, assert_same, parse, trainer
 from tests.narrow import narrow_pico  # noqa: F401, a fixture for the whole module
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import RunError, Stopped
@@ -59,14 +59,7 @@ def test_a_run_folder_is_complete(run):
 def test_a_stopped_run_continues_to_the_same_end(run, tmp_path, iteration, workers):
     """Within the warm-up, at its end, at the end of an epoch and of the run; the network has dropout."""
     made = trainer(tmp_path, "--num_workers", str(workers))
-    step = made.train_step
-
-    def signalled(batch):
-        if made.iteration + 1 == iteration:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(batch)
-
-    made.train_step = signalled
+    around(made, "train_step", lambda: made.iteration + 1 == iteration and os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Stopped, match=f"SIGTERM after iteration {iteration}") as stopped:
         made.fit()
     assert stopped.value.status == 143
@@ -81,14 +74,7 @@ def test_a_run_stopped_while_it_validates_continues_to_the_same_end(tmp_path, va
     flags = ("--variant", variant, "--wld_start_epoch", "1", "--max_epochs", "3", "--select_from_epoch", "1")
     trainer(tmp_path / "whole", *flags).fit()
     made = trainer(tmp_path / "stopped", *flags)
-    validate = made.validate
-
-    def signalled():
-        if made.epoch == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return validate()
-
-    made.validate = signalled
+    around(made, "validate", lambda: made.epoch == 1 and os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Stopped, match="SIGINT") as stopped:
         made.fit()
     # In release, validation writes the memory: it is not cut short, and the run stops with the next step.
@@ -139,12 +125,10 @@ def test_a_checkpoint_is_written_beside_the_training_and_holds_the_state_of_its_
     made = trainer(tmp_path, "--max_epochs", "1", "--checkpoint_iterations", "2", slices=8)
     third, weights, written = threading.Event(), {}, {}
 
-    def step(batch, train_step=made.train_step):
-        losses = train_step(batch)
+    def keep_weights():
         weights[made.iteration] = made.model.heads[0].weight.detach().clone()
         if made.iteration == 3:
             third.set()
-        return losses
 
     def write(path, state):
         assert third.wait(60), "the training waited for the checkpoint"
@@ -152,7 +136,7 @@ def test_a_checkpoint_is_written_beside_the_training_and_holds_the_state_of_its_
         save_checkpoint(path, state)
 
     monkeypatch.setattr("utils.run_folder.save_checkpoint", write)
-    made.train_step = step
+    around(made, "train_step", after=keep_weights)
     made.fit()
     assert torch.equal(written[2], weights[2]) and torch.equal(written[4], weights[4])
 
