@@ -115,6 +115,7 @@ def measure(form: Form, forward: float, ceiling: float) -> dict[str, object]:
     """Return the row of the table for a form; forward: operations of an image, ceiling: operations per second."""
     row, batch_size, on_gpu = {"": form.name}, form.args.batch_size, form.device.type == "cuda"
     for name, make, passes in (("training", form.training_step, 3), ("evaluation", form.evaluation, 1)):
+        call = None  # frees the network and the optimizer of the row before
         free_memory()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()

@@ -218,10 +218,10 @@ def _attend_to_own(query: Tensor, key: Tensor, value: Tensor, cluster: Tensor) -
     own = torch.eye(num_clusters, coordinates, dtype=key.dtype, device=key.device)
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-    out_of_reach = 2.0**15 if dtype == torch.float16 else 2.0**60  # takes a logit out of a softmax in that precision
-    query = torch.cat([query, ((own - 1) * out_of_reach).to(query.dtype)[cluster]], dim=-1)
+    reach = 2.0**15 if dtype == torch.float16 else 2.0**30  # its square takes a logit out of a softmax
+    query = torch.cat([query, ((own - 1) * reach).to(query.dtype)[cluster]], dim=-1)
     # Cast before they are repeated for each image: autocast would cast the repeated ones.
-    own = repeat(own, "p j -> (p m) j", m=columns_per_cluster)
+    own = repeat(own * reach, "p j -> (p m) j", m=columns_per_cluster)
     key = torch.cat([key.flatten(0, 1), own], dim=-1).to(dtype)  # (P M, width + coordinates)
     value = F.pad(value.flatten(0, 1), (0, coordinates)).to(dtype)
     batch = query.shape[0]  # len() would fix the batch size of an exported program

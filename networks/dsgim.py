@@ -58,7 +58,8 @@ class DSGIM(nn.Module):
             query = rearrange(self.query(exact * query_scale), "b c h w -> b (h w) c")
             key = rearrange(self.key(exact * key_scale), "b c h w -> b (h w) c")
             scores = query @ key.mT  # T (B, n, n), not scaled
-            if self.variant == "release":  # the scores of image 0 are constant; rounding must not change that
+            if self.variant == "release" and self.decays_windows:
+                # The scores of image 0 are constant, and rounding must not change that.
                 is_first = torch.arange(x.shape[0], device=x.device).view(-1, 1, 1) == 0
                 scores = torch.where(is_first, scores[:, :1, :1], scores)
             attention = self._branches(scores) if self.parts_keys else scores.softmax(-1)

@@ -58,6 +58,8 @@ def test_a_new_run_starts_from_an_old_one_and_makes_anew_what_does_not_fit(old_r
     assert heads == f"new heads: {old_run} has none that fits (heads.0, heads.1, heads.2, heads.3)"
     assert memory.startswith(f"new memory: {old_run} has none that fits (dmwla_encoder.stages.0.0.bank, ")
     assert [int(bank.warmup_counter) > 0 for bank in model.memory_banks()] == [False] * 12 + [True] * 4
+    model = build(**old["network"] | {"warmup_iterations": 10**6})  # which its memory has not had
+    assert len(load_fitting(model, old, old_run)) == 2 and not any(int(b.warmup_counter) for b in model.memory_banks())
 
 
 def test_old_runs_are_compared(tmp_path, run_script):

@@ -330,16 +330,21 @@ def _resume(parser: ArgumentParser, info: DatasetInfo, argv: list[str], path: Pa
 
     network = network_arguments_of(checkpoint, path)
     fixed = network_defaults(network["network"]) | network  # an old checkpoint lacks new arguments
-    others = ("select", "pretrained", "init_from", "label_order", "fold", "output_dir")
+    others = ("seed", "select", "pretrained", "init_from", "label_order", "fold", "output_dir")
     fixed |= {name: saved.get(name) for name in others}
     defaults = {"num_clusters": args.num_classes, "label_order": next(iter(info.label_orders), None)}
     for name, value in fixed.items():
         given, before = (defaults.get(name) if x is None else x for x in (getattr(args, name, None), value))
         if str(given) != str(before):
             raise RunError(f"--{name} {given} does not fit {path}, whose run has --{name} {before}: leave it out")
-    newest, last = 0, path.with_name("last.pth")
-    with suppress(RunError, KeyError):  # missing, or damaged
-        newest = load_checkpoint(last)["iteration"] if path != last else 0
-    if newest > checkpoint["iteration"]:
-        raise RunError(f"{path} is older than {last}, which would be overwritten: resume from that, or move it away")
+    later = [path.with_name(name) for name in ("last.pth", "best.pth")] if path.name != "last.pth" else []
+    for other in later:
+        newest = 0
+        with suppress(RunError, KeyError):  # missing, or damaged
+            newest = load_checkpoint(other)["iteration"] if other != path else 0
+        if newest > checkpoint["iteration"]:
+            raise RunError(f"{path} is older than {other} of the same run: resume from that, or move it away")
+    if 0 < checkpoint.get("best_epoch", 0) < args.select_from_epoch:
+        best = f"the best epoch so far is {checkpoint['best_epoch']}"
+        raise RunError(f"--select_from_epoch {args.select_from_epoch}: {best}, before that: leave it out")
     return args, checkpoint

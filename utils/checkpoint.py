@@ -19,7 +19,8 @@ from datasets import Picture, Volume
 from datasets.errors import brief
 from datasets.files import atomic_write
 from datasets.training_set import TrainingSet
-from networks import FIRST, NETWORKS, NetworkError, build, load_release_state_dict, release_arguments
+from networks import DMWLA, FIRST, NETWORKS, NetworkError, PrototypeMemoryBank, build
+from networks.release import load_release_state_dict, release_arguments
 from utils.errors import RunError
 
 PACKAGES = ("torch", "timm", "numpy", "scipy", "faiss-gpu", "faiss-cpu", "h5py", "segmentation-models-pytorch", "monai")
@@ -156,17 +157,25 @@ def network_arguments_of(checkpoint: dict[str, Any], path: str | Path) -> dict[s
 def load_fitting(model: torch.nn.Module, checkpoint: dict[str, Any], path: Path) -> list[str]:
     """Fill a new network with the weights of a trained one, as far as they fit; return lines for the log.
 
-    A module is filled if all its tensors have their shapes. W-LD starts anew, so K of the memory banks stays as it is.
-    Raises RunError if nothing fits.
+    A module is filled if all its tensors have their shapes, a memory only if it has ended its warm-up. W-LD starts
+    anew, so K of the memory banks stays as it is. Raises RunError if nothing fits.
     """
     channels = model.config["in_channels"] if "release" in checkpoint else None
-    weights, own = build_network(checkpoint, path, channels).state_dict(), model.state_dict()
+    trained = build_network(checkpoint, path, channels)
+    weights, own = trained.state_dict(), model.state_dict()
     modules = {name: name.rpartition(".")[0] for name in own}
     unfit = {modules[name] for name in own if name not in weights or weights[name].shape != own[name].shape}
+    for name, bank in model.named_modules():  # a memory for which one of the two warm-ups has not ended starts anew
+        if isinstance(bank, PrototypeMemoryBank) and name not in unfit:
+            ends = max(bank.kmeans_step, trained.get_submodule(name).kmeans_step)
+            unfit |= {name} if weights[f"{name}.warmup_counter"] < ends else set()
     names = [name for name in own if modules[name] not in unfit and not name.endswith(".replaced_columns")]
     if not names:
         raise RunError(f"no weights of {path} fit this network: leave out --network and the flags of its sizes")
     model.load_state_dict({name: weights[name] for name in names}, strict=False)
+    for name, block in model.named_modules():
+        if isinstance(block, DMWLA) and name in unfit:
+            block.phi_k.copy_(block.phi.weight.detach())
     parts: dict[str, list[str]] = {}
     for name in sorted(unfit):
         parts.setdefault("memory" if name.endswith(".bank") else name.partition(".")[0], []).append(name)

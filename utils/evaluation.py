@@ -36,6 +36,8 @@ def predict_volume(
     or None for float32.
     """
     model.eval()
+    if getattr(model, "config", {}).get("variant") == "release":
+        batch_size = 1  # as its authors predict; with this variant the place in a batch counts
     device = torch.device(device)
     predictions = []
     with torch.inference_mode(), torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):

@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from colorsys import hsv_to_rgb
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,12 @@ COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#F0E442", "#CC79A7", "#0
 
 
 def class_colour(c: int) -> str:
-    """Return the colour of class index ``c``, from 1, as ``#RRGGBB``."""
-    return COLOURS[(c - 1) % len(COLOURS)]
+    """Return the colour of class index ``c``, from 1, as ``#RRGGBB``; no two of the first 255 are alike."""
+    if c <= len(COLOURS):
+        return COLOURS[c - 1]
+    # Hues by the golden ratio, so that neighbours differ.
+    rgb = hsv_to_rgb(c * 0.618034 % 1, 0.5 + 0.4 * (c % 2), 0.65 + 0.3 * (c // 2 % 2))
+    return "#" + bytes(round(255 * x) for x in rgb).hex().upper()
 
 
 def class_rgb(c: int) -> tuple[int, int, int]:

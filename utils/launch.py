@@ -80,9 +80,14 @@ def make_trainer(
             remedy = "give a last.pth of this version"
             raise RunError(f"cannot resume from {args.resume} ({brief(error)}): {remedy}") from error
         lines = [f"continue after epoch {trainer.epoch}, iteration {trainer.iteration} from {args.resume}"]
-    elif checkpoint and checkpoint.get("data", {}).get("dataset") == info.name:
-        trainer.seen = sorted(cases_seen(checkpoint))
     setup_logging(Path(args.output_dir) / "train.log")
+    # The authors chose the checkpoints of the release on the test volumes.
+    before = checkpoint.get("data", {"dataset": info.name, "selected_on": "test"}) if checkpoint else {}
+    if not resumed and before.get("dataset") == info.name:
+        trainer.seen = sorted(cases_seen(checkpoint))
+        if before.get("selected_on") == "test":
+            trainer.data["selected_on"] = "test"
+            logger.warning("the weights that this run starts from were chosen on the test cases: scores are optimistic")
     if known := {*trainer.seen}.intersection(val_set.names):
         text = "the weights that this run starts from were trained on %d of %d validation cases: scores are optimistic"
         logger.warning(text, len(known), len(val_set))

@@ -66,6 +66,7 @@ class OnnxNetwork(nn.Module):
         if missing:
             raise RunError(f"{path} has no metadata of this project ({', '.join(missing)}): write it with export.py")
         self.config = {name: self.metadata[name] for name in ("num_classes", "in_channels", "img_size")}
+        self.config["variant"] = self.metadata["network"].get("variant")
         if place.type == "cuda" and self.session.get_providers()[0] != "CUDAExecutionProvider":
             problem = f"onnxruntime {runtime.__version__} cannot compute on the GPU"
             if device != "auto":

@@ -141,6 +141,8 @@ class Trainer:
             if waiting and not self.iteration:
                 text = "the run ends after %s, before its memory is used: lower --warmup_iterations %d"
                 logger.warning(text, counted(self.total_iterations, "iteration"), self.args.warmup_iterations)
+            if self.banks and self.args.max_epochs + self.release <= self.wld.start_epoch < math.inf:
+                logger.info("K stays as it is, because W-LD starts only in epoch %d", self.args.wld_start_epoch)
         try:
             with self.signals:
                 while not self.is_over():
@@ -383,6 +385,7 @@ class Trainer:
         self.wld.load_state_dict(state["wld"])
         self.watch.overflows = state["overflows"]
         self.seen = state.get("seen", [])
+        self.data["selected_on"] = state["data"].get("selected_on", self.data["selected_on"])
         for name in COUNTED:
             setattr(self, name, state.get(name, 0))  # older checkpoints have no best_epoch
         for name in COUNTED_IN_EPOCH:

@@ -95,6 +95,21 @@ def test_a_token_reads_no_foreign_column_however_large_the_values(attend):
         torch.testing.assert_close(block.eval()(100 * x), oracle.steady_forward(block, 100 * x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_logits_in_half_precision_reach_no_foreign_column(dtype):
+    torch.manual_seed(0)
+    query, key, cluster = 200 * torch.randn(1, 64, 8), 200 * torch.randn(4, 5, 8), torch.randint(4, (1, 64))
+    own = torch.arange(4.0).view(4, 1, 1).expand(4, 5, 8)  # every column of cluster p holds p
+    read = dmwla._attend_to_own(query.to(dtype), key.to(dtype), own.to(dtype), cluster)
+    torch.testing.assert_close(read.float(), cluster[..., None].expand(-1, -1, 8).float(), rtol=0, atol=0.02)
+
+
+def test_without_decay_the_place_in_a_batch_does_not_count_for_dsgim():
+    x = torch.randn(1, 8, 4, 4, dtype=torch.float64).expand(2, -1, -1, -1)
+    first, second = DSGIM(8, variant="release", similarities="euclidean").double().eval()(x)
+    torch.testing.assert_close(second, first)
+
+
 @settings(OFTEN, max_examples=15)
 @given(SIZES, st.integers(0, 10**6))
 def test_the_order_that_k_means_gives_the_pool(sizes, seed):

@@ -31,7 +31,7 @@ def test_command_line_wins_over_the_checkpoint_and_that_over_the_defaults(run_fo
     "flags",
     [
         "--columns_per_cluster 30", "--pretrained hub", "--output_dir elsewhere", "--network unet",
-        "--attention plain", "--select test", "--init_from other.pth",
+        "--attention plain", "--select test", "--init_from other.pth", "--seed 3", "--select_from_epoch 9",
     ],
 )  # fmt: skip
 def test_what_does_not_fit_the_resumed_run_is_refused(run_folder, refused, flags):
@@ -62,7 +62,9 @@ def test_runs_are_not_overwritten(run_folder, tmp_path, refused):
     older, newer = tmp_path / "best.pth", tmp_path / "last.pth"
     torch.save(state, newer)
     torch.save(state | {"iteration": state["iteration"] - 1}, older)
-    refused(lambda: parse(tmp_path, "--resume", str(older)), "older than")
+    refused(lambda: parse(tmp_path, "--resume", str(older)), f"older than {newer}")
+    older, newer = older.rename(tmp_path / "epoch_0001.pth"), newer.rename(tmp_path / "best.pth")
+    refused(lambda: parse(tmp_path, "--resume", str(older)), f"older than {newer}")
 
 
 @pytest.mark.parametrize("checkpoint", ["runs/mine/best.pth", "runs/mine"])

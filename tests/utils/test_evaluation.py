@@ -71,6 +71,9 @@ def test_the_prediction_is_the_arg_max_of_the_summed_maps_for_any_batch_size(bat
     model = Threshold()
     prediction = predict_volume(model, volume_of(box_label()), 32, batch_size)
     assert prediction.dtype == np.uint8 and model.batch_sizes == batches
+    model.config = {"variant": "release"}  # whose authors predict one slice at a time
+    predict_volume(model, volume_of(box_label()), 32, batch_size)
+    assert model.batch_sizes == [*batches, *[1] * 5]
     np.testing.assert_array_equal(prediction, box_label())
 
 

@@ -83,6 +83,10 @@ def test_a_photograph_has_its_classes_painted_over_it_with_opaque_borders(tmp_pa
     np.testing.assert_allclose(painted[10, 10], 0.65 * 100 + 0.35 * np.array(class_rgb(2)), atol=1)
 
 
+def test_no_two_classes_have_one_colour():
+    assert len({class_rgb(c) for c in range(1, 256)}) == 255
+
+
 @pytest.mark.parametrize(("x", "y"), [(-1, -1), (-1, 1), (1, 1), (1, -1)])
 def test_a_scan_is_shown_from_its_feet_with_the_front_on_top(volume, tmp_path, x, y):
     """The patient's right and front are bright; they must appear at the left and at the top."""

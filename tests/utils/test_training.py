@@ -270,7 +270,8 @@ def test_learning_rates_follow_the_schedule_and_a_resumed_run_says_when_they_are
     total = made.total_iterations
     assert [made.learning_rate(i) for i in (0, total // 2, total)] == pytest.approx([1e-4, 1e-4 * middle, 1e-4 * end])
     made.fit()
-    (tmp_path / "last.pth").unlink()
+    for name in ("last.pth", "best.pth"):
+        (tmp_path / name).unlink()
     trainer(tmp_path, "--resume", str(tmp_path / "epoch_0001.pth"), "--max_epochs", str(epochs)).fit()
     assert caplog.text.count("iteration 2 had learning rate") == warnings
 
