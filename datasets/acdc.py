@@ -77,5 +77,11 @@ def _hdf5_cases(raw: Path, files: list[Path]) -> list[Case]:
 
 
 def _read_hdf5(case: Case) -> Volume:
-    volume = read_parts(case.images, INFO.num_classes)
+    volume = read_parts(case.images, INFO.num_classes, class_names=CLASS_NAMES)
+    depth, *plane = volume.image.shape
+    if depth > min(plane):
+        shape = f"{depth} slices of {plane[0]} x {plane[1]}"
+        raise DataError(
+            f"{case.images[0]}: its shape means {shape}; expected (slices, rows, columns): store it like that"
+        )
     return replace(volume, image=to_unit(volume.image), class_names=CLASS_NAMES)

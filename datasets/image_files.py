@@ -247,7 +247,7 @@ def read_classes(path: str | Path, shape: tuple[int, int], greys: Sequence[int])
             f"{_CUSTOM}"
         )
     found = np.unique(grey).astype(float)
-    others = found[np.abs(found[:, None] - greys).min(1) > step / 8]
+    others = found[np.abs(found[:, None] - greys).min(1) > min(step / 8, 12)]
     # On an edge neighbours differ; in an area they do not.
     flat = ndimage.maximum_filter(grey, 3) - ndimage.minimum_filter(grey, 3) <= step / 32 if len(others) else False
     areas = grey[flat & np.isin(grey, others)]

@@ -6,6 +6,7 @@ the others are complete, so a later run skips what is finished and repeats what 
 
 import logging
 import multiprocessing
+import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -40,6 +41,7 @@ class Case:
     name: str
     images: tuple[Path, ...]
     labels: tuple[Path, ...] = ()
+    folder: Path | None = None  # of the labels, where there may be one label less at another time
 
 
 def paired(images: dict[str, Path], labels: dict[str, Path], image_name: str, label_name: str) -> list[Case]:
@@ -80,7 +82,8 @@ def read_case(info: DatasetInfo, case: Case, relabel: Relabel | None = None) -> 
     volume.label = read_scan_label(case.labels[0], volume, None if relabel else info.num_classes)
     if relabel:
         volume.label = relabel(case.labels[0], volume.label)
-    for doubt in info.doubtful_places(volume.label):
+    sizes = np.bincount(volume.label.ravel(), minlength=info.num_classes)
+    for doubt in (*info.doubtful_places(volume.label), *info.doubtful_sizes(sizes)):
         logger.warning("%s: %s", case.labels[0], doubt)
     volume.name, volume.class_names = case.name, info.class_names
     return volume
@@ -103,7 +106,9 @@ def prepare_volumes(
     read: returns the Volume of a case (which has a ``name``), can be pickled; jobs: processes; overwrite: also write
     finished cases again. Raises the first error; finished cases stay. Logs how many have no voxel spacing.
     """
-    target = None if overwrite else partial(_volume_file, out)
+    target = partial(_volume_file, out)
+    for case in cases if overwrite else ():  # all at once, so that a run which is interrupted leaves no old ones
+        target(case.name).unlink(missing_ok=True)
     done = run_all(partial(_prepare_volume, read, out), cases, "volumes", jobs, target)
     unmeasured = [name for name, spacing in done.items() if spacing is None]
     if unmeasured:
@@ -117,6 +122,7 @@ def prepare_volumes(
 def _prepare_volume(read: Callable[[Any], Volume], out: str | Path, case: Any) -> tuple[float, ...] | None:
     volume = read(case)
     write_prepared(volume, out)
+    _stamp(case, _volume_file(out, volume.name))
     return volume.spacing
 
 
@@ -152,8 +158,15 @@ def prepare_images(
     kinds = {name != image_of(name): name for name in (*(case.name for case in cases), *there)}  # one name of each kind
     if len(kinds) > 1:
         raise DataError(f"{out}: {kinds[False]} is a whole image and {kinds[True]} a crop of one; give another --out")
+    wanted = {case.name for case in cases}
+    images = {*map(image_of, wanted)}
+    for name in there:  # an entry of a list stands for every cell of an image that is there
+        if name in wanted and overwrite:
+            mask_file(name).unlink()
+        elif name not in wanted and name != image_of(name) and image_of(name) in images:
+            _remove(out, name)
     bits = common_bits({case.images[0] for case in cases})
-    run_all(partial(_prepare_image, read, bits, out), cases, "images", jobs, None if overwrite else mask_file)
+    run_all(partial(_prepare_image, read, bits, out), cases, "images", jobs, mask_file)
     return [case.name for case in cases if mask_file(case.name).is_file()]
 
 
@@ -161,17 +174,23 @@ def _prepare_image(
     read: Callable[[Case, int | None], Pair | None], bits: int | None, out: str | Path, case: Case
 ) -> None:
     pair = read(case, bits)
+    _remove(out, case.name)
     if pair is None:
         return
     source, target, mask_file = case.images[0], Path(out, IMAGE_FOLDER, case.name), _mask_file(out, case.name)
-    for old in (mask_file, *(Path(f"{target}{ending}") for ending in ENDINGS)):
-        old.unlink(missing_ok=True)
     if case.name == image_of(case.name):
         with atomic_write(f"{target}{source.suffix.lower()}") as temporary:
             shutil.copyfile(source, temporary)
     else:
         _save_png(f"{target}.png", pair[0])
     _save_png(mask_file, pair[1])
+    _stamp(case, mask_file)
+
+
+def _remove(out: str | Path, name: str) -> None:
+    """Remove the prepared files of an image, of which a mask means that it is finished first."""
+    for old in (_mask_file(out, name), *(Path(out, IMAGE_FOLDER, f"{name}{ending}") for ending in ENDINGS)):
+        old.unlink(missing_ok=True)
 
 
 def _save_png(path: str | Path, array: np.ndarray) -> None:
@@ -183,10 +202,22 @@ def _mask_file(out: str | Path, name: str) -> Path:
     return Path(out, MASK_FOLDER, f"{name}.png")
 
 
+def _raw_time(case: Any) -> float | None:
+    """Return the time of the newest raw file of a case, None for one without files."""
+    raw = [*case.images, *case.labels, case.folder] if isinstance(case, Case) else []
+    return max((path.stat().st_mtime for path in raw if path), default=None)
+
+
+def _stamp(case: Any, target: Path) -> None:
+    """Give a prepared file the time of its newest raw file: one made of other files, older or newer, has another."""
+    if (time := _raw_time(case)) is not None:
+        os.utime(target, (time, time))
+
+
 def _is_done(case: Any, target: Path) -> bool:
-    """Return whether the prepared file of a case is there, and no older than its raw files."""
-    raw = (*case.images, *case.labels) if isinstance(case, Case) else ()
-    return target.is_file() and all(path.stat().st_mtime <= target.stat().st_mtime for path in raw)
+    """Return whether the prepared file of a case is there, and made of these raw files."""
+    time = _raw_time(case)
+    return target.is_file() and (time is None or abs(target.stat().st_mtime - time) < 1e-3)
 
 
 def run_all(

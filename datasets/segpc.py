@@ -105,9 +105,14 @@ def _find_images(raw: Path) -> dict[str, list[Case]]:
     INFO.require(raw)
     parts: dict[str, list[Case]] = {"train": [], "test": []}
     part_of_raw = PARTS.get(raw.resolve().name, "train")
+    unknown = []
     for x in find_folders(raw, "x"):  # every archive of the challenge holds a folder of its own name
-        part = next((PARTS[name] for name in x.relative_to(raw).parts[::-1] if name in PARTS), part_of_raw)
-        parts[part] += _challenge_images(x)
+        part = next((PARTS[name] for name in x.relative_to(raw).parts[::-1] if name in PARTS), None)
+        found = _challenge_images(x)
+        unknown += [x] if found and part is None else []
+        parts[part or part_of_raw] += found
+    if unknown and len({case.images[0].parent for part in parts.values() for case in part}) > 1:
+        raise DataError(f"{unknown[0]}: is it to train or to test on? Call its folder train or valid, or remove it")
     if not any(parts.values()):
         parts[part_of_raw] = ready_made(raw)
     if not any(parts.values()):
@@ -133,7 +138,7 @@ def _challenge_images(x: Path) -> list[Case]:
             "%s: %d of %d images have no mask in y and are left out: %s",
             x.parent, len(missing), len(images), brief(", ".join(missing), 60),
         )  # fmt: skip
-    return [Case(name, (path,), tuple(masks[name])) for name, path in images.items() if name in masks]
+    return [Case(name, (path,), tuple(masks[name]), y) for name, path in images.items() if name in masks]
 
 
 def _cells(case: Case) -> list[Case]:

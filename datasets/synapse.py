@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.errors import DataError
-from datasets.files import find_folders
+from datasets.files import atomic_write, find_folders
 from datasets.info import DatasetInfo
 from datasets.lists import files_by_name
 from datasets.preparation import Case, paired, prepare_volumes, read_case
@@ -53,7 +53,9 @@ def doubtful_sizes(voxels: np.ndarray) -> list[str]:
     voxels: (9,), voxels of each class in a volume or a split. Absent organs are not compared.
     """
     size = dict(zip(CLASS_NAMES, voxels[1:], strict=True))
-    return [
+    always = ("aorta", "liver", "pancreas", "spleen", "stomach") if any(voxels[1:]) else ()
+    absent = [name for name in always if not size[name]]
+    return [f"no voxel of {name}: is --label_order right for these files?" for name in absent] + [
         f"{size[small] / size[large]:.1f} times as much {small} as {large}: is --label_order right for these files?"
         for large, others in _SMALLER.items()
         for small in others
@@ -103,14 +105,23 @@ def prepare(
     """
     raw = Path(raw)
     INFO.require(raw)
-    folder = next((label.parent for label in find_folders(raw, "label") if (label.parent / "img").is_dir()), None)
-    if folder is None:
+    folders = [label.parent for label in find_folders(raw, "label") if (label.parent / "img").is_dir()]
+    if not folders:
         raise DataError(f"{raw}: has no folders img and label (RawData/Training of BTCV); {INFO.how_to_get}")
+    if len(folders) > 1:
+        raise DataError(f"{folders[0]} and {folders[1]} both hold img and label; give one of them as --raw")
+    folder = folders[0]
     images = files_by_name((folder / "img").iterdir(), r"img([0-9]{4})\.nii(?:\.gz)?")
     labels = files_by_name((folder / "label").iterdir(), r"label([0-9]{4})\.nii(?:\.gz)?")
     numbered = paired(images, labels, "img*.nii.gz", "label*.nii.gz")
     if not numbered:
         raise DataError(f"{folder / 'img'}: holds no files like img0001.nii.gz; {INFO.how_to_get}")
     cases = [Case(f"case{case.name}", case.images, case.labels) for case in numbered]
+    record = Path(out, "label_order.txt")
+    before = record.read_text().strip() if record.is_file() else label_order
+    if before != label_order and not overwrite:
+        raise DataError(f"{out}: was prepared with --label_order {before}; add --overwrite, or give another --out")
+    with atomic_write(record) as temporary:
+        temporary.write_text(f"{label_order}\n")
     read = partial(read_case, INFO, relabel=LABEL_ORDERS[label_order].apply)
     return prepare_volumes(read, cases, out, jobs, overwrite)

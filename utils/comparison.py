@@ -227,6 +227,7 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
         cases = cases[shared].reset_index(drop=True)
         _refuse_other_data(cases)
         units = cases.groupby(["convention", "metric"])["unit"]
+        cases["value"] = cases["value"].mask(units.transform("nunique") > 1)  # there is no mean of mm and voxels
         cases["unit"] = units.transform(lambda unit: " or ".join(sorted(unit.unique())))
         data = runs[0].data if class_names == info.class_names else f"{runs[0].data} ({', '.join(class_names)})"
         methods = by_method([run for run in runs if str(run.folder) in set(cases["run"])])

@@ -10,12 +10,14 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 from tqdm import tqdm
 
 from datasets import DataError, DatasetInfo, ImageDataset, ImageFolder, SliceDataset, VolumeDataset
 from datasets.errors import brief, counted
 from datasets.image_files import image_of
+from datasets.info import VOLUME_FOLDER
 from datasets.lists import beginnings, has_person, list_path, natural_key, patient_of, read_list, volume_name
 from datasets.preprocessing import orientation_of
 from datasets.storage import PREPARE
@@ -74,6 +76,7 @@ class Part:
         self.named: tuple[str, ...] = ()  # the classes, if a file names them
         self.shapes: dict[tuple[int, ...], Path] = {}  # each with its first file
         self.spacings: set[tuple[float, ...]] = set()
+        self.unmeasured = 0  # cases without a spacing
         self.low, self.high = np.inf, -np.inf  # intensities
         self.doubts: Counter[str] = Counter()  # what is probably wrong, and in how many cases
 
@@ -89,6 +92,7 @@ class Part:
         if self.info.planar:
             return
         self.spacings |= {case.spacing} if case.spacing else set()
+        self.unmeasured += case.spacing is None
         if case.class_names:
             self.named = data.class_names = case.class_names  # from now on no file may name others
         expected = len(self.info.channels)
@@ -106,6 +110,8 @@ class Part:
             )
         if prepared.fills_unit and UNIT[0] < low <= high < UNIT[1] and (low > 0.1 or high < 0.9):
             self.doubts["intensities do not run from 0 to 1 in each volume, as predict.py scales a scan"] += 1
+        if case.image.shape[0] > 4 * min(case.image.shape[1:3]):
+            self.doubts["many slices with few rows or columns: is the shape (slices, rows, columns)?"] += 1
         if case.spacing and case.spacing[0] * 4 < case.spacing[2] and case.image.shape[0] * 4 < case.image.shape[2]:
             self.doubts["few but thin slices: is the spacing that of slices, rows and columns, in this order?"] += 1
         if self.names == self.info.class_names:
@@ -131,6 +137,8 @@ class Part:
         """Return what is probably wrong, one line each; trained_on: intensities of a checkpoint, None for 0 to 1."""
         doubts, (low, high) = self.doubts.copy(), trained_on or (0, 1)
         alike = not trained_on or (high - low) / 4 < self.high - self.low < (high - low) * 4
+        if self.spacings and self.unmeasured:
+            doubts["some files have a voxel spacing and others none: are they of two preparations?"] = 1
         if self.unscaled != bool(trained_on) or not alike:
             text = "" if trained_on else " (predict.py scales scans to this, and refuses a network trained on others)"
             doubts[f"intensities run from {self.low:g} to {self.high:g}; expected {low:g} to {high:g}{text}"] = 1
@@ -180,10 +188,8 @@ def quick_check(train_set: Samples, val_set: Cases, info: DatasetInfo, args: Nam
             expected = f"none, because --label_order {order.name} names them, or train_acdc.py for other organs"
         raise DataError(f"--class_names gives {', '.join(names)}; expected {expected}")
     parts = [Part(data, info, args.patient_pattern) for data in (train_set, val_set)]
-    tested, test_list = [], list_path(args.list_dir, info.splits[-1])
-    if test_list != val_set.source and test_list.is_file():
-        entries = map(image_of if info.planar else str, read_list(args.list_dir, info.splits[-1]))
-        tested.append((test_list, {patient_of(name, args.patient_pattern): name for name in entries}))
+    tested = patients_of_list(args, info, info.splits[-1])
+    tested = [listed for listed in tested if listed[0] != val_set.source]
     names, errors = check(parts, names, tested, few=True)
     for error in errors:
         raise DataError(error)
@@ -202,6 +208,17 @@ def quick_check(train_set: Samples, val_set: Cases, info: DatasetInfo, args: Nam
     names = names or info.names_for(args.num_classes)
     train_set.class_names = val_set.class_names = names
     return replace(info, class_names=names)
+
+
+def patients_of_list(args: Namespace, info: DatasetInfo, split: str) -> list[tuple[Path, dict[str, str]]]:
+    """Return a split's list with its patients, each with a name in it, or nothing where there is no such list.
+
+    args: the folder of the lists and the pattern of patients.
+    """
+    path = list_path(args.list_dir, split)
+    entries = map(image_of if info.planar else str, read_list(args.list_dir, split) if path.is_file() else ())
+    patients = {patient_of(entry, args.patient_pattern): entry for entry in entries}
+    return [(path, patients)] if patients else []
 
 
 def compare_with_checkpoint(cases: Cases, info: DatasetInfo, data: dict[str, Any]) -> tuple[str, ...]:
@@ -263,6 +280,8 @@ def check(
             except DataError as error:
                 errors.append(str(error))
         names = names or part.named
+    if not few:
+        errors += [error for part in parts if part.kind == "slices" for error in _unlike_volumes(part.data)]
     return names, errors + differences(parts)
 
 
@@ -300,6 +319,33 @@ def differences(parts: Sequence[Part]) -> list[str]:
                 if any(np.array_equal(turned, z) and not np.array_equal(image, z) for z in volume):
                     errors.append(f"{own}: its rows are the columns of {file.name}; store both as (rows, columns)")
     return list(filter(None, errors))
+
+
+def _unlike_volumes(data: SliceDataset) -> list[str]:
+    """Return one line for each way in which slices contradict the volumes that `prepare_data.py` wrote beside them."""
+    folder = data.files[0].parent
+    slices: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*.npz"), key=lambda path: natural_key(path.name)):
+        slices.setdefault(volume_name(path), []).append(path)
+    volumes = {name: folder.with_name(VOLUME_FOLDER) / f"{name}.npy.h5" for name in data.names}
+    there = [name for name, path in volumes.items() if path.is_file()]
+    if not there or not data.class_names:  # others' cases are either slices or volumes
+        return []
+    errors = [f"{path}: no such file, but slices of it; {PREPARE}" for path in volumes.values() if not path.is_file()]
+    for name in there:
+        with suppress(OSError, KeyError), h5py.File(volumes[name]) as file:
+            if (depth := len(file["image"])) != len(slices[name]):
+                errors.append(f"{volumes[name]}: has {depth} slices, but {folder} {len(slices[name])}; {PREPARE}")
+    with suppress(DataError):  # said elsewhere
+        name = there[0]
+        volume, single = read_volume(volumes[name]), read_volume(slices[name][len(slices[name]) // 2], ndim=2)
+        same = [z for z, image in enumerate(volume.image) if np.array_equal(image, single.image)]
+        turned = [single.image[::-1], single.image[:, ::-1], single.image[::-1, ::-1]]
+        if not same and any(np.array_equal(image, other) for image in volume.image for other in turned):
+            errors.append(f"{volumes[name]}: its rows or columns run the other way than those of its slices; {PREPARE}")
+        if same and not any(np.array_equal(volume.label[z], single.label) for z in same):
+            errors.append(f"{volumes[name]}: its labels are others than those of its slices; {PREPARE}")
+    return errors
 
 
 def _other_axes(path: Path, shape: tuple[int, ...], planes: dict[tuple[int, ...], Path], alike: bool) -> str | None:

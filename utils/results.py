@@ -91,8 +91,10 @@ def summarise(table: "pd.DataFrame", confusion: np.ndarray | None = None) -> dic
     """
     import pandas as pd
 
-    classes = table.groupby("class", sort=False)
     units = sorted(table["strict_unit"].unique())
+    if len(units) > 1:  # there is no mean of mm and voxels
+        table = table.assign(strict_hd95=np.nan, strict_assd=np.nan)
+    classes = table.groupby("class", sort=False)
     unit = {"transunet": "pixels" if units == ["pixels"] else "voxels", "strict": " or ".join(units)}
     summary: dict[str, Any] = {"num_cases": table["case"].nunique(), "selected_on": table["selected_on"].iloc[0]}
     for convention in CONVENTIONS:

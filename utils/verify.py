@@ -20,7 +20,7 @@ from datasets import DATASETS, DataError, DatasetInfo, custom
 from datasets.errors import counted
 from datasets.lists import PATTERN_HELP
 from utils.cli import ArgumentParser, number, run_script
-from utils.data_checks import NAMELESS, Part, check, most_classes_absent, open_cases, open_samples
+from utils.data_checks import NAMELESS, Part, check, most_classes_absent, open_cases, open_samples, patients_of_list
 
 
 def full_check(args: Namespace, info: DatasetInfo) -> tuple[list[Part], list[str]]:
@@ -39,7 +39,9 @@ def full_check(args: Namespace, info: DatasetInfo) -> tuple[list[Part], list[str
             parts.append(Part(data, info, args.patient_pattern))
         except DataError as error:
             errors.append(str(error))
-    return parts, errors + check(parts)[1] + most_classes_absent(parts)
+    unread = [split for split in info.splits if split not in args.splits]
+    others = [listed for split in unread for listed in patients_of_list(args, info, split)]
+    return parts, errors + check(parts, others=others)[1] + most_classes_absent(parts)
 
 
 def data_parser(prog: str, description: str) -> ArgumentParser:

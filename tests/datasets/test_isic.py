@@ -101,6 +101,7 @@ COLOURS = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [255, 255, 0]], np.uint
         (Image.fromarray(COLOURS).quantize(4), "colours"),
         (saved(Image.fromarray(COLOURS), "JPEG", quality=60), "colours"),
         (Image.fromarray((PARTS * 85).astype(np.uint8)), "grey 85"),
+        (Image.fromarray(np.where(PARTS == 1, 30, 255 * (PARTS > 1)).astype(np.uint8)), "area of grey 30"),
         (saved(Image.fromarray((PARTS * 85).astype(np.uint8)), "JPEG", quality=40), "area of grey"),
         (Image.fromarray((PARTS * 1365).astype(np.uint16)), "grey 1365"),
         (Image.fromarray(PARTS.astype(np.uint8)), "brightest grey is 3"),

@@ -77,6 +77,10 @@ def test_a_cell_without_a_nucleus_is_cropped_and_an_empty_mask_is_logged(tmp_pat
     assert "106_2.bmp: an empty mask" in caplog.text
     assert segpc.prepare(raw, tmp_path / "whole") == ["106"]
     np.testing.assert_array_equal(read_mask(tmp_path / "whole" / "masks" / "106.png"), union(cells))
+    (raw / "y" / "106_1.bmp").unlink()  # leaves no cell behind
+    assert segpc.prepare(raw, tmp_path / "crops", crops=True) == [*(tmp_path / "crops" / "masks").iterdir()] == []
+    segpc.prepare(raw, tmp_path / "whole")
+    assert not read_mask(tmp_path / "whole" / "masks" / "106.png").any()
 
 
 def test_the_challenges_folders_make_the_lists_and_unlabelled_images_are_logged(tmp_path, caplog):
@@ -126,7 +130,10 @@ def test_unfit_raw_folders_are_refused(tmp_path, refused):
     refused(lambda: segpc.prepare(raw, out), "9999_1.bmp", "no image for this mask")
     (raw / "y" / "9999_1.bmp").unlink()
     write_raw(raw / "valid", ["106"])
-    refused(lambda: segpc.prepare(raw, out), raw / "valid" / "x" / "106.bmp", "is called 106, too")
+    refused(lambda: segpc.prepare(raw, out), raw / "x", "Call its folder train or valid")
+    write_raw(tmp_path / "two" / "train", ["106"])
+    valid = write_raw(tmp_path / "two" / "valid", ["106"])
+    refused(lambda: segpc.prepare(tmp_path / "two", out), valid / "x" / "106.bmp", "is called 106, too")
     assert not (out / "masks" / "106.png").exists()
 
 

@@ -129,6 +129,7 @@ def test_ids_beyond_the_order_and_files_of_another_order_are_refused(tmp_path, r
     merit = VolumeDataset(data / "test_vol_h5", data / "lists", "test_vol", 9, synapse.LABEL_ORDERS["merit"])
     refused(lambda: merit[0], "case0005.npy.h5", "label id 13", "--label_order merit")
     synapse.prepare(write_raw(tmp_path / "raw"), tmp_path / "out")
+    refused(lambda: synapse.prepare(tmp_path / "raw", tmp_path / "out", label_order="merit"), "btcv13; add --overwrite")
     ready = tmp_path / "out" / "test_vol_h5" / "case0001.npy.h5"
     refused(lambda: read_volume(ready, 9, synapse.LABEL_ORDERS["transunet"]), ready, "--label_order transunet", "aorta")
     refused(lambda: synapse.INFO.label_order("merit", 14), "--label_order merit")
@@ -140,6 +141,7 @@ def test_ids_beyond_the_order_and_files_of_another_order_are_refused(tmp_path, r
 @pytest.mark.parametrize("made", ["paper", "transunet", "merit"])
 def test_a_wrong_order_gives_a_warning_and_the_right_one_does_not(tmp_path, capsys, made, taken):
     data = write_other(tmp_path, made)
+    (data / "lists/test_vol.txt").unlink()  # has the same case
     assert verify.main(["synapse", *data_flags(data), "--label_order", taken, "--splits", "train"]) == 0
     told = capsys.readouterr().out
     assert ("warning" in told) == (made != taken), told

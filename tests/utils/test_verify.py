@@ -65,6 +65,8 @@ def test_a_good_set_passes_and_what_it_holds_is_printed(prepared, capsys):
 
 
 def test_a_class_without_voxels_is_a_warning_and_most_of_them_an_error(tmp_path, prepared, capsys, caplog):
+    for path in (prepared / "test_vol_h5").glob("patient00[12]*"):  # with which the slices are compared
+        path.unlink()
     for path in (prepared / "train_npz").iterdir():
         with np.load(path) as file:
             arrays = dict(file)
@@ -132,6 +134,20 @@ def test_volumes_with_other_axes_than_their_slices_are_refused(tmp_path, refused
     data = write(tmp_path / "set", "a b c", in_volumes=turned)
     refused(lambda: quick(data), "a.npy.h5" if order[0] == 0 else "b.npy.h5", "rows, columns)")
     assert main(data) == 1 and "a.npy.h5" in capsys.readouterr().err
+
+
+CONTRADICTIONS = {
+    "its labels are others": lambda volume: replace(volume, label=volume.label[:, ::-1]),
+    "run the other way": lambda volume: replace(volume, image=volume.image[:, ::-1], label=volume.label[:, ::-1]),
+    "has 2 slices, but": lambda volume: replace(volume, image=volume.image[:2], label=volume.label[:2]),
+}
+
+
+@pytest.mark.parametrize("words", CONTRADICTIONS)
+def test_volumes_that_contradict_their_slices_are_found(tmp_path, capsys, words):
+    name = named("x", "y", "z")
+    data = write(tmp_path / "set", "a b c", name, lambda volume: CONTRADICTIONS[words](name(volume)))
+    assert main(data) == 1 and words in capsys.readouterr().err
 
 
 def test_volumes_of_several_channels_have_the_axes_of_their_slices(tmp_path):
