@@ -127,17 +127,12 @@ def test_each_form_is_said_and_prepared_like_the_named_sets(tmp_path, caplog, re
     refused(lambda: prepare(raw, out), "files of another preparation")
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (dict(window=(0, np.inf)), "--window 0 inf"),
-        (dict(class_names=["organ", ""]), "1 to 100 letters"),
-        (dict(splits=Path("lists"), test=25), "leave --folds, --test and --seed out"),
-    ],
-)
-def test_flags_that_do_not_fit_are_refused_and_nothing_is_written(tmp_path, refused, flags, words):
-    refused(lambda: prepare(folders(tmp_path / "raw"), tmp_path / "out", **flags), words)
-    assert not (tmp_path / "out").exists()
+def test_flags_that_do_not_fit_are_refused_and_nothing_is_written(tmp_path, refused):
+    raw, out = folders(tmp_path / "raw"), tmp_path / "out"
+    refused(lambda: prepare(raw, out, window=(0, np.inf)), "--window 0 inf")
+    refused(lambda: prepare(raw, out, class_names=["organ", ""]), "1 to 100 letters")
+    refused(lambda: prepare(raw, out, splits=Path("lists"), test=25), "leave --folds, --test and --seed out")
+    assert not out.exists()
 
 
 def test_ct_is_clipped_to_the_foreground_of_the_cases_that_do_not_test_and_flags_say_otherwise(tmp_path):

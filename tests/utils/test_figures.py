@@ -73,7 +73,7 @@ def test_unusual_volumes_are_drawn_too_and_in_their_folder(volume, tmp_path, cha
     assert [*tmp_path.rglob("*.png")] == [path] and path.resolve().parent == tmp_path.resolve() / "in"
 
 
-def test_a_photograph_has_its_classes_painted_over_it_with_opaque_borders(tmp_path):
+def test_a_photograph_has_its_classes_painted_over_it_in_colours_of_their_own_with_opaque_borders(tmp_path):
     image, mask = np.full((20, 30, 3), 100, np.uint8), np.zeros((20, 30), np.uint8)
     mask[5:15, 5:20] = 2
     save_picture_overlay(tmp_path / "a.png", image, mask)
@@ -81,9 +81,6 @@ def test_a_photograph_has_its_classes_painted_over_it_with_opaque_borders(tmp_pa
     assert (painted[mask == 0] == 100).all()
     np.testing.assert_array_equal(painted[5, 5], class_rgb(2))
     np.testing.assert_allclose(painted[10, 10], 0.65 * 100 + 0.35 * np.array(class_rgb(2)), atol=1)
-
-
-def test_no_two_classes_have_one_colour():
     assert len({class_rgb(c) for c in range(1, 256)}) == 255
 
 
