@@ -55,8 +55,7 @@ def test_a_new_run_takes_the_network_of_the_checkpoint_and_no_other_weights(run_
 def test_runs_are_not_overwritten(run_folder, tmp_path, refused):
     refused(lambda: parse(run_folder), "--resume auto")
     (tmp_path / "old").mkdir()
-    for name in (".tmp1-last.pth", "epoch_0298.pth"):
-        torch.save({}, tmp_path / "old" / name)
+    (tmp_path / "old/epoch_0298.pth").touch()
     refused(lambda: parse(tmp_path / "old"), "epoch_0298.pth, or choose another --output_dir")
     state = load_checkpoint(run_folder / "last.pth")
     older, newer = tmp_path / "best.pth", tmp_path / "last.pth"

@@ -89,10 +89,9 @@ def test_an_output_that_is_not_finite_is_no_prediction(refused):
     model = nn.Conv2d(1, 2, 1)
     nn.init.constant_(model.weight, 3e38)
     model.register_forward_hook(lambda _, arguments, output: [output, -output])  # inf and -inf
-    volume = volume_of(box_label(), name="a")
-    for amp_dtype, remedy in ((None, "lower --base_lr"), (torch.bfloat16, "--amp none")):
-        words = "a: the network's output is not finite", remedy
-        refused(lambda dtype=amp_dtype: predict_volume(model, volume, 32, amp_dtype=dtype), *words)
+    predict = partial(predict_volume, model, volume_of(box_label(), name="a"), 32)
+    refused(predict, "a: the network's output is not finite", "lower --base_lr")
+    refused(lambda: predict(amp_dtype=torch.bfloat16), "a: the network's output is not finite", "--amp none")
 
 
 def test_cases_are_scored_in_order_with_a_line_in_the_log_for_each(caplog):
