@@ -291,12 +291,13 @@ def _write_facts(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
     text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
     if (out / JSON).is_file() and not overwrite:
         before, now = read_json(out / JSON), json.loads(text)
-        before.setdefault("source", now["source"])  # earlier versions did not write it
+        # Earlier versions did not write it; its old path may be a link now.
+        before["source"] = str(Path(before.get("source", now["source"])).resolve())
         for key in ("source", "class_names", "channels", "planar", "preprocessing", "label_values"):
             if before.get(key) != now[key]:
                 raise DataError(
                     f"{out}: was prepared with {key} {brief(before.get(key), 100)}, not {brief(now[key], 100)}; "
-                    + "if this folder has moved, link its old path to it, otherwise " * (key == "source")
+                    + "if the raw folder has moved, link its old path to it, otherwise " * (key == "source")
                     + "prepare all cases again with --overwrite, or give another --out"
                 )
     elif not overwrite and any(folder.is_dir() for folder in (out / VOLUME_FOLDER, out / MASK_FOLDER)):

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from glob import escape
@@ -108,7 +109,7 @@ def prepare_volumes(
     """
     target = partial(_volume_file, out)
     for case in cases if overwrite else ():  # all at once, so that a run which is interrupted leaves no old ones
-        target(case.name).unlink(missing_ok=True)
+        _remove_volume(out, case.name)
     done = run_all(partial(_prepare_volume, read, out), cases, "volumes", jobs, target)
     unmeasured = [name for name, spacing in done.items() if spacing is None]
     if unmeasured:
@@ -128,12 +129,16 @@ def _prepare_volume(read: Callable[[Any], Volume], out: str | Path, case: Any) -
 
 def write_prepared(volume: Volume, out: str | Path) -> None:
     """Write the slices of a volume and then the volume."""
-    target, slices = _volume_file(out, volume.name), Path(out, SLICE_FOLDER)
-    for old in (target, *slices.glob(f"{escape(volume.name)}_slice*.npz")):
-        old.unlink(missing_ok=True)
+    _remove_volume(out, volume.name)
     for index in range(len(volume.image)):
-        write_slice(slices / f"{volume.name}_slice{index:03d}.npz", volume, index)
-    write_volume(target, volume)
+        write_slice(Path(out, SLICE_FOLDER, f"{volume.name}_slice{index:03d}.npz"), volume, index)
+    write_volume(_volume_file(out, volume.name), volume)
+
+
+def _remove_volume(out: str | Path, name: str) -> None:
+    """Remove the prepared files of a case, of which a volume means that it is finished first."""
+    for old in (_volume_file(out, name), *Path(out, SLICE_FOLDER).glob(f"{escape(name)}_slice*.npz")):
+        old.unlink(missing_ok=True)
 
 
 def _volume_file(out: str | Path, name: str) -> Path:
@@ -203,21 +208,26 @@ def _mask_file(out: str | Path, name: str) -> Path:
 
 
 def _raw_time(case: Any) -> float | None:
-    """Return the time of the newest raw file of a case, None for one without files."""
+    """Return the mean time of a case's raw files, which changes with any of them; None for one without files."""
     raw = [*case.images, *case.labels, case.folder] if isinstance(case, Case) else []
-    return max((path.stat().st_mtime for path in raw if path), default=None)
+    times = [path.stat().st_mtime for path in raw if path]
+    return sum(times) / len(times) if times else None
 
 
 def _stamp(case: Any, target: Path) -> None:
-    """Give a prepared file the time of its newest raw file: one made of other files, older or newer, has another."""
+    """Give a prepared file the time of its raw files: one that is made of others has another."""
     if (time := _raw_time(case)) is not None:
-        os.utime(target, (time, time))
+        with suppress(OSError):  # on a disk that keeps no times the case will be prepared again
+            os.utime(target, (time, time))
 
 
 def _is_done(case: Any, target: Path) -> bool:
     """Return whether the prepared file of a case is there, and made of these raw files."""
     time = _raw_time(case)
-    return target.is_file() and (time is None or abs(target.stat().st_mtime - time) < 1e-3)
+    if time is None or not target.is_file():
+        return target.is_file()
+    stamp = target.stat().st_mtime
+    return abs(stamp - time) < (1e-3 if stamp % 1 else 2)  # some disks keep whole seconds, or every second one
 
 
 def run_all(
@@ -225,8 +235,8 @@ def run_all(
 ) -> dict[str, Any]:
     """Return what ``work`` returns for every case by its name; raises the first error.
 
-    target: gives the file that ``work`` writes last for a case of this name; a case that has it is left out, unless its
-    raw files are newer.
+    target: gives the file that ``work`` writes last for a case of this name; a case that has it is left out, unless it
+    was made of other raw files.
     """
     waiting = {case.name: case for case in cases if target is None or not _is_done(case, target(case.name))}
     if len(waiting) < len(cases):

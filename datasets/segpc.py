@@ -104,17 +104,17 @@ def _find_images(raw: Path) -> dict[str, list[Case]]:
     """Return the images with masks for train and test; raises DataError where there are none."""
     INFO.require(raw)
     parts: dict[str, list[Case]] = {"train": [], "test": []}
-    part_of_raw = PARTS.get(raw.resolve().name, "train")
+    part_of_raw = PARTS.get(raw.resolve().name)
     unknown = []
     for x in find_folders(raw, "x"):  # every archive of the challenge holds a folder of its own name
-        part = next((PARTS[name] for name in x.relative_to(raw).parts[::-1] if name in PARTS), None)
+        part = next((PARTS[name] for name in x.relative_to(raw).parts[::-1] if name in PARTS), part_of_raw)
         found = _challenge_images(x)
         unknown += [x] if found and part is None else []
-        parts[part or part_of_raw] += found
+        parts[part or "train"] += found
     if unknown and len({case.images[0].parent for part in parts.values() for case in part}) > 1:
         raise DataError(f"{unknown[0]}: is it to train or to test on? Call its folder train or valid, or remove it")
     if not any(parts.values()):
-        parts[part_of_raw] = ready_made(raw)
+        parts[part_of_raw or "train"] = ready_made(raw)
     if not any(parts.values()):
         raise DataError(
             f"{raw}: holds no x/<id>.bmp with masks y/<id>_<k>.bmp, directly or in train, valid and test, and no "

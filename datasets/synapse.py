@@ -12,7 +12,7 @@ import numpy as np
 
 from datasets.errors import DataError
 from datasets.files import atomic_write, find_folders
-from datasets.info import DatasetInfo
+from datasets.info import VOLUME_FOLDER, DatasetInfo
 from datasets.lists import files_by_name
 from datasets.preparation import Case, paired, prepare_volumes, read_case
 from datasets.preprocessing import Preprocessing
@@ -105,7 +105,7 @@ def prepare(
     """
     raw = Path(raw)
     INFO.require(raw)
-    folders = [label.parent for label in find_folders(raw, "label") if (label.parent / "img").is_dir()]
+    folders = [label.parent for label in find_folders(raw, "label") if any(label.parent.glob("img/img*.nii*"))]
     if not folders:
         raise DataError(f"{raw}: has no folders img and label (RawData/Training of BTCV); {INFO.how_to_get}")
     if len(folders) > 1:
@@ -119,7 +119,7 @@ def prepare(
     cases = [Case(f"case{case.name}", case.images, case.labels) for case in numbered]
     record = Path(out, "label_order.txt")
     before = record.read_text().strip() if record.is_file() else label_order
-    if before != label_order and not overwrite:
+    if before != label_order and not overwrite and any(Path(out, VOLUME_FOLDER).glob("*.h5")):
         raise DataError(f"{out}: was prepared with --label_order {before}; add --overwrite, or give another --out")
     with atomic_write(record) as temporary:
         temporary.write_text(f"{label_order}\n")

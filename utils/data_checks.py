@@ -20,7 +20,7 @@ from datasets.image_files import image_of
 from datasets.info import VOLUME_FOLDER
 from datasets.lists import beginnings, has_person, list_path, natural_key, patient_of, read_list, volume_name
 from datasets.preprocessing import orientation_of
-from datasets.storage import PREPARE
+from datasets.storage import PREPARE, reading
 from datasets.volumes import read_volume
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ class Part:
             )
         if prepared.fills_unit and UNIT[0] < low <= high < UNIT[1] and (low > 0.1 or high < 0.9):
             self.doubts["intensities do not run from 0 to 1 in each volume, as predict.py scales a scan"] += 1
-        if case.image.shape[0] > 4 * min(case.image.shape[1:3]):
+        if case.affine is None and case.image.shape[0] > 4 * min(case.image.shape[1:3]):
             self.doubts["many slices with few rows or columns: is the shape (slices, rows, columns)?"] += 1
         if case.spacing and case.spacing[0] * 4 < case.spacing[2] and case.image.shape[0] * 4 < case.image.shape[2]:
             self.doubts["few but thin slices: is the spacing that of slices, rows and columns, in this order?"] += 1
@@ -328,12 +328,13 @@ def _unlike_volumes(data: SliceDataset) -> list[str]:
     for path in sorted(folder.glob("*.npz"), key=lambda path: natural_key(path.name)):
         slices.setdefault(volume_name(path), []).append(path)
     volumes = {name: folder.with_name(VOLUME_FOLDER) / f"{name}.npy.h5" for name in data.names}
-    there = [name for name, path in volumes.items() if path.is_file()]
-    if not there or not data.class_names:  # others' cases are either slices or volumes
+    there, named, errors = [name for name, path in volumes.items() if path.is_file()], (), []
+    with suppress(DataError):  # said elsewhere
+        named = read_volume(data.files[0], ndim=2, labelled=False).class_names
+    if not there or not named:  # others' cases are either slices or volumes
         return []
-    errors = [f"{path}: no such file, but slices of it; {PREPARE}" for path in volumes.values() if not path.is_file()]
     for name in there:
-        with suppress(OSError, KeyError), h5py.File(volumes[name]) as file:
+        with suppress(DataError), reading(volumes[name], "HDF5 file"), h5py.File(volumes[name]) as file:
             if (depth := len(file["image"])) != len(slices[name]):
                 errors.append(f"{volumes[name]}: has {depth} slices, but {folder} {len(slices[name])}; {PREPARE}")
     with suppress(DataError):  # said elsewhere

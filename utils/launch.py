@@ -81,8 +81,9 @@ def make_trainer(
             raise RunError(f"cannot resume from {args.resume} ({brief(error)}): {remedy}") from error
         lines = [f"continue after epoch {trainer.epoch}, iteration {trainer.iteration} from {args.resume}"]
     setup_logging(Path(args.output_dir) / "train.log")
-    # The authors chose the checkpoints of the release on the test volumes.
-    before = checkpoint.get("data", {"dataset": info.name, "selected_on": "test"}) if checkpoint else {}
+    # The authors chose the checkpoints of the release on the test volumes of the public sets.
+    public = {"dataset": info.name, "selected_on": "test"} if info.fold is None else {}
+    before = checkpoint.get("data", public) if checkpoint else {}
     if not resumed and before.get("dataset") == info.name:
         trainer.seen = sorted(cases_seen(checkpoint))
         if before.get("selected_on") == "test":

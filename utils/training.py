@@ -141,7 +141,7 @@ class Trainer:
             if waiting and not self.iteration:
                 text = "the run ends after %s, before its memory is used: lower --warmup_iterations %d"
                 logger.warning(text, counted(self.total_iterations, "iteration"), self.args.warmup_iterations)
-            if self.banks and self.args.max_epochs + self.release <= self.wld.start_epoch < math.inf:
+            if self.banks and self.args.max_epochs < self.wld.start_epoch < math.inf:
                 logger.info("K stays as it is, because W-LD starts only in epoch %d", self.args.wld_start_epoch)
         try:
             with self.signals:

@@ -39,8 +39,12 @@ def full_check(args: Namespace, info: DatasetInfo) -> tuple[list[Part], list[str
             parts.append(Part(data, info, args.patient_pattern))
         except DataError as error:
             errors.append(str(error))
-    unread = [split for split in info.splits if split not in args.splits]
-    others = [listed for split in unread for listed in patients_of_list(args, info, split)]
+    own, others = {*args.splits} <= {*info.splits}, []  # another list may be a part of these
+    for split in (split for split in info.splits if own and split not in args.splits):
+        try:
+            others += patients_of_list(args, info, split)
+        except DataError as error:
+            errors.append(str(error))
     return parts, errors + check(parts, others=others)[1] + most_classes_absent(parts)
 
 
