@@ -80,23 +80,30 @@ def make_trainer(
             remedy = "give a last.pth of this version"
             raise RunError(f"cannot resume from {args.resume} ({brief(error)}): {remedy}") from error
         lines = [f"continue after epoch {trainer.epoch}, iteration {trainer.iteration} from {args.resume}"]
+    elif checkpoint:
+        _inherit_choices(trainer, checkpoint, info)
     setup_logging(Path(args.output_dir) / "train.log")
-    # The authors chose the checkpoints of the release on the test volumes of the public sets.
-    public = {"dataset": info.name, "selected_on": "test"} if info.fold is None else {}
-    before = checkpoint.get("data", public) if checkpoint else {}
-    if not resumed and before.get("dataset") == info.name:
-        trainer.seen = sorted(cases_seen(checkpoint))
-        if before.get("selected_on") == "test":
-            trainer.data["selected_on"] = "test"
-            logger.warning("the weights that this run starts from were chosen on the test cases: scores are optimistic")
     if known := {*trainer.seen}.intersection(val_set.names):
         text = "the weights that this run starts from were trained on %d of %d validation cases: scores are optimistic"
         logger.warning(text, len(known), len(val_set))
     if args.selected_on == "test":
         logger.warning("the best epoch is chosen on the test cases, as the release does: its scores are optimistic")
+    elif trainer.data["selected_on"] == "test":
+        logger.warning("the weights that this run starts from were chosen on the test cases: scores are optimistic")
     for line in lines:
         logger.info("%s", line)
     return trainer
+
+
+def _inherit_choices(trainer: Trainer, checkpoint: dict[str, Any], info: DatasetInfo) -> None:
+    """Let a run say which cases of its data set its initial weights have seen, and whether test cases chose them."""
+    # The authors chose the checkpoints of the release on the test volumes of the public sets.
+    public = {"dataset": info.name, "selected_on": "test"} if info.fold is None else {}
+    before = checkpoint.get("data", public)
+    if before.get("dataset") == info.name:
+        trainer.seen = sorted(cases_seen(checkpoint))
+        if before.get("selected_on") == "test":
+            trainer.data["selected_on"] = "test"
 
 
 def new_network(args: Namespace, pretrained: bool) -> torch.nn.Module:
