@@ -13,7 +13,6 @@ docs/own_scans.md lists the formats, what is written, and what is refused. utils
 """
 
 import logging
-import re
 from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
@@ -144,9 +143,6 @@ def main() -> None:
         if args.overlays and planar:
             save_picture_overlay(f"{beside}overlays/{target.stem}.png", case.image[0], prediction[0])
         elif args.overlays:
-            for old in Path(f"{beside}overlays").glob(f"{file_stem(case.name)}_slice*.png"):
-                if re.fullmatch(r"_slice[0-9]+\.png", old.name.removeprefix(file_stem(case.name))):
-                    old.unlink()  # of an earlier call, which may have drawn other slices
             save_overlays(f"{beside}overlays", case, prediction, args.overlays)
         sizes += class_sizes(case, prediction)
         found = len(np.unique(prediction[prediction > 0]))

@@ -26,6 +26,7 @@ from datasets.preparation import Case, Pair, prepare_images, prepare_volumes, re
 from datasets.preprocessing import ColourPreprocessing, Preprocessing, Scale, orientation_of, preprocessing_from_dict
 from datasets.raw_forms import JSON, MAX_CLASSES, Raw, read_json, recognise
 from datasets.scan import load_scan, read_scan_label
+from datasets.storage import is_class_name
 from datasets.volumes import Volume
 
 logger = logging.getLogger(__name__)
@@ -246,7 +247,7 @@ def _classes(
     if class_names and not len({*class_names}) == len(class_names) == len(values):
         raise DataError(f"--class_names: {counted(len(class_names), 'name')}; expected {len(values)} different")
     names = list(class_names or names)
-    if not all(name.isprintable() and 0 < len(name) <= 100 for name in names):
+    if not all(map(is_class_name, names)):
         what = f"its classes are called {brief(names, 200)}; expected names of 1 to 100 letters"
         raise DataError(f"{raw}: {what}: give others with --class_names, or in {JSON}")
     return values, names
@@ -295,10 +296,10 @@ def _write_facts(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
         before["source"] = str(Path(before.get("source", now["source"])).resolve())
         for key in ("source", "class_names", "channels", "planar", "preprocessing", "label_values"):
             if before.get(key) != now[key]:
+                moved = "if the raw folder has moved, link its old path to it, otherwise " if key == "source" else ""
                 raise DataError(
                     f"{out}: was prepared with {key} {brief(before.get(key), 100)}, not {brief(now[key], 100)}; "
-                    + "if the raw folder has moved, link its old path to it, otherwise " * (key == "source")
-                    + "prepare all cases again with --overwrite, or give another --out"
+                    f"{moved}prepare all cases again with --overwrite, or give another --out"
                 )
     elif not overwrite and any(folder.is_dir() for folder in (out / VOLUME_FOLDER, out / MASK_FOLDER)):
         raise DataError(f"{out}: holds files of another preparation, without a {JSON}; give another --out")

@@ -109,7 +109,8 @@ def _find_images(raw: Path) -> dict[str, list[Case]]:
     for x in find_folders(raw, "x"):  # every archive of the challenge holds a folder of its own name
         part = next((PARTS[name] for name in x.relative_to(raw).parts[::-1] if name in PARTS), part_of_raw)
         found = _challenge_images(x)
-        unknown += [x] if found and part is None else []
+        if found and part is None:
+            unknown.append(x)
         parts[part or "train"] += found
     if unknown and len({case.images[0].parent for part in parts.values() for case in part}) > 1:
         raise DataError(f"{unknown[0]}: is it to train or to test on? Call its folder train or valid, or remove it")

@@ -167,10 +167,15 @@ def _numbers(value: object) -> np.ndarray:
     return np.asarray(value, np.float64)
 
 
+def is_class_name(word: str) -> bool:
+    """Return whether a class may be called so: by 1 to 100 printable characters."""
+    return word.isprintable() and 0 < len(word) <= 100
+
+
 FACTS = {
     "class_names": (
         _words,
-        lambda words: len(words) <= 255 and all(word.isprintable() and 0 < len(word) <= 100 for word in words),
+        lambda words: len(words) <= 255 and all(map(is_class_name, words)),
         "a list of words",
     ),
     "spacing": (

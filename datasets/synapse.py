@@ -48,7 +48,7 @@ _SMALLER = {
 
 
 def doubtful_sizes(voxels: np.ndarray) -> list[str]:
-    """Return one line for each organ that is larger than an organ which must be larger.
+    """Return one line for each organ that is larger than an organ which must be larger, and for some that are absent.
 
     voxels: (9,), voxels of each class in a volume or a split. Absent organs are not compared.
     """

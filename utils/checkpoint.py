@@ -168,12 +168,13 @@ def load_fitting(model: torch.nn.Module, checkpoint: dict[str, Any], path: Path)
     for name, bank in model.named_modules():  # a memory for which one of the two warm-ups has not ended starts anew
         if isinstance(bank, PrototypeMemoryBank) and name not in unfit:
             ends = max(bank.kmeans_step, trained.get_submodule(name).kmeans_step)
-            unfit |= {name} if weights[f"{name}.warmup_counter"] < ends else set()
+            if weights[f"{name}.warmup_counter"] < ends:
+                unfit.add(name)
     names = [name for name in own if modules[name] not in unfit and not name.endswith(".replaced_columns")]
     if not names:
         raise RunError(f"no weights of {path} fit this network: leave out --network and the flags of its sizes")
     model.load_state_dict({name: weights[name] for name in names}, strict=False)
-    for name, block in model.named_modules():
+    for name, block in model.named_modules():  # where the momentum copy does not fit, it starts as a copy of phi
         if isinstance(block, DMWLA) and name in unfit:
             block.phi_k.copy_(block.phi.weight.detach())
     parts: dict[str, list[str]] = {}

@@ -1,5 +1,6 @@
 """Pictures of a run and of its predictions, as PNG files."""
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from colorsys import hsv_to_rgb
@@ -38,8 +39,9 @@ def class_rgb(c: int) -> tuple[int, int, int]:
 def save_overlays(folder: str | Path, volume: Volume | Picture, prediction: np.ndarray, count: int = 3) -> list[Path]:
     """Draw image, label and prediction side by side for up to ``count`` slices; return the paths.
 
-    The files are ``<case>_slice<z>.png``. With a label they show the slices with most wrong voxels, worst first (of
-    equal ones those with the larger label). Without a label they are spread evenly over the slices with classes.
+    The files are ``<case>_slice<z>.png``, in place of those of an earlier call. With a label they show the slices with
+    most wrong voxels, worst first (of equal ones those with the larger label). Without a label they are spread evenly
+    over the slices with classes.
 
     prediction: class indices (D, H, W).
     """
@@ -51,6 +53,9 @@ def save_overlays(folder: str | Path, volume: Volume | Picture, prediction: np.n
         wrong = (prediction != volume.label).sum((1, 2))
         slices = np.lexsort((-(volume.label > 0).sum((1, 2)), -wrong))[:count]
     stem = file_stem(volume.name)
+    for old in Path(folder).glob(f"{stem}_slice*.png"):
+        if re.fullmatch(r"_slice[0-9]+\.png", old.name.removeprefix(stem)):
+            old.unlink()
     paths = [Path(folder) / (f"{stem}.png" if volume.planar else f"{stem}_slice{z:03d}.png") for z in slices]
     for path, z in zip(paths, slices, strict=True):
         draw_masks(path, volume, z, prediction[z])
