@@ -136,6 +136,8 @@ class DMWLA(PlainAttention):
         """
         tokens = self.tokens(x)  # (B, N, C)
         writes = (self.training or self.written_in_evaluation) and self.bank.writable
+        if writes and getattr(self, "_is_replica", False):
+            raise NetworkError("DataParallel loses what its copies write into the memory: use DistributedDataParallel")
         update = self.global_interaction(tokens) if self.bank.in_warmup or self.attends_globally else 0
         if not self.bank.in_warmup:
             update = update + self.intra_cluster_interaction(tokens)

@@ -40,7 +40,6 @@ class PrototypeMemoryBank(nn.Module):
 
     Attributes:
         writable: whether a step may write; under gradient accumulation only the last part of a batch does.
-        in_warmup: whether the pool is still being sampled and not yet read.
 
     Buffers:
         pool: (P, M, d), the remembered columns.
@@ -70,15 +69,23 @@ class PrototypeMemoryBank(nn.Module):
         self.register_buffer("replaced_columns", torch.tensor(replaced_columns))
         self.register_buffer("key_counts", torch.zeros(num_clusters, dtype=torch.int64))
         self.writable = True
-        self.in_warmup = True
-        self._steps_done = 0  # copy of warmup_counter in Python: reading the buffer would wait for a GPU
+        # Copies of warmup_counter in Python, and its version then: reading the buffer would wait for a GPU.
+        self._steps_done, self._in_warmup, self._version = 0, True, _version(self.warmup_counter)
+
+    @property
+    def in_warmup(self) -> bool:
+        """Whether the pool is still being sampled and not yet read."""
+        # An average of the weights (EMA) is a copy of the network whose buffers are written from outside.
+        if not torch.compiler.is_compiling() and _version(self.warmup_counter) != self._version:
+            self.reread()
+        return self._in_warmup
 
     @torch.compiler.disable  # what it writes depends on the step, so a compiled graph ends here
     @torch.no_grad()
     def sample(self, phi: Tensor) -> None:
         """Do one warm-up step: write random rows of ``phi`` (B, N, d) into random slots of the pool."""
         batch, num_tokens, feature_dim = phi.shape
-        slots = self.pool.view(-1, feature_dim)  # (P M, d)
+        slots = self.pool.flatten(0, 1)  # (P M, d)
         ranks = world_size() if self.training else 1
         per_image = max(len(slots) // (batch * ranks), 1)
         drawn = torch.randint(num_tokens, (batch * ranks, per_image), device=phi.device)
@@ -93,7 +100,7 @@ class PrototypeMemoryBank(nn.Module):
         slots[to[:kept]] = columns[order[:kept]].to(slots.dtype)
 
         self.warmup_counter.fill_(self._steps_done)
-        self.in_warmup = self._steps_done < self.sampling_steps
+        self._in_warmup, self._version = self._steps_done < self.sampling_steps, _version(self.warmup_counter)
         if self._steps_done == self.kmeans_step:
             self.order()
 
@@ -126,12 +133,17 @@ class PrototypeMemoryBank(nn.Module):
     def reread(self) -> None:
         """Read ``warmup_counter`` again; call this after writing the buffer from outside."""
         self._steps_done = int(self.warmup_counter)
-        self.in_warmup = self._steps_done < self.sampling_steps
+        self._in_warmup, self._version = self._steps_done < self.sampling_steps, _version(self.warmup_counter)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if not self.warmup_counter.is_meta:  # a network that only checks names and shapes
             self.reread()
+
+
+def _version(x: Tensor) -> int:
+    """Return a number that every write into a tensor changes."""
+    return 0 if x.is_inference() else x._version  # those of inference mode have none
 
 
 def kmeans(columns: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:

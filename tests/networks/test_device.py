@@ -53,7 +53,8 @@ def move(module: nn.Module) -> None:
 
 def leave_of_the_warm_up(module: nn.Module, steps: int) -> None:
     for bank in (m for m in module.modules() if isinstance(m, PrototypeMemoryBank)):
-        bank._steps_done, bank.in_warmup = bank.sampling_steps - steps, steps > 0
+        bank._steps_done, bank._in_warmup = bank.sampling_steps - steps, steps > 0
+        bank._version = bank.warmup_counter._version
 
 
 @pytest.mark.parametrize(("variant", "amp_dtype"), [("paper", None), ("release", torch.float16)])
