@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from networks.layers import NetworkError, check_choice, check_images, check_input, resize
 from networks.maxvit import weights_file
+from networks.memory_bank import PrototypeMemoryBank
 from networks.sim_mpnet import SimMPNet
 
 FIRST = "sim_mpnet"
@@ -76,7 +77,7 @@ def build(network: str = FIRST, pretrained: str | Path | None = None, **options)
     config = {name: value for name, value in given.arguments.items() if name != "pretrained"}
     check_images(config["num_classes"], config["in_channels"], _SIZE_STEPS[network], img_size=config["img_size"])
     model = NETWORKS[network](*given.args, **given.kwargs)
-    if not hasattr(model, "memory_banks"):
+    if not hasattr(model, "parameter_groups"):
         model = Baseline(model, config)
     model.config = {"network": network} | model.config
     return model
@@ -113,9 +114,9 @@ class Baseline(nn.Module):
         maps = list(maps) if isinstance(maps, list | tuple) else [maps]
         return [m if m.shape[-2:] == x.shape[-2:] else resize(m, x.shape[-2:]) for m in maps]
 
-    def memory_banks(self, decoder: bool = True) -> Iterator[nn.Module]:
-        """Yield nothing: a baseline has no memory."""
-        yield from ()
+    def memory_banks(self, decoder: bool = True) -> Iterator[PrototypeMemoryBank]:
+        """Yield the memory bank of every DMW-LA block in the network. ``decoder`` is ignored."""
+        yield from (module for module in self.modules() if isinstance(module, PrototypeMemoryBank))
 
     def gates_observed(self) -> AbstractContextManager[dict[str, list[Tensor]]]:
         """Collect nothing: no gate of a baseline is observed."""

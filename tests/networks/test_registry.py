@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 
-from networks import NETWORKS, NetworkError, SimMPNet, build, default_weights, register
+from networks import DMWLA, NETWORKS, NetworkError, SimMPNet, build, default_weights, register
+from networks.registry import Baseline
 from tests.networks.conftest import NARROW
 from utils.arguments import network_defaults
 from utils.checkpoint import build_network
@@ -191,6 +192,11 @@ def test_the_finest_map_alone_can_predict_for_a_network_that_was_trained_with_it
     other = make("maxvit_unet")
     state |= {"model": other.state_dict(), "network": other.config}
     refused(lambda: build_network(state, tmp_path, prediction="last"), "one map: leave it out")
+
+
+def test_the_memory_of_a_network_of_ones_own_is_found():
+    own = Baseline(torch.nn.Sequential(torch.nn.Conv2d(1, 4, 1), DMWLA(4, 8, num_clusters=2)), {})
+    assert list(own.memory_banks()) == [own.net[1].bank] and not any(make("unet").memory_banks())
 
 
 def test_a_name_in_use_or_a_builder_without_its_arguments_is_refused(refused):
