@@ -43,7 +43,9 @@ def predict_volume(
     with torch.inference_mode(), torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
         for start in range(0, len(volume.image), batch_size):
             slices = torch.from_numpy(volume.network_input(img_size, slice(start, start + batch_size)))
-            logits = sum(m.float() for m in model(slices.to(device)))  # (B, num_classes, S, S)
+            maps = model(slices.to(device))
+            maps = [maps] if isinstance(maps, torch.Tensor) else maps
+            logits = sum(m.float() for m in maps)  # (B, num_classes, S, S)
             largest = logits.max(1)  # argmax is ten times slower on a CPU
             if not largest.values.isfinite().all():
                 remedy = "use another checkpoint, or train with a lower --base_lr"

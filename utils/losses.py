@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from networks.ranks import world_size
 from utils.distribution import sum_over_ranks
+from utils.errors import RunError
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,12 @@ def subset_losses(
 
     logits: maps (B, num_classes, S, S); four maps have 15 subsets, one map has one. label: int64 (B, S, S), ids below
     num_classes. Returns the loss, weighted, and without gradient the unweighted sums of its cross entropies and of its
-    Dice losses: scalars on the maps' device, in float32 (float64 for float64 maps).
+    Dice losses: scalars on the maps' device, in float32 (float64 for float64 maps). Raises RunError for other shapes.
     """
+    for m in logits:
+        if m.ndim != 4 or (len(m), *m.shape[2:]) != label.shape:
+            found = f"a logit map of shape {tuple(m.shape)} with labels of shape {tuple(label.shape)}"
+            raise RunError(f"{found}: expected a list of maps (B, num_classes, S, S), and labels (B, S, S)")
     with torch.autocast(label.device.type, enabled=False):  # products in half precision would round the sums
         # Channels-last maps have the classes innermost, where a softmax is slow.
         maps = [m.to(torch.promote_types(m.dtype, torch.float32)).flatten(2).contiguous() for m in logits]  # (B, C, N)

@@ -47,7 +47,7 @@ class ClassResult(NamedTuple):
 def class_metrics(
     prediction: np.ndarray, label: np.ndarray, spacing: Spacing = None, volume_shape: tuple[int, ...] | None = None
 ) -> ClassResult:
-    """Compare two masks of one class, bool, 2D or 3D, of one shape.
+    """Compare two masks of one class, 2D or 3D, of one shape, where all but 0 is inside.
 
     spacing: size of a voxel in mm along each axis, None if unknown; only strict distances use it. volume_shape: of the
     volume, if the masks are cut out of it; its diagonal is the distance of empty masks. Raises RunError for shapes that
@@ -56,6 +56,7 @@ def class_metrics(
     Source: medpy 0.5.2, ``medpy.metric.binary``; TransUNet's evaluation.
     """
     _check(prediction, label, spacing)
+    prediction, label = np.asarray(prediction, bool), np.asarray(label, bool)
     n_prediction, n_label = int(prediction.sum()), int(label.sum())
     if not (n_prediction and n_label):
         nothing = Metrics(0.0, 0.0, 0.0, 0.0)
@@ -96,8 +97,7 @@ def case_metrics(
 def dice_only(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> np.ndarray:
     """Return the strict Dice of every class but the background, float64 (num_classes - 1,), without slow distances.
 
-    prediction, label: class indices below ``num_classes``, of one shape. 0 for a missed or spurious class, NaN for an
-    absent one. Raises RunError for different shapes.
+    0 for a missed or spurious class, NaN for an absent one. Arguments and errors are those of ``confusion``.
     """
     counts = confusion(prediction, label, num_classes)
     with np.errstate(invalid="ignore"):
@@ -107,9 +107,12 @@ def dice_only(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> np
 def confusion(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> np.ndarray:
     """Return how many voxels of each class got each class: int64 (num_classes, num_classes), rows the label's classes.
 
-    prediction, label: class indices below ``num_classes``, of one shape. Raises RunError for different shapes.
+    prediction, label: class indices, of one shape. Raises RunError for different shapes and for other indices.
     """
     _check(prediction, label)
+    low, high = min(prediction.min(), label.min()), max(prediction.max(), label.max())
+    if not 0 <= low <= high < num_classes:
+        raise RunError(f"class indices run from {low} to {high}: expected 0 to {num_classes - 1}")
     counts = np.zeros(num_classes**2, np.int64)
     for p, q in zip(prediction, label, strict=True):  # plane by plane, because the pairs take 8 bytes each
         counts += np.bincount(q.ravel().astype(np.intp) * num_classes + p.ravel(), minlength=num_classes**2)

@@ -38,6 +38,11 @@ def test_one_map_has_its_weighted_loss_and_half_precision_logits_are_summed_in_f
     assert torch.equal(subset_loss(half, label), subset_loss([m.float() for m in half], label))
 
 
+@pytest.mark.parametrize("shape", [(2, 15, 16), (1, 16, 16), (2, 1, 16, 16)])
+def test_labels_of_another_shape_are_refused(release, refused, shape):
+    refused(lambda: subset_loss(release[1], torch.zeros(shape, dtype=torch.long)), str(shape), "(B, S, S)")
+
+
 @pytest.mark.processors
 @pytest.mark.parametrize(("scale", "num_maps"), [(1, 4), (60, 4), (1, 2), (1, 1)])
 def test_value_and_gradient_are_those_of_the_plain_transcription(scale, num_maps):
