@@ -11,6 +11,7 @@ import nibabel
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import datasets
 from networks import NETWORKS
@@ -109,6 +110,14 @@ def added(monkeypatch, tmp_path):
     (tmp_path / "prepare_data.py").write_text(prepare)
     yield tmp_path
     del NETWORKS["two_convolutions"]
+
+
+def test_the_training_loop_of_the_page_trains_the_network_and_its_memory():
+    loop = blocks((ROOT / "docs/adding_a_network.md").read_text(encoding="utf-8"), "python")[1]
+    loop = loop.replace("warmup_iterations=400", "warmup_iterations=1").replace("start_epoch=100", "start_epoch=1")
+    names = {"epochs": 2, "loader": [(torch.rand(2, 1, 64, 64), torch.randint(4, (2, 64, 64)))]}
+    exec(loop, names)
+    assert not any(bank.in_warmup for bank in names["model"].memory_banks()) and names["k"] is not None
 
 
 def test_the_added_data_set_and_network_are_prepared_checked_trained_and_tested(added, tmp_path, run_script):
