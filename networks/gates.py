@@ -8,7 +8,7 @@
 The features that they read are sums that no norm bounds, so their channel means grow within a few steps. Then the sign
 of a few random weights decides whether a gate opens or shuts for the whole run, and a shut gate passes neither features
 nor gradient. The paper says nothing about the start. In ``paper`` and ``stable`` the weights of the first, third and
-fourth kind start at zero: all gates start half open, for every seed. That is not enough for the gate between the
+fourth kind start at zero: these gates start half open, for every seed. That is not enough for the gate between the
 encoders, whose C_4 weights add up: in ``paper`` its learning rate is 1 / C_4 of the others' (``lr_scale``). In
 ``stable`` these gates read normalised features. ``release`` has PyTorch's start, as the authors' program.
 """

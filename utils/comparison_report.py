@@ -17,6 +17,7 @@ from utils.metrics import MISSED, SPURIOUS
 from utils.results import CONVENTIONS, OPTIMISTIC, markdown
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "docs" / "published_results.csv"
+UNPUBLISHED_SPLITS = ("segpc", "isic")  # of which the paper does not say which images it tests
 CSV_COLUMNS = [
     "dataset", "split", "source", "method", "chosen_on", "seeds", "cases", "convention", "class", "metric", "unit",
     "mean", "sd_over_seeds", "sd_over_cases",
@@ -98,6 +99,8 @@ def notes(comparison: Comparison, rows: pd.DataFrame) -> list[str]:
         said.append("Not all methods were tested on the same cases, so their means are not over the same cases.")
     if (rows["source"] == "published").any():
         said.append("(published): not measured here, but printed in the paper's tables of its test split; in no test.")
+        if comparison.data in UNPUBLISHED_SPLITS:
+            said.append("The paper does not publish its split of this set: its rows are means over other images.")
     return said
 
 

@@ -141,8 +141,10 @@ class Trainer:
             if waiting and not self.iteration:
                 text = "the run ends after %s, before its memory is used: lower --warmup_iterations %d"
                 logger.warning(text, counted(self.total_iterations, "iteration"), self.args.warmup_iterations)
-            if self.banks and self.args.max_epochs < self.wld.start_epoch < math.inf:
-                logger.info("K stays as it is, because W-LD starts only in epoch %d", self.args.wld_start_epoch)
+            acting = self.args.max_epochs - (not self.release)  # W-LD sets K at the end of an epoch, for the next one
+            if self.banks and acting < self.wld.start_epoch < math.inf:
+                text = "K stays as it is, because W-LD starts only %s epoch %d"
+                logger.info(text, "in" if self.release else "at the end of", self.args.wld_start_epoch)
         try:
             with self.signals:
                 while not self.is_over():
@@ -176,7 +178,7 @@ class Trainer:
         start = time.perf_counter() - self.seconds
         remedy = (
             f"--batch_size {self.args.batch_size} --accumulate {self.args.accumulate} need more; raise --accumulate, "
-            "which computes the same batch in more parts, lower --batch_size or the image sizes, or use --amp bf16"
+            "which computes a batch in more parts, lower --batch_size or the image sizes, or use --amp bf16"
         )
         silent = True if rank() else None  # None: a progress bar on a terminal only
         batches = tqdm(islice(self.loader, left), f"epoch {self.epoch + 1}", left, leave=False, disable=silent)
