@@ -25,12 +25,11 @@ from datasets.dicom import several_series
 from datasets.errors import brief
 from datasets.files import atomic_write, check_writable, file_stem
 from datasets.image_files import ENDINGS as IMAGE_ENDINGS
-from datasets.image_files import common_bits
+from datasets.image_files import common_bits, save_png
 from datasets.lists import is_one_line
 from utils.arguments import add_prediction
 from utils.cli import AMP_DTYPES, ArgumentParser, number, run_script, seed_everything
 from utils.errors import RunError
-from utils.evaluation import save_mask
 from utils.figures import save_overlays, save_picture_overlay
 from utils.predictor import Predictor, class_sizes, write_colour_tables
 from utils.results import write_csv
@@ -136,7 +135,7 @@ def main() -> None:
             continue
         prediction = predictor.segment(case)
         if planar:
-            save_mask(target, prediction[0])
+            save_png(target, prediction[0])
         else:
             with atomic_write(target) as temporary:
                 scan.write_segmentation(temporary, case, prediction)

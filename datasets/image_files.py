@@ -1,4 +1,4 @@
-"""Read the files of images and masks.
+"""Read and write the files of images and masks.
 
 On disk: ``images/<id>`` with one of ``ENDINGS`` and ``masks/<id>.png`` of the same size, whose grey values are class
 indices. A crop of an image is called ``<id>_cell<k>``.
@@ -17,6 +17,7 @@ from PIL import ExifTags, Image, ImageOps, ImageSequence
 from scipy import ndimage
 
 from datasets.errors import DataError, counted
+from datasets.files import atomic_write
 from datasets.lists import files_by_name
 from datasets.storage import checked_label, reading
 
@@ -171,6 +172,12 @@ def read_drafted(path: Path, side: int, bits: int | None = None) -> tuple[np.nda
     if not drafted:
         return image, image.shape[:2]
     return image, size[::-1] if turned else size
+
+
+def save_png(path: str | Path, array: np.ndarray) -> None:
+    """Write a PNG of an image, uint8 (H, W, 3), or of class indices, uint8 (H, W), as grey values."""
+    with atomic_write(path) as temporary:  # zlib's fastest level: twice as fast as the default and hardly larger files
+        Image.fromarray(array).save(temporary, compress_level=1)
 
 
 def read_mask(path: str | Path, shape: tuple[int, int] | None = None, num_classes: int | None = None) -> np.ndarray:

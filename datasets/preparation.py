@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from datasets.errors import DataError, brief, counted
 from datasets.files import atomic_write
-from datasets.image_files import ENDINGS, common_bits, image_files, image_of, read_classes, read_image
+from datasets.image_files import ENDINGS, common_bits, image_files, image_of, read_classes, read_image, save_png
 from datasets.info import IMAGE_FOLDER, MASK_FOLDER, SLICE_FOLDER, VOLUME_FOLDER, DatasetInfo
 from datasets.scan import read_scan, read_scan_label
 from datasets.volumes import Volume, write_slice, write_volume
@@ -187,8 +186,8 @@ def _prepare_image(
         with atomic_write(f"{target}{source.suffix.lower()}") as temporary:
             shutil.copyfile(source, temporary)
     else:
-        _save_png(f"{target}.png", pair[0])
-    _save_png(mask_file, pair[1])
+        save_png(f"{target}.png", pair[0])
+    save_png(mask_file, pair[1])
     _stamp(case, mask_file)
 
 
@@ -196,11 +195,6 @@ def _remove(out: str | Path, name: str) -> None:
     """Remove the prepared files of an image, of which a mask means that it is finished first."""
     for old in (_mask_file(out, name), *(Path(out, IMAGE_FOLDER, f"{name}{ending}") for ending in ENDINGS)):
         old.unlink(missing_ok=True)
-
-
-def _save_png(path: str | Path, array: np.ndarray) -> None:
-    with atomic_write(path) as temporary:  # zlib's fastest level: twice as fast as the default and hardly larger files
-        Image.fromarray(array).save(temporary, compress_level=1)
 
 
 def _mask_file(out: str | Path, name: str) -> Path:

@@ -119,11 +119,3 @@ def save_nifti(folder: str | Path, prediction: np.ndarray, volume: Volume) -> li
         with atomic_write(paths[-1]) as temporary:
             nibabel.save(volume.to_nifti(array), temporary)
     return paths
-
-
-def save_mask(path: str | Path, prediction: np.ndarray) -> None:
-    """Write class indices, uint8 (H, W), as the grey values of a PNG."""
-    from PIL import Image
-
-    with atomic_write(path) as temporary:
-        Image.fromarray(prediction).save(temporary)

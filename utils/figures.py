@@ -12,6 +12,7 @@ from scipy.ndimage import generate_binary_structure, morphological_gradient
 
 from datasets import Picture, Volume
 from datasets.files import atomic_write, file_stem
+from datasets.image_files import save_png
 from utils.metrics import dice_only
 
 if TYPE_CHECKING:
@@ -146,8 +147,7 @@ def save_picture_overlay(path: str | Path, image: np.ndarray, mask: np.ndarray) 
 
     picture, classes = Image.fromarray(image), Image.fromarray(coloured(mask))
     picture.paste(classes, mask=classes)
-    with atomic_write(path) as temporary:
-        picture.save(temporary)
+    save_png(path, np.asarray(picture))
 
 
 def save_progress(path: str | Path, history: Sequence[Mapping[str, Any]], select_from: int = 1) -> None:

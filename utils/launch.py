@@ -14,6 +14,7 @@ from timm.layers import convert_sync_batchnorm
 from datasets import DatasetInfo, Picture, Volume
 from datasets.errors import brief, counted
 from datasets.files import file_stem
+from datasets.image_files import save_png
 from datasets.lists import list_path
 from networks import build, default_weights
 from networks.ranks import rank
@@ -23,7 +24,7 @@ from utils.cli import ArgumentParser, seed_everything, set_precision, setup_logg
 from utils.data_checks import Cases, compare_with_checkpoint, open_cases, open_samples, quick_check
 from utils.distribution import launched, process_group, rank_device
 from utils.errors import RunError
-from utils.evaluation import evaluate, save_mask, save_nifti
+from utils.evaluation import evaluate, save_nifti
 from utils.figures import save_overlays
 from utils.metrics import ABSENT, SPURIOUS
 from utils.onnx_network import is_onnx
@@ -163,7 +164,7 @@ def test(args: Namespace, info: DatasetInfo) -> None:
     def save(case: Volume | Picture, prediction: np.ndarray) -> None:
         case.class_names = class_names
         if args.save_predictions and case.planar:
-            save_mask(folder / "masks" / f"{file_stem(case.name)}.png", prediction[0])
+            save_png(folder / "masks" / f"{file_stem(case.name)}.png", prediction[0])
         elif args.save_predictions:
             save_nifti(folder / "nifti", prediction, case)
         if args.overlays:
