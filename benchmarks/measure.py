@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from datasets.files import atomic_write
+from datasets.files import write_text
 from networks import PrototypeMemoryBank
 from utils.cli import ArgumentParser
 from utils.errors import RunError
@@ -35,8 +35,7 @@ def write_flags(path: Path, flags: Sequence[str], used: bool) -> None:
     before = path.read_text(encoding="utf-8") if path.exists() else "unknown flags"
     if used and before != text:
         raise RunError(f"{path.parent} was trained with {before}, not {text}: choose another --output_dir")
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def time_sides(sides: Sides, repeats: int = 5, warmup: int = 1, device: str | torch.device = "cpu") -> dict[str, float]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from datasets.dicom import TO_RAS
 from datasets.errors import DataError, brief, counted
-from datasets.files import atomic_write
+from datasets.files import write_text
 from datasets.image_files import read_grey, read_image
 from datasets.info import MASK_FOLDER, VOLUME_FOLDER, DatasetInfo
 from datasets.lists import divide, refuse_names, write_lists
@@ -303,5 +303,4 @@ def _write_facts(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
                 )
     elif not overwrite and any(folder.is_dir() for folder in (out / VOLUME_FOLDER, out / MASK_FOLDER)):
         raise DataError(f"{out}: holds files of another preparation, without a {JSON}; give another --out")
-    with atomic_write(out / JSON) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(out / JSON, text)

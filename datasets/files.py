@@ -29,6 +29,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text as UTF-8, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def find_folders(root: str | Path, name: str) -> list[Path]:
     """Return the folders called ``name`` anywhere below ``root``, also behind links, in sorted order."""
     return sorted(Path(folder, name) for folder, inside, _ in _walk(root) if name in inside)

@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 
 from datasets.errors import DataError, brief, counted
-from datasets.files import atomic_write, file_stem
+from datasets.files import file_stem, write_text
 from datasets.storage import reading
 
 ENDINGS = (".npy.h5", ".h5", ".npz")  # extensions of volumes and slices, longest first
@@ -205,11 +205,10 @@ def write_lists(folder: str | Path, parts: Mapping[str, Sequence[str]]) -> None:
     """Write ``<part>.txt`` with one name per line for every part; remove the list of an empty part."""
     for part, names in parts.items():
         path = Path(folder) / f"{part}.txt"
-        if not names:
+        if names:
+            write_text(path, "".join(f"{name}\n" for name in names))
+        else:
             path.unlink(missing_ok=True)
-            continue
-        with atomic_write(path) as temporary:
-            temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
 
 
 def split_names(names: Iterable[str], counts: Sequence[int], seed: int = 2222) -> list[list[str]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.errors import DataError
-from datasets.files import atomic_write, find_folders
+from datasets.files import find_folders, write_text
 from datasets.info import VOLUME_FOLDER, DatasetInfo
 from datasets.lists import files_by_name
 from datasets.preparation import Case, paired, prepare_volumes, read_case
@@ -121,7 +121,6 @@ def prepare(
     before = record.read_text().strip() if record.is_file() else label_order
     if before != label_order and not overwrite and any(Path(out, VOLUME_FOLDER).glob("*.h5")):
         raise DataError(f"{out}: was prepared with --label_order {before}; add --overwrite, or give another --out")
-    with atomic_write(record) as temporary:
-        temporary.write_text(f"{label_order}\n")
+    write_text(record, f"{label_order}\n")
     read = partial(read_case, INFO, relabel=LABEL_ORDERS[label_order].apply)
     return prepare_volumes(read, cases, out, jobs, overwrite)

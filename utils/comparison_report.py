@@ -10,7 +10,7 @@ import pandas as pd
 import seaborn
 from matplotlib import pyplot, rc_context
 
-from datasets.files import atomic_write
+from datasets.files import write_text
 from utils.comparison import MEAN, NAMES, TESTED, Comparison, Run, by_method
 from utils.figures import save_figure
 from utils.metrics import MISSED, SPURIOUS
@@ -158,5 +158,4 @@ def write_pages(folder: Path, sections: Sequence[Mapping[str, Any]]) -> None:
     for ending in ("html", "md", "tex"):
         with pd.option_context("display.max_colwidth", None):  # pandas would cut long cells
             page = pages.get_template(f"comparison.{ending}.j2").render(sections=sections, conventions=CONVENTIONS)
-        with atomic_write(folder / f"comparison.{ending}") as temporary:
-            temporary.write_text(page, encoding="utf-8")
+        write_text(folder / f"comparison.{ending}", page)

@@ -1,5 +1,6 @@
 """What a training script and a test script do with their arguments and data."""
 
+import json
 import logging
 import multiprocessing
 from argparse import Namespace
@@ -13,7 +14,7 @@ from timm.layers import convert_sync_batchnorm
 
 from datasets import DatasetInfo, Picture, Volume
 from datasets.errors import brief, counted
-from datasets.files import file_stem
+from datasets.files import file_stem, write_text
 from datasets.image_files import save_png
 from datasets.lists import list_path
 from networks import build, default_weights
@@ -29,7 +30,7 @@ from utils.figures import save_overlays
 from utils.metrics import ABSENT, SPURIOUS
 from utils.onnx_network import is_onnx
 from utils.predictor import Predictor
-from utils.results import case_table, format_summary, summarise, write_csv, write_summary
+from utils.results import case_table, format_summary, summarise, write_csv
 from utils.training import Trainer
 
 logger = logging.getLogger(__name__)
@@ -180,7 +181,7 @@ def test(args: Namespace, info: DatasetInfo) -> None:
     file, epoch = args.checkpoint.name, predictor.origin.get("epoch")
     summary["checkpoint"] = {"file": file, "epoch": epoch, "prediction": args.prediction}
     write_csv(folder / "cases.csv", table)
-    write_summary(folder / "summary.json", summary)
+    write_text(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     print(format_summary(summary))
     logger.info("results in %s", folder)
 

@@ -13,7 +13,7 @@ import torch
 
 from datasets import DATASETS, DataError, DatasetInfo, Picture, Volume
 from datasets.dicom import choose
-from datasets.files import atomic_write
+from datasets.files import write_text
 from datasets.images import read_picture
 from datasets.preprocessing import ColourPreprocessing, preprocessing_from_dict
 from datasets.scan import Scan, read_scan
@@ -140,8 +140,7 @@ def write_colour_tables(stem: str | Path, class_names: Sequence[str]) -> None:
         quoted = name.replace('"', "'")
         itksnap.append(f'{c:5} {red:5} {green:4} {blue:4} {shown:8} {shown:2} {shown:2}    "{quoted}"')
     for ending, lines in (("labels.ctbl", slicer), ("labels_itksnap.txt", itksnap)):
-        with atomic_write(f"{stem}{ending}") as temporary:
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(f"{stem}{ending}", "\n".join(lines) + "\n")
 
 
 def class_sizes(volume: Volume | Picture, prediction: np.ndarray) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 Everything starts from one pandas table with a row per case and class, the rows of cases.csv (``COLUMNS``).
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,12 +109,6 @@ def summarise(table: "pd.DataFrame", confusion: np.ndarray | None = None) -> dic
         summary["thresholded_jaccard"] = _rows(thresholded)
         summary["pooled"] = _rows(pd.DataFrame(pooled_metrics(confusion), index=thresholded.index))
     return summary
-
-
-def write_summary(path: str | Path, summary: dict[str, Any]) -> None:
-    """Write a summary as JSON."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def format_summary(summary: dict[str, Any]) -> str:

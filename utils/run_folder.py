@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from datasets.files import atomic_write, remove_temporaries
+from datasets.files import atomic_write, remove_temporaries, write_text
 from utils.checkpoint import on_cpu, save_checkpoint
 from utils.errors import RunError
 from utils.figures import dice_name, save_progress
@@ -45,8 +45,7 @@ class RunFolder:
         name = "config_resumed.json" if resumed else "config.json"
         if not resumed:  # of an earlier run in this folder
             (self.path / "config_resumed.json").unlink(missing_ok=True)
-        with atomic_write(self.path / name) as temporary:
-            temporary.write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+        write_text(self.path / name, json.dumps(config, indent=2, default=str) + "\n")
         self._events = EventFile(self.path / "events")
         self._events.add(history)
 

@@ -11,7 +11,7 @@ import pytest
 from tests.utils.test_evaluation import NAMES, box_label, predictions
 from utils.evaluation import CaseResult
 from utils.metrics import Metrics, case_metrics
-from utils.results import case_table, format_summary, markdown, read_cases, summarise, write_csv, write_summary
+from utils.results import case_table, format_summary, markdown, read_cases, summarise, write_csv
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "results"
 """cases.csv and summary.json of five made-up cases, written by revision 2c5fbf2, one of volumes and one of images."""
@@ -56,13 +56,12 @@ def test_what_was_written_is_read_back(results, tmp_path):
     assert summarise(table)["strict"]["unit"] == "mm or voxels"
 
 
-def test_a_class_that_is_never_there_is_left_out_of_the_strict_mean_only(results, tmp_path):
+def test_a_class_that_is_never_there_is_left_out_of_the_strict_mean_only(results):
     summary = summarise(case_table(results[:1], NAMES))
     assert summary["strict"]["classes"][2] == {"class": "nowhere", **dict.fromkeys(Metrics._fields)}
     assert summary["strict"]["mean"] == {"dice": 1, "hd95": 0, "jaccard": 1, "assd": 0}
     assert summary["transunet"]["mean"]["dice"] == pytest.approx(2 / 3)
-    write_summary(tmp_path / "summary.json", summary)
-    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     row = format_summary(summary).splitlines()[-2].split()
     assert row == ["nowhere", "-", "-", "-", "-", "0", "0", "1"]
 
