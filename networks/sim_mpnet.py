@@ -183,9 +183,7 @@ class SimMPNet(nn.Module):
 
     def memory_banks(self, decoder: bool = True) -> Iterator[PrototypeMemoryBank]:
         """Yield every memory bank, those of the encoder first; ``decoder=False`` omits the decoder's."""
-        for part in (self.dmwla_encoder, self.decoder) if decoder else (self.dmwla_encoder,):
-            if part is not None:
-                yield from (module for module in part.modules() if isinstance(module, PrototypeMemoryBank))
+        yield from (block.bank for name, block in self.memory_blocks() if decoder or name.startswith("encoder"))
 
     def memory_blocks(self) -> Iterator[tuple[str, DMWLA]]:
         """Yield name and block of every DMW-LA block, in the order of the forward pass.
