@@ -238,13 +238,10 @@ class LabelOrder:
         if names and names != self.file_classes:
             found = f"names its classes {brief(', '.join(names))}"
         if found:
+            order = ", ".join(f"{index} {name}" for index, name in enumerate(self.file_classes, 1))
             raise DataError(
-                f"{path}: {found}, but --label_order {self.name} is {self.described()}: give the order that the file "
-                "has, or train on other organs with train_acdc.py"
+                f"{path}: {found}, but --label_order {self.name} is {order}: give the order that the file has, or "
+                "train on other organs with train_acdc.py"
             )
         ours = {name: index for index, name in enumerate(self.class_names, 1)}
         return np.array([0, *(ours.get(name, 0) for name in self.file_classes)], np.uint8)[label]
-
-    def described(self) -> str:
-        """Return the classes of a file in order, as text."""
-        return ", ".join(f"{index} {name}" for index, name in enumerate(self.file_classes, 1))
