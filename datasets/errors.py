@@ -7,7 +7,7 @@ class DataError(ValueError):
 
 def brief(value: object, limit: int = 300) -> str:
     """Return a value as one printable line of at most ``limit`` characters, for an error that quotes a file."""
-    text = " ".join(printable(str(value)[: 2 * limit]).split())
+    text = one_line(str(value)[: 2 * limit])
     return text if len(text) <= limit else f"{text[: limit - 4]} ..."
 
 
@@ -16,6 +16,6 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{('es' if noun.endswith('s') else 's') * (number != 1)}"
 
 
-def printable(text: str) -> str:
-    """Return a text on one line, with a space for every character that cannot be printed."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
+def one_line(text: str) -> str:
+    """Return a text on one line, with one space for every run of spaces and of characters that cannot be printed."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from datasets.errors import DataError, printable
+from datasets.errors import DataError, one_line
 from utils.errors import RunError, Stopped
 
 REMEDIES = {
@@ -51,7 +51,7 @@ class ArgumentParser(argparse.ArgumentParser):
         known = re.findall(r"[\w-]+", message.partition("choose from")[2]) or [*self._option_string_actions]
         if close := wrong and get_close_matches(wrong[1], known, 1):
             message += f", did you mean {close[0]}?"
-        self.exit(1, f"{self.prog}: error: {_one_line(message)} (see {self.prog} --help)\n")
+        self.exit(1, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
@@ -187,7 +187,7 @@ class _Terminal(logging.StreamHandler):
         if record.levelno < logging.WARNING:
             return logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S").format(record)
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("RANK", 0)) else ""
-        return f"{rank}{record.levelname.lower()}: {printable(record.getMessage())}"
+        return f"{rank}{record.levelname.lower()}: {one_line(record.getMessage())}"
 
 
 class _LogFile(logging.FileHandler):
@@ -205,8 +205,4 @@ def _message(error: BaseException) -> str:
     elif text.startswith("Caught ") and "Original Traceback" in text:
         # A data loader's process sends its traceback as the message; the last line is the error.
         text = text.rsplit(f"{type(error).__name__}: ", 1)[-1]
-    return _one_line(text)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(printable(text).split())
+    return one_line(text)
