@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from datasets.dicom import TO_RAS
-from datasets.errors import DataError, brief, counted
+from datasets.errors import DataError, brief, counted, extent
 from datasets.files import write_text
 from datasets.image_files import read_grey, read_image
 from datasets.info import MASK_FOLDER, VOLUME_FOLDER, DatasetInfo
@@ -214,10 +214,9 @@ def _say(found: Raw, looks: dict[str, Look], problems: dict[str, str]) -> None:
     values = sorted({value for look in looks.values() for value in look.values})
     logger.info("classes     %s", brief(", ".join(named), 200) or f"not declared, values {brief(values, 80)}")
     if looks:
-        sizes = np.array([look.size for look in looks.values()])
-        ends = zip(sizes.min(0), sizes.max(0), strict=True)
+        sizes = [look.size for look in looks.values()]
         axes = "rows, columns" if found.planar else "slices, rows, columns as stored"
-        logger.info("size        %s (%s)", " x ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in ends), axes)
+        logger.info("size        %s (%s)", extent(sizes), axes)
     spacings = _spacings(list(looks.values()))
     if spacings:
         logger.info("spacing     %s", ", ".join(f"{name} {mm:.3g} mm" for name, mm in spacings.items()))

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets import DataError, DatasetInfo, ImageDataset, ImageFolder, SliceDataset, VolumeDataset
-from datasets.errors import brief, counted
+from datasets.errors import brief, counted, extent
 from datasets.image_files import image_of
 from datasets.info import VOLUME_FOLDER
 from datasets.lists import beginnings, has_person, list_path, natural_key, patient_of, read_list, volume_name
@@ -155,21 +155,15 @@ class Part:
         if not self.read:
             return
         axes = "slices, rows, columns" if self.kind == "volumes" else "rows, columns"
-        print(f"  {'size':<20} {_extent(self.shapes)} ({axes})")
+        print(f"  {'size':<20} {extent(self.shapes)} ({axes})")
         if self.spacings:
-            print(f"  {'spacing':<20} {_extent(self.spacings)} mm (slices, rows, columns)")
+            print(f"  {'spacing':<20} {extent(self.spacings)} mm (slices, rows, columns)")
         print(f"  {'intensities':<20} {self.low:.6g} to {self.high:.6g}")
         print(f"  {'label ids':<20} {brief(', '.join(map(str, np.flatnonzero(self.voxels))), 80)}")
         for name, share in zip(("background", *self.names), self.voxels / self.voxels.sum(), strict=True):
             print(f"  {name:<20} {share:8.3%} of {unit}" + ("" if share else f"   warning: no {unit} of this class"))
         for doubt in self.warnings():
             print(f"  warning: {doubt}")
-
-
-def _extent(sizes: set[tuple[float, ...]]) -> str:
-    """Return sizes as text, of each axis the smallest and the largest: ``8 to 10 x 216 x 256``."""
-    ends = zip(np.min([*sizes], 0), np.max([*sizes], 0), strict=True)
-    return " x ".join(f"{low:g}" if low == high else f"{low:g} to {high:g}" for low, high in ends)
 
 
 def quick_check(train_set: Samples, val_set: Cases, info: DatasetInfo, args: Namespace) -> DatasetInfo:
