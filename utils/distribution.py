@@ -102,7 +102,7 @@ class EpochBatches(Sampler[list[int]]):
         self.epoch = self.done = 0
 
     @property
-    def step(self) -> int:
+    def samples_per_step(self) -> int:
         """Samples in one batch of all ranks together."""
         return self.batch_size * world_size()
 
@@ -112,7 +112,7 @@ class EpochBatches(Sampler[list[int]]):
 
     def count(self, done: int = 0) -> int:
         """Return the number of batches that are left after ``done`` samples."""
-        return (self.num_samples - done) // self.step
+        return (self.num_samples - done) // self.samples_per_step
 
     def __len__(self) -> int:
         return self.count(self.done)
@@ -121,7 +121,7 @@ class EpochBatches(Sampler[list[int]]):
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         order = torch.randperm(self.num_samples, generator=generator).tolist()
         for i in range(len(self)):
-            first = self.done + i * self.step + rank() * self.batch_size
+            first = self.done + i * self.samples_per_step + rank() * self.batch_size
             yield order[first : first + self.batch_size]
 
 

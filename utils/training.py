@@ -94,7 +94,7 @@ class Trainer:
 
     def build_loader(self) -> DataLoader:
         """Return the loader of this rank's batches; raise RunError if there are none."""
-        have, need = len(self.train_set), self.batches.step
+        have, need = len(self.train_set), self.batches.samples_per_step
         if have < need:
             raise RunError(f"{counted(have, 'training sample')} for a batch of {need}: lower --batch_size")
         return DataLoader(
@@ -186,7 +186,7 @@ class Trainer:
             for batch in batches:
                 losses = self.train_step(batch)  # (3,)
                 self.totals += losses
-                self.samples += self.batches.step
+                self.samples += self.batches.samples_per_step
                 self.steps += 1
                 if self.release:
                     self.update_k(losses[0])
