@@ -114,18 +114,18 @@ class Part:
             self.doubts["many slices with few rows or columns: is the shape (slices, rows, columns)?"] += 1
         if case.spacing and case.spacing[0] * 4 < case.spacing[2] and case.image.shape[0] * 4 < case.image.shape[2]:
             self.doubts["few but thin slices: is the spacing that of slices, rows and columns, in this order?"] += 1
-        if self.names == self.info.class_names:
+        if self.class_names == self.info.class_names:
             self.doubts.update(self.info.doubtful_places(case.label))
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def class_names(self) -> tuple[str, ...]:
         """The classes as the files name them, or else as the data set does."""
         return self.named or tuple(self.data.class_names or ()) or self.info.names_for(len(self.voxels))
 
     @property
     def nameless(self) -> bool:
         """Whether the classes get the names of the data set only because there are as many."""
-        used = not self.named and not self.data.class_names and self.names == self.info.class_names
+        used = not self.named and not self.data.class_names and self.class_names == self.info.class_names
         return used and self.read > 0 and not self.info.planar
 
     @property
@@ -142,7 +142,7 @@ class Part:
         if self.unscaled != bool(trained_on) or not alike:
             text = "" if trained_on else " (predict.py scales scans to this, and refuses a network trained on others)"
             doubts[f"intensities run from {self.low:g} to {self.high:g}; expected {low:g} to {high:g}{text}"] = 1
-        if self.names == self.info.class_names and (self.kind != "slices" or self.read == len(self.data)):
+        if self.class_names == self.info.class_names and (self.kind != "slices" or self.read == len(self.data)):
             doubts.update(self.info.doubtful_sizes(self.voxels))
         return [doubt + (f" ({count} {self.kind})" if count > 1 else "") for doubt, count in doubts.items()]
 
@@ -160,7 +160,7 @@ class Part:
             print(f"  {'spacing':<20} {extent(self.spacings)} mm (slices, rows, columns)")
         print(f"  {'intensities':<20} {self.low:.6g} to {self.high:.6g}")
         print(f"  {'label ids':<20} {brief(', '.join(map(str, np.flatnonzero(self.voxels))), 80)}")
-        for name, share in zip(("background", *self.names), self.voxels / self.voxels.sum(), strict=True):
+        for name, share in zip(("background", *self.class_names), self.voxels / self.voxels.sum(), strict=True):
             print(f"  {name:<20} {share:8.3%} of {unit}" + ("" if share else f"   warning: no {unit} of this class"))
         for doubt in self.warnings():
             print(f"  warning: {doubt}")
