@@ -115,10 +115,9 @@ def main() -> None:
     seed_everything(0)
     info = DATASETS.get(args.dataset)
     predictor = Predictor(args.checkpoint, args.device, args.amp, args.batch_size, info, args.prediction)
-    planar = predictor.planar
-    kind = planar, len(predictor.channels)
-    inputs = find_inputs(args.input, *kind)
-    outputs, beside = name_outputs(inputs, args.output, *kind)
+    planar, channels = predictor.planar, len(predictor.channels)
+    inputs = find_inputs(args.input, planar, channels)
+    outputs, beside = name_outputs(inputs, args.output, planar, channels)
     check_writable(outputs[0].parent)
     if planar:
         bits = common_bits(inputs, predictor.preprocessing.bits)
