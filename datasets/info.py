@@ -64,11 +64,10 @@ class DatasetInfo:
         """Folder of the volumes, or of images and masks."""
         return self.folder if self.planar else f"{self.folder}/{VOLUME_FOLDER}"
 
-    def require(self, *folders: str | Path) -> None:
-        """Raise DataError for the first folder that does not exist, with the way to get the data."""
-        for folder in folders:
-            if not Path(folder).is_dir():
-                raise DataError(f"{folder}: no such folder; {self.how_to_get}")
+    def require(self, folder: str | Path) -> None:
+        """Raise DataError if a folder does not exist, with the way to get the data."""
+        if not Path(folder).is_dir():
+            raise DataError(f"{folder}: no such folder; {self.how_to_get}")
 
     def names_for(self, num_classes: int) -> tuple[str, ...]:
         """Return the class names, or numbered names for another number of classes."""

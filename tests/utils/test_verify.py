@@ -208,7 +208,7 @@ def test_classes_are_called_as_the_files_say_or_the_user_or_else_as_usual_with_a
 
 def test_the_quick_check_finds_the_common_mistakes(prepared, refused):
     root = folders(prepared)[0]
-    refused(lambda: acdc.INFO.require(root, f"{root}/x"), f"{root}/x", "prepare_data.py acdc")
+    refused(lambda: acdc.INFO.require(f"{root}/x"), f"{root}/x", "prepare_data.py acdc")
     refused(lambda: quick(prepared, num_classes=3), "num_classes")
     refused(lambda: quick(prepared, info=synapse.INFO), "run to RAS", "LAS")  # axes that predict.py would not make
     quick(prepared)
