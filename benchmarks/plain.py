@@ -20,7 +20,7 @@ from utils.losses import SMOOTH
 class PlainDMWLA(DMWLA):
     """DMW-LA, (B, C, H, W) to (B, C, H, W), cluster by cluster."""
 
-    def forward(self, x: Tensor, seen: None = None) -> Tensor:
+    def forward(self, x: Tensor, to_write: None = None) -> Tensor:
         theta, phi, g = (_conv1x1(x, layer.weight).flatten(2) for layer in (self.theta, self.phi, self.g))  # (B, d, N)
         read = (theta.mT @ phi).softmax(-1) @ g.mT  # (B, N, d)
         if self.bank.in_warmup:

@@ -30,17 +30,17 @@ class Decoder(nn.Module):
         self.channel_attentions = nn.ModuleList(ChannelAttention(c, variant) for c in (c3, c2, c1))
         self.spatial_attention = SpatialAttention(3, variant)  # shared by the levels
 
-    def forward(self, skips: list[Tensor], seen: list | None = None) -> list[Tensor]:
-        """Return d_4 ... d_1 of the skips s_1 ... s_4, both (B, C_i, H_i, W_i). seen: see ``DMWLA``."""
+    def forward(self, skips: list[Tensor], to_write: list | None = None) -> list[Tensor]:
+        """Return d_4 ... d_1 of the skips s_1 ... s_4, both (B, C_i, H_i, W_i). to_write: see ``DMWLA``."""
         *shallower, deepest = skips
-        d = self.conv_blocks[0](self.dmwla[0](self.conv1x1(deepest), seen))
+        d = self.conv_blocks[0](self.dmwla[0](self.conv1x1(deepest), to_write))
         outputs = [d]
         for i, skip in enumerate(reversed(shallower)):
             u = self.ups[i](d)
             v = u + skip
             v = self.channel_attentions[i](v) * v
             v = self.spatial_attention(v, i) * v
-            d = self.conv_blocks[i + 1](self.dmwla[i + 1](u + v, seen))
+            d = self.conv_blocks[i + 1](self.dmwla[i + 1](u + v, to_write))
             outputs.append(d)
         return outputs
 

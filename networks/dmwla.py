@@ -63,8 +63,8 @@ class PlainAttention(nn.Module):
         self.g = nn.Linear(channels, feature_dim, bias=False)
         self.o = nn.Linear(feature_dim, channels, bias=False)
 
-    def forward(self, x: Tensor, seen: list | None = None) -> Tensor:
-        """Return the attended map (B, C, H, W) of ``x`` (B, C, H, W). ``seen`` is ignored: there is no memory."""
+    def forward(self, x: Tensor, to_write: list | None = None) -> Tensor:
+        """Return the attended map (B, C, H, W) of ``x`` (B, C, H, W). ``to_write`` is ignored: there is no memory."""
         update = self.global_interaction(self.tokens(x))
         return x + rearrange(update, "b (h w) c -> b c h w", h=x.shape[-2])
 
@@ -129,22 +129,22 @@ class DMWLA(PlainAttention):
             kmeans_step=warmup_iterations,
         )
 
-    def forward(self, x: Tensor, seen: list | None = None) -> Tensor:
+    def forward(self, x: Tensor, to_write: list | None = None) -> Tensor:
         """Return the attended map (B, C, H, W) of ``x`` (B, C, H, W), and write the bank in training mode.
 
-        With a list ``seen`` the block adds itself and its tokens to it, and the caller does ``write_memories``.
+        With a list ``to_write`` it adds itself and its tokens to that, and the caller does ``write_memories``.
         """
         tokens = self.tokens(x)  # (B, N, C)
-        writes = (self.training or self.written_in_evaluation) and self.bank.writable
-        if writes and getattr(self, "_is_replica", False):
-            raise NetworkError("DataParallel loses what its copies write into the memory: use DistributedDataParallel")
         update = self.global_interaction(tokens) if self.bank.in_warmup or self.attends_globally else 0
         if not self.bank.in_warmup:
             update = update + self.intra_cluster_interaction(tokens)
-        if writes and seen is not None:
-            seen.append((self, tokens.detach()))
-        elif writes:
-            write_memories([(self, tokens.detach())])
+        if (self.training or self.written_in_evaluation) and self.bank.writable:
+            if getattr(self, "_is_replica", False):
+                raise NetworkError("DataParallel loses what its copies write into a memory: use DistributedDataParallel")
+            if to_write is None:
+                write_memories([(self, tokens.detach())])
+            else:
+                to_write.append((self, tokens.detach()))
         return x + rearrange(update, "b (h w) c -> b c h w", h=x.shape[-2])
 
     def intra_cluster_interaction(self, tokens: Tensor) -> Tensor:
@@ -173,11 +173,11 @@ class DMWLA(PlainAttention):
 
 
 @torch.no_grad()
-def write_memories(seen: list[tuple[DMWLA, Tensor]]) -> None:
+def write_memories(to_write: list[tuple[DMWLA, Tensor]]) -> None:
     """Write the bank of each block with its tokens (B, N, C): in the warm-up those of phi, then the keys phi_k."""
     steady, keys = [], []
-    with in_full_precision(seen[0][1]):
-        for block, tokens in seen:
+    with in_full_precision(to_write[0][1]):
+        for block, tokens in to_write:
             weight = block.phi.weight if block.bank.in_warmup else block.phi_k
             projected = F.linear(tokens.to(weight.dtype), weight)  # (B, N, d)
             if block.bank.in_warmup:

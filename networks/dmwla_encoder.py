@@ -48,13 +48,13 @@ class DMWLAEncoder(nn.Module):
             self.dsgim = DSGIM(widths[DSGIM_STAGE], DEPTHS[DSGIM_STAGE], variant, dsgim)
         self.injection = nn.ModuleList(map(ImageInjection, widths))
 
-    def forward(self, image: Tensor, seen: list | None = None) -> list[Tensor]:
-        """Return e_1 ... e_4, (B, C_i, s / 2^(i+1), s / 2^(i+1)), of an image (B, 3, S, S). seen: see ``DMWLA``."""
+    def forward(self, image: Tensor, to_write: list | None = None) -> list[Tensor]:
+        """Return e_1 ... e_4, (B, C_i, s / 2^(i+1), s / 2^(i+1)), of an image (B, 3, S, S). to_write: see ``DMWLA``."""
         features, outputs = resize(image, self.img_size), []
         for i, (embedding, blocks) in enumerate(zip(self.patch_embeddings, self.stages, strict=True)):
             features = embedding(features)
             for position, block in enumerate(blocks):
-                features = block(features, seen)
+                features = block(features, to_write)
                 if i == DSGIM_STAGE and self.dsgim is not None:
                     features = self.dsgim(features, position)
             features = self.injection[i](features, image)

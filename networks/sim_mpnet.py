@@ -162,7 +162,7 @@ class SimMPNet(nn.Module):
             x: images (B, in_channels, S, S), S = ``img_size``.
         """
         check_input(x, self.config["in_channels"], self.config["img_size"])
-        size, seen = x.shape[-1], []
+        size, to_write = x.shape[-1], []
         with in_full_precision(x):  # bf16 would round the image's contrast away
             x = self.stem(x)  # (B, 3, S, S)
         skips = []  # s_i (B, C_i, s / 2^(i+1), s / 2^(i+1)), s = img_size_dmwla
@@ -172,11 +172,11 @@ class SimMPNet(nn.Module):
                 x = x * resize(self.gate(f[-1]), size)
             skips = [resize(f_i, self.config["img_size_dmwla"] // 2**i) for i, f_i in enumerate(f, 2)]
         if self.dmwla_encoder is not None:
-            e = self.dmwla_encoder(x, seen)  # e_i, of the shape of s_i
+            e = self.dmwla_encoder(x, to_write)  # e_i, of the shape of s_i
             skips = [e_i + f_i for e_i, f_i in zip(e, skips, strict=True)] if skips else e
-        d = self.decoder(skips, seen)  # d_4 ... d_1
-        if seen:
-            write_memories(seen)
+        d = self.decoder(skips, to_write)  # d_4 ... d_1
+        if to_write:
+            write_memories(to_write)
         all_maps = self.training or self.config["prediction"] == "sum"
         heads = self.heads if all_maps else self.heads[-1:]
         return [resize(head(d_i), size) for head, d_i in zip(heads, d[-len(heads) :], strict=True)]
