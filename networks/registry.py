@@ -19,8 +19,7 @@ from networks.maxvit import weights_file
 from networks.memory_bank import PrototypeMemoryBank
 from networks.sim_mpnet import SimMPNet
 
-FIRST = "sim_mpnet"
-"""The network that is built where none is named."""
+DEFAULT_NETWORK = "sim_mpnet"  # is built where none is named
 NETWORKS: dict[str, Callable[..., nn.Module]] = {}
 """The builder of each network, by the name in ``--network`` and in checkpoints; ``build`` calls it."""
 _SIZE_STEPS: dict[str, int] = {}
@@ -55,7 +54,7 @@ def register(name: str, size_step: int = 32) -> Callable:
     return enter
 
 
-def build(network: str = FIRST, pretrained: str | Path | None = None, **options) -> nn.Module:
+def build(network: str = DEFAULT_NETWORK, pretrained: str | Path | None = None, **options) -> nn.Module:
     """Return the network of a name, built with these arguments; ``build(**model.config)`` builds the same again.
 
     pretrained: the weights to start from; None means random ones.
@@ -127,4 +126,4 @@ class Baseline(nn.Module):
         return [{"params": list(self.parameters()), "lr_scale": 1.0}]
 
 
-register(FIRST)(SimMPNet)
+register(DEFAULT_NETWORK)(SimMPNet)

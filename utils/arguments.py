@@ -16,7 +16,7 @@ import torch
 
 from datasets import DATASETS, DatasetInfo, custom
 from datasets.lists import PATTERN_HELP
-from networks import CHOICES, FIRST, NETWORKS, build
+from networks import CHOICES, DEFAULT_NETWORK, NETWORKS, build
 from utils.checkpoint import load_checkpoint, network_arguments_of
 from utils.cli import AMP_DTYPES, ArgumentParser, number
 from utils.errors import RunError
@@ -75,7 +75,7 @@ def training_parser(description: str, info: DatasetInfo, **defaults: Any) -> Arg
     add("--cache_gib", type=some, default=4.0, help="GiB of the data to keep in memory")
 
     add = add_network = parser.add_argument_group("network").add_argument
-    add("--network", default=FIRST, choices=NETWORKS, help="network to train")
+    add("--network", default=DEFAULT_NETWORK, choices=NETWORKS, help="network to train")
     text = "a file, hub (download) or none (random); default: the file in pretrained_pth/maxvit, for other networks hub"
     add("--pretrained", help=f"ImageNet weights of the encoder: {text}")
     add("--init_from", type=Path, help="checkpoint whose network and weights a new run starts from, such as a best.pth")

@@ -19,7 +19,7 @@ from datasets import Picture, Volume
 from datasets.errors import brief
 from datasets.files import atomic_write
 from datasets.training_set import TrainingSet
-from networks import DMWLA, FIRST, NETWORKS, NetworkError, PrototypeMemoryBank, build
+from networks import DEFAULT_NETWORK, DMWLA, NETWORKS, NetworkError, PrototypeMemoryBank, build
 from networks.release import load_release_state_dict, release_arguments
 from utils.errors import RunError
 
@@ -141,8 +141,8 @@ def build_network(
 def network_arguments_of(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """Return the arguments of a checkpoint's network, ``network`` among them; raise RunError if it is unknown."""
     try:
-        release = "release" in checkpoint
-        options = {"network": FIRST} | (release_arguments(checkpoint["release"]) if release else checkpoint["network"])
+        given = release_arguments(checkpoint["release"]) if "release" in checkpoint else checkpoint["network"]
+        options = {"network": DEFAULT_NETWORK} | given
     except NetworkError as error:
         raise RunError(f"{path} is {error}") from error
     if options.get("variant") == "stable" and "prediction" not in options:
