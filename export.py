@@ -94,8 +94,7 @@ def describe(predictor: Predictor, checkpoint: Path) -> dict[str, Any]:
 def trace(network: SummedLogits) -> torch.onnx.ONNXProgram:
     """Return the ONNX program of a network on the CPU, for any batch size.
 
-    Raises:
-        RunError: torch.export cannot trace the network.
+    Raises RunError: torch.export cannot trace the network.
     """
     config = network.config
     logging.getLogger("torch.fx.experimental.symbolic_shapes").setLevel(logging.ERROR)  # it warns without need
@@ -127,8 +126,7 @@ def trace(network: SummedLogits) -> torch.onnx.ONNXProgram:
 def check(path: Path, network: SummedLogits) -> None:
     """Compare an ONNX file with PyTorch on random images, on the CPU and on a GPU if onnxruntime can use it.
 
-    Raises:
-        RunError: the largest difference is more than ``TOLERANCE`` of the largest logit (or of 1, if that is more).
+    Raises RunError: the largest difference is more than ``TOLERANCE`` of the largest logit (or of 1, if that is more).
     """
     channels, size = (network.config[name] for name in ("in_channels", "img_size"))
     gpu = torch.cuda.is_available() and "CUDAExecutionProvider" in require("onnxruntime").get_available_providers()

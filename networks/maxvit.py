@@ -38,8 +38,7 @@ class MaxViTEncoder(nn.Module):
         img_size: side S of the image in pixels, a multiple of 32.
         pretrained: a weight file (``.pth`` or ``.safetensors`` with timm's names), ``"hub"`` or ``None``.
 
-    Raises:
-        NetworkError: the weights are missing or do not fit.
+    Raises NetworkError: the weights are missing or do not fit.
     """
 
     def __init__(self, scale: str = "small", img_size: int = 256, pretrained: str | Path | None = None):
@@ -97,8 +96,7 @@ def load_weights(backbone: nn.Module, path: str | Path, scale: str) -> None:
 
     For grey images the stem's colours are summed, for other than three channels repeated, as timm does.
 
-    Raises:
-        NetworkError: the file is missing or unreadable, or its tensors are not exactly those of the scale.
+    Raises NetworkError: the file is missing or unreadable, or its tensors are not exactly those of the scale.
     """
     remedy = where_from(scale)
     if not Path(path).is_file():

@@ -152,8 +152,7 @@ def kmeans(columns: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
     Returns:
         Centroids (num_clusters, d), and the nearest centroid of each row, int64 (n,).
 
-    Raises:
-        NetworkError: the columns are not finite (training has diverged), or faiss is not installed.
+    Raises NetworkError: the columns are not finite (training has diverged), or faiss is not installed.
     """
     logging.getLogger("faiss").setLevel(logging.WARNING)  # it logs every instruction set that it tries
     try:

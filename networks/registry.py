@@ -37,8 +37,7 @@ def register(name: str, size_step: int = 32) -> Callable:
         name: a new name.
         size_step: sides of an image are multiples of this, in pixels.
 
-    Raises:
-        NetworkError: the name is in use, or the builder lacks an argument.
+    Raises NetworkError: the name is in use, or the builder lacks an argument.
     """
     if name in NETWORKS:
         raise NetworkError(f"there is a network {name} already: choose another name")
@@ -59,8 +58,7 @@ def build(network: str = DEFAULT_NETWORK, pretrained: str | Path | None = None, 
 
     pretrained: the weights to start from; None means random ones.
 
-    Raises:
-        NetworkError: the name is unknown, its library is not installed, or an argument does not fit.
+    Raises NetworkError: the name is unknown, its library is not installed, or an argument does not fit.
     """
     check_choice("network", network, NETWORKS)
     signature = inspect.signature(NETWORKS[network])

@@ -49,8 +49,7 @@ IGNORED = re.compile(r"backbone1\.(stem|stages|norm)\.|decoder\.CA4\.|(.*\.)?k$|
 def release_arguments(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the arguments of the network that a state dict of the release belongs to; its scale is always small.
 
-    Raises:
-        NetworkError: the state dict is not one of the release.
+    Raises NetworkError: the state dict is not one of the release.
     """
     weights = {name.removeprefix("module."): value for name, value in state_dict.items()}
     try:
@@ -76,8 +75,7 @@ def load_release_state_dict(model: SimMPNet, state_dict: Mapping[str, Tensor]) -
         model: a network of scale ``small`` at 256 px, with the classes and clusters of the state dict.
         state_dict: the release's tensors.
 
-    Raises:
-        NetworkError: tensors are missing, left over or of another shape. It lists all; the model is unchanged.
+    Raises NetworkError: tensors are missing, left over or of another shape. It lists all; the model is unchanged.
     """
     own = model.state_dict()
     sources = {name: release_name(name) for name in own if not name.endswith(OURS)}

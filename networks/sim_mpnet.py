@@ -94,8 +94,7 @@ class SimMPNet(nn.Module):
         prediction: ``"sum"`` of the four logit maps (the paper's), or ``"last"``: the finest map alone. Training is the
             same.
 
-    Raises:
-        NetworkError: unknown scale, variant or ablation, unsupported size or channels, or weights that do not fit.
+    Raises NetworkError: unknown scale, variant or ablation, unsupported size or channels, or weights that do not fit.
     """
 
     def __init__(
