@@ -57,12 +57,12 @@ class ImageInjection(nn.Conv2d):
 class ChannelAttention(nn.Module):
     """Compute CBAM's channel attention: (B, C, H, W) to weights (B, C, 1, 1) in (0, 1)."""
 
-    def __init__(self, channels: int, variant: str, reduction: int = 16):
+    def __init__(self, channels: int, variant: str):
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Conv2d(channels, channels // reduction, 1, bias=False),
+            nn.Conv2d(channels, channels // 16, 1, bias=False),
             nn.ReLU(inplace=True),
-            nn.Conv2d(channels // reduction, channels, 1, bias=False),
+            nn.Conv2d(channels // 16, channels, 1, bias=False),
         )
         self.gate = Gate()
         self.normalised = variant == "stable"

@@ -92,13 +92,13 @@ def _class_sums(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class WeightLossDynamic:
     """W-LD: set K, the columns that a step renews in each cluster, by how far the loss has fallen.
 
-    ``K = trunc(100 (0.5 - 0.5 (previous - current)))``, or ``default`` where that leaves [low, high]. A loss that
+    ``K = trunc(100 (0.5 - 0.5 (previous - current)))``, or ``default`` where that leaves [25, 75]. A loss that
     falls fast keeps the memory; a loss that rises renews more of it. Nothing waits for the device. start_epoch: the
     first epoch (from 1) that changes K; infinity leaves K as it is.
     """
 
-    def __init__(self, start_epoch: float = 100, default: int = 50, low: int = 25, high: int = 75):
-        self.start_epoch, self.default, self.low, self.high = start_epoch, default, low, high
+    def __init__(self, start_epoch: float = 100, default: int = 50):
+        self.start_epoch, self.default = start_epoch, default
         self.previous: Tensor | None = None
 
     def step(self, loss: Tensor, epoch: int) -> Tensor | None:
@@ -110,7 +110,7 @@ class WeightLossDynamic:
         if previous is None or epoch < self.start_epoch:
             return None
         k = torch.trunc(100 * (0.5 - 0.5 * (previous - self.previous)))
-        return torch.where((k >= self.low) & (k <= self.high), k, self.default).long()
+        return torch.where((k >= 25) & (k <= 75), k, self.default).long()
 
     def state_dict(self) -> dict:
         return {"previous": self.previous}
