@@ -31,7 +31,7 @@ COMPRESSION = 1  # zlib level of prepared files: the fastest
 
 @dataclass
 class Volume:
-    """One scan with its label; axes are (z, y, x).
+    """One scan with its label; axes are (z, y, x). A ``Picture`` of ``images.py`` is a Volume of one slice.
 
     image: float32 (D, H, W), of several channels (D, H, W, C); label: uint8 (D, H, W) or None; spacing: (z, y, x) in mm
     or None; affine: float64 (4, 4) from voxel index (x, y, z) to mm in NIfTI's right-anterior-superior space, or None;

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from datasets import Picture, Volume
+from datasets import Volume
 from datasets.errors import brief
 from datasets.files import atomic_write
 from datasets.training_set import TrainingSet
@@ -184,7 +184,7 @@ def load_fitting(model: torch.nn.Module, checkpoint: dict[str, Any], path: Path)
     return [f"the weights are those of {path}", *new]
 
 
-def describe_data(train_set: TrainingSet, val_set: Sequence[Volume | Picture], classes: Sequence[str]) -> list[str]:
+def describe_data(train_set: TrainingSet, val_set: Sequence[Volume], classes: Sequence[str]) -> list[str]:
     """Return lines that identify the data of a run: all cases and classes, and what three training samples hold."""
     lines = [f"training case {name}" for name in train_set.names] + [f"{len(train_set)} training samples"]
     lines += [f"validation case {name}" for name in val_set.names] + [f"class {name}" for name in classes]

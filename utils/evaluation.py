@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets import Picture, Volume
+from datasets import Volume
 from datasets.files import atomic_write, file_stem
 from utils.errors import RunError
 from utils.metrics import ClassResult, case_metrics, confusion
@@ -26,7 +26,7 @@ class CaseResult:
 
 
 def predict_volume(
-    model: torch.nn.Module, volume: Volume | Picture, img_size: int, batch_size: int = 16,
+    model: torch.nn.Module, volume: Volume, img_size: int, batch_size: int = 16,
     device: torch.device | str = "cpu", amp_dtype: torch.dtype | None = None,
 ) -> np.ndarray:  # fmt: skip
     """Return the class of every voxel of a volume of D slices, or of an image (D = 1): uint8 (D, H, W).
@@ -57,8 +57,8 @@ def predict_volume(
 
 
 def evaluate(
-    predict: Callable[[Volume | Picture], np.ndarray], volumes: Sequence[Volume | Picture], num_classes: int,
-    on_case: Callable[[Volume | Picture, np.ndarray], None] = lambda *_: None,
+    predict: Callable[[Volume], np.ndarray], volumes: Sequence[Volume], num_classes: int,
+    on_case: Callable[[Volume, np.ndarray], None] = lambda *_: None,
 ) -> list[CaseResult]:  # fmt: skip
     """Predict and score every volume, each opened once and in order, and log a line for each.
 
@@ -67,7 +67,7 @@ def evaluate(
     its prediction after scoring, to save them.
     """
 
-    def score(number: int, volume: Volume | Picture, prediction: np.ndarray) -> CaseResult:
+    def score(number: int, volume: Volume, prediction: np.ndarray) -> CaseResult:
         if volume.planar:  # distances in two dimensions
             classes = case_metrics(prediction[0], volume.label[0], num_classes)
             result = CaseResult(volume.name, "pixels", classes, confusion(prediction, volume.label, num_classes))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.ndimage import generate_binary_structure, morphological_gradient
 
-from datasets import Picture, Volume
+from datasets import Volume
 from datasets.files import atomic_write, file_stem
 from datasets.image_files import save_png
 from utils.metrics import dice_only
@@ -37,7 +37,7 @@ def class_rgb(c: int) -> tuple[int, int, int]:
     return tuple(bytes.fromhex(class_colour(c)[1:]))
 
 
-def save_overlays(folder: str | Path, volume: Volume | Picture, prediction: np.ndarray, count: int = 3) -> list[Path]:
+def save_overlays(folder: str | Path, volume: Volume, prediction: np.ndarray, count: int = 3) -> list[Path]:
     """Draw image, label and prediction side by side for up to ``count`` slices; return the paths.
 
     The files are ``<case>_slice<z>.png``, in place of those of an earlier call. With a label they show the slices with
@@ -63,7 +63,7 @@ def save_overlays(folder: str | Path, volume: Volume | Picture, prediction: np.n
     return paths
 
 
-def draw_masks(path: str | Path, volume: Volume | Picture, z: int, prediction: np.ndarray) -> None:
+def draw_masks(path: str | Path, volume: Volume, z: int, prediction: np.ndarray) -> None:
     """Draw slice ``z`` of a volume, its label if it has one, and a prediction (H, W), side by side.
 
     With a label, the strict Dice of each class in the slice, and the number of wrong voxels, are below the prediction.
@@ -122,7 +122,7 @@ def make_panels(count: int, columns: int) -> tuple["Figure", list["Axes"]]:
     return figure, list(axes[:count])
 
 
-def upright_steps(volume: Volume | Picture) -> tuple[slice, slice]:
+def upright_steps(volume: Volume) -> tuple[slice, slice]:
     """Return slices of rows and columns that bring the front to the top and the patient's right to the left."""
     if volume.affine is None:
         return slice(None), slice(None)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from datasets import DATASETS, Picture, Volume
+from datasets import DATASETS, Volume
 from datasets.errors import counted
 from datasets.files import file_stem
 from networks import SimMPNet
@@ -38,7 +38,7 @@ from utils.predictor import Predictor
 logger = logging.getLogger("inspect")
 
 
-def inspect(model: SimMPNet, volume: Volume | Picture | None = None, z: int = 0) -> dict[str, Figure]:
+def inspect(model: SimMPNet, volume: Volume | None = None, z: int = 0) -> dict[str, Figure]:
     """Draw everything that there is something for; return the figures by name.
 
     model: on the CPU; is put into evaluation mode, its memory frozen. volume: whose slice ``z`` is looked at; without

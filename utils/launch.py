@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from timm.layers import convert_sync_batchnorm
 
-from datasets import DatasetInfo, Picture, Volume
+from datasets import DatasetInfo, Volume
 from datasets.errors import brief, counted
 from datasets.files import file_stem, write_text
 from datasets.image_files import save_png
@@ -162,7 +162,7 @@ def test(args: Namespace, info: DatasetInfo) -> None:
     count = counted(len(cases), "case")
     logger.info("%s on %s of the list %s, data in %s, on %s", args.checkpoint, count, split, tested, predictor.device)
 
-    def save(case: Volume | Picture, prediction: np.ndarray) -> None:
+    def save(case: Volume, prediction: np.ndarray) -> None:
         case.class_names = class_names
         if args.save_predictions and case.planar:
             save_png(folder / "masks" / f"{file_stem(case.name)}.png", prediction[0])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from datasets import DATASETS, DataError, DatasetInfo, Picture, Volume
+from datasets import DATASETS, DataError, DatasetInfo, Volume
 from datasets.dicom import choose
 from datasets.files import write_text
 from datasets.images import read_picture
@@ -94,7 +94,7 @@ class Predictor:
             data["class_names"] = info.names_for(self.model.config["num_classes"])
         self.class_names = tuple(data["class_names"])
 
-    def read(self, path: str | Path, time_point: int | None = None) -> Volume | Picture:
+    def read(self, path: str | Path, time_point: int | None = None) -> Volume:
         """Open a scan or an image for the network. time_point: of a scan with several volumes, from 0."""
         if self.planar:
             choose(Path(path), 1, time_point, "image")
@@ -112,7 +112,7 @@ class Predictor:
                 )  # fmt: skip
         return volume
 
-    def segment(self, volume: Volume | Picture) -> np.ndarray:
+    def segment(self, volume: Volume) -> np.ndarray:
         """Return the class of every voxel, uint8 (D, H, W); of an image D = 1."""
         size = self.model.config["img_size"]
         with out_of_memory(f"predict fewer slices at a time than {self.batch_size}, in bf16, or on the CPU"):
@@ -143,7 +143,7 @@ def write_colour_tables(stem: str | Path, class_names: Sequence[str]) -> None:
         write_text(f"{stem}{ending}", "\n".join(lines) + "\n")
 
 
-def class_sizes(volume: Volume | Picture, prediction: np.ndarray) -> list[dict[str, Any]]:
+def class_sizes(volume: Volume, prediction: np.ndarray) -> list[dict[str, Any]]:
     """Return the size of every class without background, a row each.
 
     prediction: class indices (D, H, W). Of a scan voxels and millilitres, which are NaN where its file gives no voxel

@@ -21,7 +21,7 @@ from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets import DatasetInfo, Picture, Volume
+from datasets import DatasetInfo, Volume
 from datasets.errors import counted
 from datasets.training_set import TrainingSet
 from networks.ranks import rank, world_size
@@ -50,7 +50,7 @@ class Trainer:
     """
 
     def __init__(
-        self, model: nn.Module, info: DatasetInfo, train_set: TrainingSet, val_set: Sequence[Volume | Picture],
+        self, model: nn.Module, info: DatasetInfo, train_set: TrainingSet, val_set: Sequence[Volume],
         args: Namespace, device: torch.device,
     ):  # fmt: skip
         self.args, self.device = args, device
