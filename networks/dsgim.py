@@ -4,8 +4,8 @@
 2. Scores ``T = Q K^T``. The distance between mean scores divides the keys of each row into two branches.
 3. ``out = ConvBlock'(fc((softmax_I(T) + softmax_II(T)) V))``.
 
-The variant ``release`` departs from the paper in four places; a comment marks each. In ``stable`` the ConvBlock's norms
-have no running statistics. Symbols: B batch, C channels, H W map, n = H W tokens.
+Where the variant ``release`` departs from the paper, a comment begins with "Release:". In ``stable`` the ConvBlock's
+norms have no running statistics. Symbols: B batch, C channels, H W map, n = H W tokens.
 """
 
 import torch
@@ -43,6 +43,7 @@ class DSGIM(nn.Module):
         self.key = nn.Conv2d(channels, channels, 1)
         self.value = nn.Conv2d(channels, channels, 1)
         self.fc = nn.Linear(channels, channels)
+        # Release: the positions share the running statistics too.
         statistics = {"paper": num_positions, "release": 1, "stable": 0}[variant]
         self.conv1 = nn.Conv2d(channels, channels // 4, 3, padding=1)
         self.norm1 = PositionalBatchNorm2d(channels // 4, statistics)
@@ -59,7 +60,7 @@ class DSGIM(nn.Module):
             key = rearrange(self.key(exact * key_scale), "b c h w -> b (h w) c")
             scores = query @ key.mT  # T (B, n, n), not scaled
             if self.variant == "release" and self.decays_windows:
-                # The scores of image 0 are constant, and rounding must not change that.
+                # Release: the scores of image 0 are constant, and rounding must not change that.
                 is_first = torch.arange(x.shape[0], device=x.device).view(-1, 1, 1) == 0
                 scores = torch.where(is_first, scores[:, :1, :1], scores)
             attention = self._branches(scores) if self.parts_keys else scores.softmax(-1)
@@ -77,10 +78,11 @@ class DSGIM(nn.Module):
             return whole, whole
         selected = rearrange(select_windows(x.detach()), "b (r c) -> b 1 r c", r=2)
         selected = selected.repeat_interleave(x.shape[-2] // 2, 2).repeat_interleave(x.shape[-1] // 2, 3)
+        # Release: gamma is cut to 0, at every position.
         gamma = torch.zeros_like(self.decay[0]) if self.variant == "release" else self.decay[position + 1]
         query_scale = torch.where(selected, gamma, 1.0)
         key_scale = torch.where(selected, 1.0, gamma)
-        if self.variant == "release":  # it truncates the mask of image 0 of a batch to zero everywhere
+        if self.variant == "release":  # Release: the whole mask of image 0 of a batch is cut to 0
             not_first = (torch.arange(x.shape[0], device=x.device) > 0).view(-1, 1, 1, 1)
             query_scale, key_scale = query_scale * not_first, key_scale * not_first
         return query_scale, key_scale
@@ -93,7 +95,7 @@ class DSGIM(nn.Module):
         tau = distance.topk(n // 2, dim=-1).values[..., -1:]  # (B, n, 1)
         mask_1 = (distance >= tau) | torch.eye(n, dtype=torch.bool, device=scores.device)
         mask_2 = ~mask_1
-        if self.variant == "release":  # it compares the binary mask I with tau, not E
+        if self.variant == "release":  # Release: it compares the binary mask I with tau, not E
             mask_2 = mask_2 | (tau >= 1)
         present = scores.detach() != 0
         branch_1 = torch.where(mask_1 & present, scores, EXCLUDED).softmax(-1)
