@@ -1,4 +1,4 @@
-"""What every preparation shares: pairs of raw files, splitting names, reading cases, writing prepared files, progress.
+"""What every preparation shares: pairs of raw files, reading cases, writing prepared files, progress.
 
 A case (one frame of a patient, one photograph, one cell) becomes prepared files. The last of them is written when all
 the others are complete, so a later run skips what is finished and repeats what is not.
@@ -36,7 +36,7 @@ Pair = tuple[np.ndarray, np.ndarray]  # image, uint8 (H, W, 3); class indices, u
 
 @dataclass(frozen=True)
 class Case:
-    """The raw files of an image and of its label: mostly one each; several slices or cells; none of a label inside."""
+    """The raw files of an image and of its label. An HDF5 file holds both, so ``labels`` is empty."""
 
     name: str
     images: tuple[Path, ...]

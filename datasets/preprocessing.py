@@ -103,8 +103,8 @@ class Preprocessing:
         values = asdict(self).items()  # as earlier versions wrote them
         return {name: value for name, value in values if value or name in ("orientation", "window")}
 
-    def described(self, img_size: int) -> str:
-        """Return in words how a scan becomes the network's input, for other programs."""
+    def described(self, img_size: int | str) -> str:
+        """Return in words how a scan becomes the network's input; img_size: a number, or the flag that gives it."""
         if self.stored is not None:
             return "prepared like the training files, whose intensities run from {:g} to {:g}".format(*self.stored)
         axes = "as stored" if self.orientation is None else f"reoriented to {self.orientation} (x, y, z)"
@@ -139,7 +139,7 @@ class ColourPreprocessing:
         """Return plain values for a checkpoint."""
         return {key: value for key, value in asdict(self).items() if value is not None}  # as earlier versions
 
-    def described(self, img_size: int) -> str:
+    def described(self, img_size: int | str) -> str:
         """Return the steps from an image to the network's input in words, for users of an exported network."""
         deep = f"; 16 bits are divided by {2 ** (self.bits - 8)}" if self.bits else ""
         return (

@@ -14,7 +14,7 @@ from datasets.transforms import augment
 class TrainingSet(Dataset):
     """Samples that are read, the same in every epoch, and then augmented at random and resized to ``img_size`` squared.
 
-    augment: the specification's geometric augmentation; photometric: also change colour, focus and form. ``[i]`` is a
+    augment: the specification's geometric augmentation; photometric: augment colours, focus and shape too. ``[i]`` is a
     dictionary of ``image`` float32 (C, S, S), ``label`` int64 (S, S) and ``name``.
     A subclass defines ``read(index)``, which returns image and label of a sample, checked; ``fit(image, label)``, which
     returns them as (C, S, S) and (S, S); their names, ``samples``; and ``names``: of the images, or of the volumes.

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = data_parser("python -m utils.preview", __doc__)
     parser.add_argument("--split", default="train", help="list to draw from")
     parser.add_argument("--count", type=number(int, 1), default=16, help="number of samples")
-    parser.add_argument("--photometric", action="store_true", help="also change colour, focus and form (colour images)")
+    parser.add_argument("--photometric", action="store_true", help="augment colours, focus and shape (of images)")
     parser.add_argument("--seed", type=number(int, 0), default=2222, help="seed of the augmentation")
     parser.add_argument("--img_size", type=number(int, 1), default=256, help="side of a sample, in pixels")
     parser.add_argument("--output", type=Path, default=Path("preview.png"), help="PNG to write")

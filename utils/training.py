@@ -38,9 +38,9 @@ from utils.watch import NumberWatch, StopSignals, out_of_memory
 
 logger = logging.getLogger(__name__)
 
+# Attributes of the trainer that are saved in every checkpoint.
 COUNTED = ("epoch", "iteration", "history", "best_dice", "best_epoch")
 COUNTED_IN_EPOCH = ("samples", "steps", "seconds", "totals")
-"""Attributes of the trainer that are saved in every checkpoint."""
 
 
 class Trainer:
