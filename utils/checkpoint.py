@@ -78,7 +78,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise RunError(f"{path} is no checkpoint of this project, or it is damaged: {remedy}") from error
     if isinstance(state, dict) and not all(key in state for key in REQUIRED):
         state = {"release": state}
-    if not _has_the_right_types(state):
+    if not isinstance(state, dict) or not _has_the_right_types(state):
         raise RunError(f"{path} does not hold what this project or the release saves: copy it again, or train again")
     return state
 
