@@ -72,9 +72,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except (OSError, MemoryError) as error:
         raise RunError(f"{path} cannot be read ({type(error).__name__}: {brief(error, 100)}): try again") from error
     except Exception as error:  # torch and its unpickler raise many kinds, whose words are about unpickling
-        remedy = "give a best.pth or last.pth, or copy it again"
-        if path.suffix.lower() == ".onnx":
-            raise RunError(f"{path} is an ONNX file, which only predict.py reads: {remedy}") from error
+        remedy = "give a best.pth or last.pth (only predict.py reads ONNX files), or copy it again"
         raise RunError(f"{path} is no checkpoint of this project, or it is damaged: {remedy}") from error
     if isinstance(state, dict) and not all(key in state for key in REQUIRED):
         state = {"release": state}
