@@ -84,7 +84,7 @@ class Part:
         """Read and check a case. Raises DataError, also for class names other than those of a case before it."""
         data, prepared = self.data, self.info.preprocessing
         file = data.files[index] if self.kind == "slices" else data.files[data.names[index]][0]
-        case = data[index] if self.kind == "volumes" else data.open(index)
+        case = data.open(index)
         low, high = float(case.image.min()), float(case.image.max())
         self.low, self.high, self.read = min(self.low, low), max(self.high, high), self.read + 1
         self.voxels += np.bincount(case.label.ravel(), minlength=len(self.voxels))
