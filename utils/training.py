@@ -126,25 +126,7 @@ class Trainer:
             if self.writes:
                 config = {"args": vars(self.args), "data": self.data, "ranks": world_size(), **provenance()}
                 self.run.open(config, self.history, resumed=self.iteration > 0)
-            logger.info(
-                "%.2f M parameters, %s, %s, %s, on %d x %s; run folder %s",
-                sum(p.numel() for p in self.model.parameters()) / 1e6, counted(len(self.train_set), "training sample"),
-                counted(len(self.val_set), "validation case"), counted(self.total_iterations, "iteration"),
-                world_size(), self.device, self.run.path,
-            )  # fmt: skip
-            before, now = self.optimizer.param_groups[0]["lr"], self.learning_rate(self.iteration - 1)
-            if self.iteration and not math.isclose(before, now):
-                text = "iteration %d had learning rate %.3g, with these flags %.3g: the result is not that of one run"
-                logger.warning(text, self.iteration, before, now)
-            # Weights of another run may bring a memory that is past its warm-up.
-            waiting = [bank for bank in self.banks if bank.in_warmup and bank.sampling_steps >= self.total_iterations]
-            if waiting and not self.iteration:
-                text = "the run ends after %s, before its memory is used: lower --warmup_iterations %d"
-                logger.warning(text, counted(self.total_iterations, "iteration"), self.args.warmup_iterations)
-            acting = self.args.max_epochs - (not self.release)  # W-LD sets K at the end of an epoch, for the next one
-            if self.banks and acting < self.wld.start_epoch < math.inf:
-                text = "K stays as it is, because W-LD starts only %s epoch %d"
-                logger.info(text, "in" if self.release else "at the end of", self.args.wld_start_epoch)
+            self.announce()
         try:
             with self.signals:
                 while not self.is_over():
@@ -158,6 +140,27 @@ class Trainer:
         if self.best_dice == -math.inf:
             best = f"no epoch from {self.args.select_from_epoch} on was validated, so there is no best.pth"
         logger.info("done after %s: %s", counted(self.iteration, "iteration"), best)
+
+    def announce(self) -> None:
+        """Log what the run is, and warn of settings with which it does less than a user may expect."""
+        iterations = counted(self.total_iterations, "iteration")
+        logger.info(
+            "%.2f M parameters, %s, %s, %s, on %d x %s; run folder %s",
+            sum(p.numel() for p in self.model.parameters()) / 1e6, counted(len(self.train_set), "training sample"),
+            counted(len(self.val_set), "validation case"), iterations, world_size(), self.device, self.run.path,
+        )  # fmt: skip
+        before, now = self.optimizer.param_groups[0]["lr"], self.learning_rate(self.iteration - 1)
+        if self.iteration and not math.isclose(before, now):
+            text = "iteration %d had learning rate %.3g, with these flags %.3g: the result is not that of one run"
+            logger.warning(text, self.iteration, before, now)
+        # Weights of another run may bring a memory that is past its warm-up.
+        waiting = [bank for bank in self.banks if bank.in_warmup and bank.sampling_steps >= self.total_iterations]
+        if waiting and not self.iteration:
+            text = "the run ends after %s, before its memory is used: lower --warmup_iterations %d"
+            logger.warning(text, iterations, self.args.warmup_iterations)
+        first = self.wld.start_epoch + (not self.release)  # at the end of an epoch K is set for the next one
+        if self.banks and self.args.max_epochs < first < math.inf:
+            logger.info("K stays as it is, because W-LD changes it only from epoch %d on", first)
 
     def is_over(self) -> bool:
         """Return whether all iterations are done and the last epoch is recorded."""
