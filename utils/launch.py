@@ -220,16 +220,17 @@ def _choose_folders(args: Namespace, info: DatasetInfo, where: str, saved: dict[
         if getattr(args, name) is not None:
             continue
         default = Path(getattr(info, name))
-        before = Path(saved[name]) if of_these_data and saved.get(name) else default
-        setattr(args, name, before if before.is_dir() else default)
-        if getattr(args, name) != before:
-            logger.info("the training's --%s %s does not exist here, so %s is used", name, before, default)
-    same = saved.get(where) and Path(saved[where]).resolve() == Path(getattr(args, where)).resolve()
+        folder = Path(saved[name]) if of_these_data and saved.get(name) else default
+        if folder != default and not folder.is_dir():
+            logger.info("the training's --%s %s does not exist here, so %s is used", name, folder, default)
+            folder = default
+        setattr(args, name, folder)
     order = saved.get("label_order")
-    if vars(args).get("label_order", "") is None and order is not None:
+    if order is not None and info.label_orders and args.label_order is None:
+        same = saved.get(where) and Path(saved[where]).resolve() == Path(getattr(args, where)).resolve()
         if not same and order != next(iter(info.label_orders)):
             raise RunError(f"the training had --label_order {order}: say with it which order these other files have")
-        args.label_order = order if same else None
+        args.label_order = order  # of other files it is the first, which is the default
 
 
 def _remove_pictures(folder: Path) -> None:
