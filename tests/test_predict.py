@@ -20,7 +20,7 @@ from tests.test_scripts import assert_one_line
 from tests.utils.test_evaluation import Threshold
 from utils import predictor as predictors
 from utils.checkpoint import save_checkpoint
-from utils.evaluation import predict_volume
+from utils.evaluation import predict_case
 from utils.metrics import dice_only
 
 NAMES = synapse.CLASS_NAMES
@@ -220,9 +220,9 @@ def test_a_prediction_takes_the_memory_of_a_few_slices(tmp_path):
     nibabel.save(nibabel.Nifti1Image(np.zeros((128, 128, 300), np.int16), np.eye(4)), scan)
     model = Threshold(9, brightest=1)
     volume = read_scan(scan, synapse.INFO.preprocessing)
-    predict_volume(model, volume, SIZE, 4)
+    predict_case(model, volume, SIZE, 4)
     tracemalloc.start()
-    prediction = predict_volume(model, volume, SIZE, 4)
+    prediction = predict_case(model, volume, SIZE, 4)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2.5 * prediction.nbytes  # as floats, the image alone is 4 times as large

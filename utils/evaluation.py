@@ -25,7 +25,7 @@ class CaseResult:
     confusion: np.ndarray | None = None  # of an image, (num_classes, num_classes), pixels by label and prediction
 
 
-def predict_volume(
+def predict_case(
     model: torch.nn.Module, volume: Volume, img_size: int, batch_size: int = 16,
     device: torch.device | str = "cpu", amp_dtype: torch.dtype | None = None,
 ) -> np.ndarray:  # fmt: skip

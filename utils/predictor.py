@@ -21,7 +21,7 @@ from utils.arguments import script_of
 from utils.checkpoint import build_network, load_checkpoint
 from utils.cli import AMP_DTYPES, pick_device, set_precision
 from utils.errors import RunError
-from utils.evaluation import predict_volume
+from utils.evaluation import predict_case
 from utils.figures import class_rgb
 from utils.onnx_network import OnnxNetwork, is_onnx
 from utils.watch import out_of_memory
@@ -116,7 +116,7 @@ class Predictor:
         """Return the class of every voxel, uint8 (D, H, W); of an image D = 1."""
         size = self.model.config["img_size"]
         with out_of_memory(f"predict fewer slices at a time than {self.batch_size}, in bf16, or on the CPU"):
-            return predict_volume(self.model, volume, size, self.batch_size, self.device, self.amp_dtype)
+            return predict_case(self.model, volume, size, self.batch_size, self.device, self.amp_dtype)
 
     def __call__(self, path: str | Path):
         """Segment a file: return a nibabel image on the grid of the scan, or of a photograph an array, uint8 (H, W)."""

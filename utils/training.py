@@ -29,7 +29,7 @@ from utils.checkpoint import describe_data, provenance
 from utils.cli import AMP_DTYPES, random_state, set_random_state
 from utils.distribution import EpochBatches, distribute, gather_over_ranks, largest_over_ranks, share_buffers
 from utils.errors import RunError, Stopped
-from utils.evaluation import mean_dice, predict_volume
+from utils.evaluation import mean_dice, predict_case
 from utils.figures import dice_name
 from utils.losses import WeightLossDynamic, subset_losses
 from utils.metrics import dice_only
@@ -292,7 +292,7 @@ class Trainer:
                 if self.signals.received and not self.release:
                     break
                 case, size = self.val_set[i], args.img_size
-                prediction = predict_volume(self.model, case, size, args.eval_batch_size, self.device, self.amp_dtype)
+                prediction = predict_case(self.model, case, size, args.eval_batch_size, self.device, self.amp_dtype)
                 dice[i] = dice_only(prediction, case.label, args.num_classes)
         if self.release:  # validating again would write the memory twice, so a signal waits for the next step
             share_buffers(self.model)

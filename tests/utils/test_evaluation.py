@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from datasets import Volume
-from utils.evaluation import evaluate, mean_dice, predict_volume, save_nifti
+from utils.evaluation import evaluate, mean_dice, predict_case, save_nifti
 from utils.metrics import case_metrics
 
 NAMES = ("box", "core", "nowhere")
@@ -55,7 +55,7 @@ def volume_of(label: np.ndarray, seen: np.ndarray | None = None, name: str = "ca
 
 
 def predict_boxes():
-    return partial(predict_volume, Threshold(), img_size=32)
+    return partial(predict_case, Threshold(), img_size=32)
 
 
 def predictions() -> dict[str, np.ndarray]:
@@ -69,10 +69,10 @@ def predictions() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(("batch_size", "batches"), [(1, [1] * 5), (2, [2, 2, 1]), (5, [5]), (100, [5])])
 def test_the_prediction_is_the_arg_max_of_the_summed_maps_for_any_batch_size(batch_size, batches):
     model = Threshold()
-    prediction = predict_volume(model, volume_of(box_label()), 32, batch_size)
+    prediction = predict_case(model, volume_of(box_label()), 32, batch_size)
     assert prediction.dtype == np.uint8 and model.batch_sizes == batches
     model.config = {"variant": "release"}  # whose authors predict one slice at a time
-    predict_volume(model, volume_of(box_label()), 32, batch_size)
+    predict_case(model, volume_of(box_label()), 32, batch_size)
     assert model.batch_sizes == [*batches, *[1] * 5]
     np.testing.assert_array_equal(prediction, box_label())
 
@@ -81,7 +81,7 @@ def test_autocast_reaches_the_model():
     model, types = nn.Conv2d(1, 2, 1), []
     model.register_forward_hook(lambda _, arguments, output: types.append(output.dtype) or [output])
     for amp_dtype in (torch.bfloat16, None):
-        predict_volume(model, volume_of(box_label(1)), 32, amp_dtype=amp_dtype)
+        predict_case(model, volume_of(box_label(1)), 32, amp_dtype=amp_dtype)
     assert types == [torch.bfloat16, torch.float32]
 
 
@@ -89,7 +89,7 @@ def test_an_output_that_is_not_finite_is_no_prediction(refused):
     model = nn.Conv2d(1, 2, 1)
     nn.init.constant_(model.weight, 3e38)
     model.register_forward_hook(lambda _, arguments, output: [output, -output])  # inf and -inf
-    predict = partial(predict_volume, model, volume_of(box_label(), name="a"), 32)
+    predict = partial(predict_case, model, volume_of(box_label(), name="a"), 32)
     refused(predict, "a: the network's output is not finite", "lower --base_lr")
     refused(lambda: predict(amp_dtype=torch.bfloat16), "a: the network's output is not finite", "--amp none")
 
