@@ -258,7 +258,9 @@ def divide(
     for name in names:
         patients.setdefault(patient_of(name, pattern), []).append(name)
     folds = folds or max(2, min(5, len(patients) - bool(test)))
-    held, *validating = split_names(patients, [test * folds / (100 - test), *[1] * folds], seed)
+    # The test part is as large as that many folds.
+    divided = split_names(patients, [test * folds / (100 - test), *[1] * folds], seed)
+    held, *validating = ([name for patient in part for name in patients[patient]] for part in divided)
     if folds < 2 or not all(validating) or (test and not held):
         raise DataError(
             f"--folds {folds} --test {test}: too few patients ({len(patients)}), or --folds 1; expected a patient or "
@@ -266,10 +268,9 @@ def divide(
         )
     lists = []
     for val in validating:
-        train = [patient for others in validating if others is not val for patient in others]
-        parts = {"train": train, "val": val} | ({"test": held} if held else {})
-        named = {part: [name for patient in members for name in patients[patient]] for part, members in parts.items()}
-        lists.append({part: sorted(members, key=natural_key) for part, members in named.items()})
+        train = [name for others in validating if others is not val for name in others]
+        parts = {"train": train, "val": val, "test": held}
+        lists.append({part: sorted(members, key=natural_key) for part, members in parts.items() if members})
     return lists
 
 
