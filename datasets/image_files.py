@@ -82,9 +82,8 @@ def _tags(file: Image.Image) -> dict[int, Any]:
 
 def _deep_values(path: str | Path, file: Image.Image) -> np.ndarray | None:
     """Return the values of an image with more than 8 bits per channel, (H, W) or (H, W, 3); None for another image."""
-    if max(_tags(file).get(_BITS_PER_SAMPLE, (1,))) <= 8 and not (
-        file.format == "PNG" and ";16" in str(file.tile[0][3])
-    ):
+    deep_png = file.format == "PNG" and ";16" in str(file.tile[0][3])
+    if not deep_png and max(_tags(file).get(_BITS_PER_SAMPLE, (1,))) <= 8:
         return None
     values = np.asarray(file) if file.mode.startswith("I") else None
     if file.mode in ("RGB", "RGBA"):  # Pillow keeps only 8 bits of a colour
