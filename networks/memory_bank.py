@@ -89,10 +89,11 @@ class PrototypeMemoryBank(nn.Module):
         ranks = world_size() if self.training else 1
         per_image = max(len(slots) // (batch * ranks), 1)
         drawn = torch.randint(num_tokens, (batch * ranks, per_image), device=phi.device)
-        orders = (torch.randperm(n, device=phi.device) for n in (drawn.numel(), len(slots)))
-        drawn, order, to = (of_ranks[0] for of_ranks in self.of_all_ranks(drawn, *orders))
-        drawn = drawn.chunk(ranks)[rank() if ranks > 1 else 0]
-        (columns,) = self.of_all_ranks(phi.gather(1, repeat(drawn, "b n -> b n d", d=feature_dim)))
+        order = torch.randperm(drawn.numel(), device=phi.device)
+        to = torch.randperm(len(slots), device=phi.device)
+        drawn, order, to = (of_ranks[0] for of_ranks in self.of_all_ranks(drawn, order, to))  # those of rank 0
+        own = drawn.chunk(ranks)[rank() if ranks > 1 else 0]  # (B, per_image), tokens of this rank's images
+        (columns,) = self.of_all_ranks(phi.gather(1, repeat(own, "b n -> b n d", d=feature_dim)))
         columns = columns.flatten(0, 2)  # (ranks B per_image, d)
         self._steps_done += 1
         share = 0.5 * self._steps_done / self.kmeans_step
