@@ -151,9 +151,10 @@ class DMWLA(PlainAttention):
         """Return o(A), (B, N, C), of tokens (B, N, C)."""
         cluster = self.assign(tokens)  # (B, N)
         pool = self.bank.pool.clone()  # (P, M, d); backward needs these values after the bank is rewritten
-        query = tokens if self.is_narrow else self.theta(tokens)
-        key = pool @ self.theta.weight if self.is_narrow else pool
-        value = F.linear(pool, self.o.weight) if self.is_narrow else pool
+        if self.is_narrow:
+            query, key, value = tokens, pool @ self.theta.weight, F.linear(pool, self.o.weight)
+        else:
+            query, key, value = self.theta(tokens), pool, pool
         # By cluster takes a third of the time on a CPU, but on a GPU it would wait for the size of each cluster.
         by_cluster = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
         read = (_attend_by_cluster if by_cluster else _attend_to_own)(query, key, value, cluster)
