@@ -123,8 +123,8 @@ class SimMPNet(nn.Module):
         prediction: str = "sum",
     ):
         super().__init__()
-        # All arguments that rebuild this network, without the weights that it started from.
         num_clusters = num_classes if num_clusters is None else num_clusters
+        # All arguments that rebuild this network, without the weights that it started from.
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__", "pretrained")}
         check_images(num_classes, in_channels, SIZE_STEP, img_size=img_size, img_size_dmwla=img_size_dmwla)
         for name, choices in CHOICES.items():
