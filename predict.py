@@ -24,8 +24,7 @@ from datasets import DATASETS, DataError, scan
 from datasets.dicom import several_series
 from datasets.errors import brief
 from datasets.files import atomic_write, check_writable, file_stem
-from datasets.image_files import ENDINGS as IMAGE_ENDINGS
-from datasets.image_files import common_bits, save_png
+from datasets.image_files import IMAGE_ENDINGS, common_bits, save_png
 from datasets.lists import is_one_line
 from utils.arguments import add_prediction
 from utils.cli import AMP_DTYPES, ArgumentParser, number, run_script, seed_everything

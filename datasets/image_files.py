@@ -1,7 +1,7 @@
 """Read and write the files of images and masks.
 
-On disk: ``images/<id>`` with one of ``ENDINGS`` and ``masks/<id>.png`` of the same size, whose grey values are class
-indices. A crop of an image is called ``<id>_cell<k>``.
+On disk: ``images/<id>`` with one of ``IMAGE_ENDINGS`` and ``masks/<id>.png`` of the same size, whose grey values are
+class indices. A crop of an image is called ``<id>_cell<k>``.
 """
 
 import logging
@@ -23,8 +23,8 @@ from datasets.storage import checked_label, reading
 
 logger = logging.getLogger(__name__)
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")  # extensions of image files, in lower case
-ENDING = rf"(?i:{'|'.join(map(re.escape, ENDINGS))})"
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")  # extensions of image files, in lower case
+IMAGE_PATTERN = rf"(?i:{'|'.join(map(re.escape, IMAGE_ENDINGS))})"
 """Regular expression of an image file's extension."""
 MAX_PIXELS = 80_000_000  # of the largest image that is decoded, over three times 6000 x 4000
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # no others: Pillow starts programs for some of them
@@ -38,7 +38,7 @@ _NEW_SUBFILE_TYPE, _BITS_PER_SAMPLE, _PHOTOMETRIC, _DESCRIPTION, _MAX_SAMPLE_VAL
 def image_of(name: str) -> str:
     """Return the image of a file, a crop or an entry: 106 for 106.png, 106_cell3 and 106_cell3.png."""
     path = Path(name)
-    return re.sub(r"_cell[0-9]+$", "", path.stem if path.suffix.lower() in ENDINGS else path.name)
+    return re.sub(r"_cell[0-9]+$", "", path.stem if path.suffix.lower() in IMAGE_ENDINGS else path.name)
 
 
 def image_files(folder: str | Path) -> dict[str, Path]:
@@ -48,13 +48,13 @@ def image_files(folder: str | Path) -> dict[str, Path]:
     """
     if not Path(folder).is_dir():
         raise DataError(f"{folder}: no such folder; prepare the data first (prepare_data.py, data/README.md)")
-    return files_by_name(Path(folder).iterdir(), f"(.+){ENDING}")
+    return files_by_name(Path(folder).iterdir(), f"(.+){IMAGE_PATTERN}")
 
 
 @contextmanager
 def _opened(path: str | Path, checksums: bool = True) -> Iterator[Image.Image]:
     """Open an image file; every error of the block, which decodes it, becomes a DataError."""
-    with reading(path, f"image ({', '.join(ENDINGS)})", "replace the file"), warnings.catch_warnings():
+    with reading(path, f"image ({', '.join(IMAGE_ENDINGS)})", "replace the file"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about damaged tags, and about sizes that are refused here
         with Image.open(path, formats=_FORMATS) as file:
             if file.width * file.height > MAX_PIXELS:

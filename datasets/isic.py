@@ -9,7 +9,7 @@ from pathlib import Path
 
 from datasets.errors import DataError
 from datasets.files import find_folders
-from datasets.image_files import ENDING
+from datasets.image_files import IMAGE_PATTERN
 from datasets.info import DatasetInfo
 from datasets.lists import files_by_name, split_names, write_lists
 from datasets.preparation import paired, prepare_images, read_pair, ready_made
@@ -42,8 +42,8 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
     """
     raw = Path(raw)
     INFO.require(raw)
-    images = files_by_name(_files_in(raw, IMAGES), f"(.+)(?<!_superpixels){ENDING}")
-    masks = files_by_name(_files_in(raw, TRUTH), f"(.+)_segmentation{ENDING}")
+    images = files_by_name(_files_in(raw, IMAGES), f"(.+)(?<!_superpixels){IMAGE_PATTERN}")
+    masks = files_by_name(_files_in(raw, TRUTH), f"(.+)_segmentation{IMAGE_PATTERN}")
     cases = paired(images, masks, f"{IMAGES}/*.jpg", f"{TRUTH}/*_segmentation.png") or ready_made(raw)
     if not cases:
         raise DataError(f"{raw}: must hold {IMAGES} and {TRUTH}, or images and masks; {INFO.how_to_get}")

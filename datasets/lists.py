@@ -17,7 +17,7 @@ from datasets.errors import DataError, brief, counted
 from datasets.files import file_stem, write_text
 from datasets.storage import reading
 
-ENDINGS = (".npy.h5", ".h5", ".npz")  # extensions of volumes and slices, longest first
+PREPARED_ENDINGS = (".npy.h5", ".h5", ".npz")  # extensions of volumes and slices, longest first
 _OTHER_NAMES = {"val": "valid", "valid": "val"}
 _SLICE = re.compile(r"(?P<volume>.+?)_slice(?P<phase>E[DS])?_?[0-9]+")
 # The names of public data in which several scans belong to one person: patient001_frame01, case_002_volume_ED,
@@ -29,7 +29,7 @@ PATTERN_HELP = "regular expression that finds the patient in a name, where sever
 def data_name(path: str | Path) -> str:
     """Return the name of a volume or slice file without its extension."""
     name = Path(path).name
-    return next((name.removesuffix(ending) for ending in ENDINGS if name.endswith(ending)), name)
+    return next((name.removesuffix(ending) for ending in PREPARED_ENDINGS if name.endswith(ending)), name)
 
 
 def natural_key(name: str) -> list:
@@ -132,7 +132,7 @@ def files_by_name(paths: Iterable[Path], pattern: str) -> dict[str, Path]:
 
 
 def select_files(
-    list_dir: str | Path, split: str, root: str | Path, endings: Sequence[str] = ENDINGS,
+    list_dir: str | Path, split: str, root: str | Path, endings: Sequence[str] = PREPARED_ENDINGS,
     only: Sequence[str] | None = None, without: Sequence[str] = (),
 ) -> list[Path]:  # fmt: skip
     """Return the files that a split's list names, entry by entry; those of one entry in natural order.

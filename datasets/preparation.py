@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from datasets.errors import DataError, brief, counted
 from datasets.files import atomic_write
-from datasets.image_files import ENDINGS, common_bits, image_files, image_of, read_classes, read_image, save_png
+from datasets.image_files import IMAGE_ENDINGS, common_bits, image_files, image_of, read_classes, read_image, save_png
 from datasets.info import IMAGE_FOLDER, MASK_FOLDER, SLICE_FOLDER, VOLUME_FOLDER, DatasetInfo
 from datasets.scan import read_scan, read_scan_label
 from datasets.volumes import Volume, write_slice, write_volume
@@ -193,7 +193,7 @@ def _prepare_image(
 
 def _remove(out: str | Path, name: str) -> None:
     """Remove the prepared files of an image, of which a mask means that it is finished first."""
-    for old in (_mask_file(out, name), *(Path(out, IMAGE_FOLDER, f"{name}{ending}") for ending in ENDINGS)):
+    for old in (_mask_file(out, name), *(Path(out, IMAGE_FOLDER, f"{name}{ending}") for ending in IMAGE_ENDINGS)):
         old.unlink(missing_ok=True)
 
 

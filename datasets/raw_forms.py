@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets.errors import DataError, brief
-from datasets.image_files import ENDINGS
-from datasets.lists import ENDINGS as PREPARED
-from datasets.lists import files_by_name
+from datasets.image_files import IMAGE_ENDINGS
+from datasets.lists import PREPARED_ENDINGS, files_by_name
 from datasets.preparation import Case, refuse_twins
 from datasets.preprocessing import RGB
 from datasets.scan import FOLDER_ENDINGS, channel_files, scan_name
@@ -22,8 +21,8 @@ from datasets.storage import reading
 
 JSON = "dataset.json"
 MAX_CLASSES = 255  # without background: labels are stored as uint8
-_SCANS = tuple(ending for ending in FOLDER_ENDINGS if ending not in PREPARED)
-_FILE = rf"(?i)(.+?)(?:{'|'.join(map(re.escape, (*_SCANS, *ENDINGS)))})"  # longest endings first
+_SCANS = tuple(ending for ending in FOLDER_ENDINGS if ending not in PREPARED_ENDINGS)
+_FILE = rf"(?i)(.+?)(?:{'|'.join(map(re.escape, (*_SCANS, *IMAGE_ENDINGS)))})"  # longest endings first
 _FOLDERS = (("images", "labels"), ("images", "masks"), ("imagesTr", "labelsTr"))
 _EXPECTED = f"expected {JSON} (Decathlon, nnU-Net), or folders images and labels or masks with files of the same names"
 
@@ -54,9 +53,9 @@ def recognise(folder: str | Path) -> Raw:
             raise DataError(f"{folder}: {_EXPECTED}; correct --raw")
         raw = _paired(*(folder / name for name in found), f"folders {found[0]} and {found[1]}, no {JSON}")
     if not raw.cases and not raw.problems:
-        raise DataError(f"{folder}: holds no image with a label ({', '.join((*_SCANS, *ENDINGS))}); {_EXPECTED}")
+        raise DataError(f"{folder}: holds no image with a label ({', '.join((*_SCANS, *IMAGE_ENDINGS))}); {_EXPECTED}")
     refuse_twins(raw.cases)
-    kinds = {path.name.lower().endswith(ENDINGS) for case in raw.cases for path in (*case.images, *case.labels)}
+    kinds = {path.name.lower().endswith(IMAGE_ENDINGS) for case in raw.cases for path in (*case.images, *case.labels)}
     if len(kinds) > 1:
         raise DataError(f"{folder}: holds pictures and scans; put them into two data sets")
     raw.planar = True in kinds

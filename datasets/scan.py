@@ -14,8 +14,7 @@ import numpy as np
 
 from datasets.dicom import TO_RAS, choose, itk, load_dicom
 from datasets.errors import DataError, brief, counted
-from datasets.lists import ENDINGS as PREPARED
-from datasets.lists import is_slice
+from datasets.lists import PREPARED_ENDINGS, is_slice
 from datasets.preprocessing import Preprocessing, is_affine, is_rigid, orientation_of, reorient, upright
 from datasets.storage import MAX_INFLATION, check_declared, checked_label, reading
 from datasets.volumes import Volume, read_volume
@@ -25,7 +24,7 @@ logger = logging.getLogger(__name__)
 _ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 _DICOM = (".dcm", ".ima")
 _IMG = (".img.gz", ".img")  # second files of .hdr
-FOLDER_ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr.gz", ".hdr", *_ITK, *PREPARED)
+FOLDER_ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr.gz", ".hdr", *_ITK, *PREPARED_ENDINGS)
 """Extensions of the files that are a scan each where a folder of scans is given."""
 SCAN_ENDINGS = (*FOLDER_ENDINGS, *_DICOM, *_IMG)
 LABEL_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mgz")  # of segmentations
@@ -116,7 +115,7 @@ def read_scan(path: str | Path | Sequence[Path], preprocessing: Preprocessing, t
 
     files = channel_files(path, preprocessing.channels) if isinstance(path, str | Path) else list(path)
     path = files[0]
-    if path.name.lower().endswith(PREPARED):
+    if path.name.lower().endswith(PREPARED_ENDINGS):
         choose(path, 1, time_point, "volume")
         return _read_prepared(path, preprocessing)
     if preprocessing.stored is not None:
