@@ -61,7 +61,7 @@ def open_cases(
     return VolumeDataset(folder, args.list_dir, split, args.num_classes, order, only=only)
 
 
-class Part:
+class Split:
     """What was found in the cases of one split that were read; ``pattern`` is ``--patient_pattern``."""
 
     def __init__(self, data: Samples | Cases, info: DatasetInfo, pattern: str | None = None):
@@ -181,7 +181,7 @@ def quick_check(train_set: Samples, val_set: Cases, info: DatasetInfo, args: Nam
         if order:
             expected = f"none, because --label_order {order.name} names them, or train_acdc.py for other organs"
         raise DataError(f"--class_names gives {', '.join(names)}; expected {expected}")
-    parts = [Part(data, info, args.patient_pattern) for data in (train_set, val_set)]
+    parts = [Split(data, info, args.patient_pattern) for data in (train_set, val_set)]
     tested = patients_of_list(args, info, info.splits[-1])
     tested = [listed for listed in tested if listed[0] != val_set.source]
     names, errors = check(parts, names, tested, few=True)
@@ -228,7 +228,7 @@ def compare_with_checkpoint(cases: Cases, info: DatasetInfo, data: dict[str, Any
                 f"{info.folder}: its files are prepared with {key} {here[key]}, those of the training with "
                 f"{trained[key]}; prepare them alike, or test another checkpoint"
             )
-    part, names = Part(cases, info), tuple(data["class_names"])
+    part, names = Split(cases, info), tuple(data["class_names"])
     part.add(0)
     doubts, found = part.warnings(trained.get("stored")), ", ".join(part.named)
     if part.named not in ((), names):
@@ -253,13 +253,13 @@ def compare_with_checkpoint(cases: Cases, info: DatasetInfo, data: dict[str, Any
 
 
 def check(
-    parts: Sequence[Part], names: tuple[str, ...] = (), others: Sequence[tuple[Path, dict[str, str]]] = (),
+    parts: Sequence[Split], names: tuple[str, ...] = (), others: Sequence[tuple[Path, dict[str, str]]] = (),
     few: bool = False,
 ) -> tuple[tuple[str, ...], list[str]]:  # fmt: skip
     """Read the cases of every part, or a few of each. Returns (names of the classes, errors, one line each).
 
     names: the classes as every file must call them; without any, as the first file that names them does. others: lists
-    whose cases are not read, with their patients as in ``Part``.
+    whose cases are not read, with their patients as in ``Split``.
     """
     patients = [*((part.data.source, part.patients) for part in parts), *others]
     errors = shared_patients(patients, any(part.exact for part in parts))
@@ -279,7 +279,7 @@ def check(
     return names, errors + differences(parts)
 
 
-def most_classes_absent(parts: Sequence[Part]) -> list[str]:
+def most_classes_absent(parts: Sequence[Split]) -> list[str]:
     """Return one line if most classes have no voxel in any part."""
     voxels = sum(part.voxels for part in parts)
     ids = np.flatnonzero(voxels)
@@ -291,7 +291,7 @@ def most_classes_absent(parts: Sequence[Part]) -> list[str]:
     ]
 
 
-def differences(parts: Sequence[Part]) -> list[str]:
+def differences(parts: Sequence[Split]) -> list[str]:
     """Return one line for each way in which the slices and the volumes of a set contradict each other."""
     errors = []
     # Not those of which only black slices were read, and those that a percentile scaled.

@@ -20,10 +20,10 @@ from datasets import DATASETS, DataError, DatasetInfo, custom
 from datasets.errors import counted
 from datasets.lists import PATTERN_HELP
 from utils.cli import ArgumentParser, number, run_script
-from utils.data_checks import NAMELESS, Part, check, most_classes_absent, open_cases, open_samples, patients_of_list
+from utils.data_checks import NAMELESS, Split, check, most_classes_absent, open_cases, open_samples, patients_of_list
 
 
-def full_check(args: Namespace, info: DatasetInfo) -> tuple[list[Part], list[str]]:
+def full_check(args: Namespace, info: DatasetInfo) -> tuple[list[Split], list[str]]:
     """Read every file of every split. Returns (what was found in each readable split, errors, one line each).
 
     args: of this command, with the folders, the splits, the number of classes and the pattern.
@@ -36,7 +36,7 @@ def full_check(args: Namespace, info: DatasetInfo) -> tuple[list[Part], list[str
                 data = open_samples(info, args, split, img_size=1)
             else:
                 data = open_cases(info, args, split)
-            parts.append(Part(data, info, args.patient_pattern))
+            parts.append(Split(data, info, args.patient_pattern))
         except DataError as error:
             errors.append(str(error))
     own, others = {*args.splits} <= {*info.splits}, []  # another list may be a part of these
