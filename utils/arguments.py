@@ -16,18 +16,15 @@ import torch
 
 from datasets import DATASETS, DatasetInfo, custom
 from datasets.lists import PATTERN_HELP
-from networks import CHOICES, DEFAULT_NETWORK, NETWORKS, build
+from networks import CHOICES, DEFAULT_NETWORK, NETWORKS, VARIANTS, build
 from utils.checkpoint import load_checkpoint, network_arguments_of
 from utils.cli import AMP_DTYPES, ArgumentParser, number
 from utils.errors import RunError
 
 logger = logging.getLogger(__name__)
 
-VARIANT_DEFAULTS = {
-    "paper": {"select": "val", "select_from_epoch": 1},
-    "release": {"select": "test", "select_from_epoch": 100},  # as the authors' program does
-    "stable": {"select": "val", "select_from_epoch": 1},
-}
+VARIANT_DEFAULTS = {variant: {"select": "val", "select_from_epoch": 1} for variant in VARIANTS}
+VARIANT_DEFAULTS["release"] = {"select": "test", "select_from_epoch": 100}  # as the authors' program does
 NETWORK_HELP = {
     "img_size": "side of the network's input in pixels, a multiple of 32",
     "img_size_dmwla": "side of the DMW-LA encoder's image",
