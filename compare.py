@@ -73,11 +73,11 @@ def main() -> None:
         section = {"heading": f"{comparison.data}, {comparison.split}", "notes": report.notes(comparison, scores[-1])}
         section["tables"] = report.score_tables(comparison, scores[-1], tests[-1])
         name = f"{i}_{comparison.info.name}_{file_stem(comparison.split)}_boxes.png"
-        sections.append(section | {"pictures": report.draw_boxes(figures / name, comparison)})
+        sections.append(section | {"figures": report.draw_boxes(figures / name, comparison)})
     for data, of_data in by_data.items():
-        pictures = report.draw_curves(figures / f"{file_stem(data)}_training.png", of_data)
+        curves = report.draw_curves(figures / f"{file_stem(data)}_training.png", of_data)
         section = {"heading": f"{data}, runs and training", "tables": report.run_tables(of_data)}
-        sections.append(section | {"pictures": pictures})
+        sections.append(section | {"figures": curves})
     write_csv(args.output_dir / "comparison.csv", pd.concat(scores)[report.CSV_COLUMNS], "%.12g")
     write_csv(args.output_dir / "paired_tests.csv", pd.concat(tests), "%.12g")
     report.write_pages(args.output_dir, sections)

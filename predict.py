@@ -1,4 +1,4 @@
-"""Segment scans or photographs of your own with a trained checkpoint.
+"""Segment scans or pictures of your own with a trained checkpoint.
 
 A scan, a DICOM series (its folder, one of its files, or a DICOMDIR), or a folder of scans or of folders of series:
     python predict.py --checkpoint runs/synapse/best.pth --input scan.nii.gz --output seg.nii.gz
@@ -62,7 +62,7 @@ def find_inputs(source: Path, planar: bool, channels: int) -> list[Path]:
     """
     endings, other = (IMAGE_ENDINGS, scan.SCAN_ENDINGS) if planar else (scan.FOLDER_ENDINGS, IMAGE_ENDINGS)
     if source.name.lower().endswith(other):
-        found, expected = ("scan", "photographs") if planar else ("photograph", "scans")
+        found, expected = ("scan", "pictures") if planar else ("picture", "scans")
         raise RunError(
             f"--input {source} is a {found}, but the checkpoint is for {expected}: give another --checkpoint"
         )

@@ -199,7 +199,7 @@ def _slices_of(file: Path, header: Any) -> list[Slice]:
     if header.get("ModalityLUTSequence"):
         raise DataError(f"{file}: gives its values by a table, which is not supported; convert it to NIfTI")
     if "MOSAIC" in (header.get("ImageType") or ()):
-        raise DataError(f"{file}: is a mosaic of many slices in one picture; convert it to NIfTI")
+        raise DataError(f"{file}: is a mosaic of many slices in one image; convert it to NIfTI")
     count = int(header.get("NumberOfFrames") or 1)
     if count > 1 and len(header.get("PerFrameFunctionalGroupsSequence") or ()) != count:
         raise DataError(f"{file}: has {count} frames without positions; expected one stack: convert it to NIfTI")

@@ -1,4 +1,4 @@
-"""Colour images with their masks: one for validation, testing and prediction, and the sets of a split.
+"""Pictures (colour images) with their masks: one for validation, testing and prediction, and the sets of a split.
 
 An entry of a list is an ``<id>`` and names the image or all its crops ``<id>_cell<k>``.
 """
@@ -20,7 +20,7 @@ from datasets.volumes import Volume
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize an image by cubic interpolation, averaging the pixels that become one: photographs shrink 4 to 20 times.
+    """Resize an image by cubic interpolation, averaging the pixels that become one: pictures shrink 4 to 20 times.
 
     image: uint8 (H, W, 3); size: (h, w). Returns uint8 (h, w, 3).
     """
@@ -133,7 +133,7 @@ class ImageFolder(Sequence[Picture]):
 class ImageDataset(TrainingSet, ImageFolder):
     """The images of a split for training.
 
-    An image is shrunk before it is augmented, so a photograph costs little more than a small image.
+    An image is shrunk before it is augmented, so a large picture costs little more than a small image.
     """
 
     def __init__(

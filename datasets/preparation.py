@@ -1,6 +1,6 @@
 """What every preparation shares: pairs of raw files, reading cases, writing prepared files, progress.
 
-A case (one frame of a patient, one photograph, one cell) becomes prepared files. The last of them is written when all
+A case (one frame of a patient, one picture, one cell) becomes prepared files. The last of them is written when all
 the others are complete, so a later run skips what is finished and repeats what is not.
 """
 

@@ -146,7 +146,7 @@ def _draw(
 def write_pages(folder: Path, sections: Sequence[Mapping[str, Any]]) -> None:
     """Write the sections as `comparison.md` and `comparison.html`, and their tables as `comparison.tex`.
 
-    A section has a `heading`, `notes`, and by their captions `tables`, and by their paths the captions of `pictures`.
+    A section has a `heading`, `notes`, and by their captions `tables`, and by their paths the captions of `figures`.
     """
     from jinja2 import Environment, FileSystemLoader, select_autoescape
 

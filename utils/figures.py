@@ -1,4 +1,4 @@
-"""Pictures of a run and of its predictions, as PNG files."""
+"""Figures of a run and of its predictions, as PNG files."""
 
 import re
 import textwrap

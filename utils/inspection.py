@@ -10,7 +10,7 @@ Writes into the folder inspection beside the checkpoint, or a folder in it for e
     windows.png        with --input: the two windows that DS-GIM selects (orange), for each of its positions
     gates.png          with --input: the gate between the encoders and the decoder's spatial gates over the image, and
                        the mean of every gate
-A cluster has the same colour in clusters.png and in memory_use.png. The two pictures may disagree: training assigns a
+A cluster has the same colour in clusters.png and in memory_use.png. The two figures may disagree: training assigns a
 key to the cluster with the largest dot product, a token reads the cluster with the largest cosine.
 """
 
@@ -157,7 +157,7 @@ def _colours(count: int) -> list[tuple[float, float, float]]:
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="best.pth of a run, or one of the release")
-    parser.add_argument("--input", type=Path, help="scan (NIfTI, DICOM folder), photograph, .npy.h5 or .npz")
+    parser.add_argument("--input", type=Path, help="scan (NIfTI, DICOM folder), picture, .npy.h5 or .npz")
     parser.add_argument("--slice", type=int, help="z of the slice of a scan, from 0; default: the middle")
     parser.add_argument("--output", type=Path, help="folder; default: inspection, beside the checkpoint")
     parser.add_argument("--dataset", choices=DATASETS, help="what a checkpoint of the release was trained on")

@@ -156,7 +156,7 @@ def test(args: Namespace, info: DatasetInfo) -> None:
     setup_logging(folder / "test.log")
     class_names = compare_with_checkpoint(cases, info, predictor.data)
     if again:
-        _remove_pictures(folder)
+        _remove_figures(folder)
     _warn_of_misleading_scores(args, predictor, cases)
     split = list_path(args.list_dir, args.split)
     count = counted(len(cases), "case")
@@ -233,8 +233,8 @@ def _choose_folders(args: Namespace, info: DatasetInfo, where: str, saved: dict[
         args.label_order = order  # of other files it is the first, which is the default
 
 
-def _remove_pictures(folder: Path) -> None:
-    """Remove the predictions and pictures that an earlier test wrote to its folder of results."""
+def _remove_figures(folder: Path) -> None:
+    """Remove the predictions and figures that an earlier test wrote to its folder of results."""
     patterns = ("overlays/*.png", "masks/*.png", *(f"nifti/*_{kind}.nii.gz" for kind in ("pred", "img", "gt")))
     for path in [path for pattern in patterns for path in folder.glob(pattern)]:
         path.unlink()

@@ -1,4 +1,4 @@
-"""A trained network that segments scans or photographs, and the files beside a segmentation.
+"""A trained network that segments scans or pictures, and the files beside a segmentation.
 
 These are the colours and names of the labels, and the size of each organ.
 """
@@ -119,7 +119,7 @@ class Predictor:
             return predict_case(self.model, volume, size, self.batch_size, self.device, self.amp_dtype)
 
     def __call__(self, path: str | Path):
-        """Segment a file: return a nibabel image on the grid of the scan, or of a photograph an array, uint8 (H, W)."""
+        """Segment a file: return a nibabel image on the grid of the scan, or of a picture an array, uint8 (H, W)."""
         volume = self.read(path)
         prediction = self.segment(volume)
         return prediction[0] if self.planar else volume.to_nifti(prediction)
