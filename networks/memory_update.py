@@ -60,36 +60,36 @@ class _Update:
         self.size = math.isqrt(longest)  # R
         ends = torch.searchsorted(cluster, torch.arange(num_clusters, device=device), right=True)
         self.counts = ends.diff(prepend=ends.new_zeros(1))  # keys of each cluster, (P,)
-        chunks = (self.counts + self.size - 1) // self.size
-        last = chunks.cumsum(0)
-        self.first = last - chunks  # first chunk of each cluster, (P,)
+        num_chunks_of = (self.counts + self.size - 1) // self.size  # of each cluster, (P,)
+        end = num_chunks_of.cumsum(0)
+        self.first = end - num_chunks_of  # first chunk of each cluster, (P,)
         # As many as there can be: a GPU would wait for the number. A CPU knows it, and it is a fraction of that.
         num_chunks, of_a_cluster = len(order) // self.size + num_clusters, -(-longest // self.size)
         if device.type == "cpu" and not torch.compiler.is_compiling():
-            num_chunks, of_a_cluster = int(last[-1]), int(chunks.max())
+            num_chunks, of_a_cluster = int(end[-1]), int(num_chunks_of.max())
 
-        # For each chunk: its cluster, (n,), and which keys it has, (n, R).
+        # For each chunk: its cluster, the owner, (n,), and which keys it has, (n, R).
         chunk = torch.arange(num_chunks, device=device)
-        self.cluster = torch.searchsorted(last, chunk, right=True).clamp(max=num_clusters - 1)
-        nth = (chunk - self.first[self.cluster])[:, None] * self.size + torch.arange(self.size, device=device)
-        self.filled = nth < self.counts[self.cluster][:, None]
-        nth += (ends - self.counts)[self.cluster][:, None]
+        self.owner = torch.searchsorted(end, chunk, right=True).clamp(max=num_clusters - 1)
+        nth = (chunk - self.first[self.owner])[:, None] * self.size + torch.arange(self.size, device=device)
+        self.filled = nth < self.counts[self.owner][:, None]
+        nth += (ends - self.counts)[self.owner][:, None]
         self.index = torch.where(self.filled, order[nth.clamp(max=len(order) - 1)], len(order))  # the row after all
         # For each cluster: its chunks, (P, of_a_cluster), and where there is none.
-        self.chunks = self.first[:, None] + torch.arange(of_a_cluster, device=device)
-        self.no_chunk = (self.chunks >= last[:, None])[..., None]
-        self.chunks.clamp_(max=num_chunks - 1)
+        self.chunks_of = self.first[:, None] + torch.arange(of_a_cluster, device=device)
+        self.no_chunk = (self.chunks_of >= end[:, None])[..., None]
+        self.chunks_of.clamp_(max=num_chunks - 1)
 
         self.keys = torch.cat([*keys, keys[0].new_full((1, self.pool.shape[2]), -torch.inf)])  # (T + 1, d)
         values = self.keys[self.index]  # (n, R, d)
         self.lowest = torch.finfo(values.dtype).min
-        self.largest = values.amax(1).clamp(min=self.lowest)  # (n, d)
-        self.exponential = values.sub_(self.largest[:, None]).exp_()
+        self.chunk_max = values.amax(1).clamp(min=self.lowest)  # (n, d)
+        self.exponential = values.sub_(self.chunk_max[:, None]).exp_()
 
     def sums(self) -> tuple[Tensor, ...]:
         """Return maximum (P, d) and sum of exponentials (P, d) of each cluster, its keys (P,), and random numbers."""
-        largest = self.largest[self.chunks].masked_fill(self.no_chunk, self.lowest)
-        largest, total = _merge(largest, self.exponential.sum(1)[self.chunks], dim=1)
+        largest = self.chunk_max[self.chunks_of].masked_fill(self.no_chunk, self.lowest)
+        largest, total = _merge(largest, self.exponential.sum(1)[self.chunks_of], dim=1)
         return largest, total, self.counts, torch.rand(self.pool.shape[:2], device=self.pool.device)
 
     def strongest(self, largest: Tensor, total: Tensor, counts: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,10 +98,10 @@ class _Update:
         Places past the last key of a cluster have the strength -inf. Arguments: ``sums`` of all ranks, (ranks, ...).
         """
         largest, total = _merge(largest, total, dim=0)
-        weight = (self.largest - largest[self.cluster]).exp() / total[self.cluster]  # (n, d)
+        weight = (self.chunk_max - largest[self.owner]).exp() / total[self.owner]  # (n, d)
         strength = (self.exponential @ weight[..., None]).squeeze(2).masked_fill(~self.filled, -torch.inf).flatten()
         order = strength.argsort(descending=True)
-        cluster = self.cluster[:, None].expand(-1, self.size).flatten()
+        cluster = self.owner[:, None].expand(-1, self.size).flatten()
         order = order[cluster[order].argsort(stable=True)]  # from strong to weak, cluster by cluster
         nth = torch.arange(self.pool.shape[1], device=order.device)  # (M,)
         own = order[(self.first[:, None] * self.size + nth).clamp(max=len(order) - 1)]  # (P, M)
