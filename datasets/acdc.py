@@ -15,7 +15,7 @@ from datasets.errors import DataError, counted
 from datasets.files import find_files
 from datasets.info import VOLUME_FOLDER, DatasetInfo
 from datasets.lists import files_by_name, volume_name
-from datasets.preparation import Case, paired, prepare_volumes, read_case
+from datasets.preparation import RawCase, paired, prepare_volumes, read_case
 from datasets.preprocessing import to_unit
 from datasets.volumes import Volume, group_by_volume, read_parts
 
@@ -67,16 +67,17 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
     return prepare_volumes(read, cases, out, jobs, overwrite)
 
 
-def _hdf5_cases(raw: Path, files: list[Path]) -> list[Case]:
+def _hdf5_cases(raw: Path, files: list[Path]) -> list[RawCase]:
     """Return the volumes below a folder, and the slices of every frame without a volume; not what is prepared there."""
     files = [path for path in files if VOLUME_FOLDER not in path.relative_to(raw).parts]
     volumes = files_by_name(files, rf"({_FRAME})(?:\.npy)?\.h5")
     without = (path for path in files if volume_name(path) not in volumes)
     slices = files_by_name(without, rf"({_FRAME}.*_slice_?[0-9]+)\.h5")
-    return [Case(name, tuple(paths)) for name, paths in group_by_volume([*volumes.values(), *slices.values()]).items()]
+    groups = group_by_volume([*volumes.values(), *slices.values()])
+    return [RawCase(name, tuple(paths)) for name, paths in groups.items()]
 
 
-def _read_hdf5(case: Case) -> Volume:
+def _read_hdf5(case: RawCase) -> Volume:
     volume = read_parts(case.images, INFO.num_classes, class_names=CLASS_NAMES)
     depth, *plane = volume.image.shape
     if depth > min(plane):

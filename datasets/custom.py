@@ -22,7 +22,7 @@ from datasets.files import write_text
 from datasets.image_files import read_grey, read_image
 from datasets.info import MASK_FOLDER, VOLUME_FOLDER, DatasetInfo
 from datasets.lists import divide, refuse_names, write_lists
-from datasets.preparation import Case, Pair, prepare_images, prepare_volumes, read_case, run_all
+from datasets.preparation import Pair, RawCase, prepare_images, prepare_volumes, read_case, run_all
 from datasets.preprocessing import ColourPreprocessing, Preprocessing, Scale, orientation_of, preprocessing_from_dict
 from datasets.raw_forms import JSON, MAX_CLASSES, Raw, read_json, recognise
 from datasets.scan import load_scan, read_scan_label
@@ -99,7 +99,7 @@ class Look:
     foreground: Sequence[np.ndarray] = ()  # intensities inside the label, of each channel
 
 
-def _look(channels: int, classes: dict[int, str] | None, case: Case) -> Look | DataError:
+def _look(channels: int, classes: dict[int, str] | None, case: RawCase) -> Look | DataError:
     """Read a case as stored; return the error of one that cannot be used. channels: 0 for a picture."""
     path = case.labels[0]
     spacing, foreground = None, []
@@ -193,7 +193,7 @@ def prepare(
     return list(looks)
 
 
-def _read_picture(values: Sequence[int], case: Case, bits: int | None) -> Pair:
+def _read_picture(values: Sequence[int], case: RawCase, bits: int | None) -> Pair:
     image, path = read_image(case.images[0], bits), case.labels[0]
     return image, _indices(values, path, read_grey(path, image.shape[:2], indices=True))
 

@@ -16,7 +16,7 @@ from scipy import ndimage
 from datasets.acdc import CLASS_NAMES
 from datasets.info import DatasetInfo
 from datasets.lists import write_lists
-from datasets.preparation import Case, prepare_volumes
+from datasets.preparation import RawCase, prepare_volumes
 from datasets.preprocessing import to_unit
 from datasets.volumes import Volume
 
@@ -48,7 +48,7 @@ def write_phantom(
     """
     patients = {number: f"patient{number:03d}" for number in range(1, sum(num_patients) + 1)}
     cases = [
-        Case(f"{name}_frame{frame:02d}", ())
+        RawCase(f"{name}_frame{frame:02d}", ())
         for patient, name in patients.items()
         for frame in (1, 8)[: 1 + int(np.random.default_rng((seed, patient)).integers(2))]
     ]
@@ -59,7 +59,7 @@ def write_phantom(
     return [case.name for case in cases]
 
 
-def make_volume(seed: int, case: Case) -> Volume:
+def make_volume(seed: int, case: RawCase) -> Volume:
     """Make the Volume of one case: 7 to 9 slices of about 96 x 104, intensities in [0, 1]."""
     patient, contracted = int(case.name[7:].partition("_")[0]), not case.name.endswith("frame01")
     anatomy = np.random.default_rng((seed, patient, 1))

@@ -35,7 +35,7 @@ Pair = tuple[np.ndarray, np.ndarray]  # image, uint8 (H, W, 3); class indices, u
 
 
 @dataclass(frozen=True)
-class Case:
+class RawCase:
     """The raw files of an image and of its label. An HDF5 file holds both, so ``labels`` is empty."""
 
     name: str
@@ -44,7 +44,7 @@ class Case:
     folder: Path | None = None  # of the labels, where there may be one label less at another time
 
 
-def paired(images: dict[str, Path], labels: dict[str, Path], image_name: str, label_name: str) -> list[Case]:
+def paired(images: dict[str, Path], labels: dict[str, Path], image_name: str, label_name: str) -> list[RawCase]:
     """Return a case for every name, in the order of ``images``.
 
     image_name, label_name: the file names that the archive gives them, with ``*`` for the name. Raises DataError for
@@ -53,26 +53,26 @@ def paired(images: dict[str, Path], labels: dict[str, Path], image_name: str, la
     for name in sorted(images.keys() ^ labels.keys()):
         found, missing = (images[name], label_name) if name in images else (labels[name], image_name)
         raise DataError(f"{found}: {missing.replace('*', name)} is missing; unpack the archive again")
-    return [Case(name, (path,), (labels[name],)) for name, path in images.items()]
+    return [RawCase(name, (path,), (labels[name],)) for name, path in images.items()]
 
 
-def refuse_twins(cases: Iterable[Case]) -> None:
+def refuse_twins(cases: Iterable[RawCase]) -> None:
     """Raise DataError where two cases have the same name."""
-    first: dict[str, Case] = {}
+    first: dict[str, RawCase] = {}
     for case in cases:
         other = first.setdefault(case.name, case)
         if other is not case:
             raise DataError(f"{case.images[0]}: {other.images[0]} is called {case.name}, too; remove one or rename it")
 
 
-def ready_made(raw: Path) -> list[Case]:
+def ready_made(raw: Path) -> list[RawCase]:
     """Return the cases of ``images/<id>`` and ``masks/<id>.png`` in a folder, or none; raises as ``paired``."""
     folders = raw / IMAGE_FOLDER, raw / MASK_FOLDER
     images, masks = (image_files(folder) if folder.is_dir() else {} for folder in folders)
     return paired(images, masks, f"{IMAGE_FOLDER}/*", f"{MASK_FOLDER}/*.png")
 
 
-def read_case(info: DatasetInfo, case: Case, relabel: Relabel | None = None) -> Volume:
+def read_case(info: DatasetInfo, case: RawCase, relabel: Relabel | None = None) -> Volume:
     """Read a scan and its label as ``info`` describes them: a Volume with intensities in [0, 1].
 
     relabel: of a label whose values are not the class indices of ``info``. Logs a warning for a label that looks wrong.
@@ -89,7 +89,7 @@ def read_case(info: DatasetInfo, case: Case, relabel: Relabel | None = None) -> 
     return volume
 
 
-def read_pair(greys: Sequence[int], case: Case, bits: int | None) -> Pair:
+def read_pair(greys: Sequence[int], case: RawCase, bits: int | None) -> Pair:
     """Read an image and its masks, which show the classes in ``greys``; where masks overlap, the highest index wins.
 
     bits: as in ``read_image``. Raises DataError.
@@ -145,7 +145,7 @@ def _volume_file(out: str | Path, name: str) -> Path:
 
 
 def prepare_images(
-    read: Callable[[Case, int | None], Pair | None], cases: Sequence[Case], raw: str | Path, out: str | Path,
+    read: Callable[[RawCase, int | None], Pair | None], cases: Sequence[RawCase], raw: str | Path, out: str | Path,
     jobs: int = 1, overwrite: bool = False,
 ) -> list[str]:  # fmt: skip
     """Write the image and the mask of every case and return the names of all that are there.
@@ -175,7 +175,7 @@ def prepare_images(
 
 
 def _prepare_image(
-    read: Callable[[Case, int | None], Pair | None], bits: int | None, out: str | Path, case: Case
+    read: Callable[[RawCase, int | None], Pair | None], bits: int | None, out: str | Path, case: RawCase
 ) -> None:
     pair = read(case, bits)
     _remove(out, case.name)
@@ -203,7 +203,7 @@ def _mask_file(out: str | Path, name: str) -> Path:
 
 def _raw_time(case: Any) -> float | None:
     """Return the mean time of a case's raw files, which changes with any of them; None for one without files."""
-    raw = [*case.images, *case.labels, case.folder] if isinstance(case, Case) else []
+    raw = [*case.images, *case.labels, case.folder] if isinstance(case, RawCase) else []
     times = [path.stat().st_mtime for path in raw if path]
     return sum(times) / len(times) if times else None
 

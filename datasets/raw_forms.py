@@ -14,7 +14,7 @@ from typing import Any
 from datasets.errors import DataError, brief
 from datasets.image_files import IMAGE_ENDINGS
 from datasets.lists import PREPARED_ENDINGS, files_by_name
-from datasets.preparation import Case, refuse_twins
+from datasets.preparation import RawCase, refuse_twins
 from datasets.preprocessing import RGB
 from datasets.scan import FOLDER_ENDINGS, channel_files, scan_name
 from datasets.storage import reading
@@ -32,7 +32,7 @@ class Raw:
     """What a folder holds, by its names: nothing has been read yet but ``dataset.json``."""
 
     form: str
-    cases: list[Case]  # with one image file, or one for each channel
+    cases: list[RawCase]  # with one image file, or one for each channel
     classes: dict[int, str] | None  # names of the declared label values without background; None: none are declared
     channels: tuple[str, ...]
     planar: bool = False  # pictures, not scans
@@ -107,7 +107,7 @@ def _declared(folder: Path, content: dict[str, Any]) -> Raw:
         if missing:
             raw.problems[name] = f"{missing[0]}: no such file, but {JSON} names it; copy it there or correct {JSON}"
         else:
-            raw.cases.append(Case(name, tuple(images), (label,)))
+            raw.cases.append(RawCase(name, tuple(images), (label,)))
     return raw
 
 
@@ -158,7 +158,7 @@ def _paired(image_folder: Path, label_folder: Path, form: str, channels: int | N
             found = ", ".join(f"{number:04d}" for number in numbers)
             raw.problems[name] = f"{files[0]}: has the channel files {found}; expected {expected}, from 0000 on"
         else:
-            raw.cases.append(Case(name, files, (labels[name],)))
+            raw.cases.append(RawCase(name, files, (labels[name],)))
     for name in labels.keys() - files_of.keys():
         raw.problems[name] = f"{labels[name]}: has no image of its name in {image_folder}; add it or remove the label"
     return raw

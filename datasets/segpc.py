@@ -20,7 +20,7 @@ from datasets.files import find_folders
 from datasets.image_files import image_files, image_of
 from datasets.info import DatasetInfo
 from datasets.lists import split_names, write_lists
-from datasets.preparation import Case, Pair, prepare_images, read_pair, ready_made
+from datasets.preparation import Pair, RawCase, prepare_images, read_pair, ready_made
 from datasets.preprocessing import RGB, ColourPreprocessing
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
     cases = [case for part in parts.values() for case in part]
     if crops:
         cases = [cell for case in cases for cell in _cells(case)]
-    names = prepare_images(read_case, cases, raw, out, jobs, overwrite)
+    names = prepare_images(read_image_or_cell, cases, raw, out, jobs, overwrite)
     ids = {part: [case.name for case in found] for part, found in parts.items()}
     train, val = split_names(ids["train"], COUNTS)
     # A part that is not in this raw folder may have been prepared before, so its list stays.
@@ -75,7 +75,7 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
     return names
 
 
-def read_case(case: Case, bits: int | None) -> Pair | None:
+def read_image_or_cell(case: RawCase, bits: int | None) -> Pair | None:
     """Read one image with its masks as ``read_pair``, cut to the cell if the case is one; None for an empty cell.
 
     Nuclei lie over the cytoplasm of other cells.
@@ -100,10 +100,10 @@ def crop(image: np.ndarray, cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.pad(image, ((side, side), (side, side), (0, 0)))[square], np.pad(cell, side)[square]
 
 
-def _find_images(raw: Path) -> dict[str, list[Case]]:
+def _find_images(raw: Path) -> dict[str, list[RawCase]]:
     """Return the images with masks for train and test; raises DataError where there are none."""
     INFO.require(raw)
-    parts: dict[str, list[Case]] = {"train": [], "test": []}
+    parts: dict[str, list[RawCase]] = {"train": [], "test": []}
     part_of_raw = PARTS.get(raw.resolve().name)
     unknown = []
     for x in find_folders(raw, "x"):  # every archive of the challenge holds a folder of its own name
@@ -124,7 +124,7 @@ def _find_images(raw: Path) -> dict[str, list[Case]]:
     return parts
 
 
-def _challenge_images(x: Path) -> list[Case]:
+def _challenge_images(x: Path) -> list[RawCase]:
     """Return the images with masks in natural order; log how many have none."""
     images, y = image_files(x), x.with_name("y")
     masks: dict[str, list[Path]] = {}
@@ -139,14 +139,15 @@ def _challenge_images(x: Path) -> list[Case]:
             "%s: %d of %d images have no mask in y and are left out: %s",
             x.parent, len(missing), len(images), brief(", ".join(missing), 60),
         )  # fmt: skip
-    return [Case(name, (path,), tuple(masks[name]), y) for name, path in images.items() if name in masks]
+    return [RawCase(name, (path,), tuple(masks[name]), y) for name, path in images.items() if name in masks]
 
 
-def _cells(case: Case) -> list[Case]:
+def _cells(case: RawCase) -> list[RawCase]:
     """Return a case for every cell of an image; raises DataError where one mask holds all cells."""
     if case.labels[0].stem == case.name:
         raise DataError(
             f"{case.labels[0].parent}: has one mask per image, but --crops needs one per cell, the challenge's "
             "y/<id>_<k>.bmp; give the challenge's folders or leave out --crops"
         )
-    return [Case(f"{case.name}_cell{int(path.stem.rpartition('_')[2])}", case.images, (path,)) for path in case.labels]
+    numbered = ((path, int(path.stem.rpartition("_")[2])) for path in case.labels)
+    return [RawCase(f"{case.name}_cell{k}", case.images, (path,)) for path, k in numbered]

@@ -14,7 +14,7 @@ from datasets.errors import DataError
 from datasets.files import find_folders, write_text
 from datasets.info import VOLUME_FOLDER, DatasetInfo
 from datasets.lists import files_by_name
-from datasets.preparation import Case, paired, prepare_volumes, read_case
+from datasets.preparation import RawCase, paired, prepare_volumes, read_case
 from datasets.preprocessing import Preprocessing
 from datasets.storage import LabelOrder
 
@@ -116,7 +116,7 @@ def prepare(
     numbered = paired(images, labels, "img*.nii.gz", "label*.nii.gz")
     if not numbered:
         raise DataError(f"{folder / 'img'}: holds no files like img0001.nii.gz; {INFO.how_to_get}")
-    cases = [Case(f"case{case.name}", case.images, case.labels) for case in numbered]
+    cases = [RawCase(f"case{case.name}", case.images, case.labels) for case in numbered]
     record = Path(out, "label_order.txt")
     before = record.read_text().strip() if record.is_file() else label_order
     if before != label_order and not overwrite and any(Path(out, VOLUME_FOLDER).glob("*.h5")):
