@@ -70,22 +70,17 @@ def scale_widths(scale: str) -> tuple[int, ...]:
 
 def weights_file(scale: str) -> Path:
     """Return where the ImageNet weights of ``scale`` are expected; raise a NetworkError if it has no default file."""
-    path = _default_file(scale)
-    if path is None:
-        raise NetworkError(f"scale {scale} has no default weight file: {where_from(scale)}")
-    return path
-
-
-def _default_file(scale: str) -> Path | None:
     url = timm.get_pretrained_cfg(SCALES[scale]).url
-    return PRETRAINED_DIR / Path(urlparse(url).path).name if url else None
+    if not url:
+        raise NetworkError(f"scale {scale} has no default weight file: {where_from(scale)}")
+    return PRETRAINED_DIR / Path(urlparse(url).path).name
 
 
 def where_from(scale: str) -> str:
     """Return what a message says about getting weights of ``scale``: from where, and to which path."""
     config, otherwise = timm.get_pretrained_cfg(SCALES[scale]), "or start from random weights (--pretrained none)"
     if config.url:
-        return f"download {config.url} to {_default_file(scale)}, {otherwise}"
+        return f"download {config.url} to {weights_file(scale)}, {otherwise}"
     if timm.list_pretrained(f"{SCALES[scale]}*"):
         return f"use --pretrained hub, give model.safetensors of {config.hf_hub_id} with --pretrained, {otherwise}"
     return f"none were published; use another scale, {otherwise}"
