@@ -163,27 +163,21 @@ def _words(value: object) -> tuple[str, ...]:
     return tuple(word.decode() if isinstance(word, bytes) else word for word in np.atleast_1d(value).tolist())
 
 
-def _numbers(value: object) -> np.ndarray:
-    return np.asarray(value, np.float64)
-
-
 def is_class_name(word: str) -> bool:
     """Return whether a class may be called so: by 1 to 100 printable characters."""
     return word.isprintable() and 0 < len(word) <= 100
 
 
 FACTS = {
-    "class_names": (
-        _words,
-        lambda words: len(words) <= 255 and all(map(is_class_name, words)),
-        "a list of words",
-    ),
+    "class_names": (_words, lambda words: len(words) <= 255 and all(map(is_class_name, words)), "a list of words"),
     "spacing": (
-        lambda value: tuple(_numbers(value).tolist()),
+        lambda value: tuple(np.asarray(value, np.float64).tolist()),
         lambda sides: len(sides) == 3 and LENGTHS[0] <= min(sides) <= max(sides) <= LENGTHS[1],
         "three lengths in mm",
     ),
-    "affine": (_numbers, lambda matrix: matrix.shape == (4, 4) and is_affine(matrix), "an invertible 4 x 4 matrix"),
+    "affine": (
+        np.float64, lambda matrix: matrix.shape == (4, 4) and is_affine(matrix), "an invertible 4 x 4 matrix"
+    ),
     "orientation": (lambda value: "".join(_words(value)), is_orientation, "three letters like RAS"),
     "stored_type": (
         lambda value: np.dtype("".join(_words(value))).name, lambda name: np.dtype(name).kind in "iuf",
