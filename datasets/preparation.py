@@ -120,18 +120,14 @@ def prepare_volumes(
 
 
 def _prepare_volume(read: Callable[[Any], Volume], out: str | Path, case: Any) -> tuple[float, ...] | None:
-    volume = read(case)
-    write_prepared(volume, out)
-    _stamp(case, _volume_file(out, volume.name))
-    return volume.spacing
-
-
-def write_prepared(volume: Volume, out: str | Path) -> None:
-    """Write the slices of a volume and then the volume."""
-    _remove_volume(out, volume.name)
+    """Write the slices of a case and then its volume; return its voxel spacing."""
+    volume, file = read(case), _volume_file(out, case.name)
+    _remove_volume(out, case.name)
     for index in range(len(volume.image)):
-        write_slice(Path(out, SLICE_FOLDER, f"{volume.name}_slice{index:03d}.npz"), volume, index)
-    write_volume(_volume_file(out, volume.name), volume)
+        write_slice(Path(out, SLICE_FOLDER, f"{case.name}_slice{index:03d}.npz"), volume, index)
+    write_volume(file, volume)
+    _stamp(case, file)
+    return volume.spacing
 
 
 def _remove_volume(out: str | Path, name: str) -> None:

@@ -158,16 +158,15 @@ def make_volume():
 @pytest.fixture
 def prepared(tmp_path: Path, make_volume) -> Path:
     """A prepared data set: patients 1 and 2 for training, 3 for validation, 4 for test, two frames each."""
-    from datasets.preparation import write_prepared
+    from datasets.preparation import RawCase, prepare_volumes
 
     out = tmp_path / "prepared"
     parts = {"train": (1, 2), "val": (3,), "test": (4,)}
     (out / "lists").mkdir(parents=True)
     for part, patients in parts.items():
         (out / "lists" / f"{part}.txt").write_text("".join(f"patient{patient:03d}\n" for patient in patients))
-        for patient in patients:
-            for frame in (1, 9):
-                write_prepared(make_volume(f"patient{patient:03d}_frame{frame:02d}"), out)
+        names = [f"patient{patient:03d}_frame{frame:02d}" for patient in patients for frame in (1, 9)]
+        prepare_volumes(lambda case: make_volume(case.name), [RawCase(name, ()) for name in names], out)
     return out
 
 
