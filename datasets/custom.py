@@ -84,8 +84,16 @@ def info_of_run(data: dict[str, Any], folder: str | Path, fold: int) -> DatasetI
     return info_from(data | facts, folder, fold)
 
 
-INFO = DatasetInfo("custom", ("class 1",), "data/NAME", "data/NAME/lists/fold_0", ("train", "val"), Preprocessing(),
-    "give --data FOLDER", "train_custom.py --data data/NAME", fold=0)  # fmt: skip
+INFO = DatasetInfo(
+    name="custom",
+    class_names=("class 1",),
+    folder="data/NAME",
+    list_dir="data/NAME/lists/fold_0",
+    splits=("train", "val"),
+    how_to_get="give --data FOLDER",
+    train_script="train_custom.py --data data/NAME",
+    fold=0,
+)
 """Stands for a set where none is given yet."""
 
 
