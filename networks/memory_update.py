@@ -61,23 +61,23 @@ class _Update:
         ends = torch.searchsorted(cluster, torch.arange(num_clusters, device=device), right=True)
         self.counts = ends.diff(prepend=ends.new_zeros(1))  # keys of each cluster, (P,)
         num_chunks_of = (self.counts + self.size - 1) // self.size  # of each cluster, (P,)
-        end = num_chunks_of.cumsum(0)
-        self.first = end - num_chunks_of  # first chunk of each cluster, (P,)
+        end_chunk = num_chunks_of.cumsum(0)
+        self.first = end_chunk - num_chunks_of  # first chunk of each cluster, (P,)
         # As many as there can be: a GPU would wait for the number. A CPU knows it, and it is a fraction of that.
         num_chunks, of_a_cluster = len(order) // self.size + num_clusters, -(-longest // self.size)
         if device.type == "cpu" and not torch.compiler.is_compiling():
-            num_chunks, of_a_cluster = int(end[-1]), int(num_chunks_of.max())
+            num_chunks, of_a_cluster = int(end_chunk[-1]), int(num_chunks_of.max())
 
         # For each chunk: its cluster, the owner, (n,), and which keys it has, (n, R).
         chunk = torch.arange(num_chunks, device=device)
-        self.owner = torch.searchsorted(end, chunk, right=True).clamp(max=num_clusters - 1)
+        self.owner = torch.searchsorted(end_chunk, chunk, right=True).clamp(max=num_clusters - 1)
         nth = (chunk - self.first[self.owner])[:, None] * self.size + torch.arange(self.size, device=device)
         self.filled = nth < self.counts[self.owner][:, None]
         nth += (ends - self.counts)[self.owner][:, None]
         self.index = torch.where(self.filled, order[nth.clamp(max=len(order) - 1)], len(order))  # the row after all
         # For each cluster: its chunks, (P, of_a_cluster), and where there is none.
         self.chunks_of = self.first[:, None] + torch.arange(of_a_cluster, device=device)
-        self.no_chunk = (self.chunks_of >= end[:, None])[..., None]
+        self.no_chunk = (self.chunks_of >= end_chunk[:, None])[..., None]
         self.chunks_of.clamp_(max=num_chunks - 1)
 
         self.keys = torch.cat([*keys, keys[0].new_full((1, self.pool.shape[2]), -torch.inf)])  # (T + 1, d)
