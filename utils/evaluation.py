@@ -26,7 +26,7 @@ class CaseResult:
 
 
 def predict_case(
-    model: torch.nn.Module, volume: Volume, img_size: int, batch_size: int = 16,
+    model: torch.nn.Module, volume: Volume, img_size: int, batch_size: int = 20,
     device: torch.device | str = "cpu", amp_dtype: torch.dtype | None = None,
 ) -> np.ndarray:  # fmt: skip
     """Return the class of every voxel of a volume of D slices, or of an image (D = 1): uint8 (D, H, W).
