@@ -119,7 +119,8 @@ def _log_epoch(history: Sequence[dict[str, Any]], max_epochs: int) -> None:
         "epoch %d/%d: loss %.4f%s%s%s, lr %.2e, %.0f s",
         row["epoch"], max_epochs, row["train_loss"], dice, passed, k, row["lr"], row["train_seconds"],
     )  # fmt: skip
-    absent = [name[9:].replace("_", " ") for name, dice in row.items() if name[:9] == "val_dice_" and np.isnan(dice)]
+    of_class = {name.removeprefix("val_dice_"): value for name, value in row.items() if name.startswith("val_dice_")}
+    absent = [name.replace("_", " ") for name, dice in of_class.items() if np.isnan(dice)]
     if absent and sum("val_dice" in earlier for earlier in history) == 1:  # said once
         logger.warning("no validation case has %s, so the mean is that of the other classes", ", ".join(absent))
     before = next((earlier for earlier in reversed(history[:-1]) if gates.keys() <= earlier.keys()), {})
