@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from datasets import acdc, preparation, segpc, volumes
+from datasets import acdc, image_files, preparation, segpc, volumes
 from datasets.files import atomic_write, check_writable, file_stem
 from tests.conftest import files
 from tests.datasets.test_acdc_preparation import write_patient
@@ -81,8 +81,9 @@ def test_an_interrupted_preparation_continues_where_it_stopped(tmp_path, monkeyp
         stops = range(1, 9 if kind == "crops" else 5)  # an image and a mask of each
 
     def fail(stop, **options):
-        for module in (preparation, volumes):
-            monkeypatch.setattr(module, "atomic_write", interrupted(stop))
+        disk = interrupted(stop)
+        for module in (preparation, volumes, image_files):
+            monkeypatch.setattr(module, "atomic_write", disk)
         with pytest.raises(OSError, match="No space left"):
             prepare(raw, out, **options)
         monkeypatch.undo()
