@@ -38,7 +38,7 @@ class DSGIM(nn.Module):
         check_choice("variant", variant, VARIANTS)
         check_choice("similarities", similarities, SIMILARITIES)
         self.variant = variant
-        self.decays_windows, self.parts_keys = similarities != "euclidean", similarities != "cosine"
+        self.decays_windows, self.divides_keys = similarities != "euclidean", similarities != "cosine"
         self.query = nn.Conv2d(channels, channels, 1)
         self.key = nn.Conv2d(channels, channels, 1)
         self.value = nn.Conv2d(channels, channels, 1)
@@ -63,7 +63,7 @@ class DSGIM(nn.Module):
                 # Release: the scores of image 0 are constant, and rounding must not change that.
                 is_first = torch.arange(x.shape[0], device=x.device).view(-1, 1, 1) == 0
                 scores = torch.where(is_first, scores[:, :1, :1], scores)
-            attention = self._branches(scores) if self.parts_keys else scores.softmax(-1)
+            attention = self._branches(scores) if self.divides_keys else scores.softmax(-1)
         value = rearrange(self.value(x), "b c h w -> b (h w) c")
         out = self.fc(attention.to(value.dtype) @ value)
         out = rearrange(out, "b (h w) c -> b c h w", h=x.shape[-2])
