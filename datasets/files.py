@@ -1,4 +1,4 @@
-"""Write files that appear whole or not at all, under names that stay inside their folder."""
+"""Write files that appear whole or not at all, name files safely, and find files and folders."""
 
 import os
 import re

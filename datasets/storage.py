@@ -1,4 +1,4 @@
-"""Read and check the arrays of HDF5 and npz files, which may be damaged, of another type or from another project.
+"""Read and check the arrays of HDF5 and npz files, which may be damaged or foreign, and translate their label ids.
 
 Nothing is unpickled, and no array larger than ``MAX_BYTES`` is read.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, and read without running code from the file."""
+"""Write and read checkpoints, rebuild their networks, and compare the data of a run with those of its checkpoint."""
 
 import functools
 import os

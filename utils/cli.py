@@ -1,4 +1,4 @@
-"""What every script shares: arguments, one-line errors, the log, the device and the seed."""
+"""What every script shares: arguments, one-line errors, the log, the device, the precision and the seed."""
 
 import argparse
 import errno

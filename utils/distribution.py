@@ -115,6 +115,7 @@ class EpochBatches(Sampler[list[int]]):
         return (self.num_samples - done) // self.samples_per_step
 
     def __len__(self) -> int:
+        """Return the number of batches that are left of the epoch."""
         return self.count(self.done)
 
     def __iter__(self) -> Iterator[list[int]]:
