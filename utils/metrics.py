@@ -58,10 +58,10 @@ def class_metrics(
     _check(prediction, label, spacing)
     prediction, label = np.asarray(prediction, bool), np.asarray(label, bool)
     n_prediction, n_label = int(prediction.sum()), int(label.sum())
-    if not (n_prediction and n_label):
-        nothing = Metrics(0.0, 0.0, 0.0, 0.0)
-        if not (n_prediction or n_label):
-            return ClassResult(ABSENT, nothing, Metrics(np.nan, np.nan, np.nan, np.nan))
+    nothing = Metrics(0.0, 0.0, 0.0, 0.0)
+    if not n_prediction and not n_label:
+        return ClassResult(ABSENT, nothing, Metrics(np.nan, np.nan, np.nan, np.nan))
+    if not n_prediction or not n_label:
         size = np.multiply(volume_shape or label.shape, 1.0 if spacing is None else spacing)
         diagonal = float(np.linalg.norm(size))
         strict = Metrics(0.0, diagonal, 0.0, diagonal)
