@@ -114,8 +114,8 @@ class ImageFolder(Sequence[Picture]):
         self.kind = " and ".join(sorted(kinds))
 
     @property
-    def patients(self) -> set[str]:
-        """The images (not crops) of this split. Their patients are not known."""
+    def whole_images(self) -> set[str]:
+        """The images, not crops, of this split; they take the place of patients, which are not known."""
         return {image_of(name) for name in self.names}
 
     def __len__(self) -> int:

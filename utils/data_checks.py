@@ -67,7 +67,7 @@ class Split:
     def __init__(self, data: Samples | Cases, info: DatasetInfo, pattern: str | None = None):
         self.data, self.info = data, info
         self.kind = "images" if info.planar else "slices" if isinstance(data, SliceDataset) else "volumes"
-        names = data.patients if info.planar else data.names
+        names = data.whole_images if info.planar else data.names
         self.patients = {patient_of(name, pattern): name for name in names}  # each with a name in the list
         self.exact = info.planar or pattern is not None  # no entry of a list stands for several of these patients
         self.grouped = self.exact or any(map(has_person, names))

@@ -274,9 +274,9 @@ def test_an_entry_names_its_image_or_its_crops_and_no_other(tmp_path):
         folder = ImageFolder(INFO, data, data / "lists", "val", 3)
         assert [picture.name for picture in folder] == folder.names == found
         assert folder[0].class_names == INFO.class_names
-        assert folder.patients == {image_of(entry) for entry in entries.split()}
+        assert folder.whole_images == {image_of(entry) for entry in entries.split()}
         dataset = ImageDataset(INFO, data, data / "lists", "val", 3, 32)
-        assert (dataset.names, dataset.patients, dataset.source) == (found, folder.patients, folder.source)
+        assert (dataset.names, dataset.whole_images, dataset.source) == (found, folder.whole_images, folder.source)
 
 
 def test_unusable_folders_are_refused(tmp_path, refused):
