@@ -73,7 +73,7 @@ def test_the_lists_divide_the_images_reproducibly(tmp_path):
     assert [len(part) for part in parts] == [7, 1, 2]
     assert sorted(name for part in parts for name in part) == IDS
     test = ImageFolder(isic.INFO, tmp_path / "one", lists, "test", 2)
-    assert test.patients == set(parts[2])
+    assert test.whole_images == set(parts[2])
     np.testing.assert_array_equal(test[0].label[0], LESION)
 
 
