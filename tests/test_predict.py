@@ -179,7 +179,7 @@ def test_what_cannot_be_done_is_said_in_one_line(predict, threshold, tmp_path):
         (scan.parent, out, [], ["give a folder"]),
         (threshold, out, [], ["best.pth", "not a readable scan"]),
         (scan, out, ["--checkpoint", scan], ["scan.nii.gz", "checkpoint"]),
-        ("photo.JPG", tmp_path / "o.png", [], ["a photograph", "scans"]),
+        ("photo.JPG", tmp_path / "o.png", [], ["a picture", "scans"]),
         (scan, out, ["--batch_size", 0], ["--batch_size", "1 or more"]),
         (scan, tmp_path / "file" / "seg.nii.gz", [], ["file"]),
     ):
