@@ -140,7 +140,7 @@ class DMWLA(PlainAttention):
             update = update + self.intra_cluster_interaction(tokens)
         if (self.training or self.written_in_evaluation) and self.bank.writable:
             if getattr(self, "_is_replica", False):
-                raise NetworkError("DataParallel loses what its copies write into a memory: use DistributedDataParallel")
+                raise NetworkError("DataParallel loses what its copies write to a memory: use DistributedDataParallel")
             if to_write is None:
                 write_memories([(self, tokens.detach())])
             else:
