@@ -22,7 +22,7 @@ from datasets.files import write_text
 from datasets.image_files import read_grey, read_image
 from datasets.info import MASK_FOLDER, VOLUME_FOLDER, DatasetInfo
 from datasets.lists import divide, refuse_names, write_lists
-from datasets.preparation import Pair, RawCase, prepare_images, prepare_volumes, read_case, run_all
+from datasets.preparation import Pair, RawCase, prepare_images, prepare_volumes, read_case, remove_prepared, run_all
 from datasets.preprocessing import ColourPreprocessing, Preprocessing, Scale, orientation_of, preprocessing_from_dict
 from datasets.raw_forms import JSON, MAX_CLASSES, Raw, read_json, recognise
 from datasets.scan import load_scan, read_scan_label
@@ -188,6 +188,8 @@ def prepare(
         "preprocessing": preprocessing.to_dict(), "label_values": values, "folds": len(lists), "test": bool(tested),
         "seed": seed, "patient_pattern": patient_pattern, "raw": found.form, "source": str(Path(raw).resolve()),
     }  # fmt: skip
+    if overwrite:  # before the facts are written: an interruption leaves no file that they do not describe
+        remove_prepared(out, {case.name for case in cases})
     _write_facts(out, facts, overwrite)
     for fold, parts in enumerate(lists):
         write_lists(out / "lists" / f"fold_{fold}", {"test": [], **parts})

@@ -8,13 +8,12 @@ import logging
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from datasets.errors import DataError, brief, counted
 from datasets.files import atomic_write
 from datasets.image_files import IMAGE_ENDINGS, common_bits, image_files, image_of, read_classes, read_image, save_png
 from datasets.info import IMAGE_FOLDER, MASK_FOLDER, SLICE_FOLDER, VOLUME_FOLDER, DatasetInfo
+from datasets.lists import beginnings, data_name, patient_of, volume_name
 from datasets.scan import read_scan, read_scan_label
 from datasets.volumes import Volume, write_slice, write_volume
 
@@ -106,9 +106,16 @@ def prepare_volumes(
     read: returns the Volume of a case (which has a ``name``), can be pickled; jobs: processes; overwrite: also write
     finished cases again. Raises the first error; finished cases stay. Logs how many have no voxel spacing.
     """
-    target = partial(_volume_file, out)
-    for case in cases if overwrite else ():  # all at once, so that a run which is interrupted leaves no old ones
-        _remove_volume(out, case.name)
+    target, names = partial(_volume_file, out), {case.name for case in cases}
+    if overwrite:
+        remove_prepared(out, names)
+    # An entry of a list stands for every volume of a patient, and for all names that begin with it.
+    patients = {*map(patient_of, names)}
+    there = {data_name(path) for path in Path(out, VOLUME_FOLDER).glob("*.npy.h5")}
+    gone = {name for name in there - names if patient_of(name) in patients or names & {*beginnings(name)}}
+    if gone:
+        logger.warning("removed, because no raw file is called so: %s", brief(", ".join(sorted(gone)), 80))
+        remove_prepared(out, gone)
     done = run_all(partial(_prepare_volume, read, out), cases, "volumes", jobs, target)
     unmeasured = [name for name, spacing in done.items() if spacing is None]
     if unmeasured:
@@ -121,19 +128,27 @@ def prepare_volumes(
 
 def _prepare_volume(read: Callable[[Any], Volume], out: str | Path, case: Any) -> tuple[float, ...] | None:
     """Write the slices of a case and then its volume; return its voxel spacing."""
-    volume, file = read(case), _volume_file(out, case.name)
-    _remove_volume(out, case.name)
+    time, volume, file = _raw_time(case), read(case), _volume_file(out, case.name)
+    remove_prepared(out, {case.name})
     for index in range(len(volume.image)):
         write_slice(Path(out, SLICE_FOLDER, f"{case.name}_slice{index:03d}.npz"), volume, index)
     write_volume(file, volume)
-    _stamp(case, file)
+    _stamp(time, file)
     return volume.spacing
 
 
-def _remove_volume(out: str | Path, name: str) -> None:
-    """Remove the prepared files of a case, of which a volume means that it is finished first."""
-    for old in (_volume_file(out, name), *Path(out, SLICE_FOLDER).glob(f"{escape(name)}_slice*.npz")):
-        old.unlink(missing_ok=True)
+def remove_prepared(out: str | Path, names: Collection[str]) -> None:
+    """Remove the prepared files of these cases, first those that mean that a case is finished.
+
+    Before cases are prepared again all are removed at once: an interruption then leaves no file of an old preparation.
+    """
+    for name in names:
+        _volume_file(out, name).unlink(missing_ok=True)
+        _mask_file(out, name).unlink(missing_ok=True)
+    slices = (path for path in Path(out, SLICE_FOLDER).glob("*.npz") if volume_name(path) in names)
+    images = (Path(out, IMAGE_FOLDER, f"{name}{ending}") for name in names for ending in IMAGE_ENDINGS)
+    for path in (*slices, *images):
+        path.unlink(missing_ok=True)
 
 
 def _volume_file(out: str | Path, name: str) -> Path:
@@ -160,11 +175,9 @@ def prepare_images(
         raise DataError(f"{out}: {kinds[False]} is a whole image and {kinds[True]} a crop of one; give another --out")
     wanted = {case.name for case in cases}
     images = {*map(image_of, wanted)}
-    for name in there:  # an entry of a list stands for every cell of an image that is there
-        if name in wanted and overwrite:
-            mask_file(name).unlink()
-        elif name not in wanted and name != image_of(name) and image_of(name) in images:
-            _remove(out, name)
+    # An entry of a list stands for every cell of an image that is there.
+    gone = {name for name in there if name != image_of(name) and image_of(name) in images} - wanted
+    remove_prepared(out, gone | wanted if overwrite else gone)
     bits = common_bits({case.images[0] for case in cases})
     run_all(partial(_prepare_image, read, bits, out), cases, "images", jobs, mask_file)
     return [case.name for case in cases if mask_file(case.name).is_file()]
@@ -173,8 +186,8 @@ def prepare_images(
 def _prepare_image(
     read: Callable[[RawCase, int | None], Pair | None], bits: int | None, out: str | Path, case: RawCase
 ) -> None:
-    pair = read(case, bits)
-    _remove(out, case.name)
+    time, pair = _raw_time(case), read(case, bits)
+    remove_prepared(out, {case.name})
     if pair is None:
         return
     source, target, mask_file = case.images[0], Path(out, IMAGE_FOLDER, case.name), _mask_file(out, case.name)
@@ -184,13 +197,7 @@ def _prepare_image(
     else:
         save_png(f"{target}.png", pair[0])
     save_png(mask_file, pair[1])
-    _stamp(case, mask_file)
-
-
-def _remove(out: str | Path, name: str) -> None:
-    """Remove the prepared files of an image, of which a mask means that it is finished first."""
-    for old in (_mask_file(out, name), *(Path(out, IMAGE_FOLDER, f"{name}{ending}") for ending in IMAGE_ENDINGS)):
-        old.unlink(missing_ok=True)
+    _stamp(time, mask_file)
 
 
 def _mask_file(out: str | Path, name: str) -> Path:
@@ -198,15 +205,18 @@ def _mask_file(out: str | Path, name: str) -> Path:
 
 
 def _raw_time(case: Any) -> float | None:
-    """Return the mean time of a case's raw files, which changes with any of them; None for one without files."""
+    """Return the mean time of a case's raw files, which changes with any of them; None for one without files.
+
+    It is taken before they are read: files that change meanwhile are read again by the next preparation.
+    """
     raw = [*case.images, *case.labels, case.folder] if isinstance(case, RawCase) else []
     times = [path.stat().st_mtime for path in raw if path]
     return sum(times) / len(times) if times else None
 
 
-def _stamp(case: Any, target: Path) -> None:
+def _stamp(time: float | None, target: Path) -> None:
     """Give a prepared file the time of its raw files: one that is made of others has another."""
-    if (time := _raw_time(case)) is not None:
+    if time is not None:
         with suppress(OSError):  # on a disk that keeps no times the case will be prepared again
             os.utime(target, (time, time))
 

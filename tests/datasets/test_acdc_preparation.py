@@ -1,5 +1,6 @@
 """ACDC's raw folders become slices and volumes with the same voxels in the same places."""
 
+import os
 import shutil
 
 import h5py
@@ -43,6 +44,38 @@ def raw(tmp_path):
     (tmp_path / "raw" / "testing").symlink_to(tmp_path / "disk" / "testing")
     (tmp_path / "raw" / "testing" / "again").symlink_to(tmp_path / "raw")  # without end, if all links are followed
     return tmp_path / "raw"
+
+
+def test_volumes_whose_raw_files_are_gone_do_not_stay_where_a_list_would_name_them(tmp_path, caplog):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    write_patient(raw, 1)
+    write_patient(raw, 2)
+    acdc.prepare(raw, out)
+    for path in (*raw.rglob("patient001_frame12*"), *raw.rglob("patient002*.nii.gz")):
+        path.unlink()
+    acdc.prepare(raw, out)
+    volumes = sorted(path.name.removesuffix(".npy.h5") for path in out.glob("test_vol_h5/*"))
+    assert volumes == ["patient001_frame01", "patient002_frame01", "patient002_frame12"]
+    assert not list(out.glob("train_npz/patient001_frame12*")) and "removed, because no raw file" in caplog.text
+
+
+def test_a_label_that_is_saved_while_it_is_prepared_is_read_again(tmp_path, monkeypatch):
+    write_patient(tmp_path / "raw", 1, frames=(1,))
+    label = next((tmp_path / "raw").rglob("*_gt.nii.gz"))
+    read = acdc.read_case
+
+    def saved_meanwhile(info, case, **options):
+        volume = read(info, case, **options)
+        os.utime(label, (1e9, 1e9))
+        return volume
+
+    monkeypatch.setattr(acdc, "read_case", saved_meanwhile)
+    acdc.prepare(tmp_path / "raw", tmp_path / "out")
+    monkeypatch.undo()
+    (volume,) = (tmp_path / "out/test_vol_h5").iterdir()
+    before = volume.stat().st_mtime
+    acdc.prepare(tmp_path / "raw", tmp_path / "out")
+    assert volume.stat().st_mtime != before
 
 
 def test_nifti_voxels_arrive_where_they_belong(tmp_path):
