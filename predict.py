@@ -121,6 +121,11 @@ def main() -> None:
     if planar:
         bits = common_bits(inputs, predictor.preprocessing.bits)
         predictor.preprocessing = replace(predictor.preprocessing, bits=bits)
+    endings = (".png",) if planar else scan.LABEL_ENDINGS
+    former = {path.name for path in args.output.glob("*") if path.name.endswith(endings)} - {o.name for o in outputs}
+    if former:
+        text = "%s holds segmentations of an earlier call (%s): tables and colours will be those of this call alone"
+        logger.warning(text, args.output, brief(", ".join(sorted(former)), 60))
     sizes, failed = [], 0
     for i, (source, target) in enumerate(zip(inputs, outputs, strict=True), 1):
         try:
