@@ -38,7 +38,8 @@ def write_run(
 ) -> Path:
     """Write `config.json`, `metrics.csv` and the results of a split; dice: of each class, by case."""
     folder.mkdir(parents=True, exist_ok=True)
-    args = {"seed": seed, "variant": "paper", "output_dir": str(folder), "list_dir": DATASETS[dataset].list_dir, **args}
+    args = {"output_dir": str(folder), "list_dir": DATASETS[dataset].list_dir, "max_epochs": 6, **args}
+    args |= {"seed": seed, "variant": args.get("variant", "paper")}
     data = {"dataset": dataset, "class_names": list(class_names)}
     (folder / "config.json").write_text(json.dumps({"args": args, "data": data}))
     history = [{"epoch": e, "train_loss": 3 / e, "val_dice": NAN if e % 2 else 1 - 1 / e} for e in range(1, 7)]

@@ -341,6 +341,9 @@ def _resume(parser: ArgumentParser, info: DatasetInfo, argv: list[str], path: Pa
             newest = load_checkpoint(other)["iteration"] if other != path else 0
         if newest > checkpoint["iteration"]:
             raise RunError(f"{path} is older than {other} of the same run: resume from that, or move it away")
+    ends = args.max_iterations
+    if ends and ends <= checkpoint["iteration"] and args.max_epochs > saved["max_epochs"]:
+        raise RunError(f"--max_epochs {args.max_epochs}: --max_iterations {ends} ended the run: give a larger one, too")
     if 0 < checkpoint.get("best_epoch", 0) < args.select_from_epoch:
         best = f"the best epoch so far is {checkpoint['best_epoch']}"
         raise RunError(f"--select_from_epoch {args.select_from_epoch}: {best}, before that: leave it out")

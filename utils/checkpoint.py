@@ -193,10 +193,21 @@ def describe_data(train_set: TrainingSet, val_set: Sequence[Volume], classes: Se
     return lines
 
 
-def cases_seen(checkpoint: Mapping[str, Any]) -> set[str]:
-    """Return the cases that trained the weights of a checkpoint, in its own run and in those that it started from."""
-    own = (line for line in checkpoint.get("described", ()) if line.startswith("training case "))
-    return {*checkpoint.get("seen", ()), *(line.removeprefix("training case ") for line in own)}
+def cases_described(checkpoint: Mapping[str, Any], kind: str) -> set[str]:
+    """Return the training or validation cases of a checkpoint's run; those of an old one are not known."""
+    lines, start = checkpoint.get("described", ()), f"{kind} case "
+    return {line.removeprefix(start) for line in lines if line.startswith(start)}
+
+
+def cases_seen(checkpoint: Mapping[str, Any], dataset: str) -> dict[str, list[str]]:
+    """Return by data set the cases that trained the weights of a checkpoint, in its run and in those before it.
+
+    dataset: that of the checkpoint.
+    """
+    before = checkpoint.get("seen", {})
+    before = {dataset: before} if isinstance(before, list) else before  # of an older run
+    own = {*before.get(dataset, ()), *cases_described(checkpoint, "training")}
+    return before | {dataset: sorted(own)}
 
 
 def refuse_other_data(path: Path, then: Sequence[str], now: Sequence[str]) -> None:

@@ -46,7 +46,7 @@ class Run:
     info: DatasetInfo
     args: dict[str, Any]  # arguments of the training, with defaults for those that its version did not have
     data: str  # the data set, and the folder of its test cases if that is not the data set's own
-    settings: dict[str, str]  # the arguments that make the method
+    settings: dict[str, str]  # what makes the method: arguments, number of processes, checkpoint
     unusual: set[str]  # the names of those settings that are not defaults
     history: pd.DataFrame  # metrics.csv, empty without one
     results: pd.DataFrame  # a row per split, case, class, convention and metric
@@ -100,7 +100,11 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
 
     splits: those whose results are read; without any, all. volume_path: where the test cases are, if elsewhere.
     """
-    folder, history, best = Path(folder), pd.DataFrame(), None
+    folder, history, best, newest = Path(folder), pd.DataFrame(), None, None
+    paths = {path.parent.name.removeprefix("results_"): path for path in sorted(folder.glob("results_*/cases.csv"))}
+    paths = {split: paths[split] for split in splits or paths if split in paths}
+    summaries = {split: _summary(path) for split, path in paths.items()}
+    checkpoints = [summary["checkpoint"] for summary in summaries.values() if summary.get("checkpoint")]
     path = folder / "config.json"
     if not path.is_file():
         raise RunError(f"{folder} is not a run folder, it has no config.json: give folders that train_<set>.py wrote")
@@ -109,7 +113,11 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
         data, given = config["data"], config["args"]
         path = folder / "config_resumed.json"
         if path.is_file():
-            given = given | json.loads(path.read_text(encoding="utf-8"))["args"]
+            config |= json.loads(path.read_text(encoding="utf-8"))
+            given |= config["args"]
+        for checkpoint in checkpoints:  # its arguments, where the run was continued with others after it
+            saved = checkpoint.get("args") or {}
+            given |= {name: value for name, value in saved.items() if name not in ("max_epochs", "max_iterations")}
         custom_set = "data" in given
         info = custom.info_of_run(data, given["data"], given["fold"]) if custom_set else DATASETS[data["dataset"]]
         defaults = vars(training_parser("", info).parse_args([])) | VARIANT_DEFAULTS.get(given.get("variant"), {})
@@ -121,14 +129,15 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
             epochs = history.reindex(columns=["epoch", "val_dice"]).dropna()
             epochs = epochs[epochs["epoch"] >= (args["select_from_epoch"] or 1)]
             best = epochs["epoch"][epochs["val_dice"].idxmax()] if len(epochs) else None
+            newest = history["epoch"].max() if len(history) else None
+            if newest and newest < args["max_epochs"] and not args["max_iterations"]:
+                logger.warning("%s: its training has done %d of its %d epochs", folder, newest, args["max_epochs"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RunError(
             f"{path} is damaged or not of train_<set>.py ({type(error).__name__}: {brief(error)}): copy it again"
         ) from error
     settings = {n: _text(n, value) for n, value in args.items() if n not in left_out and value is not None}
     where = "root_path" if info.planar else "volume_path"
-    paths = {path.parent.name.removeprefix("results_"): path for path in sorted(folder.glob("results_*/cases.csv"))}
-    paths = {split: paths[split] for split in splits or paths if split in paths}
     if not paths:
         split = splits[0] if splits else info.splits[-1]
         chosen, last = folder / "best.pth", folder / "last.pth"
@@ -138,28 +147,32 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
         command = f"python {script} {shlex.join(map(str, [*flags, args['list_dir']]))}"
         raise RunError(f"{folder} was not tested on {split}: test it with {command}")
     used, tested, lists, files, predictions = [], [], set(), [], []
-    for path in paths.values():
-        summary = _summary(path)
+    for summary in summaries.values():
         folders = args | (summary.get("data") or {})
         used.append(_text(where, volume_path or folders[where]))
         lists.add(Path(folders["list_dir"]).resolve())
         if checkpoint := summary.get("checkpoint"):
             file, epoch, prediction = (checkpoint.get(key) for key in ("file", "epoch", "prediction"))
+            prediction = prediction or (None if "prediction" in left_out else args.get("prediction"))
             tested.append(f"{file}, epoch {epoch}" + (f", prediction {prediction}" if prediction else ""))
             files.append(str(file))
             predictions += [prediction] if prediction else []
-            if file == "best.pth" and best not in (None, epoch):
-                text = "%s: its results are of epoch %s, but best.pth is now of epoch %d: test it again"
-                logger.warning(text, folder, epoch, best)
+            now = {"best.pth": best, "last.pth": newest}.get(file)
+            if now not in (None, epoch):
+                text = "%s: its results are of epoch %s, but %s is now of epoch %d: test it again"
+                logger.warning(text, folder, epoch, file, now)
     if len({*files}) > 1 or len({*predictions}) > 1:
         logger.warning("%s: its splits were tested otherwise (%s): give one with --split", folder, _and(tested))
     # What was tested is part of the method too.
-    settings["checkpoint"] = _and(files) or "best.pth"
+    settings |= {"checkpoint": _and(files) or "best.pth", "ranks": str(config.get("ranks", 1))}
     settings |= {"prediction": _and(predictions)} if predictions else {}
-    usual = defaults | {"checkpoint": "best.pth"}
+    usual = defaults | {"checkpoint": "best.pth", "ranks": 1}
     unusual = {name for name, value in settings.items() if value != _text(name, usual.get(name))}
     data = info.name if {*used} == {_text(where, info.volume_path)} else f"{info.name} in {_and(used)}"
-    tables = [_long(read_cases(path)).assign(split=split, run=str(folder)) for split, path in paths.items()]
+    tables = []
+    for split, path in paths.items():
+        table = _long(read_cases(path)).assign(split=split, run=str(folder))
+        tables.append(table.assign(label=table["case"].map(summaries[split].get("labels") or {})))
     results = pd.concat(tables)
     return Run(folder, info, args, data, settings, unusual, history, results, method, _and(tested) or "-", lists)
 
@@ -226,6 +239,7 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
             logger.warning("%s: not in all seeds, left out of %s: %s", name, split, counted(left_out, "case"))
         cases = cases[shared].reset_index(drop=True)
         _refuse_other_data(cases)
+        _check_folds(cases)
         units = cases.groupby(["convention", "metric"])["unit"]
         cases["value"] = cases["value"].mask(units.transform("nunique") > 1)  # there is no mean of mm and voxels
         cases["unit"] = units.transform(lambda unit: " or ".join(sorted(unit.unique())))
@@ -236,17 +250,37 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
 
 
 def _refuse_other_data(cases: pd.DataFrame) -> None:
-    """Raise RunError if a case has another unit, or other classes in its label, in one run than in another."""
+    """Raise RunError if a case has another unit or label in one run than in another.
+
+    Of tests of earlier versions only the classes in a label are known.
+    """
     once = cases.query("convention == 'strict' and metric == 'hd95'")
     once = once.assign(in_label=once["state"].isin([FOUND, MISSED]))
-    different = once.groupby(["case", "class"])[["unit", "in_label"]].transform("nunique").max(axis=1) > 1
+    facts = ["unit", "in_label", "label"]
+    different = once.groupby(["case", "class"])[facts].transform("nunique").max(axis=1) > 1
     if different.any():
         (name, _), rows = next(iter(once[different].groupby(["case", "class"], sort=False)))
-        first, second = rows.drop_duplicates(["unit", "in_label"])["run"].iloc[:2]
+        first, second = rows.drop_duplicates(facts)["run"].iloc[:2]
         raise RunError(
             f"{name} has another label or unit in the test of {second} than in that of {first}: test both on the same "
             "files, or leave one of them out"
         )
+
+
+def _check_folds(cases: pd.DataFrame) -> None:
+    """Raise RunError for folds of two divisions in one method; warn if some folds have more seeds than others."""
+    for name, of_method in cases.groupby("method"):
+        folds = of_method.groupby("case")["fold"].nunique()
+        if folds.nunique() > 1:
+            runs = ", ".join(of_method.loc[of_method["case"] == folds.idxmax(), "run"].unique())
+            raise RunError(
+                f"{name}: {folds.idxmax()} was tested in {folds.max()} folds and {folds.idxmin()} in {folds.min()}, as "
+                f"if the data were divided anew between them: leave the runs of the old division out (of {runs})"
+            )
+        seeds = of_method.groupby("fold")["run"].nunique()
+        if seeds.nunique() > 1:
+            text = "%s: its folds have %d to %d seeds, so the cases of some count more often in its mean"
+            logger.warning(text, name, seeds.min(), seeds.max())
 
 
 def paired_tests(comparison: Comparison) -> pd.DataFrame:

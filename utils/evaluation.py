@@ -1,6 +1,7 @@
 """Predict volumes and images with a network, score them against their labels, and write predictions to files."""
 
 import logging
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ class CaseResult:
     name: str
     unit: str  # of strict distances: mm, voxels or, of an image, pixels
     classes: tuple[ClassResult, ...]  # without background
+    label: str = ""  # changes with the label, its shape and its spacing
     confusion: np.ndarray | None = None  # of an image, (num_classes, num_classes), pixels by label and prediction
 
 
@@ -70,10 +72,13 @@ def evaluate(
     def score(number: int, volume: Volume, prediction: np.ndarray) -> CaseResult:
         if volume.planar:  # distances in two dimensions
             classes = case_metrics(prediction[0], volume.label[0], num_classes)
-            result = CaseResult(volume.name, "pixels", classes, confusion(prediction, volume.label, num_classes))
+            unit, counts = "pixels", confusion(prediction, volume.label, num_classes)
         else:
             classes = case_metrics(prediction, volume.label, num_classes, volume.spacing)
-            result = CaseResult(volume.name, "voxels" if volume.spacing is None else "mm", classes)
+            unit, counts = "voxels" if volume.spacing is None else "mm", None
+        shape = " x ".join(map(str, volume.label.shape))
+        label = f"{shape}, {volume.spacing}, {zlib.crc32(np.ascontiguousarray(volume.label)):08x}"
+        result = CaseResult(volume.name, unit, classes, label, counts)
         dice = " ".join(f"{100 * c.strict.dice:.2f}" for c in classes)
         hd95 = " ".join(f"{c.strict.hd95:.2f}" for c in classes)
         text = "%d/%d %s: Dice %s %%, HD95 %s %s"

@@ -20,7 +20,7 @@ from datasets.lists import list_path
 from networks import build, default_weights
 from networks.ranks import rank
 from utils.arguments import check_n_gpu, network_arguments, parse_training
-from utils.checkpoint import cases_seen, load_fitting, refuse_other_data
+from utils.checkpoint import cases_described, cases_seen, load_fitting, refuse_other_data
 from utils.cli import ArgumentParser, seed_everything, set_precision, setup_logging
 from utils.data_checks import Cases, compare_with_checkpoint, open_cases, open_samples, quick_check
 from utils.distribution import launched, process_group, rank_device
@@ -85,7 +85,7 @@ def make_trainer(
     elif checkpoint:
         _inherit_choices(trainer, checkpoint, info)
     setup_logging(Path(args.output_dir) / "train.log")
-    if known := {*trainer.seen}.intersection(val_set.names):
+    if known := {*trainer.seen.get(info.name, ())}.intersection(val_set.names):
         text = "the weights that this run starts from were trained on %d of %d validation cases: scores are optimistic"
         logger.warning(text, len(known), len(val_set))
     if args.selected_on == "test":
@@ -98,14 +98,13 @@ def make_trainer(
 
 
 def _inherit_choices(trainer: Trainer, checkpoint: dict[str, Any], info: DatasetInfo) -> None:
-    """Let a run say which cases of its data set its initial weights have seen, and whether test cases chose them."""
+    """Let a run say which cases its initial weights have seen, and whether test cases of its data set chose them."""
     # The authors chose the checkpoints of the release on the test volumes of the public sets.
     public = {"dataset": info.name, "selected_on": "test"} if info.fold is None else {}
     before = checkpoint.get("data", public)
-    if before.get("dataset") == info.name:
-        trainer.seen = sorted(cases_seen(checkpoint))
-        if before.get("selected_on") == "test":
-            trainer.data["selected_on"] = "test"
+    trainer.seen = cases_seen(checkpoint, before.get("dataset", ""))
+    if before.get("dataset") == info.name and before.get("selected_on") == "test":
+        trainer.data["selected_on"] = "test"
 
 
 def new_network(args: Namespace, pretrained: bool) -> torch.nn.Module:
@@ -179,9 +178,12 @@ def test(args: Namespace, info: DatasetInfo) -> None:
     summary = summarise(table, sum(result.confusion for result in results) if info.planar else None)
     summary["data"] = {where: str(tested), "list_dir": str(args.list_dir), "split": args.split}
     file, epoch = args.checkpoint.name, predictor.origin.get("epoch")
-    summary["checkpoint"] = {"file": file, "epoch": epoch, "prediction": args.prediction}
-    write_csv(folder / "cases.csv", table)
+    trained = predictor.origin.get("args")
+    summary["checkpoint"] = {"file": file, "epoch": epoch, "prediction": args.prediction, "args": trained}
+    summary["labels"] = {result.name: result.label for result in results}
+    (folder / "cases.csv").unlink(missing_ok=True)  # both files are of one test, or compare.py reads none
     write_text(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    write_csv(folder / "cases.csv", table)
     print(format_summary(summary))
     logger.info("results in %s", folder)
 
@@ -189,10 +191,13 @@ def test(args: Namespace, info: DatasetInfo) -> None:
 def _warn_of_misleading_scores(args: Namespace, predictor: Predictor, cases: Cases) -> None:
     """Warn if the training has seen the cases of a test, or if they are images of another kind."""
     data = predictor.data
-    seen = args.split == predictor.origin.get("args", {}).get("val_split") and data.get("selected_on") != "test"
-    if seen and args.checkpoint.name == "best.pth":  # of those chosen on test volumes every table says it
-        logger.warning("the best epoch was chosen on these cases, so its scores are optimistic; last.pth has fair ones")
-    if trained := cases_seen(predictor.origin).intersection(cases.names):
+    if args.checkpoint.name == "best.pth" and data.get("selected_on") != "test":  # of these every table says it
+        chosen_on = cases_described(predictor.origin, "validation").intersection(cases.names)
+        if chosen_on or args.split == predictor.origin.get("args", {}).get("val_split"):
+            text = "%d of these %d cases chose the best epoch, so their scores are optimistic; last.pth has fair ones"
+            logger.warning(text, len(chosen_on) or len(cases), len(cases))
+    seen = cases_seen(predictor.origin, data.get("dataset", ""))
+    if trained := {*seen.get(data.get("dataset"), ())}.intersection(cases.names):
         logger.warning(
             "the checkpoint was trained on cases of this list (%d of %d, such as %s): their scores are optimistic",
             len(trained), len(cases), min(trained),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from datasets.files import atomic_write, remove_temporaries, write_text
 from utils.checkpoint import on_cpu, save_checkpoint
@@ -51,6 +52,8 @@ class RunFolder:
 
     def lock(self) -> None:
         """Raise RunError if another process trains in this folder; the lock ends with this process."""
+        if self._lock is not None:  # closing a second file would end the lock
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / "train.log", "a", encoding="utf-8")  # noqa: SIM115
         try:
@@ -64,6 +67,18 @@ class RunFolder:
             ) from error
         except (ImportError, OSError):  # Windows, and some network disks
             logger.info("%s cannot be locked on this system: start no second training in it", self.path)
+
+    def take_over(self, checkpoint: Path, iteration: int, is_best: bool) -> None:
+        """Lock the folder to continue from a checkpoint in it that was read after ``iteration`` iterations.
+
+        is_best: make it ``best.pth``, because the process before may have died before it did so. Raises RunError if
+        another process trains in this folder, or has written the checkpoint since it was read.
+        """
+        self.lock()
+        if torch.load(checkpoint, mmap=True, weights_only=True)["iteration"] != iteration:
+            raise RunError(f"{checkpoint} was continued while this process read it: run the same command again")
+        if is_best:
+            self.keep_best(checkpoint)
 
     def record(self, history: Sequence[dict[str, Any]], max_epochs: int, select_from: int = 1) -> None:
         """Write the last epoch to the log and TensorBoard, and all epochs to ``metrics.csv`` and ``progress.png``.

@@ -64,7 +64,7 @@ class Trainer:
             "kind": getattr(train_set, "kind", ""),
         }
         self.described = describe_data(train_set, val_set, self.data["class_names"])
-        self.seen: list[str] = []  # cases of this data set that trained the weights the run starts from
+        self.seen: dict[str, list[str]] = {}  # by data set: cases that trained the weights the run starts from
         self.release = args.variant == "release"
         self.model = model.to(device, memory_format=torch.channels_last)
         self.network = distribute(self.model, device)  # the model as a training step calls it
@@ -120,8 +120,9 @@ class Trainer:
         Raises Stopped by a signal, after ``last.pth`` was saved, and RunError if a number is not finite or the memory
         or the disk is full; ``last.pth`` then stays as it was saved.
         """
-        if self.writes and self.args.resume and self.best_epoch == self.epoch > 0 and not self.samples:
-            self.run.keep_best(self.args.resume)  # the process before may have died before it did so
+        if self.writes and self.args.resume:
+            is_best = self.best_epoch == self.epoch > 0 and not self.samples
+            self.run.take_over(self.args.resume, self.iteration, is_best)
         if not self.is_over():
             if self.writes:
                 config = {"args": vars(self.args), "data": self.data, "ranks": world_size(), **provenance()}
@@ -267,8 +268,7 @@ class Trainer:
 
     def stop_if_asked(self) -> None:
         """Save and raise Stopped if any rank has received a signal."""
-        number = largest_over_ranks(self.signals.received)
-        if number:
+        if number := largest_over_ranks(self.signals.received):
             self.save()
             again = f"the same command with --resume auto continues from {self.run.last}"
             raise Stopped(number, f"after iteration {self.iteration}: {again}")
@@ -280,8 +280,7 @@ class Trainer:
         """
         import pandas as pd
 
-        start = time.perf_counter()
-        args = self.args
+        args, start = self.args, time.perf_counter()
         share_buffers(self.model)
         cases = range(rank(), len(self.val_set), world_size())
         if self.release:
@@ -389,7 +388,7 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.wld.load_state_dict(state["wld"])
         self.watch.overflows = state["overflows"]
-        self.seen = state.get("seen", [])
+        self.seen = state.get("seen", {})
         self.data["selected_on"] = state["data"].get("selected_on", self.data["selected_on"])
         for name in COUNTED:
             setattr(self, name, state.get(name, 0))  # older checkpoints have no best_epoch

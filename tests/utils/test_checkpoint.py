@@ -5,7 +5,7 @@ import torch
 
 from networks import SimMPNet
 from tests.networks.test_weights import release_state
-from utils.checkpoint import build_network, load_checkpoint
+from utils.checkpoint import build_network, cases_seen, load_checkpoint
 
 STATE = {"model": {"w": torch.arange(3.0)}, "network": {}, "data": {"dataset": "acdc", "class_names": ("a", "b")}}
 
@@ -60,3 +60,9 @@ def test_a_network_is_rebuilt_as_its_checkpoint_says_or_not_at_all(stable, tmp_p
     refused(lambda: build_network(stable, tmp_path, 2), "but its data have 4 and 2")
     changed = {name: value for name, value in (stable[part] | changes).items() if value is not None}
     refused(lambda: build_network(stable | {part: changed}, tmp_path, 1), tmp_path, words)
+
+
+def test_weights_remember_by_data_set_which_cases_trained_them_and_those_before_them():
+    own = {"described": ["training case b", "validation case c"]}
+    assert cases_seen(own | {"seen": ["a"]}, "acdc") == {"acdc": ["a", "b"]}  # of an older run
+    assert cases_seen(own | {"seen": {"isic": ["x"]}}, "acdc") == {"isic": ["x"], "acdc": ["b"]}

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from datasets import DATASETS
 from tests.comparison_runs import NAN, class_result, random_dice, write_run
 from utils.comparison import MEAN, Run, compare, name_methods, paired_tests, read_run
 from utils.comparison_report import notes, published_rows
@@ -106,6 +107,50 @@ def test_a_case_that_is_not_the_same_in_all_runs_is_refused(tmp_path, refused):
         second = write_run(tmp_path / name, CASES, **other, network="unet")
         words = f"patient000 has another label or unit in the test of {second} than in that of"
         refused(lambda second=second: compared(first, second), words)
+
+
+def summarised(run, **summary):
+    """Return a run folder with this summary.json."""
+    (run / "results_test/summary.json").write_text(json.dumps(summary))
+    return run
+
+
+def test_labels_that_were_changed_between_two_tests_are_refused(tmp_path, refused):
+    first, same, other = (
+        summarised(write_run(tmp_path / name, CASES, network=network), labels=dict.fromkeys(CASES, label))
+        for name, network, label in (("a", "unet", "4, 1"), ("b", "segformer", "4, 1"), ("c", "segformer", "4, 2"))
+    )
+    compared(first, same)
+    refused(lambda: compared(first, other), "patient000 has another label or unit")
+
+
+def test_the_tested_checkpoint_says_with_which_arguments_it_was_trained(tmp_path):
+    """Not the run, which was continued with others after its best epoch."""
+    run = write_run(tmp_path / "a", CASES, base_lr=1e-4)
+    (run / "config_resumed.json").write_text(json.dumps({"args": {"base_lr": 1e-5}, "ranks": 2}))
+    summarised(run, checkpoint={"file": "best.pth", "epoch": 6, "args": {"base_lr": 1e-4, "prediction": "last"}})
+    read = read_run(run)
+    assert (read.settings["base_lr"], read.settings["ranks"], read.settings["prediction"]) == ("0.0001", "2", "last")
+    assert read.tested == "best.pth, epoch 6, prediction last"
+
+
+def test_folds_of_two_divisions_are_refused_and_unequal_seeds_and_unfinished_runs_are_said(tmp_path, refused, caplog):
+    folder = dict(data="data/x", root_path="data/x/train_npz", volume_path="data/x/test_vol_h5")
+    runs = []
+    for fold, cases, seed in ((0, "ab", 1), (1, "cd", 1), (1, "cd", 2), (2, "bc", 1)):
+        dice = {name: [0.5, 0.5, 0.5] for name in cases}
+        lists = f"data/x/lists/fold_{fold}"
+        runs.append(write_run(tmp_path / str(len(runs)), dice, fold=fold, seed=seed, list_dir=lists, **folder))
+        facts = {"channels": ["image"], "preprocessing": DATASETS["acdc"].preprocessing.to_dict()}
+        config = json.loads((runs[-1] / "config.json").read_text())
+        (runs[-1] / "config.json").write_text(json.dumps(config | {"data": config["data"] | facts}))
+    compared(*runs[:2])
+    assert not caplog.text
+    compared(*runs[:3])
+    assert "its folds have 1 to 2 seeds" in caplog.text
+    refused(lambda: compared(*runs), "sim_mpnet: b was tested in 2 folds and a in 1")
+    read_run(write_run(tmp_path / "cut", CASES, max_epochs=9))
+    assert "its training has done 6 of its 9 epochs" in caplog.text
 
 
 def test_the_folder_that_was_tested_names_the_data_or_else_that_of_the_training(tmp_path):

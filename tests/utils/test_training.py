@@ -160,6 +160,13 @@ def test_resume_auto_starts_a_run_and_leaves_one_that_is_over_alone(tmp_path, ca
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
+def test_more_epochs_than_max_iterations_allow_are_refused(tmp_path, refused):
+    trainer(tmp_path, "--max_iterations", "1").fit()
+    longer = "--resume", "auto", "--max_epochs", "9"
+    refused(lambda: parse(tmp_path, *longer), "--max_epochs 9: --max_iterations 1 ended the run")
+    parse(tmp_path, *longer, "--max_iterations", "2")
+
+
 def test_a_damaged_last_checkpoint_leaves_best_to_resume_from(copied, refused):
     last, best = copied / "last.pth", copied / "best.pth"
     last.write_bytes(last.read_bytes()[:5000])
@@ -178,6 +185,16 @@ def test_a_folder_in_use_is_refused_to_another_process(tmp_path):
             os._exit(0 if "another process" in str(error) else 2)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_run_that_went_on_since_its_checkpoint_was_read_is_left_alone(tmp_path, refused):
+    trainer(tmp_path, "--max_epochs", "1").fit()
+    late = trainer(tmp_path, "--max_epochs", "3", "--resume", "auto")  # as a job that was submitted twice
+    made = trainer(tmp_path, "--max_epochs", "2", "--resume", "auto")
+    made.validate = lambda: {"val_dice": 0.0}
+    made.fit()
+    refused(late.fit, "last.pth was continued while this process read it")
+    assert [load_checkpoint(tmp_path / name)["epoch"] for name in ("best.pth", "last.pth")] == [1, 2]
 
 
 def test_the_newest_epochs_are_kept_and_the_folder_does_not_grow(tmp_path):
