@@ -166,7 +166,7 @@ def write_profile(form: Form, folder: Path) -> None:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--forms", nargs="+", default=FORMS, choices=FORMS, help="forms; the last one is profiled")
+    parser.add_argument("--forms", nargs="+", default=FORMS, choices=FORMS, help="the last that runs is profiled")
     add_network(parser)
     parser.add_argument("--batch_size", type=int, default=20, help="slices in a batch")
     parser.add_argument("--repeats", type=int, default=20, help="timed calls; the table shows their median")
@@ -183,10 +183,11 @@ def main() -> None:
 
     forward = 2e9 * count(Form("float32", args, torch.device("cpu")).network(), args.img_size, 1)["all"][1]
     ceiling = product_rate(8192 if device.type == "cuda" else 256, device)
-    rows = []
+    rows, measured = [], []
     for name in args.forms:
         try:
             rows.append(measure(Form(name, args, device), forward, ceiling))
+            measured.append(name)
         except Exception as error:  # the other forms are still measured
             rows.append({"": f"{name} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"})
         print(markdown(pd.DataFrame(rows[-1:]), ".4g"), flush=True)
@@ -196,7 +197,9 @@ def main() -> None:
     text += markdown(pd.DataFrame(rows), ".4g")
     (args.output / "gpu.md").write_text(f"{text}\n", encoding="utf-8")
     print(text)
-    write_profile(Form(args.forms[-1], args, device), args.output)
+    if not measured:
+        raise RunError(f"no form could be measured, for the reasons above and in {args.output / 'gpu.md'}")
+    write_profile(Form(measured[-1], args, device), args.output)
     print(f"wrote the table, trace and profile to {args.output}")
 
 

@@ -61,10 +61,12 @@ def full_precision(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
     precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    cudnn_attention = torch.backends.cuda.cudnn_sdp_enabled()
     torch.set_float32_matmul_precision("highest")
     yield
     torch.set_float32_matmul_precision(precision)
     torch.set_num_threads(threads)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
 
 
 @dataclass

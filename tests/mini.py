@@ -12,7 +12,7 @@ from datasets.training_set import TrainingSet
 from networks import DMWLA
 from networks.registry import Baseline
 from utils.arguments import network_arguments, parse_training, training_parser
-from utils.cli import seed_everything
+from utils.cli import seed_everything, set_precision
 from utils.training import Trainer
 
 NAMES = ("ring", "disc")
@@ -92,7 +92,9 @@ def trainer(
     device: str = "cpu",
 ) -> Trainer:
     args, checkpoint = parse(folder, *flags)
-    seed_everything(args.seed, deterministic=True)
+    seed_everything(args.seed, deterministic=bool(args.deterministic))
+    if device != "cpu":  # on the CPU the switches would stay for the tests after this one
+        set_precision(args.amp, torch.device(device))
     model = network(**network_arguments(args))
     val_set = DrawnVolumes(drawn_volume(str(i)) for i in range(volumes))
     made = Trainer(model, DRAWINGS, Drawings(slices), val_set, args, torch.device(device))

@@ -109,6 +109,8 @@ def test_full_memory_is_one_line_that_says_what_to_change(tmp_path, refused):
     ):
         refused(lambda text=text: fail(RuntimeError(text)), "the GPU's memory is full: lower --batch_size")
     refused(lambda: fail(torch.OutOfMemoryError("Tried to allocate 2.00 GiB. GPU 0 has")), "GPU", "2.00 GiB")
+    text = "adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but you set"
+    refused(lambda: fail(RuntimeError(text)), "adaptive_avg_pool2d_backward_cuda", "--deterministic 0")
     with pytest.raises(RuntimeError, match="another error"):
         fail(RuntimeError("another error"))
     made = trainer(tmp_path)

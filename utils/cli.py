@@ -145,8 +145,9 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
-    # use_deterministic_algorithms does the same and imports the compiler first, which takes seconds.
+    # use_deterministic_algorithms does the same for both, but it imports the compiler, which takes seconds.
     torch.set_deterministic_debug_mode("error" if deterministic else "default")
+    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = str(int(deterministic))  # the compiler reads it when it is imported
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory that it did not write
     if deterministic:
         # cuBLAS reads this when it starts, so it has to be set before the first product on the GPU.
@@ -178,8 +179,9 @@ def set_precision(amp: str, device: torch.device) -> None:
     if device.type == "cuda":
         if amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise RunError(f"--amp bf16: {torch.cuda.get_device_name(device)} has no bfloat16: use --amp fp16 or none")
-        # Older versions may return NaN as gradient for some numbers of keys (pytorch#196678).
-        torch.backends.cuda.enable_cudnn_sdp((torch.backends.cudnn.version() or 0) >= 92600)
+        # It may return NaN as gradient for very negative logits (pytorch#196678, cudnn-frontend#1072), and the other
+        # fused kernels take every attention of this network.
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class _Terminal(logging.StreamHandler):

@@ -104,7 +104,10 @@ class StopSignals:
 
 @contextmanager
 def out_of_memory(remedy: str) -> Iterator[None]:
-    """Turn an error about the GPU's or the machine's full memory into a RunError that ends with ``remedy``."""
+    """Turn an error about the GPU's or the machine's full memory into a RunError that ends with ``remedy``.
+
+    So too the error of an operation that strict determinism refuses on a GPU, whose remedy is a flag.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -116,6 +119,8 @@ def out_of_memory(remedy: str) -> Iterator[None]:
             where = "the memory is full"
         elif "DataLoader worker" in text and "Killed" in text:
             where, remedy = "a data-loader worker was killed", "lower --num_workers or --cache_gib"
+        elif "does not have a deterministic implementation" in text:
+            where, remedy = f"{text.split()[0]} cannot repeat exactly on a GPU", "give --deterministic 0"
         else:
             raise
         raise RunError(f"{where}{f' (allocating {wanted[1]})' if wanted else ''}: {remedy}") from error
