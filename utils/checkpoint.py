@@ -78,6 +78,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         state = {"release": state}
     if not isinstance(state, dict) or not _has_the_right_types(state):
         raise RunError(f"{path} does not hold what this project or the release saves: copy it again, or train again")
+    if isinstance(state.get("seen"), list):  # of an older run, which remembered only cases of its own data set
+        state["seen"] = {state["data"]["dataset"]: state["seen"]}
     return state
 
 
@@ -205,7 +207,6 @@ def cases_seen(checkpoint: Mapping[str, Any], dataset: str) -> dict[str, list[st
     dataset: that of the checkpoint.
     """
     before = checkpoint.get("seen", {})
-    before = {dataset: before} if isinstance(before, list) else before  # of an older run
     own = {*before.get(dataset, ()), *cases_described(checkpoint, "training")}
     return before | {dataset: sorted(own)}
 

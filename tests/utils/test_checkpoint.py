@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from networks import SimMPNet
+from tests.comparison_runs import save_network
+from tests.networks.conftest import NARROW
 from tests.networks.test_weights import release_state
 from utils.checkpoint import build_network, cases_seen, load_checkpoint
 
@@ -62,7 +64,8 @@ def test_a_network_is_rebuilt_as_its_checkpoint_says_or_not_at_all(stable, tmp_p
     refused(lambda: build_network(stable | {part: changed}, tmp_path, 1), tmp_path, words)
 
 
-def test_weights_remember_by_data_set_which_cases_trained_them_and_those_before_them():
-    own = {"described": ["training case b", "validation case c"]}
-    assert cases_seen(own | {"seen": ["a"]}, "acdc") == {"acdc": ["a", "b"]}  # of an older run
+def test_weights_remember_by_data_set_which_cases_trained_them_and_those_before_them(tmp_path):
+    own = {"described": ["training case b", "validation case c"], "seen": ["a"]}  # as older runs have it
+    old = save_network(tmp_path / "old.pth", SimMPNet(num_classes=4, **NARROW), **own)
+    assert cases_seen(load_checkpoint(old), "acdc") == {"acdc": ["a", "b"]}
     assert cases_seen(own | {"seen": {"isic": ["x"]}}, "acdc") == {"isic": ["x"], "acdc": ["b"]}
