@@ -354,6 +354,9 @@ def _other_axes(path: Path, shape: tuple[int, ...], planes: dict[tuple[int, ...]
     sized = [low <= min(plane) and max(plane) <= high for plane in (shape[1:], *others)]
     if shape[1:] in planes or not ((alike and planes.keys() & {*others}) or any(sized) > sized[0]):
         return None
+    with suppress(DataError):
+        if read_volume(path, labelled=False).orientation:
+            return None  # of prepare_data.py: a scan may have been acquired along another axis than most
     (height, width), file = next(iter(planes.items()))
     return (
         f"{path}: its shape {shape} means {shape[0]} slices of {shape[1]} rows and {shape[2]} columns, but "

@@ -126,6 +126,16 @@ def test_the_pattern_says_which_scans_are_of_one_patient(tmp_path, refused, caps
     assert "every volume counts as one patient" in capsys.readouterr().out
 
 
+def test_a_scan_that_was_acquired_along_another_axis_than_most_is_no_error(tmp_path):
+    """Its prepared file says how its axes run."""
+
+    def coronal(volume):
+        image = np.linspace(0, 1, 20 * 5 * 14, dtype=np.float32).reshape(20, 5, 14)
+        return replace(volume, image=image, label=np.ones(image.shape, np.uint8), orientation="LPS")
+
+    quick(write(tmp_path / "set", "a b c", in_volumes=lambda volume: coronal(volume) if volume.name == "b" else volume))
+
+
 @pytest.mark.parametrize("order", [(1, 2, 0), (2, 1, 0), (1, 0, 2), (0, 2, 1)])
 def test_volumes_with_other_axes_than_their_slices_are_refused(tmp_path, refused, capsys, order):
     def turned(volume):
