@@ -81,16 +81,19 @@ class Comparison:
         """Return `mean`, `sd_over_seeds`, `sd_over_cases` (NaN for one) by `KEYS`, and facts of each method.
 
         A mean is over the cases of all seeds or folds, then over classes. The standard deviations divide by n - 1: that
-        over seeds or folds is of the means over cases, that over cases is of `per_case`. `chosen_on` is test if that of
-        any seed is.
+        over seeds or folds is of the means over cases, that over cases is of `per_case`. `seeds` are those of a fold;
+        `missed` and `spurious` classes are counted once for each case, as means over its runs. `chosen_on` is test if
+        that of any seed is.
         """
         rows = self.means(KEYS).set_index(KEYS).rename(columns={"value": "mean"})
         rows["sd_over_seeds"] = self.means([*KEYS, "run"]).groupby(KEYS)["value"].std()
         rows["sd_over_cases"] = self.per_case().groupby(KEYS)["value"].std()
-        once = self.cases.query("convention == 'strict' and metric == 'dice'").groupby("method")
-        facts = once.agg(seeds=("run", "nunique"), cases=("case", "nunique"), chosen_on=("selected_on", "min"))
+        once = self.cases.query("convention == 'strict' and metric == 'dice'")
+        facts = once.groupby("method").agg(cases=("case", "nunique"), chosen_on=("selected_on", "min"))
+        facts["seeds"] = once.groupby(["method", "fold"])["run"].nunique().groupby("method").max()
+        runs = once.groupby(["method", "case"])["run"].transform("nunique")  # that tested the case
         for state in (MISSED, SPURIOUS):
-            facts[state] = once["state"].agg(lambda states, state=state: (states == state).sum()) / facts["seeds"]
+            facts[state] = ((once["state"] == state) / runs).groupby(once["method"]).sum()
         rows = rows.reset_index().merge(facts, on="method")
         return rows.assign(dataset=self.data, split=self.split, source="measured")
 

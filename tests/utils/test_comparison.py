@@ -144,9 +144,8 @@ def test_folds_of_two_divisions_are_refused_and_unequal_seeds_and_unfinished_run
         facts = {"channels": ["image"], "preprocessing": DATASETS["acdc"].preprocessing.to_dict()}
         config = json.loads((runs[-1] / "config.json").read_text())
         (runs[-1] / "config.json").write_text(json.dumps(config | {"data": config["data"] | facts}))
-    compared(*runs[:2])
-    assert not caplog.text
-    compared(*runs[:3])
+    assert set(compared(*runs[:2])[0].scores()["seeds"]) == {1} and not caplog.text
+    assert set(compared(*runs[:3])[0].scores()["seeds"]) == {2}
     assert "its folds have 1 to 2 seeds" in caplog.text
     refused(lambda: compared(*runs), "sim_mpnet: b was tested in 2 folds and a in 1")
     read_run(write_run(tmp_path / "cut", CASES, max_epochs=9))
