@@ -189,7 +189,7 @@ def prepare(
         "seed": seed, "patient_pattern": patient_pattern, "raw": found.form, "source": str(Path(raw).resolve()),
     }  # fmt: skip
     if overwrite:  # before the facts are written: an interruption leaves no file that they do not describe
-        remove_prepared(out, {case.name for case in cases})
+        remove_prepared(out)
     _write_facts(out, facts, overwrite)
     for fold, parts in enumerate(lists):
         write_lists(out / "lists" / f"fold_{fold}", {"test": [], **parts})

@@ -8,7 +8,7 @@ import logging
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -24,7 +24,7 @@ from datasets.errors import DataError, brief, counted
 from datasets.files import atomic_write
 from datasets.image_files import IMAGE_ENDINGS, common_bits, image_files, image_of, read_classes, read_image, save_png
 from datasets.info import IMAGE_FOLDER, MASK_FOLDER, SLICE_FOLDER, VOLUME_FOLDER, DatasetInfo
-from datasets.lists import beginnings, data_name, patient_of, volume_name
+from datasets.lists import beginnings, patient_of
 from datasets.scan import read_scan, read_scan_label
 from datasets.volumes import Volume, write_slice, write_volume
 
@@ -111,10 +111,9 @@ def prepare_volumes(
         remove_prepared(out, names)
     # An entry of a list stands for every volume of a patient, and for all names that begin with it.
     patients = {*map(patient_of, names)}
-    there = {data_name(path) for path in Path(out, VOLUME_FOLDER).glob("*.npy.h5")}
-    gone = {name for name in there - names if patient_of(name) in patients or names & {*beginnings(name)}}
+    gone = {name for name in prepared_cases(out) - names if patient_of(name) in patients or names & {*beginnings(name)}}
     if gone:
-        logger.warning("removed, because no raw file is called so: %s", brief(", ".join(sorted(gone)), 80))
+        logger.warning("removed, because they are not among the cases now: %s", brief(", ".join(sorted(gone)), 80))
         remove_prepared(out, gone)
     done = run_all(partial(_prepare_volume, read, out), cases, "volumes", jobs, target)
     unmeasured = [name for name, spacing in done.items() if spacing is None]
@@ -137,18 +136,34 @@ def _prepare_volume(read: Callable[[Any], Volume], out: str | Path, case: Any) -
     return volume.spacing
 
 
-def remove_prepared(out: str | Path, names: Collection[str]) -> None:
-    """Remove the prepared files of these cases, first those that mean that a case is finished.
+def prepared_cases(out: str | Path) -> set[str]:
+    """Return the names of all cases that have a prepared file; after an interruption some are not finished."""
+    volumes = {path.name.removesuffix(".npy.h5") for path in Path(out, VOLUME_FOLDER).glob("*.npy.h5")}
+    masks = {path.stem for path in Path(out, MASK_FOLDER).glob("*.png")}
+    return volumes | masks | {name for name, _ in _slices(out)}
 
-    Before cases are prepared again all are removed at once: an interruption then leaves no file of an old preparation.
+
+def remove_prepared(out: str | Path, names: Collection[str] | None = None) -> None:
+    """Remove the prepared files of these cases, or of all, first those that mean that a case is finished.
+
+    Before cases are prepared again all are removed at once, so that an interruption leaves no finished case of old.
     """
+    names = prepared_cases(out) if names is None else names
     for name in names:
         _volume_file(out, name).unlink(missing_ok=True)
         _mask_file(out, name).unlink(missing_ok=True)
-    slices = (path for path in Path(out, SLICE_FOLDER).glob("*.npz") if volume_name(path) in names)
+    slices = (path for volume, path in _slices(out) if volume in names)
     images = (Path(out, IMAGE_FOLDER, f"{name}{ending}") for name in names for ending in IMAGE_ENDINGS)
     for path in (*slices, *images):
         path.unlink(missing_ok=True)
+
+
+def _slices(out: str | Path) -> Iterator[tuple[str, Path]]:
+    """Yield the volume and the path of every prepared slice."""
+    folder = Path(out, SLICE_FOLDER)
+    for name in os.listdir(folder) if folder.is_dir() else ():
+        if name.endswith(".npz") and not name.startswith("."):
+            yield name.rpartition("_slice")[0], folder / name
 
 
 def _volume_file(out: str | Path, name: str) -> Path:
@@ -169,7 +184,7 @@ def prepare_images(
         raise DataError(f"{out}: this is the raw folder, and its masks would be overwritten; give another --out")
     refuse_twins(cases)
     mask_file = partial(_mask_file, out)
-    there = [path.stem for path in Path(out, MASK_FOLDER).glob("*.png")]
+    there = prepared_cases(out)
     kinds = {name != image_of(name): name for name in (*(case.name for case in cases), *there)}  # one name of each kind
     if len(kinds) > 1:
         raise DataError(f"{out}: {kinds[False]} is a whole image and {kinds[True]} a crop of one; give another --out")

@@ -14,7 +14,7 @@ from datasets.errors import DataError
 from datasets.files import find_folders, write_text
 from datasets.info import VOLUME_FOLDER, DatasetInfo
 from datasets.lists import files_by_name
-from datasets.preparation import RawCase, paired, prepare_volumes, read_case
+from datasets.preparation import RawCase, paired, prepare_volumes, read_case, remove_prepared
 from datasets.preprocessing import Preprocessing
 from datasets.storage import LabelOrder
 
@@ -121,6 +121,8 @@ def prepare(
     before = record.read_text().strip() if record.is_file() else label_order
     if before != label_order and not overwrite and any(Path(out, VOLUME_FOLDER).glob("*.h5")):
         raise DataError(f"{out}: was prepared with --label_order {before}; add --overwrite, or give another --out")
+    if overwrite:  # before the order is written: an interruption leaves no file that has another
+        remove_prepared(out, {case.name for case in cases})
     write_text(record, f"{label_order}\n")
     read = partial(read_case, INFO, relabel=LABEL_ORDERS[label_order].apply)
     return prepare_volumes(read, cases, out, jobs, overwrite)

@@ -136,6 +136,10 @@ class PrototypeMemoryBank(nn.Module):
         self._steps_done = int(self.warmup_counter)
         self._in_warmup, self._version = self._steps_done < self.sampling_steps, _version(self.warmup_counter)
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._version = -1  # the buffer of a copy counts its writes anew
+
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if not self.warmup_counter.is_meta:  # a network that only checks names and shapes

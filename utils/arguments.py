@@ -342,7 +342,7 @@ def _resume(parser: ArgumentParser, info: DatasetInfo, argv: list[str], path: Pa
         if newest > checkpoint["iteration"]:
             raise RunError(f"{path} is older than {other} of the same run: resume from that, or move it away")
     ends = args.max_iterations
-    if ends and ends <= checkpoint["iteration"] and args.max_epochs > saved["max_epochs"]:
+    if ends and ends <= checkpoint["iteration"] and saved["max_epochs"] != args.max_epochs > checkpoint["epoch"]:
         raise RunError(f"--max_epochs {args.max_epochs}: --max_iterations {ends} ended the run: give a larger one, too")
     if 0 < checkpoint.get("best_epoch", 0) < args.select_from_epoch:
         best = f"the best epoch so far is {checkpoint['best_epoch']}"

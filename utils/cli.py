@@ -145,9 +145,7 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
-    # use_deterministic_algorithms does the same for both, but it imports the compiler, which takes seconds.
-    torch.set_deterministic_debug_mode("error" if deterministic else "default")
-    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = str(int(deterministic))  # the compiler reads it when it is imported
+    torch.use_deterministic_algorithms(deterministic)  # of the compiler too
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory that it did not write
     if deterministic:
         # cuBLAS reads this when it starts, so it has to be set before the first product on the GPU.

@@ -259,11 +259,12 @@ def _refuse_other_data(cases: pd.DataFrame) -> None:
     """
     once = cases.query("convention == 'strict' and metric == 'hd95'")
     once = once.assign(in_label=once["state"].isin([FOUND, MISSED]))
-    facts = ["unit", "in_label", "label"]
-    different = once.groupby(["case", "class"])[facts].transform("nunique").max(axis=1) > 1
-    if different.any():
+    for fact in ("unit", "in_label", "label"):
+        different = once.groupby(["case", "class"])[fact].transform("nunique") > 1  # NaN, unknown, does not count
+        if not different.any():
+            continue
         (name, _), rows = next(iter(once[different].groupby(["case", "class"], sort=False)))
-        first, second = rows.drop_duplicates(facts)["run"].iloc[:2]
+        first, second = rows.dropna(subset=fact).drop_duplicates(fact)["run"].iloc[:2]
         raise RunError(
             f"{name} has another label or unit in the test of {second} than in that of {first}: test both on the same "
             "files, or leave one of them out"

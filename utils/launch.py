@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import multiprocessing
 from argparse import Namespace
 from importlib.util import find_spec
@@ -178,7 +179,8 @@ def test(args: Namespace, info: DatasetInfo) -> None:
     summary = summarise(table, sum(result.confusion for result in results) if info.planar else None)
     summary["data"] = {where: str(tested), "list_dir": str(args.list_dir), "split": args.split}
     file, epoch = args.checkpoint.name, predictor.origin.get("epoch")
-    trained = predictor.origin.get("args")
+    trained = predictor.origin.get("args", {})
+    trained = {name: str(value) if value == math.inf else value for name, value in trained.items()}  # JSON has no inf
     summary["checkpoint"] = {"file": file, "epoch": epoch, "prediction": args.prediction, "args": trained}
     summary["labels"] = {result.name: result.label for result in results}
     (folder / "cases.csv").unlink(missing_ok=True)  # both files are of one test, or compare.py reads none
@@ -192,10 +194,12 @@ def _warn_of_misleading_scores(args: Namespace, predictor: Predictor, cases: Cas
     """Warn if the training has seen the cases of a test, or if they are images of another kind."""
     data = predictor.data
     if args.checkpoint.name == "best.pth" and data.get("selected_on") != "test":  # of these every table says it
-        chosen_on = cases_described(predictor.origin, "validation").intersection(cases.names)
-        if chosen_on or args.split == predictor.origin.get("args", {}).get("val_split"):
+        chosen_on = cases_described(predictor.origin, "validation")
+        if not chosen_on and args.split == predictor.origin.get("args", {}).get("val_split"):
+            chosen_on = {*cases.names}  # an old checkpoint does not describe its data
+        if known := chosen_on.intersection(cases.names):
             text = "%d of these %d cases chose the best epoch, so their scores are optimistic; last.pth has fair ones"
-            logger.warning(text, len(chosen_on) or len(cases), len(cases))
+            logger.warning(text, len(known), len(cases))
     seen = cases_seen(predictor.origin, data.get("dataset", ""))
     if trained := {*seen.get(data.get("dataset"), ())}.intersection(cases.names):
         logger.warning(

@@ -55,11 +55,11 @@ class RunFolder:
         if self._lock is not None:  # closing a second file would end the lock
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / "train.log", "a", encoding="utf-8")  # noqa: SIM115
+        file = open(self.path / "train.log", "a", encoding="utf-8")  # noqa: SIM115
         try:
             import fcntl
 
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:  # systems differ in the error of a lock that is taken
             raise RunError(
                 f"{self.path}: another process trains in this folder; wait until it ends, stop it, or choose another "
@@ -67,6 +67,7 @@ class RunFolder:
             ) from error
         except (ImportError, OSError):  # Windows, and some network disks
             logger.info("%s cannot be locked on this system: start no second training in it", self.path)
+        self._lock = file  # until this process ends
 
     def take_over(self, checkpoint: Path, iteration: int, is_best: bool) -> None:
         """Lock the folder to continue from a checkpoint in it that was read after ``iteration`` iterations.
@@ -75,7 +76,7 @@ class RunFolder:
         another process trains in this folder, or has written the checkpoint since it was read.
         """
         self.lock()
-        if torch.load(checkpoint, mmap=True, weights_only=True)["iteration"] != iteration:
+        if torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)["iteration"] != iteration:
             raise RunError(f"{checkpoint} was continued while this process read it: run the same command again")
         if is_best:
             self.keep_best(checkpoint)

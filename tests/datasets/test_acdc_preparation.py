@@ -56,7 +56,7 @@ def test_volumes_whose_raw_files_are_gone_do_not_stay_where_a_list_would_name_th
     acdc.prepare(raw, out)
     volumes = sorted(path.name.removesuffix(".npy.h5") for path in out.glob("test_vol_h5/*"))
     assert volumes == ["patient001_frame01", "patient002_frame01", "patient002_frame12"]
-    assert not list(out.glob("train_npz/patient001_frame12*")) and "removed, because no raw file" in caplog.text
+    assert not list(out.glob("train_npz/patient001_frame12*")) and "removed, because they are not" in caplog.text
 
 
 def test_a_label_that_is_saved_while_it_is_prepared_is_read_again(tmp_path, monkeypatch):
