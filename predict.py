@@ -124,7 +124,7 @@ def main() -> None:
     endings = (".png",) if planar else scan.LABEL_ENDINGS
     former = {path.name for path in args.output.glob("*") if path.name.endswith(endings)} - {o.name for o in outputs}
     if former:
-        text = "%s holds segmentations of an earlier call (%s): tables and colours will be those of this call alone"
+        text = "%s holds files that this call does not write (%s): its tables and colours are not of these"
         logger.warning(text, args.output, brief(", ".join(sorted(former)), 60))
     sizes, failed = [], 0
     for i, (source, target) in enumerate(zip(inputs, outputs, strict=True), 1):

@@ -85,7 +85,7 @@ class PrototypeMemoryBank(nn.Module):
     def sample(self, phi: Tensor) -> None:
         """Do one warm-up step: write random rows of ``phi`` (B, N, d) into random slots of the pool."""
         batch, num_tokens, feature_dim = phi.shape
-        slots = self.pool.flatten(0, 1)  # (P M, d)
+        slots = self.pool.view(-1, self.pool.shape[2])  # (P M, d)
         ranks = world_size() if self.training else 1
         per_image = max(len(slots) // (batch * ranks), 1)
         drawn = torch.randint(num_tokens, (batch * ranks, per_image), device=phi.device)

@@ -98,7 +98,7 @@ def run_in_process(script: str, *arguments: object, folder: Path = ROOT) -> Outc
         except SystemExit as stop:
             status = stop.code or 0
         finally:
-            torch.set_deterministic_debug_mode("default")
+            torch.use_deterministic_algorithms(False)
     return Outcome(script, status, output.getvalue(), error.getvalue())
 
 

@@ -272,15 +272,16 @@ def _refuse_other_data(cases: pd.DataFrame) -> None:
 
 
 def _check_folds(cases: pd.DataFrame) -> None:
-    """Raise RunError for folds of two divisions in one method; warn if some folds have more seeds than others."""
+    """Warn of folds of two divisions in one method, and if some folds have more seeds than others."""
     for name, of_method in cases.groupby("method"):
         folds = of_method.groupby("case")["fold"].nunique()
         if folds.nunique() > 1:
-            runs = ", ".join(of_method.loc[of_method["case"] == folds.idxmax(), "run"].unique())
-            raise RunError(
-                f"{name}: {folds.idxmax()} was tested in {folds.max()} folds and {folds.idxmin()} in {folds.min()}, as "
-                f"if the data were divided anew between them: leave the runs of the old division out (of {runs})"
-            )
+            most, least = folds.idxmax(), folds.idxmin()
+            logger.warning(
+                "%s: %s was tested in %d folds (%s) and %s in %d, so it counts more often: are some runs of an older "
+                "division of the data?", name, most, folds[most],
+                ", ".join(of_method.loc[of_method["case"] == most, "run"].unique()), least, folds[least],
+            )  # fmt: skip
         seeds = of_method.groupby("fold")["run"].nunique()
         if seeds.nunique() > 1:
             text = "%s: its folds have %d to %d seeds, so the cases of some count more often in its mean"

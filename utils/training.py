@@ -157,8 +157,8 @@ class Trainer:
         # Weights of another run may bring a memory that is past its warm-up.
         waiting = [bank for bank in self.banks if bank.in_warmup and bank.sampling_steps >= self.total_iterations]
         if waiting and not self.iteration:
-            text = "the run ends after %s, before its memory is used: lower --warmup_iterations %d"
-            logger.warning(text, iterations, self.args.warmup_iterations)
+            text = "the run ends after %s, before its memory is used: its warm-up has %s (--warmup_iterations)"
+            logger.warning(text, iterations, counted(waiting[0].sampling_steps, "step"))
         first = self.wld.start_epoch + (not self.release)  # at the end of an epoch K is set for the next one
         if self.banks and self.args.max_epochs < first < math.inf:
             logger.info("K stays as it is, because W-LD changes it only from epoch %d on", first)

@@ -148,7 +148,7 @@ def test_max_iterations_ends_an_epoch_early_and_a_memory_that_is_never_used_is_t
     made = trainer(tmp_path, "--max_iterations", str(iterations), "--amp", "bf16")
     made.fit()
     assert (made.iteration, made.epoch) == (iterations, 2) and np.isfinite(made.history[-1]["train_loss"])
-    assert caplog.text.count("before its memory is used: lower --warmup_iterations 3") == warnings
+    assert caplog.text.count("before its memory is used: its warm-up has 3 steps") == warnings
 
 
 def test_resume_auto_starts_a_run_and_leaves_one_that_is_over_alone(tmp_path, caplog):
