@@ -158,7 +158,7 @@ def test_whole_networks_ablations_and_baselines_are_exported(tmp_path, options, 
 
 def test_a_file_that_differs_from_pytorch_is_not_written(checkpoint, tmp_path, refused, monkeypatch):
     trace, broken = export.trace, seasoned("blocks")
-    torch.nn.init.constant_(broken.head.bias, torch.nan)
+    torch.nn.init.constant_(broken.net.head.bias, torch.nan)
     monkeypatch.setattr(export, "trace", lambda _: trace(export.SummedLogits(broken)))
     refused(lambda: run_export(checkpoint, tmp_path / "model.onnx"), "no file was written")
     assert list(tmp_path.iterdir()) == []
