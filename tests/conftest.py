@@ -6,7 +6,7 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
@@ -117,6 +117,13 @@ def files(folder: Path) -> dict[Path, bytes]:
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def write_lists(folder: Path, **names: Iterable[str]) -> None:
+    """Write a list of names for each split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, of_split in names.items():
+        (folder / f"{split}.txt").write_text("".join(f"{name}\n" for name in of_split), encoding="utf-8")
+
+
 def data_flags(data: Path) -> list[str]:
     """Return the flags of ``train_acdc.py`` for a phantom; from the third on they are those of ``test_acdc.py``."""
     return ["--root_path", f"{data}/train_npz", "--volume_path", f"{data}/test_vol_h5", "--list_dir", f"{data}/lists"]
@@ -163,12 +170,9 @@ def prepared(tmp_path: Path, make_volume) -> Path:
     from datasets.preparation import RawCase, prepare_volumes
 
     out = tmp_path / "prepared"
-    parts = {"train": (1, 2), "val": (3,), "test": (4,)}
-    (out / "lists").mkdir(parents=True)
-    for part, patients in parts.items():
-        (out / "lists" / f"{part}.txt").write_text("".join(f"patient{patient:03d}\n" for patient in patients))
-        names = [f"patient{patient:03d}_frame{frame:02d}" for patient in patients for frame in (1, 9)]
-        prepare_volumes(lambda case: make_volume(case.name), [RawCase(name, ()) for name in names], out)
+    write_lists(out / "lists", train=["patient001", "patient002"], val=["patient003"], test=["patient004"])
+    names = [f"patient{patient:03d}_frame{frame:02d}" for patient in (1, 2, 3, 4) for frame in (1, 9)]
+    prepare_volumes(lambda case: make_volume(case.name), [RawCase(name, ()) for name in names], out)
     return out
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import ROOT, SMALL, Outcome, data_flags, run_in_process
+from tests.conftest import ROOT, SMALL, Outcome, data_flags, run_in_process, write_lists
 from tests.datasets.test_isic import write_raw as write_isic
 from tests.datasets.test_segpc import write_raw as write_segpc
 from tests.datasets.test_synapse import write_other
@@ -48,12 +48,8 @@ def data(tmp_path_factory, phantom) -> dict[str, Path]:
     write_isic(folder / "raw/isic", [f"ISIC_{number:07d}" for number in range(10)])
     for name in ("synapse", *IMAGES):
         flags = ["--raw", folder / "raw" / name, "--out", folder / name, "--jobs", 1]
-        done = run_in_process("prepare_data.py", name, *flags)
-        assert done.status == 0 and f"train_{name}.py --root_path" in done.error, done.error
-    lists = folder / "synapse/lists"
-    lists.mkdir(exist_ok=True)
-    (lists / "train.txt").write_text("case0005\ncase0007\n")
-    (lists / "test_vol.txt").write_text("case0001\n")
+        assert f"train_{name}.py --root_path" in run_in_process("prepare_data.py", name, *flags).succeeded().error
+    write_lists(folder / "synapse/lists", train=["case0005", "case0007"], test_vol=["case0001"])
     return {"acdc": phantom} | {name: folder / name for name in ("synapse", *IMAGES)}
 
 

@@ -15,7 +15,7 @@ from datasets.custom import info_of, prepare
 from datasets.lists import divide, read_list
 from datasets.preprocessing import Scale, preprocessing_from_dict
 from datasets.raw_forms import JSON, recognise
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_lists
 
 NAMES = ("a", "b", "c d", "é")
 LABEL = np.zeros((8, 6, 5), np.uint8)  # (x, y, z)
@@ -138,11 +138,8 @@ def test_flags_that_do_not_fit_are_refused_and_nothing_is_written(tmp_path, refu
 def test_ct_is_clipped_to_the_foreground_of_the_cases_that_do_not_test_and_flags_say_otherwise(tmp_path):
     raw = decathlon(tmp_path / "raw", modality="CT")
     scan(raw / "imagesTr/a.nii.gz", 100 * image(0))
-    tests_a = tmp_path / "lists"
-    tests_a.mkdir()
-    for part, names in (("train", "b\né"), ("val", "c d"), ("test", "a")):
-        (tests_a / f"{part}.txt").write_text(names, encoding="utf-8")
-    prepare(raw, tmp_path / "ct", splits=tests_a, axis="sagittal")
+    write_lists(tmp_path / "lists", train=["b", "é"], val=["c d"], test=["a"])
+    prepare(raw, tmp_path / "ct", splits=tmp_path / "lists", axis="sagittal")
     info = info_of(tmp_path / "ct")
     inside = np.concatenate([image(seed)[LABEL > 0] for seed in (1, 2, 3)])
     assert info.preprocessing.window == pytest.approx(np.percentile(inside, (0.5, 99.5)), abs=1e-3)

@@ -9,7 +9,7 @@ import pytest
 from datasets import SliceDataset, VolumeDataset, read_volume, synapse, write_slice, write_volume
 from datasets.lists import read_list
 from datasets.volumes import Volume
-from tests.conftest import ROOT, data_flags
+from tests.conftest import ROOT, data_flags, write_lists
 from utils import verify
 
 # Boxes (z, y, x) of a body that lies as LAS: the patient's right is at small x. Each organ with its BTCV id.
@@ -105,9 +105,7 @@ def write_other(folder: Path, order: str) -> Path:
     write_volume(folder / "test_vol_h5" / "case0005.npy.h5", volume)
     for z in range(len(label)):
         write_slice(folder / "train_npz" / f"case0005_slice{z:03d}.npz", volume, z)
-    (folder / "lists").mkdir(exist_ok=True)
-    (folder / "lists" / "train.txt").write_text("".join(f"case0005_slice{z:03d}\n" for z in range(len(label))))
-    (folder / "lists" / "test_vol.txt").write_text("case0005\n")
+    write_lists(folder / "lists", train=[f"case0005_slice{z:03d}" for z in range(len(label))], test_vol=["case0005"])
     return folder
 
 

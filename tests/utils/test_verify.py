@@ -10,7 +10,7 @@ import pytest
 
 from datasets import SliceDataset, Volume, VolumeDataset, acdc, read_scan, synapse, write_slice, write_volume
 from datasets.preprocessing import preprocessing_from_dict
-from tests.conftest import data_flags
+from tests.conftest import data_flags, write_lists
 from utils import verify
 from utils.data_checks import compare_with_checkpoint, quick_check
 
@@ -40,9 +40,7 @@ def write(folder: Path, names: str, in_slices=lambda volume: volume, in_volumes=
             write_slice(folder / f"train_npz/{name}_slice{z}.npz", in_slices(Volume(name, label / 3, label)), z)
         write_volume(folder / f"test_vol_h5/{name}.npy.h5", in_volumes(Volume(name, label / 3, label)))
     *train, val, test = names.split()
-    (folder / "lists").mkdir()
-    for part, entries in (("train", train), ("val", [val]), ("test", [test])):
-        (folder / f"lists/{part}.txt").write_text("\n".join(entries))
+    write_lists(folder / "lists", train=train, val=[val], test=[test])
     return folder
 
 
