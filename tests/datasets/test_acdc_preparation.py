@@ -3,13 +3,13 @@
 import os
 import shutil
 
-import h5py
 import nibabel
 import numpy as np
 import pytest
 
 from datasets import acdc, read_volume
 from datasets.preprocessing import reorient
+from tests.datasets.test_volumes import write_arrays
 
 AFFINE = np.array([[-1.5, 0, 0, 40], [0, -1.25, 0, 60], [0, 0, 8, -20], [0, 0, 0, 1.0]])
 SHAPE = (11, 13, 4)  # nibabel's (x, y, z)
@@ -104,11 +104,9 @@ def test_h5_files_give_the_same_files_as_their_nifti_wherever_they_are(raw, tmp_
     for name in NAMES:
         case = read_volume(tmp_path / "nifti" / "test_vol_h5" / f"{name}.npy.h5")
         if name != NAMES[1] or not above:  # of this one there are slices only
-            with h5py.File(ready / above / f"{name}.h5", "w") as file:
-                file["image"], file["label"], file["scribble"] = case.image, case.label, case.label
+            write_arrays(ready / above / f"{name}.h5", image=case.image, label=case.label, scribble=case.label)
         for number, (image, label) in enumerate(zip(case.image, case.label, strict=True), 1):
-            with h5py.File(ready / above / "slices" / f"{name}_slice_{number}.h5", "w") as file:
-                file["image"], file["label"] = image, label
+            write_arrays(ready / above / "slices" / f"{name}_slice_{number}.h5", image=image, label=label)
     assert acdc.prepare(ready, tmp_path / "h5") == NAMES
     assert "4 volumes" in caplog.text and "no voxel spacing" in caplog.text
     for name in NAMES:
@@ -124,8 +122,8 @@ def test_what_was_prepared_inside_the_raw_folder_is_not_raw_and_a_missing_slice_
     raw = tmp_path / "ACDC"
     (raw / "data").mkdir(parents=True)
     for number in (1, 2, 4):
-        with h5py.File(raw / "data" / f"{NAMES[0]}_slice_{number}.h5", "w") as file:
-            file["image"], file["label"] = np.full((5, 6), number / 4), np.zeros((5, 6), np.uint8)
+        arrays = {"image": np.full((5, 6), number / 4), "label": np.zeros((5, 6), np.uint8)}
+        write_arrays(raw / "data" / f"{NAMES[0]}_slice_{number}.h5", **arrays)
     for _ in range(2):
         assert acdc.prepare(raw, raw, overwrite=True) == NAMES[:1]
     assert f"slice 3 of {NAMES[0]} is missing" in caplog.text

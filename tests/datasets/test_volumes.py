@@ -31,7 +31,7 @@ def test_volumes_and_slices_are_read_as_they_were_written(tmp_path, make_volume,
         assert (tuple(file["class_names"]), tuple(file["spacing"])) == (volume.class_names, volume.spacing)
 
 
-def _write(path, **arrays):
+def write_arrays(path, **arrays):
     if path.suffix == ".npz":
         np.savez(path, **arrays)
     else:
@@ -65,7 +65,7 @@ BAD = {
 def test_unfit_contents_are_refused(tmp_path, refused, case, ending):
     arrays, words = BAD[case]
     path = tmp_path / f"patient001_frame01{ending}"
-    _write(path, **arrays)
+    write_arrays(path, **arrays)
     refused(lambda: read_volume(path, 4), path, words)
 
 
