@@ -1,16 +1,14 @@
 """What only a GPU can show. Run on one with: .venv/bin/python -m pytest -m gpu"""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from networks import DMWLA, SimMPNet
-from tests.conftest import ROOT
 from tests.mini import around, assert_same, trainer
+from tests.test_distributed import TORCHRUN, output_of
 from utils.checkpoint import load_checkpoint
 from utils.cli import random_state
 
@@ -67,8 +65,7 @@ def test_an_iteration_of_the_training_loop_never_waits_for_the_gpu(tmp_path, amp
     finally:
         torch.cuda.set_sync_debug_mode("default")
     made.watch.check()
-    banks = list(made.model.memory_banks())
-    assert all(bank.pool.dtype == torch.float32 and bank.pool.isfinite().all() for bank in banks)
+    assert all(bank.pool.dtype == torch.float32 and bank.pool.isfinite().all() for bank in made.model.memory_banks())
 
 
 def test_a_deterministic_run_trains_on_the_gpu_and_goes_on_from_its_own_state(tmp_path):
@@ -98,8 +95,6 @@ def test_gpu_memory_that_is_out_is_one_line(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_train_together(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["tests/two_ranks.py", str(tmp_path), "2", "cuda"]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+    output_of([*TORCHRUN, "tests/two_ranks.py", tmp_path, 2, "cuda"])
     for step in torch.load(tmp_path / "steps.pth", weights_only=True)["steps"]:
         assert len(set(step["banks"])) == 1
