@@ -15,8 +15,7 @@ from utils.losses import WeightLossDynamic, subset_loss, subset_losses
 @pytest.fixture(scope="module")
 def release():
     f = load("loss.npz")
-    logits = [synthetic(f"loss.logits{i}.input", (2, 4, 16, 16)) for i in range(4)]
-    return f, logits, torch.from_numpy(f["label"])
+    return f, [synthetic(f"loss.logits{i}.input", (2, 4, 16, 16)) for i in range(4)], torch.from_numpy(f["label"])
 
 
 def test_every_subset_and_the_total_equal_the_release(release):
@@ -43,31 +42,28 @@ def test_labels_of_another_shape_are_refused(release, refused, shape):
     refused(lambda: subset_loss(release[1], torch.zeros(shape, dtype=torch.long)), str(shape), "(B, S, S)")
 
 
+def value_and_gradient(loss_of, logits, label):
+    """In float64; the gradient is that of three times the loss."""
+    maps = [m.double().requires_grad_() for m in logits]
+    loss = loss_of(maps, label)
+    return [loss.detach(), *torch.autograd.grad(3 * loss, maps)]
+
+
 @pytest.mark.processors
 @pytest.mark.parametrize(("scale", "num_maps"), [(1, 4), (60, 4), (1, 2), (1, 1)])
 def test_value_and_gradient_are_those_of_the_plain_transcription(scale, num_maps):
     generator = torch.Generator().manual_seed(0)
-    logits = [scale * torch.randn(2, 3, 8, 8, generator=generator).double() for _ in range(num_maps)]
+    logits = [scale * torch.randn(2, 3, 8, 8, generator=generator) for _ in range(num_maps)]
     label = torch.randint(2, (2, 8, 8), generator=generator)  # class 2 is absent
-    sides = []
-    for loss_of in (subset_loss, plain.subset_loss):
-        maps = [m.clone().requires_grad_() for m in logits]
-        loss = loss_of(maps, label)
-        (3 * loss).backward()
-        sides.append((loss.detach(), *(m.grad for m in maps)))
-    for a, b in zip(*sides, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    ours, theirs = (value_and_gradient(loss_of, logits, label) for loss_of in (subset_loss, plain.subset_loss))
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_compiled_as_on_a_gpu_it_is_one_graph_with_the_same_value_and_gradient(release, monkeypatch):
     _, logits, label = release
-    sides = []
-    for sums in (losses._sums, torch.compile(losses._sums, backend="aot_eager", fullgraph=True)):
-        monkeypatch.setattr(losses, "_sums", sums)
-        maps = [m.double().requires_grad_() for m in logits]
-        loss = subset_loss(maps, label)
-        sides.append([loss.detach(), *torch.autograd.grad(loss, maps)])
-    torch.testing.assert_close(*sides, rtol=1e-9, atol=1e-12)
+    expected = value_and_gradient(subset_loss, logits, label)
+    monkeypatch.setattr(losses, "_sums", torch.compile(losses._sums, backend="aot_eager", fullgraph=True))
+    torch.testing.assert_close(value_and_gradient(subset_loss, logits, label), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_where_triton_cannot_build_a_gpu_computes_it_as_it_is(monkeypatch, caplog):
