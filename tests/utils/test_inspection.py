@@ -31,11 +31,6 @@ def model(narrow_pico) -> SimMPNet:  # noqa: F811
     return model.eval()
 
 
-def volume_of(image: np.ndarray, affine: np.ndarray | None = None) -> Volume:
-    """Return a volume of one slice (S, S)."""
-    return Volume("case", image[None], affine=affine)
-
-
 def test_a_token_s_cluster_is_that_of_the_prototype_it_resembles():
     block = DMWLA(channels=4, feature_dim=4, num_clusters=3, columns_per_cluster=5)
     with torch.no_grad():
@@ -101,17 +96,17 @@ def test_what_there_is_is_drawn(model, ablation, in_use, pictures):
     ablated = SimMPNet(**model.config | ablation)
     if in_use:
         past_warm_up(ablated)
-    image = np.random.default_rng(0).random((SIZE, SIZE), np.float32)
-    assert inspect(ablated, volume_of(image)).keys() == pictures
+    image = np.random.default_rng(0).random((1, SIZE, SIZE), np.float32)
+    assert inspect(ablated, Volume("case", image)).keys() == pictures
 
 
 def test_pictures_are_drawn_upright(model, monkeypatch):
     drawn = []
     for name in ("draw_clusters", "draw_windows", "draw_gates_of_image"):
         monkeypatch.setattr(inspection, name, lambda *what: drawn.append(what))
-    image = np.random.default_rng(0).random((SIZE, SIZE), np.float32)
+    image = np.random.default_rng(0).random((1, SIZE, SIZE), np.float32)
     for y in (-1.0, 1.0):  # rows run to the back, or to the front
-        inspect(model, volume_of(image, np.diag([-1.0, y, 1.0, 1.0])))
+        inspect(model, Volume("case", image, affine=np.diag([-1.0, y, 1.0, 1.0])))
     for (whole, overlay, *_), (turned, turned_overlay, *_) in zip(drawn[:3], drawn[3:], strict=True):
         np.testing.assert_array_equal(turned, whole[::-1])
         maps, turned_maps = (x if isinstance(x, dict) else {"": x} for x in (overlay, turned_overlay))
