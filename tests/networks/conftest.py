@@ -6,14 +6,9 @@ import torch
 import tests.narrow  # noqa: F401, registers the narrow MaxViT with timm
 from networks import SimMPNet, maxvit
 
-NARROW = dict(
-    model_scale="nano",
-    img_size=64,
-    img_size_dmwla=64,
-    feature_dim=24,  # wider than the narrow MaxViT, so that blocks attend at their own width
-    decoder_feature_dim=8,  # and narrower
-    columns_per_cluster=20,
-)
+NARROW = dict(model_scale="nano", img_size=64, img_size_dmwla=64, columns_per_cluster=20)
+# The first is wider than the narrow MaxViT, so that blocks attend at their own width, the second is narrower.
+NARROW |= dict(feature_dim=24, decoder_feature_dim=8)
 """Arguments of a network whose steps take milliseconds, under the fixture ``narrow``."""
 
 

@@ -40,13 +40,7 @@ def unet_encoder(path: Path | str, in_channels: int = 3) -> torch.nn.Module:
 
 @pytest.mark.parametrize(
     ("make", "name", "in_channels"),
-    [
-        (encoder, "pico.pth", 3),
-        (encoder, "pico.safetensors", 3),
-        (unet_encoder, "pico.pth", 3),
-        (unet_encoder, "pico.pth", 1),
-        (unet_encoder, "pico.pth", 4),
-    ],
+    [(encoder, "pico.pth", 3), (encoder, "pico.safetensors", 3), *((unet_encoder, "pico.pth", c) for c in (3, 1, 4))],
 )
 def test_a_weight_file_fills_stem_and_stages(files, make, name, in_channels):
     expected = torch.load(files / "pico.pth")

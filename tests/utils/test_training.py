@@ -106,15 +106,11 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path, before):
 
 
 @pytest.mark.parametrize(
-    ("flags", "saved_at"),
-    [
-        (("--checkpoint_iterations", "1"), [1, 2, 3, 4, 4]),
-        (("--checkpoint_minutes", "1e-9"), [1, 2, 3, 4, 4]),
-        (("--checkpoint_minutes", "0"), [4]),
-    ],
+    ("unit", "value", "saved_at"),
+    [("iterations", "1", [1, 2, 3, 4, 4]), ("minutes", "1e-9", [1, 2, 3, 4, 4]), ("minutes", "0", [4])],
 )
-def test_checkpoints_within_an_epoch_come_by_iterations_and_by_minutes(tmp_path, flags, saved_at):
-    made = trainer(tmp_path, *flags, "--max_epochs", "1", slices=8)
+def test_checkpoints_within_an_epoch_come_by_iterations_and_by_minutes(tmp_path, unit, value, saved_at):
+    made = trainer(tmp_path, f"--checkpoint_{unit}", value, "--max_epochs", "1", slices=8)
     saved, save = [], made.save
     made.save = lambda *options: (saved.append(made.iteration), save(*options))
     made.fit()
@@ -262,14 +258,10 @@ def test_a_batch_in_parts_has_the_gradient_of_its_parts_and_writes_the_memory_on
 
 @pytest.mark.parametrize(
     ("flags", "k", "k_decoder"),
-    [
-        (("--variant", "paper"), 60, 60),
-        (("--variant", "release"), 60, 50),
-        (("--wld", "none", "--replaced_columns", "33"), 33, 33),
-    ],
+    [("--variant paper", 60, 60), ("--variant release", 60, 50), ("--wld none --replaced_columns 33", 33, 33)],
 )
 def test_wld_sets_k_of_every_block_or_in_release_of_the_encoder(tmp_path, flags, k, k_decoder):
-    made = trainer(tmp_path, *flags, "--wld_start_epoch", "1", network=SimMPNet)
+    made = trainer(tmp_path, *flags.split(), "--wld_start_epoch", "1", network=SimMPNet)
     made.epoch = 1
     made.update_k(torch.tensor(1.0))
     made.update_k(torch.tensor(1.2))
