@@ -69,7 +69,6 @@ def test_every_orientation_is_the_same_image_and_what_is_saved_lies_on_the_patie
         source, saved = nibabel.load(label), nibabel.load(path)
         np.testing.assert_array_equal(np.asarray(saved.dataobj), np.asarray(source.dataobj))
         np.testing.assert_allclose(saved.affine, source.affine, atol=1e-5)
-        assert orientation_of(saved.affine) == orientation_of(source.affine)
         np.testing.assert_allclose(saved.header.get_zooms(), source.header.get_zooms(), rtol=1e-6)
         as_itk = [SimpleITK.ReadImage(str(file)) for file in (path, label)]
         for fact in ("GetOrigin", "GetSpacing", "GetDirection"):
