@@ -141,9 +141,7 @@ def test_a_folder_of_patients_gives_a_segmentation_for_each_of_their_dicom_serie
 
 @pytest.mark.parametrize(("sides", "axis"), [((1, 8, 1.5), "second"), ((8, 1, 1.5), "first"), ((1, 1, 8), None)])
 @pytest.mark.parametrize("orientation", [None, "LAS"])
-def test_slices_along_another_axis_are_warned_of_unless_the_network_turns_scans(
-    threshold, tmp_path, caplog, sides, axis, orientation
-):
+def test_slices_along_another_axis_warn_unless_scans_are_turned(threshold, tmp_path, caplog, sides, axis, orientation):
     nibabel.save(nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.diag((*sides, 1))), tmp_path / "scan.nii")
     predictor = predictors.Predictor(threshold, "cpu")
     predictor.preprocessing = Preprocessing(orientation)

@@ -157,9 +157,7 @@ def test_without_its_library_a_baseline_says_what_to_install(run_script, phantom
 
 
 @pytest.mark.parametrize("name", ["acdc", "isic", "segpc", "synapse"])
-def test_without_arguments_the_best_checkpoint_is_tested_or_its_training_is_named(
-    trained, phantom, run_script, tmp_path, monkeypatch, name
-):
+def test_without_flags_best_is_tested_or_its_training_named(trained, phantom, run_script, tmp_path, monkeypatch, name):
     monkeypatch.setattr("utils.arguments.run_folder", lambda info: str(tmp_path / info.name))
     assert_one_line(run_script(f"test_{name}.py"), tmp_path / name / "best.pth", f"train_{name}.py", "--checkpoint")
     if name == "acdc":

@@ -18,9 +18,8 @@ from utils.losses import subset_losses
 @pytest.mark.processors
 @pytest.mark.parametrize(("steps", "warmup_iterations"), [(0, 1000), (3, 2)], ids=["in warm-up", "steady"])
 @torch.no_grad()
-def test_evaluation_repeats_itself_changes_nothing_and_does_not_depend_on_the_batch(
-    tiny_network, double_precision, steps, warmup_iterations
-):
+def test_evaluation_repeats_itself_and_changes_nothing(tiny_network, double_precision, steps, warmup_iterations):
+    """Nor does it depend on the batch."""
     model, images = tiny_network(steps, warmup_iterations), torch.rand(3, 1, 64, 64)
     assert all(bank.in_warmup == (steps == 0) for bank in model.memory_banks())
     before = copy.deepcopy(model.state_dict())

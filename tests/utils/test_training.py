@@ -138,9 +138,7 @@ def test_a_checkpoint_is_written_beside_the_training_and_holds_the_state_of_its_
 
 
 @pytest.mark.parametrize(("iterations", "warnings"), [(3, 1), (4, 0)])
-def test_max_iterations_ends_an_epoch_early_and_a_memory_that_is_never_used_is_told(
-    tmp_path, caplog, iterations, warnings
-):
+def test_max_iterations_ends_an_epoch_early_and_an_unused_memory_is_told(tmp_path, caplog, iterations, warnings):
     made = trainer(tmp_path, "--max_iterations", str(iterations), "--amp", "bf16")
     made.fit()
     assert (made.iteration, made.epoch) == (iterations, 2) and np.isfinite(made.history[-1]["train_loss"])
@@ -272,9 +270,7 @@ def test_wld_sets_k_of_every_block_or_in_release_of_the_encoder(tmp_path, flags,
     ("schedule", "middle", "end", "epochs", "warnings"),
     [("constant", 1, 1, 3, 0), ("poly", 0.5**0.9, 0, 2, 0), ("poly", 0.5**0.9, 0, 3, 1), ("cosine", 0.5, 0, 3, 1)],
 )
-def test_learning_rates_follow_the_schedule_and_a_resumed_run_says_when_they_are_not_those_of_one_long_run(
-    tmp_path, caplog, schedule, middle, end, epochs, warnings
-):
+def test_rates_follow_the_schedule_or_a_resumed_run_warns(tmp_path, caplog, schedule, middle, end, epochs, warnings):
     made = trainer(tmp_path, "--lr_schedule", schedule, "--keep", "2")
     total = made.total_iterations
     assert [made.learning_rate(i) for i in (0, total // 2, total)] == pytest.approx([1e-4, 1e-4 * middle, 1e-4 * end])

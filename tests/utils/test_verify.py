@@ -167,9 +167,7 @@ def test_volumes_of_several_channels_have_the_axes_of_their_slices(tmp_path):
     quick(write(tmp_path / "set", "a b c", of_two, deep), info=replace(acdc.INFO, channels=("t1", "t2")))
 
 
-def test_other_intensities_than_of_0_to_1_are_in_the_checkpoint_and_no_scan_is_prepared_for_it(
-    tmp_path, refused, caplog, capsys
-):
+def test_other_intensities_are_in_the_checkpoint_and_no_scan_is_prepared_for_it(tmp_path, refused, caplog, capsys):
     refused(lambda: quick(write(tmp_path / "mixed", "a b c", in_volumes=brighter)), "0 to 1", "0 to 255")
     data = write(tmp_path / "set", "a b c", brighter, brighter)
     info = quick(data)
@@ -189,9 +187,7 @@ def named(*names: str):
     return lambda volume: replace(volume, class_names=names)
 
 
-def test_classes_are_called_as_the_files_say_or_the_user_or_else_as_usual_with_a_warning(
-    tmp_path, refused, caplog, capsys
-):
+def test_classes_are_called_as_files_or_user_say_or_as_usual_with_a_warning(tmp_path, refused, caplog, capsys):
     plain = write(tmp_path / "plain", "a b c")
     assert quick(plain).class_names == acdc.CLASS_NAMES and main(plain) == 0
     for printed in (caplog.text, capsys.readouterr().out):
