@@ -87,9 +87,6 @@ def test_unfit_attributes_are_refused(tmp_path, refused, make_volume, attribute,
     refused(lambda: read_volume(path), path, attribute)
 
 
-# Volumes of a split, ours and MT-UNet's
-
-
 def test_volumes_come_by_the_list_and_are_read_when_asked_for(prepared, refused):
     dataset = VolumeDataset(prepared / "test_vol_h5", prepared / "lists", "val", 4)
     assert dataset.names == ["patient003_frame01", "patient003_frame09"]
@@ -136,9 +133,6 @@ def test_mtunets_files_are_read_as_they_are_unless_a_slice_is_of_another_shape(t
     assert "slice 5 of case_019_volume_ED is missing" in caplog.text
     np.savez(root / "valid" / "case_019_sliceED_7.npz", img=np.zeros((5, 5)), label=np.zeros((5, 5)))
     refused(lambda: VolumeDataset(root, root, "val", 4)[0], "case_019_sliceED_7.npz", "(5, 5)")
-
-
-# Training samples
 
 
 def _open(prepared, **changes):

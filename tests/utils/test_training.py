@@ -52,9 +52,6 @@ def test_a_run_folder_is_complete(run):
     assert not list(folder.rglob(".tmp*"))
 
 
-# Continuing
-
-
 @pytest.mark.parametrize(("iteration", "workers"), [(1, 0), (2, 2), (3, 0), (4, 2)])
 def test_a_stopped_run_continues_to_the_same_end(run, tmp_path, iteration, workers):
     """Within the warm-up, at its end, at the end of an epoch and of the run; the network has dropout."""
@@ -229,9 +226,6 @@ def test_best_is_kept_from_worse_epochs_and_from_a_kill_before_it_is_written(tmp
     assert load_checkpoint(tmp_path / "last.pth")["epoch"] == 4
     trainer(tmp_path, "--max_epochs", "4", "--resume", "auto").fit()
     assert load_checkpoint(tmp_path / "best.pth")["epoch"] == 4
-
-
-# The step and the epoch
 
 
 @pytest.mark.processors
