@@ -62,6 +62,5 @@ def save_network(path: Path, model: torch.nn.Module, dataset: str = "acdc", **fa
 
 def random_dice(cases: int, seed: int, centre: float = 0.8, num_classes: int = 3) -> dict[str, list[float]]:
     """Scores around a centre, of cases patient000, patient001, ..."""
-    rng = np.random.default_rng(seed)
-    scores = np.clip(rng.normal(centre, 0.05, (cases, num_classes)), 0, 1)
+    scores = np.clip(np.random.default_rng(seed).normal(centre, 0.05, (cases, num_classes)), 0, 1)
     return {f"patient{i:03d}": row for i, row in enumerate(scores.tolist())}

@@ -15,8 +15,7 @@ from utils.arguments import network_arguments, parse_training, training_parser
 from utils.cli import seed_everything, set_precision
 from utils.training import Trainer
 
-NAMES = ("ring", "disc")
-DRAWINGS = DatasetInfo("drawings", NAMES, folder="", list_dir="", splits=("train", "val"))
+DRAWINGS = DatasetInfo("drawings", ("ring", "disc"), folder="", list_dir="", splits=("train", "val"))
 SIZE = 64
 
 
@@ -25,8 +24,7 @@ def drawing(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:SIZE, :SIZE] - rng.uniform(24, 40, (2, 1, 1))
     label = np.digitize(-np.hypot(y, x), [-16, -8])
-    image = label / 2 + rng.normal(0, 0.1, label.shape)
-    return torch.from_numpy(image).float()[None], torch.from_numpy(label)
+    return torch.from_numpy(label / 2 + rng.normal(0, 0.1, label.shape)).float()[None], torch.from_numpy(label)
 
 
 class Drawings(TrainingSet):
@@ -79,25 +77,16 @@ def parse(folder: Path, *flags: str):
         "--model_scale pico --pretrained none --img_size 64 --img_size_dmwla 64 --feature_dim 16 --num_workers 0 "
         "--decoder_feature_dim 16 --columns_per_cluster 20 --warmup_iterations 3 --batch_size 2 --max_epochs 2"
     )
-    parser = training_parser("test", DRAWINGS, output_dir=folder)
-    return parse_training(parser, DRAWINGS, [*small.split(), *flags])
+    return parse_training(training_parser("test", DRAWINGS, output_dir=folder), DRAWINGS, [*small.split(), *flags])
 
 
-def trainer(
-    folder: Path,
-    *flags: str,
-    network: Callable[..., nn.Module] = MiniNet,
-    slices: int = 5,
-    volumes: int = 1,
-    device: str = "cpu",
-) -> Trainer:
+def trainer(folder: Path, *flags: str, network: Callable = MiniNet, slices=5, volumes=1, device="cpu") -> Trainer:
     args, checkpoint = parse(folder, *flags)
     seed_everything(args.seed, deterministic=bool(args.deterministic))
     if device != "cpu":  # on the CPU the switches would stay for the tests after this one
         set_precision(args.amp, torch.device(device))
-    model = network(**network_arguments(args))
-    val_set = DrawnVolumes(drawn_volume(str(i)) for i in range(volumes))
-    made = Trainer(model, DRAWINGS, Drawings(slices), val_set, args, torch.device(device))
+    data = Drawings(slices), DrawnVolumes(drawn_volume(str(i)) for i in range(volumes))
+    made = Trainer(network(**network_arguments(args)), DRAWINGS, *data, args, torch.device(device))
     if checkpoint:
         made.load_state_dict(checkpoint)
     return made
@@ -126,7 +115,5 @@ def assert_same(a, b, where: str = "") -> None:
     elif isinstance(a, list | tuple):
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             assert_same(x, y, f"{where}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
     else:
-        assert a == b, where
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
