@@ -150,14 +150,12 @@ def test_unfit_raw_folders_are_refused(raw, tmp_path, refused):
     refused(lambda: acdc.prepare(tmp_path / "none", out), tmp_path / "none", "--raw", "download")
     (tmp_path / "empty").mkdir()
     refused(lambda: acdc.prepare(tmp_path / "empty", out), tmp_path / "empty", "patientXXX_frameYY.h5")
-
     shutil.copy(image, raw / image.name)
     refuse(image, raw / image.name, "same name")
     (raw / image.name).unlink()
     image.rename(tmp_path / image.name)
     refuse(label, "patient001_frame12.nii.gz is missing")
     (tmp_path / image.name).rename(image)
-
     good = nibabel.load(label).get_fdata()
     for bad, word in ((good + 2, "label id 5"), (good + 0.5, "whole numbers"), (good[:-1], "(4, 13, 10)")):
         nibabel.save(nibabel.Nifti1Image(bad.astype(np.float32), AFFINE), label)
@@ -174,8 +172,7 @@ def test_a_label_stored_along_other_axes_is_turned_to_its_image(tmp_path, axes):
     turned, affine = reorient(label.T, AFFINE, axes)
     nibabel.save(nibabel.Nifti1Image(turned.T, affine), path)
     acdc.prepare(tmp_path / "raw", tmp_path / "out")
-    case = read_volume(tmp_path / "out" / "test_vol_h5" / f"{NAMES[0]}.npy.h5", 4)
-    np.testing.assert_array_equal(case.label, label.T)
+    np.testing.assert_array_equal(read_volume(tmp_path / f"out/test_vol_h5/{NAMES[0]}.npy.h5", 4).label, label.T)
 
 
 def test_a_missing_frame_is_logged_and_a_label_elsewhere_in_space_is_logged_or_refused(tmp_path, caplog, refused):

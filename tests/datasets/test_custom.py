@@ -39,14 +39,12 @@ def write_json(folder: Path, **content) -> None:
 
 
 def decathlon(folder: Path, channels: int = 1, modality: str = "MRI") -> Path:
-    training = []
-    for seed, name in enumerate(NAMES):
-        pair = {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"}
+    pairs = [{"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"} for name in NAMES]
+    for seed, pair in enumerate(pairs):
         scan(folder / pair["image"], image(seed, channels))
         scan(folder / pair["label"], LABEL)
-        training.append(pair)
     labels = {"0": "background", "1": "organ", "2": "tumour"}
-    write_json(folder, labels=labels, modality={str(c): modality for c in range(channels)}, training=training)
+    write_json(folder, labels=labels, modality={str(c): modality for c in range(channels)}, training=pairs)
     return folder
 
 
@@ -104,8 +102,7 @@ def test_each_form_is_said_and_prepared_like_the_named_sets(tmp_path, caplog, re
         assert words in caplog.text
     assert read_list(info.list_dir, "val") and len(read_list(info.list_dir, "train")) == 3
     if info.planar:
-        mask = np.asarray(Image.open(out / "masks/é.png"))
-        np.testing.assert_array_equal(mask, LABEL[..., 2] > 0)
+        np.testing.assert_array_equal(np.asarray(Image.open(out / "masks/é.png")), LABEL[..., 2] > 0)
         refused(lambda: prepare(raw, out, window=(0, 1)), "pictures, but --axis")
         return
     volume = read_volume(out / "test_vol_h5/c d.npy.h5")
@@ -203,7 +200,6 @@ def listed(raw: Path, *names: str, more: tuple[str, ...] = ()) -> None:
     write_json(raw, labels={"organ": 1, "tumour": 2}, training=pairs)
 
 
-NOWHERE = [{"image": "x", "label": "y"}]
 BAD = {
     "nothing": (lambda raw: shutil.rmtree(raw / "imagesTr") or (raw / JSON).unlink(), ["raw", "expected dataset.json"]),
     "no json": (lambda raw: (raw / JSON).write_text("{"), [JSON, "not a readable JSON file"]),
@@ -211,7 +207,7 @@ BAD = {
     "regions": (replace_label(background=0, whole=[1, 2]), ["whole", "regions are not supported"]),
     "ignore": (replace_label(background=0, organ=1, ignore=2), ["ignore"]),
     "too many": (replace_label(**{f"c{i}": i for i in range(301)}), ["256", "0 to 255"]),
-    "not there": (lambda raw: write_json(raw, labels={"a": 1}, training=NOWHERE), ["x", "names it"]),
+    "absent": (lambda raw: write_json(raw, labels={"a": 1}, training=[dict(image="x", label="y")]), ["x", "names it"]),
     "no channel": (lambda raw: write_json(raw, labels={"a": 1}, channel_names={}), [JSON, "its channels are"]),
     "undeclared": (replace_label(background=0, organ=1), ["a.nii.gz", "label values 2", "1 organ"]),
     "no label": (lambda raw: (raw / "labelsTr/a.nii.gz").unlink(), ["a_0000.nii.gz", "no label"]),
@@ -257,8 +253,7 @@ def test_instances_and_greys_are_no_classes(tmp_path, refused, values):
 def test_a_coloured_mask_is_refused_and_the_remedy_that_is_named_makes_it_readable(tmp_path, refused, monkeypatch):
     raw = pictures(tmp_path / "raw")
     for path in (raw / "masks").iterdir():
-        colours = np.array([(0, 0, 0), (255, 0, 0), (0, 255, 0)], np.uint8)[LABEL.max(2)]
-        Image.fromarray(colours).save(path)
+        Image.fromarray(np.array([(0, 0, 0), (255, 0, 0), (0, 255, 0)], np.uint8)[LABEL.max(2)]).save(path)
     page = re.search(r"docs/\S+", refused(lambda: prepare(raw, tmp_path / "out"), "colours such as (255, 0, 0)"))[0]
     (raw / "masks").rename(raw / "coloured_masks")
     (raw / "masks").mkdir()

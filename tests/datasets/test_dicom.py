@@ -12,7 +12,6 @@ from datasets.scan import load_scan, write_segmentation
 from tests.datasets.test_scan import turn
 
 STORED = np.random.default_rng(2).integers(0, 2500, (12, 9, 12)).astype(np.int16)
-STRAIGHT = [1, 0, 0, 0, 1, 0]
 
 
 def write_dicom(folder, positions=range(7), degrees=0.0, first=0, **elements):
@@ -71,7 +70,7 @@ def multi_frame(path, slopes):
     (path.parent / "0.dcm").unlink()
     header.SOPClassUID, header.NumberOfFrames = "1.2.840.10008.5.1.4.1.1.2.1", 3
     measures, direction = pydicom.Dataset(), pydicom.Dataset()
-    measures.PixelSpacing, direction.ImageOrientationPatient = header.PixelSpacing, STRAIGHT
+    measures.PixelSpacing, direction.ImageOrientationPatient = header.PixelSpacing, [1, 0, 0, 0, 1, 0]
     shared, frames = pydicom.Dataset(), [pydicom.Dataset() for _ in slopes]
     shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [direction]
     for z, (frame, slope) in enumerate(zip(frames, slopes, strict=True)):
@@ -166,8 +165,7 @@ def test_one_slice_has_the_thickness_that_its_header_says(tmp_path):
 def test_a_time_point_is_chosen_at_every_position(tmp_path, refused):
     folder = write_dicom(tmp_path / "series", [0, 1, 2, 0, 1, 2])
     for time in (0, 1):
-        expected = STORED[3 * time : 3 * time + 3] - 1024
-        np.testing.assert_array_equal(values(folder, time), expected)
+        np.testing.assert_array_equal(values(folder, time), STORED[3 * time : 3 * time + 3] - 1024)
     refused(lambda: read_scan(folder, Preprocessing(), 2), "no time point 2")
 
 

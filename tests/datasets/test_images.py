@@ -23,7 +23,6 @@ def scene(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 def write_set(folder, names, shape=(40, 56), ending=".png", num_classes=3):
     """Write a prepared folder in which an image's red is 100 times its label, and a list of its names."""
-    names = list(names)
     for inner in ("images", "masks", "lists"):
         (folder / inner).mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(names):
@@ -95,9 +94,8 @@ def test_a_mask_has_its_indices_in_every_form(tmp_path, form):
 
 
 def test_a_palette_of_greys_is_applied_to_a_mask_and_any_other_is_ignored(tmp_path):
-    indices = np.arange(3, dtype=np.uint8).repeat(4).reshape(3, 4)
     for palette, expected in (([2, 2, 2, 0, 0, 0, 1, 1, 1], [2, 0, 1]), ([0, 0, 9, 0, 9, 0, 9, 0, 0], [0, 1, 2])):
-        file = Image.fromarray(indices)
+        file = Image.fromarray(np.arange(3, dtype=np.uint8).repeat(4).reshape(3, 4))
         file.putpalette(palette)
         file.save(tmp_path / "mask.png")
         np.testing.assert_array_equal(read_mask(tmp_path / "mask.png", (3, 4), 3)[:, 0], expected)
@@ -261,8 +259,7 @@ def test_a_large_photograph_costs_little_memory(tmp_path):
 
 
 def test_an_entry_names_its_image_or_its_crops_and_no_other(tmp_path):
-    names = ["1060", "106_cell10", "106_cell2", "ISIC_0000001", "ISIC_0000002", "17"]
-    data = write_set(tmp_path, names)
+    data = write_set(tmp_path, ["1060", "106_cell10", "106_cell2", "ISIC_0000001", "ISIC_0000002", "17"])
     (data / "images" / "notes.txt").touch()
     for entries, found in {
         "106": ["106_cell2", "106_cell10"],

@@ -7,6 +7,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK
+from scipy.spatial.transform import Rotation
 
 from datasets import Preprocessing, Volume, read_scan, read_volume, write_volume
 from datasets.preprocessing import orientation_of, reorient
@@ -20,8 +21,6 @@ ORIENTATIONS = ["RAS", "LPS", "LAS", "RPI", "PSR", "ASL"]
 
 def turn(degrees: float) -> np.ndarray:
     """Return a rotation about an axis that is none of the scanner's."""
-    from scipy.spatial.transform import Rotation
-
     return Rotation.from_rotvec(np.radians(degrees) * np.array([2, -1, 3]) / np.sqrt(14)).as_matrix()
 
 
@@ -31,27 +30,24 @@ def write_phantom(folder, orientation="RAS", degrees=0.0, label_type=np.uint8):
     label[2:5, 3:9, 1:3] = 1
     label[6:12, 4, 2:6] = 2
     label[7, 6:8, 5] = 3
-    rng = np.random.default_rng(5)
-    image = (rng.permutation(label.size).reshape(label.shape) % 1400 - 700).astype(np.int16)
+    image = np.random.default_rng(5).permutation(label.size).reshape(label.shape).astype(np.int16) % 1400 - 700
     affine = np.eye(4)
     affine[:3, :3] = turn(degrees) * SPACING
     affine[:3, 3] = (-31.5, 12.25, 104.0)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, array in (("image", image), ("label", label.astype(label_type))):
+    paths = folder / "image.nii.gz", folder / "label.nii.gz"
+    for path, array in zip(paths, (image, label.astype(label_type)), strict=True):
         turned, there = reorient(array.T, affine, orientation)
-        paths.append(folder / f"{name}.nii.gz")
-        nibabel.save(nibabel.Nifti1Image(turned.T, there, dtype=array.dtype), paths[-1])
+        nibabel.save(nibabel.Nifti1Image(turned.T, there, dtype=array.dtype), path)
     return paths
 
 
 @pytest.mark.parametrize("degrees", [0, 25])
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_every_orientation_is_the_same_image_and_what_is_saved_lies_on_the_patient(tmp_path, orientation, degrees):
-    first, volume = (
-        read_scan(write_phantom(tmp_path / kind, kind, degrees)[0], CT) for kind in (ORIENTATIONS[0], orientation)
-    )
-    image, label = (tmp_path / orientation / f"{kind}.nii.gz" for kind in ("image", "label"))
+    first = read_scan(write_phantom(tmp_path / "first", ORIENTATIONS[0], degrees)[0], CT)
+    image, label = write_phantom(tmp_path / "other", orientation, degrees)
+    volume = read_scan(image, CT)
     volume.label = read_scan_label(label, volume)
     assert volume.orientation == orientation_of(nibabel.load(image).affine)
     assert orientation_of(volume.affine) == "LAS" and volume.image.shape == (7, 11, 13)
@@ -94,8 +90,7 @@ def test_class_indices_get_the_number_type_of_the_file_if_it_is_one_of_integers(
     volume = read_scan(image, CT)
     assert volume.to_nifti(np.zeros(volume.image.shape, np.uint8)).get_data_dtype() == np.int16
     volume.label = read_scan_label(label, volume)
-    expected = np.uint8 if stored == np.float32 else stored
-    assert volume.to_nifti(volume.label).get_data_dtype() == expected
+    assert volume.to_nifti(volume.label).get_data_dtype() == (np.uint8 if stored == np.float32 else stored)
     assert Volume("a", volume.image).to_nifti(volume.label).get_data_dtype() == np.uint8
 
 
@@ -140,7 +135,6 @@ def test_unfit_files_are_refused(tmp_path, refused):
     flat.header.set_sform(np.diag([1, 1, 0, 1.0]), code=1)
     nibabel.save(flat, tmp_path / "flat.nii")
     refused(lambda: read_scan(tmp_path / "flat.nii", CT), "flat.nii", "affine")
-
     volume = read_scan(image, CT)
     nibabel.save(nibabel.Nifti1Image(np.zeros((13, 11, 7), np.uint8), np.diag([9, 9, 9, 1.0])), bad)
     refused(lambda: read_scan_label(bad, volume), bad, "spacing")

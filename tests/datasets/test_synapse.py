@@ -29,8 +29,7 @@ def body() -> tuple[np.ndarray, np.ndarray]:
     label = np.zeros(SHAPE, np.uint8)
     for number, box in ORGANS.values():
         label[box] = number
-    rng = np.random.default_rng(0)
-    return (rng.integers(-1000, 800, SHAPE)).astype(np.int16), label
+    return np.random.default_rng(0).integers(-1000, 800, SHAPE).astype(np.int16), label
 
 
 def write_raw(folder: Path, cases=(1, 5)) -> Path:

@@ -59,8 +59,7 @@ def bands(height=120, width=90):
     """Return an image whose red is 20 + 100 * label, and the label: wavy bands, one at every border."""
     y, x = np.mgrid[:height, :width]
     label = ((y + 6 * np.sin(x / 9)) // 15 % 3).astype(np.uint8)
-    image = np.stack([20 + 100 * label, np.full_like(label, 90), np.full_like(label, 60)], -1)
-    return image, label
+    return np.stack([20 + 100 * label, np.full_like(label, 90), np.full_like(label, 60)], -1), label
 
 
 def test_photometric_augmentation_bends_image_and_label_alike_up_to_the_border(monkeypatch):

@@ -16,9 +16,8 @@ def test_volumes_and_slices_are_read_as_they_were_written(tmp_path, make_volume,
     write_volume(tmp_path / "patient001_frame01.npy.h5", volume)
     back = read_volume(tmp_path / "patient001_frame01.npy.h5", 4)
     assert (back.name, back.spacing, back.class_names) == (volume.name, volume.spacing, volume.class_names)
-    np.testing.assert_array_equal(back.image, volume.image)
-    np.testing.assert_array_equal(back.label, volume.label)
-    np.testing.assert_array_equal(back.affine, volume.affine)
+    for array in ("image", "label", "affine"):
+        np.testing.assert_array_equal(getattr(back, array), getattr(volume, array))
     assert (back.image.dtype, back.label.dtype) == (np.float32, np.uint8)
     np.testing.assert_array_equal(back.restore(np.kron(back.label, np.ones((1, 2, 2), np.uint8))), back.label)
     with h5py.File(tmp_path / "patient001_frame01.npy.h5") as file:  # what TransUNet's own code reads
@@ -127,8 +126,7 @@ def test_mtunets_files_are_read_as_they_are_unless_a_slice_is_of_another_shape(t
         np.testing.assert_array_equal(test[0].label, volume.label)
         assert (test[0].spacing, test[0].affine, test[0].class_names, test[0].label.dtype) == (None, None, (), "u1")
     assert not caplog.text
-    entries = (root / "valid.txt").read_text()
-    (root / "valid.txt").write_text(entries.replace("case_019_sliceED_5.npz\n", ""))
+    (root / "valid.txt").write_text((root / "valid.txt").read_text().replace("case_019_sliceED_5.npz\n", ""))
     assert len(VolumeDataset(root, root, "val", 4)[0].image) == 11
     assert "slice 5 of case_019_volume_ED is missing" in caplog.text
     np.savez(root / "valid" / "case_019_sliceED_7.npz", img=np.zeros((5, 5)), label=np.zeros((5, 5)))
@@ -153,13 +151,12 @@ def test_without_augmentation_a_sample_is_the_slice_resized(prepared):
 
 @pytest.mark.parametrize("kind", ["slices", "images"])
 def test_samples_do_not_depend_on_workers_and_order_but_on_epoch_and_seed(prepared, kind):
-    images = write_set(prepared / "images", map(str, range(9)))
+    data = write_set(prepared / "images", [str(number) for number in range(9)])
 
     def open_set(seed):
         if kind == "slices":
             return _open(prepared, seed=seed)
-        augmentation = {"augment": True, "photometric": True, "seed": seed}
-        return ImageDataset(segpc.INFO, images, images / "lists", "train", 3, 32, **augmentation)
+        return ImageDataset(segpc.INFO, data, data / "lists", "train", 3, 32, augment=True, photometric=True, seed=seed)
 
     def samples(loader):
         batches = list(loader)

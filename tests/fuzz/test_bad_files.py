@@ -106,8 +106,7 @@ def values_of_label(path: Path) -> list:
 
 
 READERS: dict[str, tuple[str, Callable[[Path], list]]] = {
-    "slice": ("a.npz", values_of_slice),
-    "foreign slice": ("a.npz", values_of_slice),
+    **{kind: ("a.npz", values_of_slice) for kind in ("slice", "foreign slice")},
     "volume": ("a.npy.h5", values_of_volume),
     "foreign volume": ("a.h5", values_of_volume),
     "scan": ("a.nii", values_of_scan),
@@ -177,10 +176,8 @@ def damage(content: bytes, rng: random.Random) -> bytes:
             damaged[at] ^= 1 << rng.randrange(8)
         elif how == "set":
             damaged[at : at + length] = bytes([rng.choice((0, 1, 127, 128, 255))]) * len(damaged[at : at + length])
-        elif how == "cut":
-            del damaged[at : at + length]
-        elif how == "end":
-            del damaged[at:]
+        elif how in ("cut", "end"):
+            del damaged[at : at + length if how == "cut" else None]
     return bytes(damaged)
 
 
@@ -214,10 +211,9 @@ class Trap:
 def test_no_code_of_a_file_is_run(tmp_path):
     trap = Trap(tmp_path / "ran")
     pickles = pickle.dumps(trap)
-    objects = written(lambda content: np.savez(content, image=np.array([trap], dtype=object), label=LABEL[0]))
     state = {"model": {}, "network": {}, "data": PLAIN | {"class_names": trap}}
     for kind, content in (
-        ("slice", objects),
+        ("slice", written(lambda content: np.savez(content, image=np.array([trap], object), label=LABEL[0]))),
         ("slice", slice_of(pickles)),
         ("slice", pickles),
         ("checkpoint", written(lambda content: torch.save(state, content))),
@@ -269,7 +265,6 @@ def test_no_name_leads_out_of_the_output_folder(trained, tmp_path, run_script):
     names = ["../../evil", "/tmp/evil", "a\\..\\b"]
     scans, volumes = tmp_path / "in" / "scans", tmp_path / "in" / "volumes"
     scans.mkdir(parents=True)
-    volumes.mkdir()
     state = torch.load(trained / "best.pth", weights_only=True)
     save_checkpoint(tmp_path / "in" / "best.pth", state | {"data": PLAIN | {"class_names": names}})
     for name in ("..", "\\..\\b$(x)"):
