@@ -120,8 +120,7 @@ def dsgim_forward(module: DSGIM, x: Tensor, position: int) -> Tensor:
                 first.append(t if in_first and t != 0 else excluded)
                 second.append(t if in_second and t != 0 else excluded)
             rows.append((torch.softmax(torch.stack(first), 0) + torch.softmax(torch.stack(second), 0)) @ value)
-        tokens = torch.stack(rows) @ module.fc.weight.T + module.fc.bias
-        output.append(tokens.T.reshape(channels, height, width))
+        output.append((torch.stack(rows) @ module.fc.weight.T + module.fc.bias).T.reshape(channels, height, width))
     out = torch.stack(output)
     out = torch.relu(module.norm1(module.conv1(out), statistics))
     return torch.relu(module.norm2(module.conv2(out), statistics))

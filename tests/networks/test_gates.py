@@ -11,8 +11,7 @@ from networks.gates import ChannelAttention, EncoderGate, Gate, SpatialAttention
 @pytest.mark.parametrize("variant", ["paper", "stable", "release"])
 def test_the_gates_of_learned_weights_start_half_open_but_in_release(variant, tiny_network):
     for seed in range(3):
-        model = tiny_network(variant=variant, seed=seed)
-        gates = model.observe(torch.randn(2, 1, 64, 64) * 30).gates
+        gates = tiny_network(variant=variant, seed=seed).observe(torch.randn(2, 1, 64, 64) * 30).gates
         injections = ("gate_maxvit", "gate_dmwla")
         learned = torch.stack([share.mean() for name, share in gates.items() if not name.startswith(injections)])
         assert len(learned) == 7 and (learned == 0.5).all() == (variant != "release")

@@ -1,7 +1,7 @@
 """The network and the plain side of the benchmarks equal ``tests/oracle.py`` on random shapes and empty clusters."""
 
 import copy
-from unittest import mock
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -27,9 +27,7 @@ SIZES = st.fixed_dictionaries(
 HALVES = st.tuples(*[st.integers(1, 3)] * 3)  # batch, and half of height and width
 
 
-def block_and_input(
-    sizes: dict, variant: str, seed: int, warmup_iterations: int = 1, steps_done: int = 2
-) -> tuple[DMWLA, torch.Tensor]:
+def block_and_input(sizes: dict, variant: str, seed: int, warmup_iterations: int = 1, steps_done: int = 2) -> tuple:
     """Return a block with a random memory, past its warm-up unless told otherwise, and an input."""
     torch.manual_seed(seed)
     of_block = {name: size for name, size in sizes.items() if name not in ("batch", "height", "width")}
@@ -50,7 +48,7 @@ def test_a_steady_step_and_its_gradients(sizes, variant, attend, seed):
     coefficients = torch.randn(x.shape)
 
     torch.manual_seed(seed)
-    with mock.patch("networks.dmwla._attend_by_cluster", attend):
+    with patch("networks.dmwla._attend_by_cluster", attend):
         output = block.train()(x)
     gradients = torch.autograd.grad((output * coefficients).sum(), [x, *block.parameters()])
     expected = oracle.steady_forward(plain, x)
@@ -77,10 +75,7 @@ def test_blocks_are_updated_together_as_each_alone(sizes, seed):
         block.train()(x)
     torch.manual_seed(seed)
     alike = [[0, 1], [2]] if sizes["feature_dim"] != 3 else [[0, 1, 2]]
-    with (
-        mock.patch("networks.memory_update._groups", lambda _: alike),
-        mock.patch("torch.compiler.is_compiling", lambda: True),
-    ):
+    with patch("networks.memory_update._groups", lambda _: alike), patch("torch.compiler.is_compiling", lambda: True):
         dmwla.write_memories([(block, rearrange(x, "b c h w -> b (h w) c")) for block, x in together])
     for (block, _), (other, _) in zip(alone, together, strict=True):
         torch.testing.assert_close(other.state_dict(), block.state_dict())
@@ -91,7 +86,7 @@ def test_a_token_reads_no_foreign_column_however_large_the_values(attend):
     sizes = dict(batch=1, channels=4, height=3, width=3, feature_dim=6, num_clusters=3, columns_per_cluster=5)
     block, x = block_and_input(sizes | {"replaced_columns": 2}, "paper", seed=1)
     block.bank.pool[1] *= 1e6
-    with mock.patch("networks.dmwla._attend_by_cluster", attend):
+    with patch("networks.dmwla._attend_by_cluster", attend):
         torch.testing.assert_close(block.eval()(100 * x), oracle.steady_forward(block, 100 * x))
 
 
@@ -120,7 +115,7 @@ def test_the_order_that_k_means_gives_the_pool(sizes, seed):
     expected_draws = torch.get_rng_state()
     expected = oracle.ordered_pool(block.bank.pool, centroids, nearest)
     torch.set_rng_state(expected_draws)
-    with mock.patch("networks.memory_bank.kmeans", return_value=(centroids, nearest)):
+    with patch("networks.memory_bank.kmeans", return_value=(centroids, nearest)):
         block.bank.order()
     torch.testing.assert_close(block.bank.pool, expected)
     torch.testing.assert_close(block.bank.prototypes, torch.stack([c / c.norm() for c in centroids]))
@@ -167,8 +162,7 @@ def test_a_plain_step_is_that_of_the_oracle():
     plain = plain_copy(block).train()
     assert type(plain) is PlainDMWLA
     torch.testing.assert_close(plain(x), oracle.steady_forward(block, x))
-    written = plain.bank.pool, plain.bank.prototypes, plain.phi_k
-    torch.testing.assert_close(written, oracle.updated_memory(block, x))
+    torch.testing.assert_close((plain.bank.pool, plain.bank.prototypes, plain.phi_k), oracle.updated_memory(block, x))
 
 
 @pytest.mark.parametrize("steps", [0, 3])

@@ -48,8 +48,7 @@ def release_dmwla(f, warmup_iterations: int = 2000) -> DMWLA:
     """Build the fixture's block with its synthetic weights."""
     sizes = [int(f[key]) for key in ("ch", "feature_dim", "num_k", "pool_size_per_cluster")]
     block = DMWLA(*sizes, replaced_columns=int(f["k"]), warmup_iterations=warmup_iterations, variant="release")
-    prefix = str(f["prefix"])
-    fill(block, lambda name: prefix + ("phi_k.weight" if name == "phi_k" else release_name(name)))
+    fill(block, lambda name: str(f["prefix"]) + ("phi_k.weight" if name == "phi_k" else release_name(name)))
     return block
 
 
@@ -97,6 +96,7 @@ def test_dsgim():
     assert_close(module(x), f["strong_output"], 1e-4)
 
 
+@torch.no_grad()
 def test_decoder():
     f = load("decoder.npz")
     c4, c3, c2, c1 = (int(c) for c in f["channels"])
@@ -104,10 +104,7 @@ def test_decoder():
     fill(decoder, lambda name: release_name(f"decoder.{name}"))
     shapes = [(2, 16, 32, 32), (2, 32, 16, 16), (2, 48, 8, 8)]
     skips = [synthetic(f"decoder.skip{2 - i}.input", shape) for i, shape in enumerate(shapes)]
-    deepest = synthetic("decoder.x.input", (2, 64, 4, 4))
-    with torch.inference_mode():
-        outputs = decoder([*skips, deepest])
-    for i, output in enumerate(outputs):
+    for i, output in enumerate(decoder([*skips, synthetic("decoder.x.input", (2, 64, 4, 4))])):
         assert_close(output, f[f"output{i}"], 1e-5)
 
 
@@ -120,14 +117,13 @@ def test_decoder():
     ],
     ids=["batch", "single", "colour"],
 )
+@torch.no_grad()
 def test_whole_network(prefix, name, shape):
     f, images = load("network_small256.npz"), synthetic(name, shape)
     shapes = json.loads((FIXTURES / "release_state_dict_shapes.json").read_text())
     weights = {f"module.{n}": torch.from_numpy(tensor_for(n, s)) for n, s in shapes.items() if not IGNORED.match(n)}
     model = SimMPNet(num_classes=9, in_channels=shape[1], variant="release").eval()
     load_release_state_dict(model, weights)
-    with torch.inference_mode():
-        logits = model(images[1:] if prefix == "single_" else images)
     stride = int(f["stride"])
-    for i, output in enumerate(logits):
+    for i, output in enumerate(model(images[1:] if prefix == "single_" else images)):
         assert_close(output[..., ::stride, ::stride].contiguous(), f[f"{prefix}logits{i}"], 1e-4)

@@ -81,8 +81,7 @@ def test_a_network_trains_in_bf16_and_predicts_and_its_config_rebuilds_it(refuse
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_wrong_size_is_answered_with_the_nearest_right_ones(refused, name):
-    words = "img_size is 103; it must be a multiple of ", ": the nearest is 96 or 1"
-    refused(lambda: make(name, img_size=103), *words)
+    refused(lambda: make(name, img_size=103), "img_size is 103; it must be a multiple of ", ": the nearest is 96 or 1")
 
 
 @pytest.mark.parametrize(

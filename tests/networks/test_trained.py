@@ -21,9 +21,7 @@ def trained(tmp_path_factory) -> SimMPNet:
     return made.model
 
 
-def dice_and_loss(
-    model: torch.nn.Module, amp_dtype: torch.dtype | None = None, device: str = "cpu"
-) -> tuple[float, float]:
+def dice_and_loss(model: SimMPNet, amp_dtype: torch.dtype | None = None, device: str = "cpu") -> tuple[float, float]:
     """Return the mean Dice of 16 new drawings in per cent, and the subset loss."""
     images, label = (torch.stack(x).to(device) for x in zip(*(drawing(10**6 + i) for i in range(16)), strict=True))
     with torch.no_grad(), torch.autocast(device, amp_dtype, enabled=amp_dtype is not None):
