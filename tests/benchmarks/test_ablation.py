@@ -20,8 +20,7 @@ def started(monkeypatch):
         flags = [*map(str, flags)]
         started.append((script, *flags))
         if script == "train_acdc.py" and "--resume" not in flags:
-            folder = write_run(Path(flags[flags.index("--output_dir") + 1]), {}, amp="bf16")
-            (folder / "last.pth").touch()
+            (write_run(Path(flags[flags.index("--output_dir") + 1]), {}, amp="bf16") / "last.pth").touch()
         elif script == "test_acdc.py":
             results = Path(flags[flags.index("--checkpoint") + 1]).parent / "results_test"
             results.mkdir(exist_ok=True)
@@ -51,9 +50,8 @@ def test_rows_over_seeds_are_compared_and_resumed(started, monkeypatch, tmp_path
     started.clear()
     call(monkeypatch, *argv[:4], "--rows", "the small one", "--seeds", 2, "--", "--amp", "bf16")
     trained, tested, compared = started
-    assert trained == ("train_acdc.py", "--resume", str(interrupted / "last.pth"))
-    same = "--split", "test", "--amp", "bf16"
-    assert tested == ("test_acdc.py", "--checkpoint", str(interrupted / "best.pth"), *same) and compared == comparison
+    assert trained == ("train_acdc.py", "--resume", str(interrupted / "last.pth")) and compared == comparison
+    assert tested == ("test_acdc.py", "--checkpoint", str(interrupted / "best.pth"), *"--split test --amp bf16".split())
     words = "whole/seed_1 was trained with --amp bf16 --seed 1, not ", "--batch_size 2"
     refused(lambda: call(monkeypatch, *argv, "--batch_size", 2), *words)
     (tmp_path / "whole/seed_1/last.pth").unlink()

@@ -56,9 +56,7 @@ def test_complexity_counts_what_is_found_by_hand():
     parts = count(Attention(), 16, 3)
     assert parts["conv"] == (weights / 1e6, pixels * weights / 1e9)
     assert parts["attention"] == pytest.approx((4 * 8 * 8 / 1e6, (projections + attention) / 1e9))
-    assert parts["all"] == pytest.approx(
-        [sum(values) for values in zip(parts["conv"], parts["attention"], strict=True)]
-    )
+    assert parts["all"] == pytest.approx([sum(both) for both in zip(parts["conv"], parts["attention"], strict=True)])
 
 
 def test_gpu_runs_on_a_cpu_and_writes_table_trace_and_profile(run_script, tmp_path):

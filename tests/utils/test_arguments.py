@@ -40,8 +40,7 @@ def test_what_does_not_fit_the_resumed_run_is_refused(run_folder, refused, flags
 
 def test_another_data_sets_script_does_not_resume_a_run(run_folder, refused):
     parser, flags = training_parser("test", acdc.INFO), ["--output_dir", str(run_folder), "--resume", "auto"]
-    words = "is a run on drawings: resume it with train_custom.py"
-    refused(lambda: parse_training(parser, acdc.INFO, flags), words)
+    refused(lambda: parse_training(parser, acdc.INFO, flags), "is a run on drawings: resume it with train_custom.py")
 
 
 def test_a_new_run_takes_the_network_of_the_checkpoint_and_no_other_weights(run_folder, tmp_path, refused):

@@ -60,15 +60,12 @@ def test_a_bug_keeps_its_traceback(error, capsys):
 
 
 def test_an_error_in_a_data_loaders_process_is_one_line_too(capsys):
-    class Broken(torch.utils.data.Dataset):
-        def __len__(self):
-            return 1
-
+    class Broken(list):
         def __getitem__(self, index):
             raise RunError("c.npz: truncated")
 
     with pytest.raises(RunError) as caught:
-        list(torch.utils.data.DataLoader(Broken(), num_workers=1))
+        list(torch.utils.data.DataLoader(Broken("c"), num_workers=1))
     assert run_and_catch(caught.value, capsys) == (1, "error: c.npz: truncated\n")
 
 

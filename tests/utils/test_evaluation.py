@@ -35,8 +35,7 @@ class Threshold(nn.Module):
     def forward(self, x):
         self.batch_sizes.append(len(x))
         x = self.scale * self.dropout(self.norm(x))
-        classes = torch.arange(self.num_classes).view(1, -1, 1, 1)
-        logits = -((x - classes) ** 2)
+        logits = -((x - torch.arange(self.num_classes).view(1, -1, 1, 1)) ** 2)
         wrong = torch.zeros_like(logits)
         wrong[:, 2] = 100
         return [logits / 2 + wrong, logits / 2 - wrong, wrong, -wrong]
@@ -54,8 +53,7 @@ def volume_of(label: np.ndarray, seen: np.ndarray | None = None, name: str = "ca
     return Volume(name, (label if seen is None else seen).astype(np.float32), label, **fields)
 
 
-def predict_boxes():
-    return partial(predict_case, Threshold(), img_size=32)
+PREDICT = partial(predict_case, Threshold(), img_size=32)
 
 
 def predictions() -> dict[str, np.ndarray]:
@@ -97,7 +95,7 @@ def test_an_output_that_is_not_finite_is_no_prediction(refused):
 def test_cases_are_scored_in_order_with_a_line_in_the_log_for_each(caplog):
     cases = [volume_of(box_label(), seen, name, spacing=(2.0, 1.0, 1.0)) for name, seen in predictions().items()]
     caplog.set_level("INFO")
-    results = evaluate(predict_boxes(), [*cases, volume_of(box_label(), name="no spacing")], 4)
+    results = evaluate(PREDICT, [*cases, volume_of(box_label(), name="no spacing")], 4)
     lines = [record.getMessage().split(":")[0] for record in caplog.records]
     assert lines == ["1/4 perfect", "2/4 missed", "3/4 spurious", "4/4 no spacing"]
     assert [(r.name, r.unit, [c.state for c in r.classes]) for r in results] == [
@@ -127,10 +125,10 @@ def test_two_volumes_are_in_memory_and_what_draws_a_case_may_fail():
             images.append(weakref.ref(volume.image))
             return volume
 
-    evaluate(predict_boxes(), FromDisk(), 4)
+    evaluate(PREDICT, FromDisk(), 4)
     assert max(alive) <= 1  # beside the one that is opened
     with pytest.raises(OSError, match="No space"):
-        evaluate(predict_boxes(), FromDisk(), 4, mock.Mock(side_effect=OSError("No space left")))
+        evaluate(PREDICT, FromDisk(), 4, mock.Mock(side_effect=OSError("No space left")))
 
 
 def test_images_are_measured_in_two_dimensions():
@@ -139,7 +137,7 @@ def test_images_are_measured_in_two_dimensions():
     seen = np.roll(label, 2, axis=2)
     picture = volume_of(label, seen)
     picture.planar = True
-    (result,) = evaluate(predict_boxes(), [picture], 4)
+    (result,) = evaluate(PREDICT, [picture], 4)
     assert result.unit == "pixels" and result.classes == case_metrics(seen[0], label[0], 4)
     assert result.classes[0].transunet.hd95 < 3  # in three dimensions every pixel would be at the border
     assert result.confusion[1, 1] == 16 * 18 and result.confusion.sum() == label.size

@@ -45,8 +45,7 @@ def test_the_worst_slices_are_drawn_worst_first(volume, tmp_path):
 
 
 def test_label_and_prediction_stand_beside_the_image_in_their_own_colours(volume, tmp_path):
-    prediction = np.where(volume.label == 2, 0, volume.label).astype(np.uint8)
-    draw_masks(tmp_path / "a.png", volume, 0, prediction[0])
+    draw_masks(tmp_path / "a.png", volume, 0, np.where(volume.label == 2, 0, volume.label).astype(np.uint8)[0])
     maps, legend = np.split(pixels(tmp_path / "a.png"), [480])
     panels = np.array_split(maps, 3, axis=1)  # image, label, prediction
     assert [shows(panel, 1) for panel in panels] == [False, True, True]
@@ -140,9 +139,8 @@ def test_a_preview_shows_every_class(made, tmp_path, dataset):
 
 def test_the_seed_decides_the_preview_and_wrong_flags_are_refused(made, tmp_path, refused):
     output = tmp_path / "sheet.png"
-    plain, again, other, photometric = (
-        sheet_of(made, "isic", output, "--count", 1, *more) for more in ((), (), ("--seed", 3), ("--photometric",))
-    )
+    flags = (), (), ("--seed", 3), ("--photometric",)
+    plain, again, other, photometric = (sheet_of(made, "isic", output, "--count", 1, *more) for more in flags)
     np.testing.assert_array_equal(plain, again)
     assert not np.array_equal(plain, other) and not np.array_equal(plain, photometric)
     refused(lambda: sheet_of(made, "acdc", output, "--photometric"), "--photometric", "grey")

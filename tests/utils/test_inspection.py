@@ -39,8 +39,7 @@ def test_a_token_s_cluster_is_that_of_the_prototype_it_resembles():
     x = torch.zeros(1, 4, 4, 6)
     x[:, 0, :, :3] = 0.1  # like prototype 1, whatever the lengths
     x[:, 1, :, 3:] = 5.0  # like prototype 0
-    expected = torch.tensor([1, 1, 1, 0, 0, 0]).expand(1, 4, 6)
-    torch.testing.assert_close(block.clusters(x), expected)
+    torch.testing.assert_close(block.clusters(x), torch.tensor([1, 1, 1, 0, 0, 0]).expand(1, 4, 6))
 
 
 def test_observing_shows_every_block_and_changes_nothing(model):
@@ -75,8 +74,7 @@ def test_the_command_writes_every_picture(model, tmp_path, run_script):
     run_script("utils/inspection.py", *flags).succeeded()
     run_script("utils/inspection.py", *flags[:3], tmp_path / "one_slice001.npz").succeeded()
     assert (folder.parent / "one_slice001" / "clusters.png").is_file()
-    names = {"memory_use", "prototypes", "clusters", "windows", "gates"}
-    assert {path.stem for path in folder.glob("*.png")} == names
+    assert {p.stem for p in folder.glob("*.png")} == {"memory_use", "prototypes", "clusters", "windows", "gates"}
     assert inspect(model).keys() == {"memory_use", "prototypes"}  # without an image
     for path in folder.glob("*.png"):
         with Image.open(path) as picture:

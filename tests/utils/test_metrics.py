@@ -32,8 +32,7 @@ def mask_pairs(draw):
         mask = draw(arrays(bool, shape))
         mask.flat[draw(st.integers(0, mask.size - 1))] = True
         masks.append(mask)
-    spacing = draw(st.none() | st.tuples(*[st.floats(0.1, 10)] * len(shape)))
-    return *masks, spacing
+    return *masks, draw(st.none() | st.tuples(*[st.floats(0.1, 10)] * len(shape)))
 
 
 @settings(max_examples=150, deadline=None)

@@ -22,9 +22,8 @@ def folders(data: Path) -> list[str]:
 def quick(data: Path, num_classes: int = 4, info=acdc.INFO, **flags):
     root, volumes, lists = folders(data)
     flags = {"num_classes": num_classes, "class_names": None, "patient_pattern": None} | flags
-    train_set = SliceDataset(root, lists, "train", num_classes, 32)
-    val_set = VolumeDataset(volumes, lists, "val", num_classes)
-    return quick_check(train_set, val_set, info, Namespace(list_dir=lists, **flags))
+    sets = SliceDataset(root, lists, "train", num_classes, 32), VolumeDataset(volumes, lists, "val", num_classes)
+    return quick_check(*sets, info, Namespace(list_dir=lists, **flags))
 
 
 def main(data: Path, *more: str) -> int:
@@ -177,9 +176,8 @@ def test_other_intensities_are_in_the_checkpoint_and_no_scan_is_prepared_for_it(
     refused(lambda: read_scan(tmp_path, stored), tmp_path, "from 0 to 255")
     test_set = VolumeDataset(*folders(data)[1:], "test", 4)
     for preprocessing, warned in ((stored.to_dict(), False), ({}, True), ({"stored": (0, 4095)}, True)):
-        checkpoint = {"class_names": ("x", "y", "z"), "preprocessing": preprocessing}
         caplog.clear()
-        compare_with_checkpoint(test_set, acdc.INFO, checkpoint)
+        compare_with_checkpoint(test_set, acdc.INFO, {"class_names": "xyz", "preprocessing": preprocessing})
         assert bool(caplog.text) == warned
 
 
