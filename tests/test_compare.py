@@ -18,11 +18,10 @@ HOSTILE = "<script>alert(1)</script> & co"
 def test_the_figures_are_those_of_an_earlier_revision(run_script, tmp_path):
     runs = [OLD / "runs" / name for name in ("ours_1", "ours_2", "no_dsgim", "unet")]
     assert run_script("compare.py", *runs, "--output_dir", tmp_path).status == 0
-    keys = {
-        "comparison.csv": ["source", "method", "convention", "class", "metric"],
-        "paired_tests.csv": ["convention", "metric", "first", "second"],
-    }
-    for name, sorted_by in keys.items():
+    for name, sorted_by in (
+        ("comparison.csv", ["source", "method", "convention", "class", "metric"]),
+        ("paired_tests.csv", ["convention", "metric", "first", "second"]),
+    ):
         old, new = (pd.read_csv(folder / name).sort_values(sorted_by, ignore_index=True) for folder in (OLD, tmp_path))
         pd.testing.assert_frame_equal(new, old[new.columns], rtol=1e-5, check_dtype=False)
 

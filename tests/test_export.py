@@ -128,9 +128,7 @@ def test_another_program_gets_the_summed_logits_and_the_facts(exported, checkpoi
 @pytest.mark.processors
 def test_a_colour_network_of_the_release_in_warm_up_is_exported_with_warnings(tmp_path, caplog):
     model = seasoned("blocks", in_use=False, num_classes=2, in_channels=3, variant="release")
-    predictor = Predictor(
-        run_export(save_network(tmp_path / "best.pth", model, "isic"), tmp_path / "model.onnx"), "cpu"
-    )
+    predictor = Predictor(run_export(save_network(tmp_path / "best.pth", model, "isic"), tmp_path / "m.onnx"), "cpu")
     assert predictor.planar and predictor.class_names == DATASETS["isic"].class_names
     assert "warm-up" in predictor.model.metadata["memory"]
     warnings = [record.getMessage() for record in caplog.records if record.name == "export"]

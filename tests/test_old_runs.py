@@ -11,9 +11,8 @@ import torch
 from networks import build
 from tests.conftest import data_flags
 from tests.narrow import narrow_pico  # noqa: F401, a fixture for the whole module
+from tests.parity import FIXTURES
 from utils.checkpoint import load_fitting
-
-FIXTURES = Path(__file__).parent / "fixtures"
 
 
 @pytest.fixture(params=["paper", "release"])

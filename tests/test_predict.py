@@ -73,7 +73,6 @@ def test_a_scan_of_another_size_is_restored_to_its_own(threshold, tmp_path):
 
 @pytest.fixture
 def predict(threshold, run_script):
-    """Run predict.py with the checkpoint."""
     return lambda *flags: run_script("predict.py", "--device", "cpu", "--checkpoint", threshold, *flags)
 
 
@@ -157,8 +156,7 @@ def test_one_of_several_times_is_chosen_and_without_a_voxel_size_no_millilitres_
     predict("--input", times, "--time_point", 1, "--output", out).succeeded()
     assert nibabel.load(out / "times.nii.gz").shape == (12, 9, 2)
     unplaced = write_dicom(tmp_path / "unplaced", ImagePositionPatient=None)
-    done = predict("--input", unplaced, "--output", out).succeeded()
-    assert "no volume in millilitres" in done.error
+    assert "no volume in millilitres" in predict("--input", unplaced, "--output", out).succeeded().error
     assert pd.read_csv(out / "volumes.csv")["millilitres"].isna().all()
 
 
