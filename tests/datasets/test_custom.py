@@ -111,8 +111,7 @@ def test_each_form_is_said_and_prepared_like_the_named_sets(tmp_path, caplog, re
     np.testing.assert_array_equal(volume.label, LABEL.T)
     assert volume.class_names == classes and (volume.image.min(), volume.image.max()) == pytest.approx((0, 1), abs=1e-6)
     files = sorted((raw / ("images" if make is folders else "imagesTr")).glob("c d*"))
-    again = read_scan(files[0], info.preprocessing)  # as predict.py reads it
-    np.testing.assert_array_equal(again.image, volume.image)
+    np.testing.assert_array_equal(read_scan(files[0], info.preprocessing).image, volume.image)  # as predict.py reads it
     scan(next(raw.glob("labels*/c d.nii.gz")), 0 * LABEL)  # corrected after it was prepared
     prepare(raw, out)
     assert not read_volume(out / "test_vol_h5/c d.npy.h5").label.any()
@@ -144,9 +143,8 @@ def test_ct_is_clipped_to_the_foreground_of_the_cases_that_do_not_test_and_flags
     prepare(raw, tmp_path / "z", normalize="zscore")
     zscore = info_of(tmp_path / "z").preprocessing
     assert zscore.scales == (Scale("deviations", -4, 4),) and preprocessing_from_dict(zscore.to_dict()) == zscore
-    array = read_scan(raw / "imagesTr/b.nii.gz", zscore).image
-    expected = (image(1) - image(1).mean()) / image(1).std() / 8 + 0.5
-    np.testing.assert_allclose(array, np.clip(expected, 0, 1).T, atol=1e-6)
+    expected = np.clip((image(1) - image(1).mean()) / image(1).std() / 8 + 0.5, 0, 1).T
+    np.testing.assert_allclose(read_scan(raw / "imagesTr/b.nii.gz", zscore).image, expected, atol=1e-6)
 
 
 def test_a_small_object_on_black_is_not_lost_where_both_percentiles_are_black(tmp_path):

@@ -24,7 +24,6 @@ CELLS = [cell(10, 12, 30, 40), cell(24, 40, 30, 30), cell(70, 100, 40, 40)]  # t
 
 
 def write_raw(folder, ids=("106", "1798"), cells=CELLS):
-    """Write images and masks as the challenge does."""
     for inner in ("x", "y"):
         (folder / inner).mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(ids):

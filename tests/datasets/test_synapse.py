@@ -33,7 +33,6 @@ def body() -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_raw(folder: Path, cases=(1, 5)) -> Path:
-    """Write BTCV's folders."""
     image, label = body()
     affine = np.diag([-0.8, 0.8, 3.0, 1])
     affine[:3, 3] = (12.5, -7, 40)
