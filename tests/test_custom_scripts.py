@@ -30,7 +30,7 @@ def test_folds_of_two_channels_are_trained_resumed_tested_compared_and_applied(t
     table = do("compare.py", run, tmp_path / "runs" / "mine_fold1", "--output_dir", tmp_path / "compared").output
     assert "| sim_mpnet" in table and "mine_fold1" not in table
     methods = (tmp_path / "compared" / "comparison.csv").read_text(encoding="utf-8").splitlines()
-    assert all(",val,measured,sim_mpnet,val,2,4," in line for line in methods[1:])  # two folds, the cases of both
+    assert all(",val,measured,sim_mpnet,val,1,4," in line for line in methods[1:])  # one seed, the cases of two folds
 
     leak = *small[:-2], "--output_dir", tmp_path / "leak", "--init_from", run / "best.pth", "--resume", "auto"
     assert "trained on 2 of 2 validation cases" in do("train_custom.py", "--data", data, "--fold", 1, *leak).error
