@@ -13,7 +13,7 @@ from utils.launch import test
 
 
 def main() -> None:
-    test(testing_parser(__doc__, acdc.INFO).parse_args(), acdc.INFO)
+    test(testing_parser(__doc__, acdc.INFO), acdc.INFO)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from utils.launch import test
 
 def main() -> None:
     for info, argv in own_data():
-        test(testing_parser(__doc__, info).parse_args(argv), info)
+        test(testing_parser(__doc__, info), info, argv)
 
 
 if __name__ == "__main__":

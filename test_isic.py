@@ -11,7 +11,7 @@ from utils.launch import test
 
 
 def main() -> None:
-    test(testing_parser(__doc__, isic.INFO).parse_args(), isic.INFO)
+    test(testing_parser(__doc__, isic.INFO), isic.INFO)
 
 
 if __name__ == "__main__":

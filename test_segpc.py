@@ -12,7 +12,7 @@ from utils.launch import test
 
 
 def main() -> None:
-    test(testing_parser(__doc__, segpc.INFO).parse_args(), segpc.INFO)
+    test(testing_parser(__doc__, segpc.INFO), segpc.INFO)
 
 
 if __name__ == "__main__":

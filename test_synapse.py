@@ -15,7 +15,7 @@ from utils.launch import test
 
 
 def main() -> None:
-    test(testing_parser(__doc__, synapse.INFO).parse_args(), synapse.INFO)
+    test(testing_parser(__doc__, synapse.INFO), synapse.INFO)
 
 
 if __name__ == "__main__":

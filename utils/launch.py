@@ -120,11 +120,9 @@ def new_network(args: Namespace, pretrained: bool) -> torch.nn.Module:
     return convert_sync_batchnorm(model) if args.sync_bn else model
 
 
-def test(args: Namespace, info: DatasetInfo) -> None:
-    """Rebuild a checkpoint's network, test it and write tables; on request, predictions and pictures too.
-
-    args: of ``testing_parser``; info: the data set.
-    """
+def test(parser: ArgumentParser, info: DatasetInfo, argv: list[str] | None = None) -> None:
+    """Test a checkpoint on a data set, with the arguments of ``testing_parser``, and write tables and what they ask."""
+    args = parser.parse_args(argv)
     check_n_gpu(args)
     if launched():
         raise RunError("testing uses one process: run it without torchrun")
