@@ -8,7 +8,8 @@ import json
 import logging
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -103,43 +104,13 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
 
     splits: those whose results are read; without any, all. volume_path: where the test cases are, if elsewhere.
     """
-    folder, history, best, newest = Path(folder), pd.DataFrame(), None, None
+    folder = Path(folder)
     paths = {path.parent.name.removeprefix("results_"): path for path in sorted(folder.glob("results_*/cases.csv"))}
     paths = {split: paths[split] for split in splits or paths if split in paths}
     summaries = {split: _summary(path) for split, path in paths.items()}
     checkpoints = [summary["checkpoint"] for summary in summaries.values() if summary.get("checkpoint")]
-    path = folder / "config.json"
-    if not path.is_file():
-        raise RunError(f"{folder} is not a run folder, it has no config.json: give folders that train_<set>.py wrote")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        data, given = config["data"], config["args"]
-        path = folder / "config_resumed.json"
-        if path.is_file():
-            config |= json.loads(path.read_text(encoding="utf-8"))
-            given |= config["args"]
-        for checkpoint in checkpoints:  # its arguments, where the run was continued with others after it
-            saved = checkpoint.get("args") or {}
-            given |= {name: value for name, value in saved.items() if name not in ("max_epochs", "max_iterations")}
-        custom_set = "data" in given
-        info = custom.info_of_run(data, given["data"], given["fold"]) if custom_set else DATASETS[data["dataset"]]
-        defaults = vars(training_parser("", info).parse_args([])) | VARIANT_DEFAULTS.get(given.get("variant"), {})
-        args = defaults | {name: value for name, value in given.items() if value is not None}
-        left_out = NOT_THE_METHOD | flags_of_others().get(args["network"], set())
-        path = folder / "metrics.csv"
-        if path.is_file():
-            history = pd.read_csv(path, encoding_errors="replace")
-            epochs = history.reindex(columns=["epoch", "val_dice"]).dropna()
-            epochs = epochs[epochs["epoch"] >= (args["select_from_epoch"] or 1)]
-            best = epochs["epoch"][epochs["val_dice"].idxmax()] if len(epochs) else None
-            newest = history["epoch"].max() if len(history) else None
-            if newest and newest < args["max_epochs"] and not args["max_iterations"]:
-                logger.warning("%s: its training has done %d of its %d epochs", folder, newest, args["max_epochs"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise RunError(
-            f"{path} is damaged or not of train_<set>.py ({type(error).__name__}: {brief(error)}): copy it again"
-        ) from error
-    settings = {n: _text(n, value) for n, value in args.items() if n not in left_out and value is not None}
+    info, args, defaults, ranks = _read_config(folder, checkpoints)
+    history, newest = _read_history(folder, args)
     where = "root_path" if info.planar else "volume_path"
     if not paths:
         split = splits[0] if splits else info.splits[-1]
@@ -149,29 +120,31 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
         script = info.train_script.replace("train", "test", 1)
         command = f"python {script} {shlex.join(map(str, [*flags, args['list_dir']]))}"
         raise RunError(f"{folder} was not tested on {split}: test it with {command}")
-    used, tested, lists, files, predictions = [], [], set(), [], []
-    for summary in summaries.values():
-        folders = args | (summary.get("data") or {})
-        used.append(_text(where, volume_path or folders[where]))
-        lists.add(Path(folders["list_dir"]).resolve())
-        if checkpoint := summary.get("checkpoint"):
-            file, epoch, prediction = (checkpoint.get(key) for key in ("file", "epoch", "prediction"))
-            prediction = prediction or (None if "prediction" in left_out else args.get("prediction"))
-            tested.append(f"{file}, epoch {epoch}" + (f", prediction {prediction}" if prediction else ""))
-            files.append(str(file))
-            predictions += [prediction] if prediction else []
-            now = {"best.pth": best, "last.pth": newest}.get(file)
-            if now not in (None, epoch):
-                text = "%s: its results are of epoch %s, but %s is now of epoch %d: test it again"
-                logger.warning(text, folder, epoch, file, now)
+
+    left_out = NOT_THE_METHOD | flags_of_others().get(args["network"], set())
+    settings = {n: _text(n, value) for n, value in args.items() if n not in left_out and value is not None}
+    tested, predictions = [], []
+    for checkpoint in checkpoints:
+        file, epoch, prediction = (checkpoint.get(key) for key in ("file", "epoch", "prediction"))
+        prediction = prediction or settings.get("prediction")
+        tested.append(f"{file}, epoch {epoch}" + (f", prediction {prediction}" if prediction else ""))
+        predictions += [prediction] if prediction else []
+        if newest.get(file) not in (None, epoch):
+            text = "%s: its results are of epoch %s, but %s is now of epoch %d: test it again"
+            logger.warning(text, folder, epoch, file, newest[file])
+    files = [str(checkpoint.get("file")) for checkpoint in checkpoints]
     if len({*files}) > 1 or len({*predictions}) > 1:
         logger.warning("%s: its splits were tested otherwise (%s): give one with --split", folder, _and(tested))
     # What was tested is part of the method too.
-    settings |= {"checkpoint": _and(files) or "best.pth", "ranks": str(config.get("ranks", 1))}
+    settings |= {"checkpoint": _and(files) or "best.pth", "ranks": str(ranks)}
     settings |= {"prediction": _and(predictions)} if predictions else {}
     usual = defaults | {"checkpoint": "best.pth", "ranks": 1}
     unusual = {name for name, value in settings.items() if value != _text(name, usual.get(name))}
-    data = info.name if {*used} == {_text(where, info.volume_path)} else f"{info.name} in {_and(used)}"
+
+    folders = [args | (summary.get("data") or {}) for summary in summaries.values()]
+    used = {_text(where, volume_path or of_test[where]): None for of_test in folders}
+    data = info.name if [*used] == [_text(where, info.volume_path)] else f"{info.name} in {_and(used)}"
+    lists = {Path(of_test["list_dir"]).resolve() for of_test in folders}
     tables = []
     for split, path in paths.items():
         table = _long(read_cases(path)).assign(split=split, run=str(folder))
@@ -180,7 +153,64 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
     return Run(folder, info, args, data, settings, unusual, history, results, method, _and(tested) or "-", lists)
 
 
-def _and(texts: Sequence[str]) -> str:
+def _read_config(
+    folder: Path, checkpoints: Sequence[dict[str, Any]]
+) -> tuple[DatasetInfo, dict[str, Any], dict[str, Any], int]:
+    """Return the data set of a run, its arguments, their defaults, and the number of processes.
+
+    checkpoints: those that were tested, as in ``summary.json``. The arguments are theirs, because the run may have been
+    continued with others since.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise RunError(f"{folder} is not a run folder, it has no config.json: give folders that train_<set>.py wrote")
+    with _damaged(path):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        data, given = config["data"], config["args"]
+    path = folder / "config_resumed.json"
+    if path.is_file():
+        with _damaged(path):
+            config |= json.loads(path.read_text(encoding="utf-8"))
+            given |= config["args"]
+    for checkpoint in checkpoints:
+        saved = checkpoint.get("args") or {}
+        given |= {name: value for name, value in saved.items() if name not in ("max_epochs", "max_iterations")}
+    with _damaged(path):
+        custom_set = "data" in given
+        info = custom.info_of_run(data, given["data"], given["fold"]) if custom_set else DATASETS[data["dataset"]]
+        defaults = vars(training_parser("", info).parse_args([])) | VARIANT_DEFAULTS.get(given.get("variant"), {})
+    args = defaults | {name: value for name, value in given.items() if value is not None}
+    return info, args, defaults, config.get("ranks", 1)
+
+
+def _read_history(folder: Path, args: dict[str, Any]) -> tuple[pd.DataFrame, dict[str, int | None]]:
+    """Return ``metrics.csv``, empty without one, and the epochs of ``best.pth`` and ``last.pth`` as far as it knows."""
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        return pd.DataFrame(), {}
+    with _damaged(path):
+        history = pd.read_csv(path, encoding_errors="replace")
+        chosen = history.reindex(columns=["epoch", "val_dice"]).dropna()
+        chosen = chosen[chosen["epoch"] >= (args["select_from_epoch"] or 1)]
+        best = chosen["epoch"][chosen["val_dice"].idxmax()] if len(chosen) else None
+        last = history["epoch"].max() if len(history) else None
+    if last and last < args["max_epochs"] and not args["max_iterations"]:
+        logger.warning("%s: its training has done %d of its %d epochs", folder, last, args["max_epochs"])
+    return history, {"best.pth": best, "last.pth": last}
+
+
+@contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    """Turn the errors of a block that reads a file of a run into a RunError."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{path} is damaged or not of train_<set>.py ({type(error).__name__}: {brief(error)}): copy it again"
+        ) from error
+
+
+def _and(texts: Iterable[str]) -> str:
     return " and ".join(dict.fromkeys(texts))
 
 
