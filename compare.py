@@ -17,9 +17,10 @@ import pandas as pd
 from datasets.files import check_writable, file_stem
 from utils import comparison_report as report
 from utils.cli import ArgumentParser, run_script
-from utils.comparison import Run, compare, name_methods, paired_tests, read_run
+from utils.comparison import compare, name_methods, paired_tests
 from utils.errors import RunError
 from utils.results import markdown, write_csv
+from utils.tested_runs import Run, read_run
 
 logger = logging.getLogger("compare")
 

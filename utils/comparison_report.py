@@ -11,10 +11,11 @@ import seaborn
 from matplotlib import pyplot, rc_context
 
 from datasets.files import write_text
-from utils.comparison import MEAN, NAMES, TESTED, Comparison, Run, by_method
+from utils.comparison import MEAN, NAMES, TESTED, Comparison, by_method
 from utils.figures import save_figure
 from utils.metrics import MISSED, SPURIOUS
 from utils.results import CONVENTIONS, OPTIMISTIC, markdown
+from utils.tested_runs import Run
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "docs" / "published_results.csv"
 UNPUBLISHED_SPLITS = ("segpc", "isic")  # of which the paper does not say which images it tests

@@ -9,9 +9,10 @@ import pytest
 
 from datasets import DATASETS
 from tests.comparison_runs import NAN, class_result, random_dice, write_run
-from utils.comparison import MEAN, Run, compare, name_methods, paired_tests, read_run
+from utils.comparison import MEAN, compare, name_methods, paired_tests
 from utils.comparison_report import notes, published_rows
 from utils.evaluation import CaseResult
+from utils.tested_runs import Run, read_run
 
 
 def named(*runs) -> list[Run]:
