@@ -64,6 +64,7 @@ def main() -> None:
     comparisons = [comparison for of_data in by_data.values() for comparison in compare(of_data)]
     check_writable(args.output_dir)
 
+    colours = report.palette(run.method for of_data in by_data.values() for run in of_data)
     sections, scores, tests, figures = [], [], [], args.output_dir / "figures"
     for i, comparison in enumerate(comparisons, 1):
         rows = comparison.scores()
@@ -74,9 +75,9 @@ def main() -> None:
         section = {"heading": f"{comparison.data}, {comparison.split}", "notes": report.notes(comparison, scores[-1])}
         section["tables"] = report.score_tables(comparison, scores[-1], tests[-1])
         name = f"{i}_{comparison.info.name}_{file_stem(comparison.split)}_boxes.png"
-        sections.append(section | {"figures": report.draw_boxes(figures / name, comparison)})
+        sections.append(section | {"figures": report.draw_boxes(figures / name, comparison, colours)})
     for data, of_data in by_data.items():
-        curves = report.draw_curves(figures / f"{file_stem(data)}_training.png", of_data)
+        curves = report.draw_curves(figures / f"{file_stem(data)}_training.png", of_data, colours)
         section = {"heading": f"{data}, runs and training", "tables": report.run_tables(of_data)}
         sections.append(section | {"figures": curves})
     write_csv(args.output_dir / "comparison.csv", pd.concat(scores)[report.CSV_COLUMNS], "%.12g")

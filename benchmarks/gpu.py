@@ -3,15 +3,15 @@
 It times a training step (forward, subset loss, backward, AdamW, memory update) and a forward pass in evaluation, at the
 paper's settings, in several forms:
 
-- ``plain``: what the release computes, float32, evaluation of one slice at a time
+- ``plain``: what the release computes, float32 with convolutions in TF32, evaluation of one slice at a time
 - ``float32``, ``tf32``, ``bf16``: ours, channels-last, fused AdamW, evaluation in batches
 - ``compiled``, ``graphs``: bf16 with ``torch.compile``; ``graphs`` also with CUDA graphs
 
 Operations are those of ``benchmarks.complexity``, without what a GPU computes in vain, such as scores of other
 clusters; a training step counts as three forward passes. The ceiling is the measured rate of a bf16 product of
-8192 x 8192 matrices. The command writes ``gpu.md`` (the table) and, for the last form, ``trace.json.gz`` (for
-chrome://tracing) and ``profile.txt``. The table shows the error of a form that fails; the other forms run all the same.
-A run on a CPU:
+8192 x 8192 matrices (256 x 256 on a CPU). The command writes ``gpu.md`` (the table) and, for the last form,
+``trace.json.gz`` (for chrome://tracing) and ``profile.txt``. The table shows the error of a form that fails; the other
+forms run all the same. A run on a CPU:
 
     python -m benchmarks.gpu --device cpu --forms plain float32 bf16 --model_scale pico --img_size 64 \\
         --img_size_dmwla 64 --batch_size 2 --repeats 1

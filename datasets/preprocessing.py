@@ -105,15 +105,15 @@ class Preprocessing:
 
     def described(self, img_size: int | str) -> str:
         """Return in words how a scan becomes the network's input; img_size: a number, or the flag that gives it."""
-        if self.stored is not None:
-            return "prepared like the training files, whose intensities run from {:g} to {:g}".format(*self.stored)
         axes = "as stored" if self.orientation is None else f"reoriented to {self.orientation} (x, y, z)"
         ends = "the scan's minimum and maximum" if self.window is None else "{:g} and {:g}".format(*self.window)
         ends = "; of the next channel ".join(map(str, self.scales)) or ends
+        scaled = f"{ends} become 0 and 1, values beyond are clipped"
+        if self.stored is not None:
+            scaled = "prepared like the training files, whose intensities run from {:g} to {:g}".format(*self.stored)
         return (
-            f"voxel axes {axes}; slices across z, rows along y, columns along x; {ends} become 0 and 1, values beyond "
-            f"are clipped; each slice resized to {img_size} x {img_size} by cubic splines, corner pixels on corner "
-            "pixels, mirrored at the border"
+            f"voxel axes {axes}; slices across z, rows along y, columns along x; {scaled}; each slice resized to "
+            f"{img_size} x {img_size} by cubic splines, corner pixels on corner pixels, mirrored at the border"
         )
 
 

@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from utils.tested_runs import Run
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "docs" / "published_results.csv"
 UNPUBLISHED_SPLITS = ("segpc", "isic")  # of which the paper does not say which images it tests
+LATEX = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
 CSV_COLUMNS = [
     "dataset", "split", "source", "method", "chosen_on", "seeds", "cases", "convention", "class", "metric", "unit",
     "mean", "sd_over_seeds", "sd_over_cases",
@@ -105,26 +106,34 @@ def notes(comparison: Comparison, rows: pd.DataFrame) -> list[str]:
     return said
 
 
-def draw_boxes(path: Path, comparison: Comparison) -> dict[Path, str]:
+def palette(methods: Iterable[str]) -> dict[str, tuple[float, float, float]]:
+    """Return a colour for each method, so that it has the same one in all figures of a page."""
+    names = list(dict.fromkeys(methods))
+    # The first is for colour-blind people too, but repeats after ten.
+    colours = seaborn.color_palette("colorblind" if len(names) <= 10 else "husl", len(names))
+    return dict(zip(names, colours, strict=True))
+
+
+def draw_boxes(path: Path, comparison: Comparison, colours: Mapping[str, Any]) -> dict[Path, str]:
     """Draw the strict Dice and HD95 of the cases, for each class and method, as boxes and dots; return the caption."""
     values = comparison.per_case().query("convention == 'strict' and `class` != @MEAN and metric in @TESTED").dropna()
     values = values.assign(metric=values["metric"].map(NAMES) + " [" + values["unit"] + "]")
     boxes = dict(x="class", y="value", col="metric", col_wrap=1, kind="boxen", aspect=3, sharey=False)
     return _draw(
-        path, seaborn.catplot, values, boxes,
+        path, seaborn.catplot, values, boxes | {"palette": colours},
         f"{comparison.data}, {comparison.split}: Dice and HD95 of each class, strict convention, seeds averaged first. "
         "Lines are medians over cases, the widest boxes hold half of the cases, further boxes and dots the rest.",
     )  # fmt: skip
 
 
-def draw_curves(path: Path, runs: Sequence[Run]) -> dict[Path, str]:
+def draw_curves(path: Path, runs: Sequence[Run], colours: Mapping[str, Any]) -> dict[Path, str]:
     """Draw loss and validation Dice over the epochs, a line per run with a `metrics.csv`; return the caption."""
     history = pd.concat([run.history.assign(method=run.method, run=str(run.folder)) for run in runs])
     history = history.reindex(columns=["method", "run", "epoch", "train_loss", "val_dice"])
     history = history.melt(["method", "run", "epoch"], var_name="metric").dropna()
     lines = dict(x="epoch", y="value", col="metric", kind="line", units="run", estimator=None, marker=".")
     return _draw(
-        path, seaborn.relplot, history, lines | {"facet_kws": {"sharey": False}},
+        path, seaborn.relplot, history, lines | {"facet_kws": {"sharey": False}, "palette": colours},
         "Training loss, and the Dice in [0, 1] on which the best epoch is chosen, one line per run. Losses are "
         "comparable only between methods that are trained with the same loss.",
     )  # fmt: skip
@@ -133,12 +142,12 @@ def draw_curves(path: Path, runs: Sequence[Run]) -> dict[Path, str]:
 def _draw(
     path: Path, plot: Callable[..., seaborn.FacetGrid], data: pd.DataFrame, style: dict[str, Any], caption: str
 ) -> dict[Path, str]:
-    """Write a figure with a colour for each method; return its path and caption, or nothing without data."""
+    """Write a figure in the colours of the methods; return its path and caption, or nothing without data."""
     if data.empty:
         return {}
     pyplot.switch_backend("agg")  # needs no display
     with rc_context({"text.parse_math": False}):  # a `$` in a name is not a formula
-        grid = plot(data, hue="method", palette="colorblind", height=3.5, **style)
+        grid = plot(data, hue="method", height=3.5, **style)
         save_figure(grid.set_titles("{col_name}").set_ylabels("").figure, path)
     pyplot.close(grid.figure)
     return {path: caption}
@@ -154,7 +163,7 @@ def write_pages(folder: Path, sections: Sequence[Mapping[str, Any]]) -> None:
     templates = FileSystemLoader(Path(__file__).parent)
     pages = Environment(loader=templates, autoescape=select_autoescape(["html.j2"]), trim_blocks=True)
     pages.filters["base64"] = lambda content: base64.b64encode(content).decode()
-    pages.filters["latex"] = lambda text: re.sub(r"([&%$#_{}])", r"\\\1", text)
+    pages.filters["latex"] = lambda text: re.sub(r"[\\^~&%$#_{}]", lambda m: LATEX.get(m[0], f"\\{m[0]}"), text)
     pages.filters["markdown"] = markdown
     for ending in ("html", "md", "tex"):
         with pd.option_context("display.max_colwidth", None):  # pandas would cut long cells

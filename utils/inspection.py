@@ -64,6 +64,10 @@ def inspect(model: SimMPNet, volume: Volume | None = None, z: int = 0) -> dict[s
         if seen.windows is not None:
             figures["windows"] = draw_windows(image, seen.windows[0].numpy().reshape(-1, 2, 2)[:, steps[0], steps[1]])
         figures["gates"] = draw_gates_of_image(image, {name: m[0, 0].numpy()[steps] for name, m in seen.gates.items()})
+        for drawn in (figures.get(name) for name in ("clusters", "windows", "gates") if volume.spacing):
+            for axes in drawn.axes if drawn else ():
+                if axes.images:  # a pixel's height by its width
+                    axes.set_aspect(volume.spacing[1] / volume.spacing[2])
     if not figures:
         raise RunError("nothing to draw: no memory is in use, and windows and gates need --input")
     return figures
@@ -129,7 +133,8 @@ def draw_gates_of_image(image: np.ndarray, gates: Mapping[str, np.ndarray]) -> F
     _show(whole, image, "image")
     for axes, (name, gate) in zip(panels, maps.items(), strict=True):
         percent = 100 * gate
-        _show(axes, percent, f"{name}: {percent.min():.0f} to {percent.max():.0f} %", cmap="viridis", vmin=0, vmax=100)
+        title = f"{name}: {percent.min():.0f} to {percent.max():.0f} %"
+        _show(axes, percent, title, cmap="viridis", vmin=0, vmax=100, extent=_extent(image))
     means.barh(list(gates), [100 * gate.mean() for gate in gates.values()], color=COLOURS[2])
     means.set_xlim(0, 100)
     means.set_title("mean let through [%]", fontsize=9)
@@ -146,7 +151,12 @@ def _show(axes: Axes, image: np.ndarray, title: str, cmap: str = "gray", **optio
 
 def _paint(axes: Axes, image: np.ndarray, colours: np.ndarray) -> None:
     """Paint RGBA (h, w, 4) over the whole of an image that ``axes`` show, (H, W) or (H, W, 3)."""
-    axes.imshow(colours, interpolation="nearest", extent=(-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5))
+    axes.imshow(colours, interpolation="nearest", extent=_extent(image))
+
+
+def _extent(image: np.ndarray) -> tuple[float, float, float, float]:
+    """Return where imshow draws an image (H, W) or (H, W, 3)."""
+    return -0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5
 
 
 def _colours(count: int) -> list[tuple[float, float, float]]:

@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 def draw(dataset: Samples, class_names: Sequence[str], count: int) -> "Figure":
     """Draw ``count`` samples as a square sheet with a legend of the classes."""
     figure, panels = make_panels(count, columns=math.ceil(math.sqrt(count)))
-    step = max(1, len(dataset) // count)
     for n, axes in enumerate(panels):
-        epoch, index = divmod(n * step, len(dataset))
+        epoch, index = divmod(n * max(count, len(dataset)) // count, len(dataset))
         dataset.set_epoch(epoch)
         sample = dataset[index]
         image = sample["image"].numpy()

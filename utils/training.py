@@ -317,8 +317,6 @@ class Trainer:
     def close_epoch(self, scores: dict[str, Any]) -> None:
         """Let W-LD set K, record the epoch and save it."""
         means = self.totals / self.steps
-        if not self.release:
-            self.update_k(means[0])
         memory = {}
         if self.banks:
             memory = {
@@ -326,6 +324,8 @@ class Trainer:
                 "k_decoder": int(self.banks[-1].replaced_columns),
                 "cluster_use": np.mean([(bank.key_counts > 0).float().mean().item() for bank in self.banks]).item(),
             }
+        if not self.release:  # after the row has the K of this epoch: the new one is for the next
+            self.update_k(means[0])
         self.epoch += 1
         self.samples = 0
         row = {
