@@ -77,7 +77,7 @@ def find_inputs(source: Path, planar: bool, channels: int) -> list[Path]:
     second = {scan.scan_name(path) + ending for path in found for ending in SECOND_FILES}  # with the voxels of a scan
     others = [path.name + "/" * path.is_dir() for path in inside if path not in found and path.name not in second]
     if others:
-        logger.warning("%s: left out, each can be given alone: %s", source, brief(", ".join(others)))
+        logger.warning("%s: left out, a scan among them can be given alone: %s", source, brief(", ".join(others)))
     return found if planar else list(dict.fromkeys(scan.channel_files(path, channels)[0] for path in found))
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from datasets.dicom import TO_RAS
 from datasets.errors import DataError, brief, counted, extent
 from datasets.files import write_text
-from datasets.image_files import read_grey, read_image
+from datasets.image_files import image_of, read_classes, read_grey, read_image
 from datasets.info import MASK_FOLDER, VOLUME_FOLDER, DatasetInfo
 from datasets.lists import divide, refuse_names, write_lists
 from datasets.preparation import Pair, RawCase, prepare_images, prepare_volumes, read_case, remove_prepared, run_all
@@ -64,7 +64,7 @@ def info_from(facts: dict[str, Any], folder: str | Path, fold: int = 0) -> Datas
             splits=("train", "val", "test") if facts["test"] else ("train", "val"),
             preprocessing=preprocessing_from_dict(facts["preprocessing"]),
             how_to_get=_how_to_get(folder),
-            train_script=f"train_custom.py --data {quote(str(folder))}",
+            train_script=f"train_custom.py --data {quote(str(folder))}" + f" --fold {fold}" * bool(fold),
             channels=tuple(map(str, facts["channels"])),
             fold=fold,
             folds=count,
@@ -123,7 +123,7 @@ def _look(channels: int, classes: dict[int, str] | None, case: RawCase) -> Look 
             inside = np.random.default_rng(0).choice(inside, min(len(inside), SAMPLES), replace=False)
             foreground = [np.asarray(one.flat[inside], np.float32) for one in stored.channels]
         else:
-            label = read_grey(path, read_image(case.images[0], 16).shape[:2], indices=True)
+            label = _read_values(path, read_image(case.images[0], 16).shape[:2])
         values = [value for value in np.unique(label).tolist() if value]
         unknown = [value for value in values if classes is not None and value not in classes]
         if unknown:
@@ -170,9 +170,10 @@ def prepare(
         remedy = "leave them out with --skip_bad" if cases else "correct them"
         more = f" (and {len(problems) - 1} more cases do not fit, above: {remedy})" if len(problems) > 1 else ""
         raise DataError(f"{next(iter(problems.values()))}{more}")
-    refuse_names(raw, looks)
+    refuse_names(raw, looks, found.planar)
     values, names = _classes(raw, found, looks, class_names)
-    lists = divide(list(looks), folds, test, splits, seed, patient_pattern, problems)
+    owner = image_of if found.planar else str  # crops of one image are not divided
+    lists = divide(list(looks), folds, test, splits, seed, patient_pattern, problems, owner)
     if unused := looks.keys() - {name for parts in lists for part in parts.values() for name in part}:
         logger.warning("%s does not name %s: prepared, but in no list", splits, brief(", ".join(sorted(unused)), 80))
     tested = {name for part in lists for name in part.get("test", ())}
@@ -205,7 +206,14 @@ def prepare(
 
 def _read_picture(values: Sequence[int], case: RawCase, bits: int | None) -> Pair:
     image, path = read_image(case.images[0], bits), case.labels[0]
-    return image, _indices(values, path, read_grey(path, image.shape[:2], indices=True))
+    return image, _indices(values, path, _read_values(path, image.shape[:2]))
+
+
+def _read_values(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """Return the values of a picture's mask, (H, W). A JPEG blurs them, so it can show one class, white on black."""
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        return 255 * read_classes(path, shape, (0, 255))
+    return read_grey(path, shape, indices=True)
 
 
 def _indices(values: Sequence[int], _: Path, label: np.ndarray) -> np.ndarray:
@@ -243,10 +251,13 @@ def _classes(
     else:
         values = sorted({value for look in looks.values() for value in look.values})
         names = [f"class {index}" for index in range(1, len(values) + 1)]
-    if not values or len(values) > MAX_CLASSES or (len(values) > 16 and max(values) > 4 * len(values)):
+    declared = found.classes is not None or class_names
+    objects = not declared and len(values) > 16 and max(values) > min(4 * len(values), MAX_CLASSES)
+    if not values or len(values) > MAX_CLASSES or objects:
         raise DataError(
             f"{raw}: its labels hold {len(values)} values, {brief(values, 60)}; expected 1 to {MAX_CLASSES} classes: "
-            "store 1, 2, ... in uncompressed files, not objects numbered one by one"
+            "store 1, 2, ... in uncompressed files, not objects numbered one by one, or name every value with "
+            "--class_names"
         )
     if values == [1, 255] and found.classes is None and not class_names:
         raise DataError(
@@ -284,6 +295,8 @@ def _preprocessing(
         elif normalize == "percentiles" or channel.strip().upper() != "CT":
             scale = Scale("percentiles", *PERCENTILES)
         else:
+            if not used:
+                raise DataError(f"channel {channel}: every case tests in some fold; give --window LOW HIGH")
             inside = np.concatenate([look.foreground[number] for look in used])
             low, high = np.percentile(inside, PERCENTILES) if len(inside) else (0, 0)
             if not low < high:

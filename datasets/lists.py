@@ -9,7 +9,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -227,15 +227,18 @@ def is_one_line(name: str) -> bool:
     return re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", name) is None
 
 
-def refuse_names(raw: str | Path, names: Collection[str]) -> None:
-    """Raise DataError for fewer than two cases, and for names by which lists could not tell files apart."""
+def refuse_names(raw: str | Path, names: Collection[str], planar: bool = False) -> None:
+    """Raise DataError for fewer than two cases, and for names by which lists could not tell files apart.
+
+    planar: of pictures, of which an entry names one; of volumes it also names those that begin so, and their slices.
+    """
     if len(names) < 2:
         raise DataError(f"{raw}: has {counted(len(names), 'case')}; expected 2 or more, to train and to validate on")
     for name in names:
         other = next((start for start in beginnings(name)[:-1] if start in names), None)
-        if other is not None:
+        if other is not None and not planar:
             raise DataError(f"{raw}: in lists, {other} also means {name}; rename one of the two cases")
-        if is_slice(name) or has_path(name) or name != name.strip() or not is_one_line(name):
+        if (is_slice(name) and not planar) or has_path(name) or name != name.strip() or not is_one_line(name):
             raise DataError(f"{raw}: a case is called {name!r}, which lists read otherwise; rename it")
     for stem, alike in groupby(sorted(names, key=file_stem), file_stem):
         if len(alike := [*alike]) > 1:
@@ -244,19 +247,20 @@ def refuse_names(raw: str | Path, names: Collection[str]) -> None:
 
 def divide(
     names: Sequence[str], folds: int | None = None, test: int = 0, splits: Path | None = None, seed: int = 2222,
-    pattern: str | None = None, left_out: Collection[str] = (),
+    pattern: str | None = None, left_out: Collection[str] = (), owner: Callable[[str], str] = str,
 ) -> list[dict[str, list[str]]]:  # fmt: skip
     """Return for each fold the names that train and validate, and those that test where ``test`` percent are held out.
 
-    Patients, of which ``pattern`` finds the name, are shuffled once. Each validates in one of ``folds`` folds, by
-    default 5 or as many as there are patients. splits: a ``splits_final.json`` of nnU-Net, or a folder of lists, in
-    their place; it may name cases that were ``left_out``. Raises DataError for splits that name other cases.
+    Patients, of which ``pattern`` finds the name in ``owner`` of a case's, are shuffled once. Each validates in one of
+    ``folds`` folds, by default 5 or as many as there are patients. splits: a ``splits_final.json`` of nnU-Net, or a
+    folder of lists, in their place; it may name cases that were ``left_out``. Raises DataError for splits that name
+    other cases.
     """
     if splits is not None:
         return _given(names, splits, left_out)
     patients: dict[str, list[str]] = {}
     for name in names:
-        patients.setdefault(patient_of(name, pattern), []).append(name)
+        patients.setdefault(patient_of(owner(name), pattern), []).append(name)
     folds = folds or max(2, min(5, len(patients) - bool(test)))
     # The test part is as large as that many folds.
     divided = split_names(patients, [test * folds / (100 - test), *[1] * folds], seed)
@@ -264,7 +268,7 @@ def divide(
     if folds < 2 or not all(validating) or (test and not held):
         raise DataError(
             f"--folds {folds} --test {test}: too few patients ({len(patients)}), or --folds 1; expected a patient or "
-            "more in each fold and in the test part"
+            "more in each fold and in the test part (--patient_pattern '.+' takes every case for a patient of its own)"
         )
     lists = []
     for val in validating:

@@ -52,7 +52,7 @@ def paired(images: dict[str, Path], labels: dict[str, Path], image_name: str, la
     """
     for name in sorted(images.keys() ^ labels.keys()):
         found, missing = (images[name], label_name) if name in images else (labels[name], image_name)
-        raise DataError(f"{found}: {missing.replace('*', name)} is missing; unpack the archive again")
+        raise DataError(f"{found}: {missing.replace('*', name)} is missing; unpack the archive again, or remove it")
     return [RawCase(name, (path,), (labels[name],)) for name, path in images.items()]
 
 
@@ -185,9 +185,10 @@ def prepare_images(
     refuse_twins(cases)
     mask_file = partial(_mask_file, out)
     there = prepared_cases(out)
-    kinds = {name != image_of(name): name for name in (*(case.name for case in cases), *there)}  # one name of each kind
-    if len(kinds) > 1:
-        raise DataError(f"{out}: {kinds[False]} is a whole image and {kinds[True]} a crop of one; give another --out")
+    crops = {case.name != image_of(case.name) for case in cases}
+    other = next((name for name in there if (name != image_of(name)) not in crops), None)
+    if other is not None:
+        raise DataError(f"{out}: holds {other}, but whole images and crops of images do not mix; give another --out")
     wanted = {case.name for case in cases}
     images = {*map(image_of, wanted)}
     # An entry of a list stands for every cell of an image that is there.

@@ -17,7 +17,7 @@ from datasets.lists import PREPARED_ENDINGS, files_by_name
 from datasets.preparation import RawCase, refuse_twins
 from datasets.preprocessing import RGB
 from datasets.scan import FOLDER_ENDINGS, channel_files, scan_name
-from datasets.storage import reading
+from datasets.storage import MAX_VALUE, reading
 
 JSON = "dataset.json"
 MAX_CLASSES = 255  # without background: labels are stored as uint8
@@ -126,14 +126,14 @@ def _classes(path: Path, labels: Any) -> dict[int, str]:
         if name == "ignore":
             raise DataError(f"{path}: declares a label to ignore, which is not supported; give its voxels a class")
         number = int(given) if str(given).isdecimal() else -1
-        if not 0 <= number <= MAX_CLASSES:
-            raise DataError(f"{path}: class {brief(name)} has number {brief(given)}; expected 0 to {MAX_CLASSES}")
+        if not 0 <= number <= MAX_VALUE:
+            raise DataError(f"{path}: class {brief(name)} has number {brief(given)}; expected 0 to {MAX_VALUE}")
         if number in classes or name in classes.values():
             raise DataError(f"{path}: declares {number} or {brief(name)} twice; correct its labels")
         classes[number] = name
     classes.pop(0, None)
-    if not classes:
-        raise DataError(f"{path}: declares no class but background; add those of the labels")
+    if not 0 < len(classes) <= MAX_CLASSES:
+        raise DataError(f"{path}: declares {len(classes)} classes beside background; expected 1 to {MAX_CLASSES}")
     return dict(sorted(classes.items()))
 
 

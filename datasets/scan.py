@@ -16,7 +16,7 @@ from datasets.dicom import TO_RAS, choose, itk, load_dicom
 from datasets.errors import DataError, brief, counted
 from datasets.lists import PREPARED_ENDINGS, is_slice
 from datasets.preprocessing import Preprocessing, is_affine, is_rigid, orientation_of, reorient, upright
-from datasets.storage import MAX_INFLATION, check_declared, checked_label, reading
+from datasets.storage import MAX_INFLATION, MAX_VALUE, check_declared, checked_label, reading
 from datasets.volumes import Volume, read_volume
 
 logger = logging.getLogger(__name__)
@@ -140,9 +140,10 @@ def read_scan(path: str | Path | Sequence[Path], preprocessing: Preprocessing, t
     if preprocessing.window is not None:
         low, high, (bottom, top) = channels[0].min(), channels[0].max(), preprocessing.window
         if bottom < 0 <= low or min(high, top) - max(low, bottom) < 0.25 * (top - bottom):
+            unit = "Hounsfield units (air: -1000)" if bottom < 0 else "intensities in a fixed unit"
             logger.warning(
-                "%s: its values run from %g to %g, but the network expects Hounsfield units (air: -1000), of which it "
-                "sees %g to %g; convert the scan, or do not trust the segmentation", path, low, high, bottom, top,
+                "%s: its values run from %g to %g, but the network expects %s, of which it sees %g to %g; convert the "
+                "scan, or do not trust the segmentation", path, low, high, unit, bottom, top,
             )  # fmt: skip
     orientation = orientation_of(affine)
     turned = [reorient(one, affine, preprocessing.orientation or orientation) for one in channels]
@@ -175,6 +176,7 @@ def load_scan(files: Sequence[Path], count: int = 1, time_point: int | None = No
 def read_scan_label(path: str | Path, volume: Volume, num_classes: int | None = None) -> np.ndarray:
     """Read the label of a scan and turn its axes to the image's: uint8 (D, H, W), ids below ``num_classes``.
 
+    Without ``num_classes`` the ids are values up to ``MAX_VALUE`` that will become class indices, above 255 in uint16.
     ``volume.stored_type`` becomes the label's. Raises DataError for a file that is damaged, of another shape, or whose
     axes and spacing do not fit the image's.
     """
@@ -182,7 +184,7 @@ def read_scan_label(path: str | Path, volume: Volume, num_classes: int | None = 
     affine = TO_RAS if affine is None else affine
     found, wanted = orientation_of(affine), orientation_of(volume.affine)
     voxels, affine = reorient(voxels, affine, wanted)
-    label = checked_label(path, voxels, volume.image.shape[:3], num_classes)
+    label = checked_label(path, voxels, volume.image.shape[:3], num_classes, 255 if num_classes else MAX_VALUE)
     between = np.linalg.inv(volume.affine) @ affine  # from the label's voxels to the image's
     apart = not np.allclose(between[:3, 3], 0, atol=0.1)
     if not np.allclose(between[:3, :3], np.eye(3), atol=0.1) or (apart and found != wanted):
@@ -226,7 +228,8 @@ def _read_prepared(path: Path, preprocessing: Preprocessing) -> Volume:
         volume.image = volume.image[None]
     low, high, (bottom, top) = volume.image.min(), volume.image.max(), preprocessing.stored or (0.0, 1.0)
     slack = (top - bottom) / 10
-    if low < bottom - slack or not bottom + slack <= high <= top + slack:
+    is_dark = high < bottom + slack and not (is_slice(path) and preprocessing.stored is None)  # as the ends of a scan
+    if low < bottom - slack or high > top + slack or is_dark:
         raise DataError(
             f"{path}: its intensities run from {low:g} to {high:g}, but the network was trained on {bottom:g} to "
             f"{top:g}; prepare it like the training data"
@@ -259,7 +262,7 @@ def _load(path: Path, time_point: int | None, count: int) -> Stored:
     if len(stored.channels) != count:
         raise DataError(f"{path}: has {counted(len(stored.channels), 'channel')}; expected {count}, or a file for each")
     if not all(np.isfinite([one.min(), one.max()]).all() for one in stored.channels):
-        raise DataError(f"{path}: holds values that are NaN or infinite; repair the file")
+        raise DataError(f"{path}: holds values that are NaN or infinite; replace them, as numpy.nan_to_num does")
     if stored.affine is not None and (not is_affine(stored.affine) or "?" in orientation_of(stored.affine)):
         raise DataError(f"{path}: its affine does not say how the three axes run in mm; repair the header")
     _compare_forms(path, stored.header)
@@ -314,7 +317,7 @@ def _load_itk(path: Path) -> tuple[Stored, tuple[float, float]]:
     shape = (*reader.GetSize(), reader.GetNumberOfComponents())
     count = math.prod(shape[3:])
     if len(shape) < 4 or 1 not in (shape[-1], count // shape[-1]):
-        raise DataError(f"{path}: has shape {brief(shape)}; expected one scan with three axes")
+        raise DataError(f"{path}: has shape {brief(shape)}; expected one scan with three axes (a slice: W x H x 1)")
     check_declared(path, "image", shape, np.dtype(np.float32), remedy="convert or crop it")
     with itk():
         image = reader.Execute()
@@ -366,7 +369,7 @@ def _load_nibabel(path: Path) -> tuple[Stored, tuple[float, float]]:
         header, proxy, shape, dtype = image.header, image.dataobj, image.shape, image.get_data_dtype()
         check_declared(path, "image", shape, dtype, remedy="convert or crop it")
         if len(shape) < 3 or 0 in shape or sum(length > 1 for length in shape[3:]) > 1:
-            raise DataError(f"{path}: has shape {brief(shape)}; expected one scan with three axes")
+            raise DataError(f"{path}: has shape {brief(shape)}; expected one scan with three axes (a slice: W x H x 1)")
         end, size = proxy.offset + math.prod(shape) * dtype.itemsize, data.stat().st_size
         if end > size * (MAX_INFLATION if packed else 1):
             raise ValueError(f"{size} bytes, its header declares {end}{' unpacked' if packed else ''}")

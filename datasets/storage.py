@@ -25,6 +25,9 @@ This is about eight times a float32 CT volume of 512 x 512 x 512."""
 MAX_INFLATION = 1032
 """Largest number of bytes that one byte of a deflate stream (zip, gzip, HDF5) can stand for."""
 
+MAX_VALUE = 65535
+"""Largest value of a label before its values become class indices."""
+
 PREPARE = "prepare the file again, or replace it"
 
 
@@ -63,7 +66,7 @@ def read_fields(path: str | Path, ndim: int, labelled: bool = True) -> dict[str,
             keys = _array_keys(path, found, wanted) | {key: key for key in FACTS if key in found}
             fields = {name: _read_member(path, archive, key) for name, key in keys.items()}
     else:
-        with h5py.File(path, "r") as file:
+        with h5py.File(path, "r", locking=False) as file:  # some network disks have no locks, and files appear whole
             keys = _array_keys(path, list(file), wanted)
             fields = {name: _read_dataset(path, file, key) for name, key in keys.items()}
             fields |= {key: file.attrs[key] for key in FACTS if key in file.attrs}
@@ -137,26 +140,27 @@ def _checked_image(path: str | Path, image: np.ndarray, ndim: int) -> np.ndarray
 
 
 def checked_label(
-    path: str | Path, label: np.ndarray, shape: tuple[int, ...], num_classes: int | None = None
+    path: str | Path, label: np.ndarray, shape: tuple[int, ...], num_classes: int | None = None, largest: int = 255
 ) -> np.ndarray:
-    """Return the label as contiguous uint8 class indices of the image's shape; raises DataError.
+    """Return the label as contiguous class indices of the image's shape, uint8; raises DataError.
 
-    num_classes: number of classes with background; None accepts every index up to 255.
+    num_classes: number of classes with background; None accepts every index up to ``largest``; where there is one above
+    255, the result is uint16.
     """
     if label.shape != shape:
         raise DataError(f"{path}: the label has shape {label.shape}; expected {shape} as its image has; {PREPARE}")
     if label.dtype.kind == "f" and not (np.isfinite(label).all() and np.array_equal(label, np.rint(label))):
         raise DataError(f"{path}: the label holds values that are not whole numbers; {PREPARE}")
     low, high = int(label.min()), int(label.max())
-    if low < 0 or high > 255:
-        raise DataError(f"{path}: label ids run from {low} to {high}; expected 0 to 255; {PREPARE}")
+    if low < 0 or high > largest:
+        raise DataError(f"{path}: label ids run from {low} to {high}; expected 0 to {largest}; {PREPARE}")
     if num_classes is not None and high >= num_classes:
         values, remedy = np.unique(label), f"correct the labels, or train with --num_classes {high + 1}"
         if high > max(15, 4 * len(values)):  # 0 and 255, or 0, 85, 170 and 255: greys of a picture
             remedy = f"its values are {brief(', '.join(map(str, values)), 60)}; store 0, 1, 2, ... in their place"
         last = num_classes - 1
         raise DataError(f"{path}: label id {high} with {num_classes} classes; expected ids from 0 to {last}: {remedy}")
-    return np.ascontiguousarray(label, np.uint8)
+    return np.ascontiguousarray(label, np.uint8 if high < 256 else np.uint16)
 
 
 def _words(value: object) -> tuple[str, ...]:

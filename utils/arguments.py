@@ -319,6 +319,13 @@ def _resume(parser: ArgumentParser, info: DatasetInfo, argv: list[str], path: Pa
             "--output_dir"
         )
     saved = checkpoint["args"] | {"resume": None, "output_dir": str(path.parent)}
+    if any(word.startswith(("--device", "--n_gpu")) for word in argv):  # each stands for both
+        saved = {name: value for name, value in saved.items() if name not in ("device", "n_gpu")}
+    if info.fold is not None:  # --data says where the folder is now, and so where its own folders are
+        for name in ("root_path", "volume_path", "list_dir"):
+            with suppress(ValueError):  # given by its flag then
+                saved[name] = str(Path(info.folder, Path(saved[name]).relative_to(saved["data"])))
+        saved["data"] = info.folder
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     args.resume = path

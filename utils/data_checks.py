@@ -280,7 +280,12 @@ def check(
 
 
 def most_classes_absent(parts: Sequence[Split]) -> list[str]:
-    """Return one line if most classes have no voxel in any part."""
+    """Return one line if most classes have no voxel in any part.
+
+    Not of a set of the user's own: its preparation has compared the values with the declared classes.
+    """
+    if parts and parts[0].info.fold is not None:
+        return []
     voxels = sum(part.voxels for part in parts)
     ids = np.flatnonzero(voxels)
     if not len(ids) or 2 * len(ids) >= len(voxels):
@@ -328,7 +333,7 @@ def _unlike_volumes(data: SliceDataset) -> list[str]:
     if not there or not named:  # others' cases are either slices or volumes
         return []
     for name in there:
-        with suppress(DataError), reading(volumes[name], "HDF5 file"), h5py.File(volumes[name]) as file:
+        with suppress(DataError), reading(volumes[name], "HDF5 file"), h5py.File(volumes[name], locking=False) as file:
             if (depth := len(file["image"])) != len(slices[name]):
                 errors.append(f"{volumes[name]}: has {depth} slices, but {folder} {len(slices[name])}; {PREPARE}")
     with suppress(DataError):  # said elsewhere
@@ -377,5 +382,8 @@ def shared_patients(splits: Sequence[tuple[Path, dict[str, str]]], exact: bool) 
             same = begun.get(patient) or next((there[part] for part in parts_of(patient) if part in there), None)
             if same:
                 names = f"({name} here, {same} there)"
-                errors.append(f"{source}: {patient} is also in {other.name} {names}; remove it from one of them")
+                errors.append(
+                    f"{source}: {patient} is also in {other.name} {names}; remove it from one of them, or give "
+                    "a --patient_pattern ('.+': every case is a patient of its own)"
+                )
     return errors

@@ -74,7 +74,8 @@ class Predictor:
         if info is not None and data.get("dataset") != info.name:
             raise RunError(
                 f"{checkpoint} was trained on {data.get('dataset')}, not on {info.name}: test it with "
-                f"{script_of('test', data.get('dataset'))}, or name no data set"
+                f"{script_of('test', data.get('dataset'))} (cases of elsewhere by its --volume_path or --root_path and "
+                "--list_dir), or name no data set"
             )
         info = info or DATASETS.get(data.get("dataset"))
         if "preprocessing" not in data and info:  # of the release, or of our first versions

@@ -139,7 +139,7 @@ class Trainer:
             self.run.raise_errors(wait=True)
         best = f"best {dice_name(self.args.selected_on)} {100 * self.best_dice:.2f} % in {self.run.best}"
         if self.best_dice == -math.inf:
-            best = f"no epoch from {self.args.select_from_epoch} on was validated, so there is no best.pth"
+            best = f"no epoch from {self.args.select_from_epoch} on has a validation Dice, so there is no best.pth"
         logger.info("done after %s: %s", counted(self.iteration, "iteration"), best)
 
     def announce(self) -> None:

@@ -131,7 +131,7 @@ def test_flags_that_do_not_fit_are_refused_and_nothing_is_written(tmp_path, refu
     assert not out.exists()
 
 
-def test_ct_is_clipped_to_the_foreground_of_the_cases_that_do_not_test_and_flags_say_otherwise(tmp_path):
+def test_ct_is_clipped_to_the_foreground_of_cases_that_do_not_test_and_flags_say_otherwise(tmp_path, refused):
     raw = decathlon(tmp_path / "raw", modality="CT")
     scan(raw / "imagesTr/a.nii.gz", 100 * image(0))
     write_lists(tmp_path / "lists", train=["b", "é"], val=["c d"], test=["a"])
@@ -140,6 +140,9 @@ def test_ct_is_clipped_to_the_foreground_of_the_cases_that_do_not_test_and_flags
     inside = np.concatenate([image(seed)[LABEL > 0] for seed in (1, 2, 3)])
     assert info.preprocessing.window == pytest.approx(np.percentile(inside, (0.5, 99.5)), abs=1e-3)
     assert info.preprocessing.orientation == "PIL" and info.splits == ("train", "val", "test")
+    rotating = [{"test": NAMES[i : i + 1], "val": [NAMES[i - 1]], "train": [NAMES[i - 2]]} for i in range(4)]
+    (tmp_path / "splits.json").write_text(json.dumps(rotating))
+    refused(lambda: prepare(raw, tmp_path / "rotating", splits=tmp_path / "splits.json"), "--window LOW HIGH")
     prepare(raw, tmp_path / "z", normalize="zscore")
     zscore = info_of(tmp_path / "z").preprocessing
     assert zscore.scales == (Scale("deviations", -4, 4),) and preprocessing_from_dict(zscore.to_dict()) == zscore
@@ -168,6 +171,26 @@ def test_masks_of_one_bit_are_read_and_masks_of_1_and_of_255_are_no_two_classes_
         mask.save(raw / f"masks/{name}.png")
     assert prepare(raw, tmp_path / "out") == list(NAMES)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/masks/a.png")), LABEL[..., 2] > 0)
+
+
+def test_values_of_any_size_names_like_slices_and_jpeg_masks_are_taken_as_they_are(tmp_path):
+    raw = nnunet(tmp_path / "raw")
+    for path in raw.glob("labelsTr/*"):
+        scan(path, np.array([0, 500, 600], np.int16)[LABEL])
+    replace_label(background=0, right=600, left=500)(raw)
+    prepare(raw, tmp_path / "out")
+    assert info_of(tmp_path / "out").class_names == ("left", "right")
+    np.testing.assert_array_equal(read_volume(tmp_path / "out/test_vol_h5/a.npy.h5").label, LABEL.T)
+    for names in ("p_slice_0 p_slice_1 100 100_flip".split(), "s_cell1 s_cell2 t_cell1 t_cell2".split()):
+        raw, out = pictures(tmp_path / names[0]), tmp_path / names[3]
+        for old, new in zip(NAMES, names, strict=True):
+            Image.open(raw / f"masks/{old}.png").save(raw / f"masks/{new}.jpg", quality=50)
+            (raw / f"masks/{old}.png").unlink()
+            (raw / f"images/{old}.png").rename(raw / f"images/{new}.png")
+        assert sorted(prepare(raw, out)) == sorted(names)
+        np.testing.assert_array_equal(np.asarray(Image.open(out / f"masks/{names[0]}.png")), LABEL[..., 2] > 0)
+        train, val = ({name.split("_cell")[0] for name in read_list(out / "lists/fold_0", p)} for p in ("train", "val"))
+        assert not train & val
 
 
 def test_patients_are_divided_once_and_never_into_two_parts():
@@ -204,7 +227,7 @@ BAD = {
     "no labels": (lambda raw: write_json(raw, labels={}), [JSON, 'declares no "labels"']),
     "regions": (replace_label(background=0, whole=[1, 2]), ["whole", "regions are not supported"]),
     "ignore": (replace_label(background=0, organ=1, ignore=2), ["ignore"]),
-    "too many": (replace_label(**{f"c{i}": i for i in range(301)}), ["256", "0 to 255"]),
+    "too many": (replace_label(**{f"c{i}": i for i in range(301)}), ["300 classes", "1 to 255"]),
     "absent": (lambda raw: write_json(raw, labels={"a": 1}, training=[dict(image="x", label="y")]), ["x", "names it"]),
     "no channel": (lambda raw: write_json(raw, labels={"a": 1}, channel_names={}), [JSON, "its channels are"]),
     "undeclared": (replace_label(background=0, organ=1), ["a.nii.gz", "label values 2", "1 organ"]),
@@ -245,7 +268,7 @@ def test_bad_input_is_one_line_and_nothing_is_written_but_good_cases_where_asked
 def test_instances_and_greys_are_no_classes(tmp_path, refused, values):
     raw = folders(tmp_path / "raw")
     scan(raw / "labels/a.nii.gz", np.resize([0, *values], LABEL.shape).astype(np.int16))
-    refused(lambda: prepare(raw, tmp_path / "out"), "raw" if max(values) < 300 else "a.nii.gz")
+    refused(lambda: prepare(raw, tmp_path / "out"), raw, "values, [", "name every value with --class_names")
 
 
 def test_a_coloured_mask_is_refused_and_the_remedy_that_is_named_makes_it_readable(tmp_path, refused, monkeypatch):

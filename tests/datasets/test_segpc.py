@@ -107,7 +107,7 @@ def test_a_ready_made_folder_is_taken_as_it_is(tmp_path, refused):
     assert files(first) == files(tmp_path / "second")
     refused(lambda: segpc.prepare(first, tmp_path / "crops", crops=True), first / "masks", "one per cell")
     refused(lambda: segpc.prepare(first, first), first, "--out")
-    refused(lambda: segpc.prepare(tmp_path / "raw", first, crops=True), first, "_cell3 a crop", "--out")
+    refused(lambda: segpc.prepare(tmp_path / "raw", first, crops=True), first, "holds 106", "crops", "--out")
 
 
 def test_unfit_raw_folders_are_refused(tmp_path, refused):
