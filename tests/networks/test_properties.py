@@ -45,23 +45,20 @@ def test_release_samples_once_more_after_k_means(variant):
         assert 0 < (block.bank.pool != ordered).any(-1).sum() <= 0.67 * 30  # share 0.5 (3 + 1) / 3
 
 
-def test_an_average_of_the_weights_reads_the_memory_that_it_is_given():
-    block = DMWLA(6, 8, num_clusters=3, columns_per_cluster=10, warmup_iterations=2).train()
-    average, x = AveragedModel(block, avg_fn=lambda _, new, __: new), torch.rand(2, 6, 5, 5)
-    for _ in range(3):
+def test_an_average_of_the_weights_reads_its_memory_and_what_would_spoil_a_memory_is_refused(refused):
+    block, x = DMWLA(6, 8, num_clusters=3, columns_per_cluster=10, warmup_iterations=2).train(), torch.rand(2, 6, 5, 5)
+    block(x)
+    average = AveragedModel(block, avg_fn=lambda _, new, __: new)  # a copy, made in the warm-up
+    for _ in range(2):
         block(x)
         average.update_parameters(block)
-        torch.testing.assert_close(average.eval()(x), copy.deepcopy(block).eval()(x))
+    torch.testing.assert_close(average.eval()(x), copy.deepcopy(block).eval()(x))
     assert not block.bank.in_warmup and not average.module.bank.in_warmup
-
-
-def test_a_memory_refuses_keys_of_another_width_and_replicas_that_would_lose_it(refused):
-    block = DMWLA(6, 8, num_clusters=3, columns_per_cluster=10).train()
     with pytest.raises(RuntimeError):
-        block.bank.sample(torch.rand(1, 25, 4))
+        block.bank.sample(torch.rand(1, 25, 4))  # of another width
     block._is_replica = True  # as DataParallel marks the copies that it makes
-    refused(lambda: block(torch.rand(2, 6, 5, 5)), "DistributedDataParallel")
-    assert block.eval()(torch.rand(2, 6, 5, 5)).isfinite().all()
+    refused(lambda: block(x), "DistributedDataParallel")
+    assert block.eval()(x).isfinite().all()
 
 
 @pytest.mark.parametrize("constant", [True, False])
