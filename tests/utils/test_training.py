@@ -154,9 +154,8 @@ def test_resume_auto_starts_a_run_and_leaves_one_that_is_over_alone(tmp_path, ca
 def test_more_epochs_than_max_iterations_allow_are_refused_and_another_device_is_not(tmp_path, refused):
     trainer(tmp_path, "--max_iterations", "1", "--n_gpu", "0").fit()
     assert parse(tmp_path, "--resume", "auto", "--device", "cuda")[0].n_gpu == 1
-    longer = "--resume", "auto", "--max_epochs", "9"
-    refused(lambda: parse(tmp_path, *longer), "--max_epochs 9: --max_iterations 1 ended the run")
-    parse(tmp_path, *longer, "--max_iterations", "2")
+    refused(lambda: parse(tmp_path, "--resume", "auto", "--max_epochs", "9"), "--max_iterations 1 ended the run")
+    parse(tmp_path, "--resume", "auto", "--max_epochs", "9", "--max_iterations", "2")
 
 
 def test_a_damaged_last_checkpoint_leaves_best_to_resume_from(copied, refused):
