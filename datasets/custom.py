@@ -7,7 +7,7 @@ writes the files that the named data sets have, ``lists/fold_<k>``, and ``datase
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from datasets.errors import DataError, brief, counted, extent
 from datasets.files import write_text
 from datasets.image_files import image_of, read_classes, read_grey, read_image
 from datasets.info import MASK_FOLDER, VOLUME_FOLDER, DatasetInfo
-from datasets.lists import divide, refuse_names, write_lists
+from datasets.lists import beginnings, divide, refuse_names, write_lists
 from datasets.preparation import Pair, RawCase, prepare_images, prepare_volumes, read_case, remove_prepared, run_all
 from datasets.preprocessing import ColourPreprocessing, Preprocessing, Scale, orientation_of, preprocessing_from_dict
 from datasets.raw_forms import JSON, MAX_CLASSES, Raw, read_json, recognise
@@ -172,7 +172,9 @@ def prepare(
         raise DataError(f"{next(iter(problems.values()))}{more}")
     refuse_names(raw, looks, found.planar)
     values, names = _classes(raw, found, looks, class_names)
-    owner = image_of if found.planar else str  # crops of one image are not divided
+    owner = str
+    if found.planar:  # crops of one image are not divided, nor without a pattern copies of it (100 and 100_flip)
+        owner = image_of if patient_pattern else partial(_original, looks)
     lists = divide(list(looks), folds, test, splits, seed, patient_pattern, problems, owner)
     if unused := looks.keys() - {name for parts in lists for part in parts.values() for name in part}:
         logger.warning("%s does not name %s: prepared, but in no list", splits, brief(", ".join(sorted(unused)), 80))
@@ -189,8 +191,6 @@ def prepare(
         "preprocessing": preprocessing.to_dict(), "label_values": values, "folds": len(lists), "test": bool(tested),
         "seed": seed, "patient_pattern": patient_pattern, "raw": found.form, "source": str(Path(raw).resolve()),
     }  # fmt: skip
-    if overwrite:  # before the facts are written: an interruption leaves no file that they do not describe
-        remove_prepared(out)
     _write_facts(out, facts, overwrite)
     for fold, parts in enumerate(lists):
         write_lists(out / "lists" / f"fold_{fold}", {"test": [], **parts})
@@ -204,6 +204,12 @@ def prepare(
     return list(looks)
 
 
+def _original(names: Collection[str], name: str) -> str:
+    """Return the shortest beginning of a picture's name that is itself one of the names, or else its image."""
+    image = image_of(name)
+    return next((start for start in beginnings(image) if start in names), image)
+
+
 def _read_picture(values: Sequence[int], case: RawCase, bits: int | None) -> Pair:
     image, path = read_image(case.images[0], bits), case.labels[0]
     return image, _indices(values, path, _read_values(path, image.shape[:2]))
@@ -212,6 +218,9 @@ def _read_picture(values: Sequence[int], case: RawCase, bits: int | None) -> Pai
 def _read_values(path: Path, shape: tuple[int, int]) -> np.ndarray:
     """Return the values of a picture's mask, (H, W). A JPEG blurs them, so it can show one class, white on black."""
     if path.suffix.lower() in (".jpg", ".jpeg"):
+        high = int(read_grey(path, shape).max())
+        if 0 < high < 240:  # as of a second class, which other masks show in white
+            raise DataError(f"{path}: its brightest grey is {high}; expected 255 in a JPEG: save the masks as PNG")
         return 255 * read_classes(path, shape, (0, 255))
     return read_grey(path, shape, indices=True)
 
@@ -259,10 +268,10 @@ def _classes(
             "store 1, 2, ... in uncompressed files, not objects numbered one by one, or name every value with "
             "--class_names"
         )
-    if values == [1, 255] and found.classes is None and not class_names:
+    if len(values) > 1 and {*values} <= {1, 255, 65535} and not declared:
         raise DataError(
-            f"{raw}: its labels hold 1 and 255, often one class in two forms; store 1 in all files, or name both "
-            "classes with --class_names"
+            f"{raw}: its labels hold {' and '.join(map(str, values))}, often one class in several forms; store 1 in "
+            "all files, or name the classes with --class_names"
         )
     if class_names and not len({*class_names}) == len(class_names) == len(values):
         raise DataError(f"--class_names: {counted(len(class_names), 'name')}; expected {len(values)} different")
@@ -310,9 +319,11 @@ def _preprocessing(
 
 
 def _write_facts(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
-    """Write ``dataset.json``; raises DataError if the folder holds cases that were prepared otherwise."""
+    """Write ``dataset.json``, ``overwrite``: remove all cases before; raises DataError for cases of other facts."""
     text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
-    if (out / JSON).is_file() and not overwrite:
+    if (out / JSON).is_file() and overwrite:  # an interruption leaves no file that the new facts do not describe
+        remove_prepared(out)
+    elif (out / JSON).is_file():
         before, now = read_json(out / JSON), json.loads(text)
         # Earlier versions did not write it; its old path may be a link now.
         before["source"] = str(Path(before.get("source", now["source"])).resolve())
@@ -323,6 +334,6 @@ def _write_facts(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
                     f"{out}: was prepared with {key} {brief(before.get(key), 100)}, not {brief(now[key], 100)}; "
                     f"{moved}prepare all cases again with --overwrite, or give another --out"
                 )
-    elif not overwrite and any(folder.is_dir() for folder in (out / VOLUME_FOLDER, out / MASK_FOLDER)):
+    elif any(folder.is_dir() for folder in (out / VOLUME_FOLDER, out / MASK_FOLDER)):
         raise DataError(f"{out}: holds files of another preparation, without a {JSON}; give another --out")
     write_text(out / JSON, text)

@@ -1,6 +1,6 @@
 """Pictures (colour images) with their masks: one for validation, testing and prediction, and the sets of a split.
 
-An entry of a list is an ``<id>`` and names the image or all its crops ``<id>_cell<k>``.
+An entry of a list is an ``<id>`` and names the image, or all its crops ``<id>_cell<k>`` where the image is not there.
 """
 
 from collections.abc import Sequence
@@ -103,7 +103,8 @@ class ImageFolder(Sequence[Picture]):
         entries, self.source = read_list(list_dir, split), list_path(list_dir, split)
         images, masks = Path(folder, IMAGE_FOLDER), Path(folder, MASK_FOLDER)
         files = image_files(images)
-        named = {path: {path.name, name, image_of(name)} for name, path in files.items()}
+        # Where an image is there as well as its crops, its name is its own.
+        named = {path: {path.name, name} | {image_of(name)} - files.keys() for name, path in files.items()}
         self.names = [path.stem for path in named_files(self.source, entries, named, f"image in {images}")]
         there = {path.stem for path in masks.glob("*.png")}
         refuse_missing(masks, f"images of {self.source} have no mask <id>.png", self.names, there)

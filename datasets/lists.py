@@ -268,7 +268,8 @@ def divide(
     if folds < 2 or not all(validating) or (test and not held):
         raise DataError(
             f"--folds {folds} --test {test}: too few patients ({len(patients)}), or --folds 1; expected a patient or "
-            "more in each fold and in the test part (--patient_pattern '.+' takes every case for a patient of its own)"
+            "more in each fold and in the test part (by --patient_pattern '.+' every case is a patient, only crops or "
+            "slices of one image stay together)"
         )
     lists = []
     for val in validating:

@@ -137,7 +137,7 @@ def _prepare_volume(read: Callable[[Any], Volume], out: str | Path, case: Any) -
 
 
 def prepared_cases(out: str | Path) -> set[str]:
-    """Return the names of all cases that have a prepared file; after an interruption some are not finished."""
+    """Return the names of all cases that have a volume, a slice or a mask; after an interruption some lack others."""
     volumes = {path.name.removesuffix(".npy.h5") for path in Path(out, VOLUME_FOLDER).glob("*.npy.h5")}
     masks = {path.stem for path in Path(out, MASK_FOLDER).glob("*.png")}
     return volumes | masks | {name for name, _ in _slices(out)}
@@ -178,7 +178,7 @@ def prepare_images(
 
     Files of whole images are copied. read: takes a case and the ``common_bits`` of all, returns its Pair, or None to
     leave it out; can be pickled; raw: the folder of the cases; jobs, overwrite: as in ``prepare_volumes``. Raises
-    DataError where ``out`` is ``raw``, or would then hold both crops and whole images.
+    DataError where ``out`` is ``raw``, or holds whole images where all cases are crops, or crops where none is.
     """
     if Path(raw).resolve() == Path(out).resolve():
         raise DataError(f"{out}: this is the raw folder, and its masks would be overwritten; give another --out")
@@ -186,7 +186,7 @@ def prepare_images(
     mask_file = partial(_mask_file, out)
     there = prepared_cases(out)
     crops = {case.name != image_of(case.name) for case in cases}
-    other = next((name for name in there if (name != image_of(name)) not in crops), None)
+    other = next((name for name in sorted(there) if (name != image_of(name)) not in crops), None)
     if other is not None:
         raise DataError(f"{out}: holds {other}, but whole images and crops of images do not mix; give another --out")
     wanted = {case.name for case in cases}

@@ -384,6 +384,7 @@ def shared_patients(splits: Sequence[tuple[Path, dict[str, str]]], exact: bool) 
                 names = f"({name} here, {same} there)"
                 errors.append(
                     f"{source}: {patient} is also in {other.name} {names}; remove it from one of them, or give "
-                    "a --patient_pattern ('.+': every case is a patient of its own)"
+                    "a --patient_pattern ('.+': every case is a patient, only crops or slices of one image stay "
+                    "together)"
                 )
     return errors

@@ -120,10 +120,10 @@ def _read_config(
         with _damaged(path):
             config |= json.loads(path.read_text(encoding="utf-8"))
             given |= config["args"]
-    for checkpoint in checkpoints:
-        saved = checkpoint.get("args") or {}
-        given |= {name: value for name, value in saved.items() if name not in ("max_epochs", "max_iterations")}
     with _damaged(path):
+        for checkpoint in checkpoints:
+            saved = checkpoint.get("args") or {}
+            given |= {name: value for name, value in saved.items() if name not in ("max_epochs", "max_iterations")}
         custom_set = "data" in given
         info = custom.info_of_run(data, given["data"], given["fold"]) if custom_set else DATASETS[data["dataset"]]
         defaults = vars(training_parser("", info).parse_args([])) | VARIANT_DEFAULTS.get(given.get("variant"), {})
@@ -142,8 +142,8 @@ def _read_history(folder: Path, args: dict[str, Any]) -> tuple[pd.DataFrame, dic
         chosen = chosen[chosen["epoch"] >= (args["select_from_epoch"] or 1)]
         best = chosen["epoch"][chosen["val_dice"].idxmax()] if len(chosen) else None
         last = history["epoch"].max() if len(history) else None
-    if last and last < args["max_epochs"] and not args["max_iterations"]:
-        logger.warning("%s: its training has done %d of its %d epochs", folder, last, args["max_epochs"])
+        if last and last < args["max_epochs"] and not args["max_iterations"]:
+            logger.warning("%s: its training has done %d of its %d epochs", folder, last, args["max_epochs"])
     return history, {"best.pth": best, "last.pth": last}
 
 

@@ -189,8 +189,8 @@ def test_values_of_any_size_names_like_slices_and_jpeg_masks_are_taken_as_they_a
             (raw / f"images/{old}.png").rename(raw / f"images/{new}.png")
         assert sorted(prepare(raw, out)) == sorted(names)
         np.testing.assert_array_equal(np.asarray(Image.open(out / f"masks/{names[0]}.png")), LABEL[..., 2] > 0)
-        train, val = ({name.split("_cell")[0] for name in read_list(out / "lists/fold_0", p)} for p in ("train", "val"))
-        assert not train & val
+        lists = (" ".join(read_list(out / "lists/fold_0", part)) for part in ("train", "val"))
+        assert set.isdisjoint(*(set(re.sub("_cell[0-9]|_flip", "", names).split()) for names in lists))
 
 
 def test_patients_are_divided_once_and_never_into_two_parts():
