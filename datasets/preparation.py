@@ -127,7 +127,8 @@ def prepare_volumes(
 
 def _prepare_volume(read: Callable[[Any], Volume], out: str | Path, case: Any) -> tuple[float, ...] | None:
     """Write the slices of a case and then its volume; return its voxel spacing."""
-    time, volume, file = _raw_time(case), read(case), _volume_file(out, case.name)
+    time = _raw_time(case)
+    volume, file = read(case), _volume_file(out, case.name)
     remove_prepared(out, {case.name})
     for index in range(len(volume.image)):
         write_slice(Path(out, SLICE_FOLDER, f"{case.name}_slice{index:03d}.npz"), volume, index)
@@ -202,7 +203,8 @@ def prepare_images(
 def _prepare_image(
     read: Callable[[RawCase, int | None], Pair | None], bits: int | None, out: str | Path, case: RawCase
 ) -> None:
-    time, pair = _raw_time(case), read(case, bits)
+    time = _raw_time(case)
+    pair = read(case, bits)
     remove_prepared(out, {case.name})
     if pair is None:
         return

@@ -132,7 +132,7 @@ class PrototypeMemoryBank(nn.Module):
         return gather(*tensors) if self.training else [x[None] for x in tensors]
 
     def reread(self) -> None:
-        """Read ``warmup_counter`` again; call this after writing the buffer from outside."""
+        """Read ``warmup_counter`` again. Only compiled steps need this, after the buffer was written from outside."""
         self._steps_done = int(self.warmup_counter)
         self._in_warmup, self._version = self._steps_done < self.sampling_steps, _version(self.warmup_counter)
 

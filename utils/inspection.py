@@ -64,10 +64,10 @@ def inspect(model: SimMPNet, volume: Volume | None = None, z: int = 0) -> dict[s
         if seen.windows is not None:
             figures["windows"] = draw_windows(image, seen.windows[0].numpy().reshape(-1, 2, 2)[:, steps[0], steps[1]])
         figures["gates"] = draw_gates_of_image(image, {name: m[0, 0].numpy()[steps] for name, m in seen.gates.items()})
-        for drawn in (figures.get(name) for name in ("clusters", "windows", "gates") if volume.spacing):
-            for axes in drawn.axes if drawn else ():
-                if axes.images:  # a pixel's height by its width
-                    axes.set_aspect(volume.spacing[1] / volume.spacing[2])
+        if volume.spacing:
+            over_the_image = [figures[name] for name in ("clusters", "windows", "gates") if name in figures]
+            for axes in (axes for figure in over_the_image for axes in figure.axes if axes.images):
+                axes.set_aspect(volume.spacing[1] / volume.spacing[2])  # a pixel's height by its width
     if not figures:
         raise RunError("nothing to draw: no memory is in use, and windows and gates need --input")
     return figures

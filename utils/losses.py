@@ -61,12 +61,12 @@ def _compiled() -> Callable[[Sequence[Tensor], Tensor], Tensor]:
     """Return ``_sums`` compiled for a GPU, whose memory limits it; as it is, where Triton cannot build it."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if torch.cuda.get_device_capability() < (7, 0):
-        logger.warning("the loss is not compiled, so it is slower: Triton needs a GPU of the Volta generation or later")
+        reason = "Triton needs a GPU of the Volta generation or later"
     elif find_spec("triton") and compiler and Path(sysconfig.get_path("include"), "Python.h").exists():
         return torch.compile(_sums, dynamic=False)
     else:
-        text = "the loss is not compiled, so it is slower: install a C compiler and Python's headers (python3-dev)"
-        logger.warning(text)
+        reason = "install a C compiler and Python's headers (python3-dev)"
+    logger.warning("the loss is not compiled, so it is slower: %s", reason)
     return _sums
 
 
