@@ -25,7 +25,7 @@ from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import RunError
 from utils.figures import save_progress
 from utils.training import Trainer
-from utils.watch import out_of_memory
+from utils.watch import known_errors
 
 
 def test_a_killed_run_ends_bit_for_bit_as_one_left_alone(phantom, tmp_path, run_script):
@@ -99,7 +99,7 @@ def test_checkpoints_and_events_on_a_full_disk_end_the_run_and_do_not_wait(tmp_p
 
 def test_full_memory_is_one_line_that_says_what_to_change(tmp_path, refused):
     def fail(error):
-        with out_of_memory("lower --batch_size"):
+        with known_errors("lower --batch_size"):
             raise error
 
     for text in (

@@ -24,7 +24,7 @@ from utils.errors import RunError
 from utils.evaluation import predict_case
 from utils.figures import class_rgb
 from utils.onnx_network import OnnxNetwork, is_onnx
-from utils.watch import out_of_memory
+from utils.watch import known_errors
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class Predictor:
     def segment(self, volume: Volume) -> np.ndarray:
         """Return the class of every voxel, uint8 (D, H, W); of an image D = 1."""
         size = self.model.config["img_size"]
-        with out_of_memory(f"predict fewer slices at a time than {self.batch_size}, in bf16, or on the CPU"):
+        with known_errors(f"predict fewer slices at a time than {self.batch_size}, in bf16, or on the CPU"):
             return predict_case(self.model, volume, size, self.batch_size, self.device, self.amp_dtype)
 
     def __call__(self, path: str | Path):

@@ -34,7 +34,7 @@ from utils.figures import dice_name
 from utils.losses import WeightLossDynamic, subset_losses
 from utils.metrics import dice_only
 from utils.run_folder import RunFolder
-from utils.watch import NumberWatch, StopSignals, out_of_memory
+from utils.watch import NumberWatch, StopSignals, known_errors
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ class Trainer:
         )
         silent = True if rank() else None  # None: a progress bar on a terminal only
         batches = tqdm(islice(self.loader, left), f"epoch {self.epoch + 1}", left, leave=False, disable=silent)
-        with out_of_memory(remedy):
+        with known_errors(remedy):
             for batch in batches:
                 losses = self.train_step(batch)  # (3,)
                 self.totals += losses
@@ -286,7 +286,7 @@ class Trainer:
         if self.release:
             cases = range(len(self.val_set)) if self.writes else ()
         dice = {}
-        with out_of_memory(f"lower --eval_batch_size {args.eval_batch_size}"), self.model.gates_observed() as gates:
+        with known_errors(f"lower --eval_batch_size {args.eval_batch_size}"), self.model.gates_observed() as gates:
             for i in cases:
                 if self.signals.received and not self.release:
                     break

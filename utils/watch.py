@@ -103,10 +103,11 @@ class StopSignals:
 
 
 @contextmanager
-def out_of_memory(remedy: str) -> Iterator[None]:
-    """Turn an error about the GPU's or the machine's full memory into a RunError that ends with ``remedy``.
+def known_errors(remedy: str) -> Iterator[None]:
+    """Turn an error whose cause is known into a RunError of one line.
 
-    So too the error of an operation that strict determinism refuses on a GPU, whose remedy is a flag.
+    That is full memory of the GPU or the machine, with ``remedy``; a worker that was killed; and on a GPU an operation
+    that strict determinism refuses.
     """
     try:
         yield
