@@ -20,7 +20,7 @@ test: $(VENV)/.dev
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile
 
-# What is sensitive to rounding, with the instructions of several processors, one thread and two; about 15 minutes.
+# Run the tests that are sensitive to rounding for several instruction sets, with 1 and 2 threads; about 15 minutes.
 test-processors: $(VENV)/.dev
 	for threads in 1 2; do \
 		for processor in ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 NATIVE=1; do \
@@ -29,7 +29,7 @@ test-processors: $(VENV)/.dev
 		done; \
 	done
 
-# All that only a GPU shows, in the environment in use: make gpu RUN=python. The training needs ACDC prepared in data/.
+# All that needs a GPU. In the active environment: make gpu RUN=python. The training needs prepared ACDC in data/.
 GPU_SECONDS := 3600
 gpu:
 	-$(RUN) -m pytest -m gpu

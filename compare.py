@@ -1,7 +1,7 @@
 """Compare trained and tested runs: tables, paired tests, figures and one HTML page.
 
     python compare.py runs/*
-With names of your own; runs of one name are its seeds:
+With your own names; runs that share a name are seeds of one method:
     python compare.py "Sim-MPNet=runs/acdc_1" "Sim-MPNet=runs/acdc_2" U-Net=runs/acdc_unet --split test
 
 A run takes part with every split on which it was tested (results_<split> in its folder). Runs that differ only in their
@@ -28,20 +28,20 @@ logger = logging.getLogger("compare")
 def parse_args() -> Namespace:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", help="run folders, each FOLDER or NAME=FOLDER")
-    parser.add_argument("--split", nargs="+", default=(), help="splits to compare on; default: all of each run")
+    parser.add_argument("--split", nargs="+", default=(), help="splits to compare on; default: all that were tested")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/comparison"), help="folder of the results")
-    parser.add_argument("--no_published", action="store_true", help="leave out the published rows")
-    text = "folder of the test cases of all runs, if not that of their training"
+    parser.add_argument("--no_published", action="store_true", help="leave out the rows of published results")
+    text = "folder that now holds the test cases of all runs, if it is not the one that they recorded"
     parser.add_argument("--volume_path", type=Path, help=text)
     return parser.parse_args()
 
 
 def read_runs(args: Namespace) -> list[Run]:
-    """Read the runs of the command line; one that is not a run, or is damaged or not tested gets a warning."""
+    """Read the runs of the command line. Warn of each that is no run folder, is damaged or was not tested."""
     runs, errors = [], []
     for text in args.runs:
         name, folder = text.split("=", 1) if "=" in text and not Path(text).exists() else ("", text)
-        if Path(folder).resolve() == args.output_dir.resolve():  # runs/* matches it
+        if Path(folder).resolve() == args.output_dir.resolve():  # runs/* matches this folder too
             continue
         try:
             runs.append(read_run(folder, name.strip(), args.split, args.volume_path))
@@ -60,7 +60,7 @@ def main() -> None:
     names = dict.fromkeys(run.data for run in runs)
     by_data = {data: name_methods([run for run in runs if run.data == data]) for data in names}
     if len(names) > len({run.info.name for run in runs}):
-        logger.info("other data, other tables: %s; --volume_path FOLDER if they are the same data", ", ".join(names))
+        logger.info("separate tables for %s; if these are the same data, give --volume_path FOLDER", ", ".join(names))
     comparisons = [comparison for of_data in by_data.values() for comparison in compare(of_data)]
     check_writable(args.output_dir)
 
@@ -83,7 +83,7 @@ def main() -> None:
     write_csv(args.output_dir / "comparison.csv", pd.concat(scores)[report.CSV_COLUMNS], "%.12g")
     write_csv(args.output_dir / "paired_tests.csv", pd.concat(tests), "%.12g")
     report.write_pages(args.output_dir, sections)
-    logger.info("wrote %s, tables and figures are beside it", args.output_dir / "comparison.html")
+    logger.info("wrote %s; tables and figures are in the same folder", args.output_dir / "comparison.html")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python predict.py --checkpoint model.onnx --input scan.nii.gz --output seg.nii.gz
 
 The network takes images (B, C, S, S), float32, with any B, and returns the sum of its logit maps, float32
-(B, num_classes, S, S), whose arg max is the prediction. Its memory is frozen. The file also says how an image is
+(B, num_classes, S, S), whose arg max is the prediction. Its memory is frozen. The file also states how an image is
 prepared and what each class is. Before it is written, it is run on random images at two batch sizes and compared with
 PyTorch. docs/export.md has more.
 """
@@ -36,7 +36,7 @@ TOLERANCE = 1e-4
 
 
 class SummedLogits(nn.Module):
-    """A network in evaluation mode, its memory frozen: images (B, C, S, S) to the sum of its logit maps."""
+    """Map images (B, C, S, S) to the sum of a network's logit maps, in evaluation and with a frozen memory."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -52,10 +52,10 @@ class SummedLogits(nn.Module):
 def parse_args() -> Namespace:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="best.pth of a run, or one of the release")
+    add("--checkpoint", type=Path, required=True, help="best.pth of a run, or a checkpoint of the authors' release")
     add("--format", choices=("onnx",), default="onnx", help="format of the file")
-    add("--output", type=Path, required=True, help="file to write, .onnx")
-    add("--dataset", choices=DATASETS, help="what a checkpoint of the release was trained on")
+    add("--output", type=Path, required=True, help="file to write; its name ends in .onnx")
+    add("--dataset", choices=DATASETS, help="data set that a checkpoint of the release was trained on")
     add_prediction(add)
     args = parser.parse_args()
     if not is_onnx(args.output):
@@ -66,7 +66,7 @@ def parse_args() -> Namespace:
 
 
 def describe(predictor: Predictor, checkpoint: Path) -> dict[str, Any]:
-    """Return the metadata of the file, plain values: what goes in, what comes out, and where it came from."""
+    """Return the metadata of the file as plain values: its input, its output and its origin."""
     config, banks = predictor.model.config, list(predictor.model.memory_banks())
     facts = {name: config[name] for name in ("num_classes", "in_channels", "img_size")}
     classes, channels, size = facts.values()
@@ -97,15 +97,15 @@ def trace(network: SummedLogits) -> torch.onnx.ONNXProgram:
     Raises RunError: torch.export cannot trace the network.
     """
     config = network.config
-    logging.getLogger("torch.fx.experimental.symbolic_shapes").setLevel(logging.ERROR)  # it warns without need
+    logging.getLogger("torch.fx.experimental.symbolic_shapes").setLevel(logging.ERROR)  # its warnings are harmless
     for name in ("onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.WARNING)  # they report every step
     image = torch.zeros(2, config["in_channels"], config["img_size"], config["img_size"])
     try:
-        with torch.no_grad(), redirect_stderr(io.StringIO()):  # torch prints pages
+        with torch.no_grad(), redirect_stderr(io.StringIO()):  # torch prints long reports
             batch = {0: torch.export.Dim.DYNAMIC}
             program = torch.export.export(network, (image,), dynamic_shapes={INPUT: batch}, strict=False)
-    except Exception as error:  # torch raises many kinds
+    except Exception as error:  # torch raises many kinds of error
         raise RunError(
             f"torch.export cannot trace network {config['network']} ({brief(error)}): its forward() must not branch on "
             "tensor values or on the batch size"
@@ -114,7 +114,7 @@ def trace(network: SummedLogits) -> torch.onnx.ONNXProgram:
         program,
         input_names=[INPUT],
         output_names=[OUTPUT],
-        opset_version=20,  # newer ones have an operator for attention, which not every runtime has
+        opset_version=20,  # newer opsets have an attention operator, which some runtimes lack
         dynamic_shapes={INPUT: {0: "batch"}},
         dynamo=True,
         verbose=False,
@@ -126,14 +126,14 @@ def trace(network: SummedLogits) -> torch.onnx.ONNXProgram:
 def check(path: Path, network: SummedLogits) -> None:
     """Compare an ONNX file with PyTorch on random images, on the CPU and on a GPU if onnxruntime can use it.
 
-    Raises RunError: the largest difference is more than ``TOLERANCE`` of the largest logit (or of 1, if that is more).
+    Raises RunError: the largest difference exceeds ``TOLERANCE`` times the larger of the largest logit and 1.
     """
     channels, size = (network.config[name] for name in ("in_channels", "img_size"))
     gpu = torch.cuda.is_available() and "CUDAExecutionProvider" in require("onnxruntime").get_available_providers()
     for device in ("cpu", "auto") if gpu else ("cpu",):
         exported = OnnxNetwork(path, device)
         if device == "auto" and exported.session.get_providers()[0] == "CPUExecutionProvider":
-            break  # the CUDA provider did not load, which a warning says; the CPU's check has passed
+            break  # the CUDA provider did not load (a warning says so); the check on the CPU has passed
         for batch_size in (1, 3):  # the network is traced with 2
             image = torch.rand(batch_size, channels, size, size)
             expected, (found,) = network(image), exported(image)
@@ -141,7 +141,7 @@ def check(path: Path, network: SummedLogits) -> None:
             difference = (found - expected).abs().nan_to_num(torch.inf).max() if fits else torch.inf
             numbers = f"largest difference from PyTorch {difference:.1e}, largest logit {largest:.3g}"
             logger.info("%s, batch of %d: %s", device, batch_size, numbers)
-            if not difference <= TOLERANCE * max(largest, 1):  # NaN is no equality either
+            if not difference <= TOLERANCE * max(largest, 1):  # NaN fails too
                 raise RunError(
                     f"no file was written: on {device}, {numbers}; expected at most {TOLERANCE:g} of the largest "
                     "logit: install the versions in constraints.txt"
@@ -156,20 +156,20 @@ def main() -> None:
     predictor = Predictor(args.checkpoint, "cpu", info=DATASETS.get(args.dataset), prediction=args.prediction)
     metadata = describe(predictor, args.checkpoint)
     if "warm-up" in metadata["memory"]:
-        logger.warning("%s is in the memory's warm-up: the network, and so the file, reads no memory", args.checkpoint)
+        logger.warning("%s: still in warm-up, so neither the network nor the file reads a memory", args.checkpoint)
     if metadata["memory"] != "none" and metadata["network"].get("variant") == "release":
         logger.warning(
-            "variant release writes its memory in evaluation and the exported network does not, so its predictions "
-            "differ a little from those of the authors' program"
+            "variant release writes its memory in evaluation, but the exported network does not, so the predictions of "
+            "the file differ a little from those of the authors' program"
         )
     network = SummedLogits(predictor.model)
-    logger.info("tracing %s, which takes up to some minutes at the paper's size", args.checkpoint)
+    logger.info("tracing %s; this can take some minutes at the paper's size", args.checkpoint)
     program = trace(network)
     program.model.metadata_props[KEY] = json.dumps(metadata, indent=2)
     with atomic_write(args.output) as temporary:
         program.save(temporary, external_data=False)
         check(temporary, network)
-    logger.info("%s, %.1f MiB", args.output, args.output.stat().st_size / 2**20)
+    logger.info("wrote %s, %.1f MiB", args.output, args.output.stat().st_size / 2**20)
 
 
 if __name__ == "__main__":

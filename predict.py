@@ -1,15 +1,15 @@
 """Segment scans or pictures of your own with a trained checkpoint.
 
-A scan, a DICOM series (its folder, one of its files, or a DICOMDIR), or a folder of scans or of folders of series:
+A scan, a DICOM series (its folder, one of its files, or a DICOMDIR), or a folder that holds several of them:
     python predict.py --checkpoint runs/synapse/best.pth --input scan.nii.gz --output seg.nii.gz
     python predict.py --checkpoint runs/synapse/best.pth --input dicom_folder --output seg.nii.gz
     python predict.py --checkpoint runs/synapse/best.pth --input scans --output segmentations --overlays 3
 An image (JPG, PNG, BMP, TIFF) or a folder of them, with a checkpoint of a colour data set:
     python predict.py --checkpoint runs/isic/best.pth --input photo.jpg --output mask.png --overlays 1
-With an ONNX file of export.py in place of the checkpoint:
+With an ONNX file of export.py instead of the checkpoint:
     python predict.py --checkpoint model.onnx --input scan.nii.gz --output seg.nii.gz
 
-docs/own_scans.md lists the formats, what is written, and what is refused. utils/predictor.py is for notebooks.
+docs/own_scans.md lists the formats, what is written, and what is refused. In a notebook, use utils/predictor.py.
 """
 
 import logging
@@ -41,24 +41,24 @@ logger = logging.getLogger("predict")
 def parse_args() -> Namespace:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="best.pth, one of the release, or an ONNX file")
+    add("--checkpoint", type=Path, required=True, help="best.pth, a checkpoint of the release, or an ONNX file")
     add("--input", type=Path, required=True, help="scan or image, or a folder of them")
     add("--output", type=Path, required=True, help="file (.nii.gz, .nrrd, .mha, .mgz, .png), or a folder")
-    add("--time_point", type=int, help="which volume of a scan with several, from 0")
-    text = "PNGs per scan, of slices with classes; of an image 1"
+    add("--time_point", type=int, help="index, from 0, of the volume to segment if a scan has several")
+    text = "number of PNGs per scan, of slices that show classes; an image gets one"
     add("--overlays", type=number(int, 0), default=0, help=text)
-    add("--dataset", choices=DATASETS, help="what a checkpoint of the release was trained on")
+    add("--dataset", choices=DATASETS, help="data set that a checkpoint of the release was trained on")
     add_prediction(add)
     add("--batch_size", type=number(int, 1), default=20, help="slices predicted at a time")
     add("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda or cuda:1")
-    add("--amp", default="none", choices=AMP_DTYPES, help="autocast precision")
+    add("--amp", default="none", choices=AMP_DTYPES, help="autocast precision, or TensorFloat-32")
     return parser.parse_args()
 
 
 def find_inputs(source: Path, planar: bool, channels: int) -> list[Path]:
-    """Return the scans or images that --input names: those in a folder, its DICOM series, or the one file or series.
+    """Return the inputs that --input names: the scans, images or DICOM series in a folder, or the one file or series.
 
-    Of a scan of several channels in files of their own, it is the first.
+    If a scan has one file per channel, only the first of these files is returned.
     """
     endings, other = (IMAGE_ENDINGS, scan.SCAN_ENDINGS) if planar else (scan.FOLDER_ENDINGS, IMAGE_ENDINGS)
     if source.name.lower().endswith(other):
@@ -74,15 +74,15 @@ def find_inputs(source: Path, planar: bool, channels: int) -> list[Path]:
         raise RunError(f"--input {source} contains no image ({', '.join(endings)})")
     if not found:
         return several_series(source) or [source]
-    second = {scan.scan_name(path) + ending for path in found for ending in SECOND_FILES}  # with the voxels of a scan
+    second = {scan.scan_name(path) + ending for path in found for ending in SECOND_FILES}  # hold the voxels of a scan
     others = [path.name + "/" * path.is_dir() for path in inside if path not in found and path.name not in second]
     if others:
-        logger.warning("%s: left out, a scan among them can be given alone: %s", source, brief(", ".join(others)))
+        logger.warning("%s: left out (give a scan among them alone as --input): %s", source, brief(", ".join(others)))
     return found if planar else list(dict.fromkeys(scan.channel_files(path, channels)[0] for path in found))
 
 
 def name_outputs(inputs: list[Path], target: Path, planar: bool, channels: int) -> tuple[list[Path], str]:
-    """Return which file each input is segmented to, and what the names of all other files begin with."""
+    """Return the output file of each input, and the path with which all other output files begin."""
     written = (".png",) if planar else scan.LABEL_ENDINGS
     stem = (lambda path: path.stem) if planar else scan.case_name if channels > 1 else scan.scan_name
     names = [file_stem(stem(path)) for path in inputs]
@@ -97,10 +97,10 @@ def name_outputs(inputs: list[Path], target: Path, planar: bool, channels: int) 
         outputs, beside = [target / (name + ending) for name, ending in zip(names, endings, strict=True)], f"{target}/"
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
-        raise RunError(f"{count} inputs would be written as {name}: rename one of them")
+        raise RunError(f"--input: {count} inputs would have the same output name {name}: rename all but one")
     for path in inputs:
         if not is_one_line(path.name):
-            raise RunError(f"{path.name!r} in {path.parent}: its name cannot be written to tables: rename it")
+            raise RunError(f"{path.name!r} in {path.parent}: this name cannot be written to a table: rename it")
     files = [[path] if planar else scan.channel_files(path, channels) for path in inputs]
     originals = {path.resolve() for of_one in files for path in of_one}
     for output in outputs:
@@ -124,7 +124,7 @@ def main() -> None:
     endings = (".png",) if planar else scan.LABEL_ENDINGS
     former = {path.name for path in args.output.glob("*") if path.name.endswith(endings)} - {o.name for o in outputs}
     if former:
-        text = "%s holds files that this call does not write (%s): its tables and colours are not of these"
+        text = "%s holds other files (%s), which the tables and colours of this call do not describe"
         logger.warning(text, args.output, brief(", ".join(sorted(former)), 60))
     sizes, failed = [], 0
     for i, (source, target) in enumerate(zip(inputs, outputs, strict=True), 1):
@@ -153,9 +153,9 @@ def main() -> None:
         write_csv(f"{beside}{'areas' if planar else 'volumes'}.csv", sizes)
     if not planar:
         write_colour_tables(beside, predictor.class_names)
-    logger.info("the files beside the segmentations are %s*", beside)
+    logger.info("tables, and overlays if any, were written to %s*", beside)
     if failed:
-        raise RunError(f"{failed} of {len(inputs)} inputs could not be read (above); the others are segmented")
+        raise RunError(f"{failed} of {len(inputs)} inputs could not be read (see above); the others are segmented")
 
 
 if __name__ == "__main__":

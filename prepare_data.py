@@ -24,13 +24,13 @@ from utils.cli import ArgumentParser, number, run_script
 
 logger = logging.getLogger("prepare_data")
 
-# Of each data set: the function that prepares it (its arguments are the flags below), its help, and that of --raw.
+# For each data set: the function that prepares it (the flags below are its arguments), its help, and help for --raw.
 SETS = {
     "synapse": (synapse.prepare, "Synapse (BTCV), abdominal CT", "folder that holds img and label (RawData/Training)"),
     "acdc": (acdc.prepare, "ACDC, cardiac MR", "folder of patientXXX folders (NIfTI) or of h5 volumes"),
-    "segpc": (segpc.prepare, "SegPC-2021, plasma cells", "folder that holds x and y, or train and valid with them"),
+    "segpc": (segpc.prepare, "SegPC-2021, plasma cells", "folder with x and y, or with train and valid that hold them"),
     "isic": (isic.prepare, "ISIC-2018 task 1, skin lesions", "folder that holds the challenge's two folders"),
-    "custom": (custom.prepare, "data of your own", "folder of dataset.json, or of images and labels (or masks)"),
+    "custom": (custom.prepare, "data of your own", "folder that holds dataset.json, or images and labels (or masks)"),
     "phantom": (phantom.write_phantom, "simulated volumes of hearts, to try everything without real data", None),
 }
 
@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
         if raw := SETS[name][2]:
             one.add_argument("--raw", required=True, help=raw)
             one.add_argument("--overwrite", action="store_true", help="prepare finished files again")
-        folder = DATASETS[name].folder if name in DATASETS else "data/ and the name of --raw"
+        folder = DATASETS[name].folder if name in DATASETS else "data/ followed by the folder name of --raw"
         one.add_argument("--out", help=f"folder to write to (default: {folder})")
         one.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="parallel processes")
     text = "order of the label ids in the raw files"
@@ -51,19 +51,19 @@ def parse_args() -> argparse.Namespace:
     text = f"write single cells, by default to {segpc.CROPS_FOLDER}"
     of["segpc"].add_argument("--crops", action="store_true", help=text)
     add, parts = of["phantom"].add_argument, ("TRAIN", "VAL", "TEST")
-    count, about = number(int, 1), "patients of each list"
+    count, about = number(int, 1), "number of patients in each list"
     add("--num_patients", type=count, nargs=3, default=phantom.NUM_PATIENTS, metavar=parts, help=about)
     add("--seed", type=number(int, 0), default=2222, help="seed of the random hearts")
     add = of["custom"].add_mutually_exclusive_group().add_argument
-    add("--normalize", choices=("percentiles", "zscore"), help="of each scan; default: percentiles, of CT a window")
-    add("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="intensities that become 0 and 1, of all scans")
+    add("--normalize", choices=("percentiles", "zscore"), help="scale each scan; default: percentiles, for CT a window")
+    add("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="intensities that become 0 and 1 in all scans")
     add = of["custom"].add_argument
-    add("--axis", choices=custom.AXES, help="plane of the slices; default: across the coarsest spacing")
-    add("--class_names", nargs="+", help="names of the label values in rising order, where none are declared")
-    add("--folds", type=number(int, 2), help="parts that validate in turn; default: 5, or one per patient if fewer")
-    add("--test", type=number(int, 0, 90), default=0, help="percent of the patients that only test")
-    add("--splits", type=Path, help="splits_final.json of nnU-Net, or a folder of lists, to divide by")
-    add("--seed", type=int, default=2222, help="of the folds")
+    add("--axis", choices=custom.AXES, help="plane of the slices; default: across the axis of the largest spacing")
+    add("--class_names", nargs="+", help="names of the label values in rising order, if the data declare none")
+    add("--folds", type=number(int, 2), help="number of folds; default: 5, or the number of patients if smaller")
+    add("--test", type=number(int, 0, 90), default=0, help="percentage of patients that are used only for the test")
+    add("--splits", type=Path, help="nnU-Net's splits_final.json, or a folder of lists, to take the folds from")
+    add("--seed", type=int, default=2222, help="seed of the random folds")
     add("--patient_pattern", help=PATTERN_HELP)
     add("--skip_bad", action="store_true", help="leave out cases that cannot be used")
     args = parser.parse_args()
@@ -80,7 +80,7 @@ def main() -> None:
 
     info = custom.info_of(out) if name == "custom" else DATASETS[name]
     written = out / "lists" / ("fold_0" if name == "custom" else "")
-    list_dir = written if written.is_dir() else Path(info.list_dir)  # without lists of its own those in git
+    list_dir = written if written.is_dir() else Path(info.list_dir)  # or the lists of the repository
     made = replace(info, folder=str(out))
     where = info.flags(made.root_path, made.volume_path, list_dir)
     splits = [split for split in info.splits if (list_dir / f"{split}.txt").is_file()]

@@ -1,10 +1,10 @@
 """Test a checkpoint on data of your own: Dice, HD95, Jaccard and ASSD per class, under both conventions.
 
 python test_custom.py --data data/Task04_Hippocampus    # the best checkpoint of train_custom.py
-python test_custom.py --data data/Task04_Hippocampus --fold all    # that of every fold, then: python compare.py runs/*
+python test_custom.py --data data/Task04_Hippocampus --fold all    # every fold; then: python compare.py runs/*
 python test_custom.py --data data/Task04_Hippocampus --split val --overlays 3
 
-Without --split, cases are those of the test part, or without one those that validate the fold.
+Without --split, the test cases are used. If the data have no test cases, the validation cases of the fold are used.
 """
 
 from utils.arguments import own_data, testing_parser

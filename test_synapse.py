@@ -4,7 +4,7 @@
     python test_synapse.py --checkpoint runs/synapse/best.pth --is_savenii --overlays 3 --test_save_dir results
 The two cases on which the best epoch was chosen:
     python test_synapse.py --checkpoint runs/synapse/best.pth --split train --cases case0023 case0026
-TransUNet's ready-made volumes, and a checkpoint of the authors' release:
+With TransUNet's ready-made volumes, and a checkpoint of the authors' release:
     python test_synapse.py --checkpoint pretrained_pth/release_synapse.pth --label_order transunet
 """
 

@@ -4,7 +4,7 @@ python train_acdc.py    # the paper's settings, on one GPU
 python train_acdc.py --resume auto    # continue a run, or start one
 python train_acdc.py --network unet --output_dir runs/acdc_unet    # another network (docs/baselines.md)
 torchrun --standalone --nproc_per_node 4 train_acdc.py --batch_size 5
-docs/training.md has a small network for a CPU.
+docs/training.md shows a small network for a CPU.
 """
 
 from datasets import acdc

@@ -1,7 +1,7 @@
 """Train Sim-MPNet on Synapse, abdominal CT with eight organs.
 
 python train_synapse.py    # the paper's settings; two training cases choose the best epoch
-python train_synapse.py --select test --select_from_epoch 100    # the test volumes choose it, as papers do
+python train_synapse.py --select test --select_from_epoch 100    # the test volumes choose it, as in many papers
 python train_synapse.py --label_order transunet    # TransUNet's ready-made files
 python train_synapse.py --network unet --output_dir runs/synapse_unet    # another network (docs/baselines.md)
 torchrun --standalone --nproc_per_node 4 train_synapse.py --batch_size 5 --resume auto

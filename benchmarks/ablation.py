@@ -1,11 +1,11 @@
 """Train, test and compare configurations over several seeds: ``python -m benchmarks.ablation``.
 
-Every part of the paper left out in turn, on ACDC; what follows ``--`` goes to every training:
+Leave out each part of the paper in turn, on ACDC; the flags after ``--`` go to every training:
     python -m benchmarks.ablation --preset parts --seeds 2222 1 2 --output_dir runs/parts -- --amp bf16
-The networks to compare with, or some of them, on another set:
+Train the networks to compare with, or some of them, on another data set:
     python -m benchmarks.ablation --preset networks --rows sim_mpnet unet --dataset isic --output_dir runs/networks
-The same command resumes: it trains what is not finished and tests what is not tested. The folder holds each run with
-its results (``<row>/seed_<seed>``) and what ``compare.py`` writes about all of them (``comparison``).
+The same command resumes: it continues unfinished trainings and tests runs that are not tested yet. The output folder
+holds each run with its results (``<row>/seed_<seed>``) and the output of ``compare.py`` for all runs (``comparison``).
 """
 
 import json
@@ -22,7 +22,7 @@ from utils.cli import ArgumentParser, run_script
 from utils.errors import RunError
 
 ROOT = Path(__file__).resolve().parents[1]
-# For each choice of --preset its rows: their name in the table, and the flags of train_<set>.py.
+# The rows of each --preset: the name of each row in the table, and its flags of train_<set>.py.
 PRESETS = {
     "parts": {
         "whole": "",
@@ -43,13 +43,13 @@ PRESETS = {
     "replaced": {f"K {k}": f"--replaced_columns {k} --wld none" for k in (0, 25, 50, 75, 100)},
     "clusters": {f"{n} clusters": f"--num_clusters {n} --decoder_num_clusters {n}" for n in (2, 4, 8, 16)},
     "variants": {v: f"--variant {v} --select val --select_from_epoch 1" for v in ("paper", "stable", "release")},
-    # On a GPU swin_upernet has an operation that cannot repeat exactly.
+    # On a GPU swin_upernet has an operation that is not deterministic.
     "networks": {name: f"--network {name}" + " --deterministic 0" * (name == "swin_upernet") for name in NETWORKS},
 }
 
 
 def train_and_test(folder: Path, dataset: str, split: str, flags: list[str]) -> None:
-    """Train and test one run from where an earlier call stopped; raises RunError if it was trained with other flags."""
+    """Train and test a run from where an earlier call stopped. Raises RunError if it was trained with other flags."""
     last = folder / "last.pth"
     write_flags(folder / "flags.txt", flags, used=last.exists() or any(folder.glob("results_*")))
     if (folder / f"results_{split}" / "summary.json").exists():
@@ -68,7 +68,7 @@ def _run(script: str, *flags: object) -> None:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", required=True, choices=PRESETS, help="which rows")
+    parser.add_argument("--preset", required=True, choices=PRESETS, help="group of rows to train")
     parser.add_argument("--rows", nargs="+", help="only these rows; default: all")
     sets = [name for name, info in DATASETS.items() if info.train_script == f"train_{name}.py"]
     parser.add_argument("--dataset", default="acdc", choices=sets, help="the data set")
@@ -79,15 +79,15 @@ def main() -> None:
     args = parser.parse_args()
     split, rows = args.split or DATASETS[args.dataset].splits[-1], PRESETS[args.preset]
     if unknown := set(args.rows or ()) - set(rows):
-        raise RunError(f"--rows {', '.join(sorted(unknown))}: unknown in {args.preset}, choose of {', '.join(rows)}")
+        raise RunError(f"--rows {', '.join(sorted(unknown))}: unknown in {args.preset}; choose from {', '.join(rows)}")
     if taken := {"--seed", "--output_dir", "--resume"} & {flag.split("=")[0] for flag in args.flags}:
-        raise RunError(f"{', '.join(sorted(taken))} after --: each run has its own, use --seeds and --output_dir")
+        raise RunError(f"{', '.join(sorted(taken))} after --: each run has its own; use --seeds and --output_dir")
     for seed in args.seeds:  # first one seed of every row, so that an interrupted call has all rows
         for name in args.rows or rows:
             row, folder = shlex.split(rows[name]), args.output_dir / name.replace(" ", "_") / f"seed_{seed}"
             train_and_test(folder, args.dataset, split, [*args.flags, *row, "--seed", str(seed)])
     folders = {name: sorted(args.output_dir.glob(f"{name.replace(' ', '_')}/seed_*")) for name in rows}
-    runs = [f"{name}={folder}" for name in rows for folder in folders[name]]  # those of earlier calls too
+    runs = [f"{name}={folder}" for name in rows for folder in folders[name]]  # also of earlier calls
     _run("compare.py", *runs, "--split", split, "--output_dir", args.output_dir / "comparison")
 
 

@@ -1,7 +1,7 @@
 """Count parameters and multiply-adds of each part of a network: ``python -m benchmarks.complexity``.
 
 ``torch.utils.flop_counter`` counts one image in evaluation, after the warm-up of the memory; two operations are one
-multiply-add. The paper states 91.30 M parameters and 43.74 G multiply-adds for Synapse. ``--network`` chooses a
+multiply-add. The paper states 91.30 M parameters and 43.74 G multiply-adds for Synapse. ``--network`` counts a
 baseline instead.
 """
 
@@ -18,9 +18,9 @@ from utils.results import markdown
 
 
 def count(network: nn.Module, size: int, channels: int) -> dict[str, tuple[float, float]]:
-    """Return the millions of parameters and 10^9 multiply-adds of each part and of ``all``, in evaluation.
+    """Return the parameters [10^6] and multiply-adds [10^9] of each part and of ``all``, for one image in evaluation.
 
-    They are those of one image (channels, size, size). Buffers, such as the columns of a memory, are no parameters.
+    The image is (channels, size, size). Buffers, such as the columns of a memory, are not counted as parameters.
     """
     # Gradients stay on: without them nn.MultiheadAttention takes a fused path that the counter does not see.
     with FlopCounterMode(display=False) as counter:

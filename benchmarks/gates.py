@@ -3,9 +3,9 @@
     python -m benchmarks.gates --seeds 1 2 3 --output_dir runs/gates -- --model_scale pico --pretrained none \
         --img_size 128 --img_size_dmwla 96 --batch_size 12 --base_lr 1e-3 --lr_schedule cosine --max_epochs 4
 
-The flags after ``--`` are those of train_acdc.py. Writes ``seed_<seed>.csv``, one row for each step. Prints for each
-seed the loss of a combination of maps (mean of eight steps), and the lowest and highest mean of each kind of gate. A
-seed whose file exists is not trained again.
+The flags after ``--`` are those of train_acdc.py. The command writes ``seed_<seed>.csv``, with one row per step. For
+each seed it prints the loss per combination of maps (mean of eight steps), and the lowest and highest mean of each kind
+of gate. A seed whose file exists is not trained again.
 """
 
 import tempfile
@@ -22,7 +22,7 @@ from utils.errors import RunError
 from utils.launch import make_trainer
 from utils.results import markdown
 
-KINDS = {  # of gates, by their names in a row
+KINDS = {  # each kind of gate, and a pattern of its columns
     "between the encoders": "^gate$",
     "spatial": "^gate_spatial",
     "channel": "^gate_channel",
@@ -31,9 +31,9 @@ KINDS = {  # of gates, by their names in a row
 
 
 def train(flags: list[str], steps: int) -> pd.DataFrame:
-    """Return loss per combination and the mean of each gate for each of the first ``steps`` steps of a training."""
+    """Train for ``steps`` steps. Return the loss per combination and the mean of each gate, with one row per step."""
     parser = training_parser(__doc__, acdc.INFO, feature_dim=128)
-    parser.prog = "train_acdc.py"  # whose --help has these flags
+    parser.prog = "train_acdc.py"  # the --help of this script lists the flags
     args, checkpoint = parse_training(parser, acdc.INFO, flags)
     if args.network != "sim_mpnet":
         raise RunError(f"--network {args.network} has no gates: leave it out")
@@ -53,7 +53,7 @@ def train(flags: list[str], steps: int) -> pd.DataFrame:
 
 
 def summary(seed: int, run: pd.DataFrame, at: list[int]) -> dict[str, object]:
-    """Return the row of a seed: the loss at some steps, and the lowest and highest mean of each kind of gate."""
+    """Return the row of a seed: the loss at the steps ``at``, and the lowest and highest mean of each kind of gate."""
     losses = run.set_index("step")["loss"].rolling(8, min_periods=1).mean()
     row = {"seed": seed} | {f"loss at {step}": f"{losses[step]:.3f}" for step in at if step in losses.index}
     for kind, pattern in KINDS.items():

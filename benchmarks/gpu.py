@@ -7,11 +7,11 @@ paper's settings, in several forms:
 - ``float32``, ``tf32``, ``bf16``: ours, channels-last, fused AdamW, evaluation in batches
 - ``compiled``, ``graphs``: bf16 with ``torch.compile``; ``graphs`` also with CUDA graphs
 
-Operations are those of ``benchmarks.complexity``, without what a GPU computes in vain, such as scores of other
-clusters; a training step counts as three forward passes. The ceiling is the measured rate of a bf16 product of
-8192 x 8192 matrices (256 x 256 on a CPU). The command writes ``gpu.md`` (the table) and, for the last form,
-``trace.json.gz`` (for chrome://tracing) and ``profile.txt``. The table shows the error of a form that fails; the other
-forms run all the same. A run on a CPU:
+Operations are counted as in ``benchmarks.complexity``, without those whose results a GPU discards, such as the
+scores of other clusters. A training step counts as three forward passes. The ceiling is the measured rate of a bf16
+product of 8192 x 8192 matrices (256 x 256 on a CPU). The command writes ``gpu.md`` (the table) and, for the last form
+that runs, ``trace.json.gz`` (for chrome://tracing) and ``profile.txt``. If a form fails, the table shows its error, and
+the other forms are still measured. A run on a CPU:
 
     python -m benchmarks.gpu --device cpu --forms plain float32 bf16 --model_scale pico --img_size 64 \\
         --img_size_dmwla 64 --batch_size 2 --repeats 1
@@ -45,7 +45,7 @@ COMPILE_MODES = {"compiled": "default", "graphs": "reduce-overhead"}
 
 @dataclass
 class Form:
-    """One way to run the network; ``args`` are those of ``add_network`` and ``batch_size``."""
+    """One way to run the network. args: the flags of ``add_network``, and ``batch_size``."""
 
     name: str
     args: Namespace
@@ -55,7 +55,7 @@ class Form:
         """Return the network in training mode, after its warm-up."""
         torch.manual_seed(0)
         set_precision(self.name, self.device)
-        torch.backends.cudnn.allow_tf32 |= self.name == "plain"  # PyTorch's default, which the release has
+        torch.backends.cudnn.allow_tf32 |= self.name == "plain"  # the release uses PyTorch's default
         a = self.args
         model = SimMPNet(a.num_classes, img_size=a.img_size, img_size_dmwla=a.img_size_dmwla, model_scale=a.model_scale)
         past_warm_up(model)
@@ -112,10 +112,10 @@ class Form:
 
 
 def measure(form: Form, forward: float, ceiling: float) -> dict[str, object]:
-    """Return the row of the table for a form; forward: operations of an image, ceiling: operations per second."""
+    """Return a form's row of the table. forward: operations per image; ceiling: operations per second."""
     row, batch_size, on_gpu = {"": form.name}, form.args.batch_size, form.device.type == "cuda"
     for name, make, passes in (("training", form.training_step, 3), ("evaluation", form.evaluation, 1)):
-        call = None  # frees the network and the optimizer of the row before
+        call = None  # frees the network and the optimizer of the measurement before
         free_memory()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -166,7 +166,7 @@ def write_profile(form: Form, folder: Path) -> None:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--forms", nargs="+", default=FORMS, choices=FORMS, help="the last that runs is profiled")
+    parser.add_argument("--forms", nargs="+", default=FORMS, choices=FORMS, help="the last form that runs is profiled")
     add_network(parser)
     parser.add_argument("--batch_size", type=int, default=20, help="slices in a batch")
     parser.add_argument("--repeats", type=int, default=20, help="timed calls; the table shows their median")

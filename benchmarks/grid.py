@@ -1,11 +1,11 @@
-"""Measure what a coarse output grid costs: ``python -m benchmarks.grid``.
+"""Measure how much Dice a coarse output grid costs: ``python -m benchmarks.grid``.
 
     python -m benchmarks.grid runs/unet/best.pth --grids 24 32 40
 
-Sim-MPNet's last head works on a grid of a quarter of ``img_size_dmwla``, U-Net's on every pixel. This command averages
-masks of ``--img_size`` squared to a grid, interpolates them back, and scores the arg max at the volume's resolution:
-the labels themselves, and what each checkpoint predicts. It is no strict bound, because logits can be sharper than
-averages.
+The last head of Sim-MPNet works on a grid whose side is a quarter of ``img_size_dmwla``, that of U-Net on every pixel.
+This command takes the labels and the predictions of each checkpoint as masks of ``--img_size`` squared. It averages
+them to a grid, interpolates them back, and scores the arg max at the volume's resolution. The score of the labels is
+not a strict upper bound, because logits can be sharper than averages.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ CLASSES = acdc.INFO.num_classes
 
 
 def on_grid(volume: Volume, mask: np.ndarray, size: int, grid: int) -> np.ndarray:
-    """Return the class of every voxel (D, H, W) that is left of ``mask`` (D, H, W) on a grid of each slice."""
+    """Average each slice of a mask (D, H, W) to grid x grid, interpolate it back, and return the classes (D, H, W)."""
     small = torch.from_numpy(resize_nearest(mask, (size, size))).long()
     shares = F.one_hot(small, CLASSES).movedim(-1, 1).float()  # (D, CLASSES, size, size)
     shares = F.interpolate(F.adaptive_avg_pool2d(shares, grid), (size, size), mode="bilinear")
@@ -54,7 +54,7 @@ def main() -> None:
             scores = [dice_only(mask, case.label, CLASSES) for mask, case in zip(reduced, cases, strict=True)]
             row[f"grid {grid}"] = 100 * mean_dice(scores)[0]
         rows.append(row)
-    print(f"mean Dice [%] of {len(cases)} volumes of {args.split}, at most as sharp as the grid:")
+    print(f"mean Dice [%] of {len(cases)} volumes of {args.split}, with masks averaged to each grid:")
     print(markdown(pd.DataFrame(rows), ".2f"))
 
 

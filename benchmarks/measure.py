@@ -23,14 +23,14 @@ Sides = Mapping[str, Callable[[], object]]
 
 def add_network(parser: ArgumentParser) -> None:
     """Add the flags that choose the network; the defaults are the paper's."""
-    parser.add_argument("--model_scale", default="small", help="pico to base")
+    parser.add_argument("--model_scale", default="small", help="scale of MaxViT: pico, nano, tiny, small or base")
     parser.add_argument("--num_classes", type=int, default=9, help="classes with background")
     parser.add_argument("--img_size", type=int, default=256, help="side of the images in pixels")
     parser.add_argument("--img_size_dmwla", type=int, default=224, help="side of the DMW-LA encoder's input in pixels")
 
 
 def write_flags(path: Path, flags: Sequence[str], used: bool) -> None:
-    """Write the flags of a run to a file; if it is ``used``, raise RunError where the file has other flags."""
+    """Write the flags of a run to ``path``; if the run has begun (``used``), raise RunError if they have changed."""
     text = shlex.join(flags)
     before = path.read_text(encoding="utf-8") if path.exists() else "unknown flags"
     if used and before != text:
@@ -56,7 +56,7 @@ def time_sides(sides: Sides, repeats: int = 5, warmup: int = 1, device: str | to
 
 
 def peak_memory(call: Callable[[], object]) -> int:
-    """Return the most bytes that PyTorch held in CPU memory during a call, beyond those it held before."""
+    """Return the peak of PyTorch's CPU memory during a call, in bytes, above what it held before the call."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = call()
     del kept

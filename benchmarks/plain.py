@@ -1,4 +1,4 @@
-"""Plain code, the other side of the ratios: it follows the specification step by step and does nothing for speed.
+"""Plain code, with which the benchmarks compare ours. It follows the specification and does nothing for speed.
 
 It stores full attention matrices, loops over clusters and over the subsets of the loss, and computes metrics with medpy
 on full volumes, as the authors' release does.
@@ -18,7 +18,7 @@ from utils.losses import SMOOTH
 
 
 class PlainDMWLA(DMWLA):
-    """DMW-LA, (B, C, H, W) to (B, C, H, W), cluster by cluster."""
+    """Compute DMW-LA cluster by cluster, (B, C, H, W) to (B, C, H, W)."""
 
     def forward(self, x: Tensor, to_write: None = None) -> Tensor:
         theta, phi, g = (_conv1x1(x, layer.weight).flatten(2) for layer in (self.theta, self.phi, self.g))  # (B, d, N)
@@ -34,7 +34,7 @@ class PlainDMWLA(DMWLA):
         return x + _conv1x1(update, self.o.weight)
 
     def read_own_cluster(self, theta: Tensor) -> Tensor:
-        """Return what each token reads from its own cluster, softmax(theta . columns) columns; theta is (B, N, d)."""
+        """Return softmax(theta . columns) columns, (B, N, d), over each token's own cluster; theta is (B, N, d)."""
         cosine = F.normalize(theta, dim=-1) @ F.normalize(self.bank.prototypes, dim=-1).T
         cluster = cosine.argmax(-1)
         read = torch.zeros_like(theta)
@@ -65,7 +65,7 @@ class PlainDMWLA(DMWLA):
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a network or of a DMW-LA that computes plainly with the same weights and memory."""
+    """Return a copy of a network or a DMW-LA block that runs the plain code with the same weights and memory."""
     model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     for module in model.modules():
         if type(module) is DMWLA:

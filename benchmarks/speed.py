@@ -1,8 +1,8 @@
 """Compare the speed of this code with that of plain code for the same work: ``python -m benchmarks.speed NAME``.
 
 Each benchmark runs its sides in turn in one process, and prints the machine and a table of medians. The plain side is
-``benchmarks/plain.py``; the input pipeline has none. All figures depend on the processor and on what else runs; a ratio
-moves less than a time.
+``benchmarks/plain.py``; the input pipeline has none. All figures depend on the processor and on what else runs; ratios
+vary less than times.
 """
 
 import inspect
@@ -32,7 +32,7 @@ from utils.results import markdown
 def network(model_scale="small", num_classes=9, img_size=256, img_size_dmwla=224, batch_size=2, repeats=5):
     """Run the whole network: a forward pass in evaluation, and a training step with loss, AdamW and memory update.
 
-    In evaluation the plain side takes one image at a time. Its AdamW is PyTorch's default, ours the fused one.
+    In evaluation the plain side takes one image at a time. It uses PyTorch's default AdamW, ours the fused one.
     """
     args = Namespace(**locals())
     forms = {side: Form(name, args, torch.device("cpu")) for side, name in (("plain", "plain"), ("ours", "float32"))}
@@ -60,7 +60,7 @@ def dmwla(channels=96, feature_dim=256, side=56, batch_size=4, repeats=9):
 
 
 def loss(batch_size=4, num_classes=9, img_size=256, repeats=7):
-    """Run the subset loss forward and backward, beside the softmaxes of its 15 subsets, which no form can avoid."""
+    """Run the subset loss forward and backward, and the softmaxes of its 15 subsets, which every form needs."""
     data = torch.randn(4, batch_size, num_classes, img_size, img_size)
     label = torch.randint(num_classes, (batch_size, img_size, img_size))
 
@@ -83,7 +83,7 @@ def loss(batch_size=4, num_classes=9, img_size=256, repeats=7):
 
 
 def evaluation(slices=150, repeats=1):
-    """Score a CT volume of eight organs with medpy and with ours; the prediction is the label moved by some voxels."""
+    """Score a CT volume of eight organs with medpy and with ours; the prediction is the label, shifted a few voxels."""
     num_classes, label, scores = 9, ct_volume(slices).label, {}
     prediction = np.roll(label, (3, 2), (1, 2))
 
@@ -111,12 +111,12 @@ def input_pipeline(slices=200, batch_size=20, workers=2, repeats=3):
         kept = {"num_workers": workers, "persistent_workers": workers > 0}
         loaders = {name: DataLoader(dataset, batch_size, shuffle=True, **kept) for name, dataset in sets.items()}
         seconds = time_sides({name: partial(list, loader) for name, loader in loaders.items()}, repeats)
-        del loaders  # ends the workers before the files go
+        del loaders  # ends the workers before the files are deleted
     return [{"": "slices per second", **{name: slices / value for name, value in seconds.items()}}]
 
 
 def compare(work: str, sides: Sides, repeats: int) -> list[dict[str, object]]:
-    """Return two rows: the time and the peak memory of the sides of a piece of work."""
+    """Return two rows for one piece of work: the time and the peak memory of each side."""
     seconds = time_sides(sides, repeats)
     mebibytes = {side: peak_memory(call) / 2**20 for side, call in sides.items()}
     units = (("s", seconds), ("MiB", mebibytes))

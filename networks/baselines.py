@@ -2,8 +2,8 @@
 
 Both libraries are optional. Each network returns one logit map, so its subset loss is the plain loss of that map. The
 encoders of smp start from ImageNet weights, as Sim-MPNet's does. For grey images the weights of the first convolution
-are summed over the three colours, for two or more than three channels the colours are repeated. MONAI's two networks
-start from random weights: no others were published.
+are summed over the three colours. For two channels, or more than three, the weights of the colours are repeated.
+MONAI's two networks start from random weights, because no weights were published for their 2D form.
 """
 
 from contextlib import nullcontext
@@ -37,8 +37,8 @@ def attention_unet(num_classes: int, in_channels: int = 1, img_size: int = 256) 
 @register("swin_unetr")
 def swin_unetr(num_classes: int, in_channels: int = 1, img_size: int = 256) -> nn.Module:
     """Build a Swin UNETR in two dimensions, feature size 48 as published (Hatamizadeh et al., BrainLes 2021)."""
-    if img_size < 64:  # one pixel cannot be normalised
-        raise NetworkError(f"img_size is {img_size}; the deepest map of swin_unetr has one pixel: use 64 or more")
+    if img_size < 64:  # a map of one pixel cannot be normalised
+        raise NetworkError(f"img_size is {img_size}, so the deepest map of swin_unetr has one pixel: use 64 or more")
     nets = _library("monai.networks.nets", "monai")
     with _NumbersOnTheCPU():
         return nets.SwinUNETR(in_channels, num_classes, feature_size=48, spatial_dims=2)
@@ -48,7 +48,7 @@ def swin_unetr(num_classes: int, in_channels: int = 1, img_size: int = 256) -> n
 def maxvit_unet(
     num_classes: int, in_channels: int = 1, img_size: int = 256, model_scale: str = "small", pretrained: Weights = None
 ) -> nn.Module:
-    """Build a U-Net whose encoder is Sim-MPNet's MaxViT, of the same scales and from the same weight files.
+    """Build a U-Net whose encoder is Sim-MPNet's MaxViT, with the same scales and the same weight files.
 
     Tu et al., ECCV 2022; Ronneberger et al., MICCAI 2015.
     """
@@ -64,7 +64,7 @@ def _smp(
     architecture: str, encoder: str,
     num_classes: int, in_channels: int = 1, img_size: int = 256, pretrained: Weights = None,
 ) -> nn.Module:  # fmt: skip
-    """Return a network of smp whose encoder starts from random weights, or from those that smp downloads."""
+    """Return an smp network whose encoder starts from random weights, or from weights that smp downloads (hub)."""
     if pretrained not in (None, "hub"):
         raise NetworkError(
             f"pretrained is {pretrained}; this network accepts hub (its library downloads ImageNet weights) or none"
@@ -81,7 +81,7 @@ def _smp(
 
 
 class _NumbersOnTheCPU(TorchFunctionMode):
-    """Create `linspace` on the CPU, so that a network that reads its drop-path rates builds on the meta device."""
+    """Compute `linspace` on the CPU: networks read drop-path rates from it, and the meta device holds no values."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})

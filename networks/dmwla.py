@@ -2,21 +2,21 @@
 
 A token x_n attends twice:
 
-- intra-cluster interaction ``A = softmax(theta_n . columns) columns``, over the columns that the memory bank
-  remembers for the token's own cluster, the one whose prototype has the largest cosine with theta_n;
+- intra-cluster interaction ``A = softmax(theta_n . columns) columns``, over the columns that the memory bank holds for
+  the token's cluster. This is the cluster whose prototype has the largest cosine similarity with theta_n;
 - global interaction ``X' = softmax(theta_n . phi) g``, over all tokens of its image.
 
 The block returns ``x + o(A + X')``. theta, phi, g and o are 1x1 convolutions without bias, written as linear maps of
 tokens. Logits are not scaled. During the warm-up there is no memory to read, so ``A`` is left out.
 
 In the variant ``stable`` theta, phi and g read the tokens after a LayerNorm without parameters (``tokens``). The maps
-of the decoder are sums without a norm: there the logits of ``paper`` reached 1e5 in our runs, so that each softmax
-picked one token.
+of the decoder are sums without a norm. In our runs with ``paper`` their logits reached 1e5, so each softmax picked a
+single token.
 
 Departures from the paper, with the same result up to rounding: ``theta . phi = x (W_theta^T W_phi) x`` and
-``o(P g) = (P x)(W_o W_g)^T``, so a block that is narrower than the memory (C < d) attends at its own width. No N x N
-matrix is stored. Symbols: B batch, C channels, H W map, N = H W tokens, d memory width, P clusters, M columns of a
-cluster.
+``o(softmax(.) g) = (softmax(.) x)(W_o W_g)^T``. So a block that is narrower than the memory (C < d) computes attention
+at its own width C. No N x N matrix is stored. Symbols: B batch, C channels, H W map, N = H W tokens, d memory width,
+P clusters, M columns of a cluster.
 """
 
 import torch
@@ -36,8 +36,8 @@ def attention_block(
 ) -> "PlainAttention":
     """Return a DMW-LA block with these options, or the block that an ablation puts in its place.
 
-    attention: ``"dmwla"``; ``"plain"``, the global interaction alone, without a memory; or ``"intra_cluster"``, a
-    DMW-LA without the global interaction once its warm-up has ended.
+    attention: ``"dmwla"``; ``"plain"``: only the global interaction, without a memory; or ``"intra_cluster"``: DMW-LA
+    without the global interaction after the warm-up.
     """
     if attention == "plain":
         return PlainAttention(channels, feature_dim, variant)
@@ -45,32 +45,32 @@ def attention_block(
 
 
 class PlainAttention(nn.Module):
-    """The global interaction: attention of an image's tokens to each other, ``x + o(softmax(theta . phi) g)``.
+    """Let all tokens of an image attend to each other (global interaction): ``x + o(softmax(theta . phi) g)``.
 
     Args:
         channels: width C of the feature map.
         feature_dim: width d of theta, phi and g.
-        variant: ``"stable"`` normalises the tokens that are read.
+        variant: ``"stable"`` normalises the tokens before theta, phi and g read them.
     """
 
     def __init__(self, channels: int, feature_dim: int, variant: str = "paper"):
         super().__init__()
         check_choice("variant", variant, VARIANTS)
         self.normalised = variant == "stable"
-        self.is_narrow = channels < feature_dim  # then the block attends at its own width C
+        self.is_narrow = channels < feature_dim  # then attention is computed at width C
         self.theta = nn.Linear(channels, feature_dim, bias=False)
         self.phi = nn.Linear(channels, feature_dim, bias=False)
         self.g = nn.Linear(channels, feature_dim, bias=False)
         self.o = nn.Linear(feature_dim, channels, bias=False)
 
     def forward(self, x: Tensor, to_write: list | None = None) -> Tensor:
-        """Return the attended map (B, C, H, W) of ``x`` (B, C, H, W). ``to_write`` is ignored: there is no memory."""
+        """Return ``x + o(X')`` (B, C, H, W) of ``x`` (B, C, H, W). ``to_write`` is ignored: there is no memory."""
         update = self.global_interaction(self.tokens(x))
         return x + rearrange(update, "b (h w) c -> b c h w", h=x.shape[-2])
 
     def tokens(self, x: Tensor) -> Tensor:
-        """Return the tokens that the block reads, (B, N, C), of a map (B, C, H, W)."""
-        # Fused kernels for attention need the channels side by side; a map that is channels-last is not copied.
+        """Return the tokens (B, N, C) of a map (B, C, H, W) as theta, phi and g read them."""
+        # Fused attention kernels need a token's channels next to each other in memory; a channels-last map has them so.
         tokens = rearrange(x, "b c h w -> b (h w) c").contiguous()
         return F.layer_norm(tokens, tokens.shape[-1:]) if self.normalised else tokens
 
@@ -83,7 +83,7 @@ class PlainAttention(nn.Module):
 
 
 class DMWLA(PlainAttention):
-    """Dynamic memory weights-loss attention, ``x + o(A + X')``.
+    """Compute dynamic memory weights-loss attention, ``x + o(A + X')``.
 
     Args:
         channels: width C of the feature map.
@@ -92,11 +92,11 @@ class DMWLA(PlainAttention):
         columns_per_cluster: M.
         pool_momentum: weight m of a key when it is blended into a column.
         phi_k_momentum: share of phi_k that an update keeps.
-        replaced_columns: K before W-LD changes it: columns of each cluster that a step renews.
+        replaced_columns: K, how many columns of each cluster a step renews, before W-LD changes it.
         warmup_iterations: training steps of plain attention that fill the pool before K-means.
-        variant: ``"paper"``; ``"stable"`` normalises the tokens that are read; ``"release"`` writes the bank in
+        variant: ``"paper"``; ``"stable"`` normalises the tokens before they are read; ``"release"`` writes the bank in
             evaluation too, and samples once more after K-means.
-        attends_globally: whether the global interaction stays after the warm-up, which consists of it.
+        attends_globally: whether the global interaction is kept after the warm-up. The warm-up always uses it.
     """
 
     def __init__(
@@ -130,9 +130,9 @@ class DMWLA(PlainAttention):
         )
 
     def forward(self, x: Tensor, to_write: list | None = None) -> Tensor:
-        """Return the attended map (B, C, H, W) of ``x`` (B, C, H, W), and write the bank in training mode.
+        """Return ``x + o(A + X')`` (B, C, H, W) of ``x`` (B, C, H, W), and write the bank in training mode.
 
-        With a list ``to_write`` it adds itself and its tokens to that, and the caller does ``write_memories``.
+        to_write: a list to which the block adds itself and its tokens; the caller then calls ``write_memories``.
         """
         tokens = self.tokens(x)  # (B, N, C)
         update = self.global_interaction(tokens) if self.bank.in_warmup or self.attends_globally else 0
@@ -140,7 +140,7 @@ class DMWLA(PlainAttention):
             update = update + self.intra_cluster_interaction(tokens)
         if (self.training or self.written_in_evaluation) and self.bank.writable:
             if getattr(self, "_is_replica", False):
-                raise NetworkError("DataParallel loses what its copies write to a memory: use DistributedDataParallel")
+                raise NetworkError("DataParallel loses the memory updates of its replicas: use DistributedDataParallel")
             if to_write is None:
                 write_memories([(self, tokens.detach())])
             else:
@@ -155,7 +155,7 @@ class DMWLA(PlainAttention):
             query, key, value = tokens, pool @ self.theta.weight, F.linear(pool, self.o.weight)
         else:
             query, key, value = self.theta(tokens), pool, pool
-        # By cluster takes a third of the time on a CPU, but on a GPU it would wait for the size of each cluster.
+        # Cluster by cluster takes a third of the time on a CPU. A GPU would have to wait for the size of each cluster.
         by_cluster = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
         read = (_attend_by_cluster if by_cluster else _attend_to_own)(query, key, value, cluster)
         return read if self.is_narrow else self.o(read)
@@ -165,7 +165,7 @@ class DMWLA(PlainAttention):
         return self.assign(self.tokens(x)).unflatten(1, x.shape[-2:])
 
     def assign(self, tokens: Tensor) -> Tensor:
-        """Return the cluster, int64 (B, N), whose prototype has the largest cosine with theta of each token."""
+        """Return for each token the cluster, int64 (B, N), whose prototype has the largest cosine with theta_n."""
         with in_full_precision(tokens):
             prototypes = F.normalize(self.bank.prototypes, dim=1)
             prototypes = prototypes @ self.theta.weight.detach().to(prototypes.dtype)  # (P, C)
@@ -175,7 +175,7 @@ class DMWLA(PlainAttention):
 
 @torch.no_grad()
 def write_memories(to_write: list[tuple[DMWLA, Tensor]]) -> None:
-    """Write the bank of each block with its tokens (B, N, C): in the warm-up those of phi, then the keys phi_k."""
+    """Write tokens (B, N, C) of each block to its bank: mapped by phi in the warm-up, by phi_k, as keys, after it."""
     steady, keys = [], []
     with in_full_precision(to_write[0][1]):
         for block, tokens in to_write:
@@ -213,17 +213,17 @@ def _attend_by_cluster(query: Tensor, key: Tensor, value: Tensor, cluster: Tenso
 
 
 def _attend_to_own(query: Tensor, key: Tensor, value: Tensor, cluster: Tensor) -> Tensor:
-    """Return what ``_attend_by_cluster`` does, for all clusters at once, without waiting for the device."""
+    """Return the same as ``_attend_by_cluster``. Compute all clusters at once, without waiting for the device."""
     num_clusters, columns_per_cluster, width = key.shape
-    # One more coordinate for each cluster takes the other clusters' columns out of the softmax without a mask.
-    # Fused kernels need keys and values of one width, a multiple of 8: further coordinates are zero.
+    # One extra coordinate per cluster excludes the columns of the other clusters from the softmax without a mask.
+    # Fused kernels need keys and values of the same width, a multiple of 8, so both are padded with zeros.
     coordinates = num_clusters + -(width + num_clusters) % 8
     own = torch.eye(num_clusters, coordinates, dtype=key.dtype, device=key.device)
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-    reach = 2.0**15 if dtype == torch.float16 else 2.0**30  # its square takes a logit out of a softmax
+    reach = 2.0**15 if dtype == torch.float16 else 2.0**30  # a logit of -reach^2 excludes a column
     query = torch.cat([query, ((own - 1) * reach).to(query.dtype)[cluster]], dim=-1)
-    # Cast before they are repeated for each image: autocast would cast the repeated ones.
+    # Cast before the columns are repeated for each image, because autocast would cast every copy.
     own = repeat(own * reach, "p j -> (p m) j", m=columns_per_cluster)
     key = torch.cat([key.flatten(0, 1), own], dim=-1).to(dtype)  # (P M, width + coordinates)
     value = F.pad(value.flatten(0, 1), (0, coordinates)).to(dtype)

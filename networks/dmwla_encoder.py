@@ -8,7 +8,7 @@ from networks.gates import ImageInjection
 from networks.layers import resize
 
 DEPTHS = (2, 2, 6, 2)  # DMW-LA blocks of each stage
-DSGIM_STAGE = 2  # counted from 0: each of its blocks is followed by DS-GIM
+DSGIM_STAGE = 2  # counted from 0; DS-GIM follows each block of this stage
 
 
 class OverlapPatchEmbedding(nn.Module):
@@ -31,7 +31,7 @@ class DMWLAEncoder(nn.Module):
         widths: C_1 ... C_4.
         img_size: side s in pixels to which the gated image is resized, a multiple of 32.
         dsgim: the similarities that DS-GIM uses, or ``"none"`` for no DS-GIM.
-        options: those of ``attention_block``.
+        options: arguments of ``attention_block``.
     """
 
     def __init__(self, widths: tuple[int, ...], img_size: int, variant: str, dsgim: str = "both", **options):

@@ -1,11 +1,11 @@
 """DS-GIM, double-similarity global internal enhancement of a feature map (paper, section 3.3).
 
-1. Cosine similarity selects two of the map's 2 x 2 windows. Their queries, and the other windows' keys, are decayed.
-2. Scores ``T = Q K^T``. The distance between mean scores divides the keys of each row into two branches.
+1. Cosine similarity selects two of the map's 2 x 2 windows. Their queries and the keys of the other two are decayed.
+2. The scores are ``T = Q K^T``. In each row, the distance between mean scores divides the keys into two branches.
 3. ``out = ConvBlock'(fc((softmax_I(T) + softmax_II(T)) V))``.
 
-Where the variant ``release`` departs from the paper, a comment begins with "Release:". In ``stable`` the ConvBlock's
-norms have no running statistics. Symbols: B batch, C channels, H W map, n = H W tokens.
+A comment that begins with "Release:" marks where the variant ``release`` departs from the paper. In ``stable`` the
+norms of ConvBlock' have no running statistics. Symbols: B batch, C channels, H W map, n = H W tokens.
 """
 
 import torch
@@ -29,8 +29,8 @@ class DSGIM(nn.Module):
         channels: C, a multiple of 4.
         num_positions: positions of the network that share the module, at most 11.
         variant: ``"paper"``, ``"release"`` or ``"stable"``.
-        similarities: ``"both"``; ``"cosine"``, windows are decayed, then one softmax over all keys; or
-            ``"euclidean"``, keys are divided into two branches, but no window is decayed.
+        similarities: ``"both"``; ``"cosine"``: windows are decayed, and one softmax covers all keys; or
+            ``"euclidean"``: keys are divided into two branches, but no window is decayed.
     """
 
     def __init__(self, channels: int, num_positions: int = 6, variant: str = "paper", similarities: str = "both"):
@@ -72,7 +72,7 @@ class DSGIM(nn.Module):
         return F.relu(self.norm2(self.conv2(out), statistics))
 
     def _decays(self, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """Return the factors (B, 1, H, W) of the query's and of the key's input."""
+        """Return the factors (B, 1, H, W) by which the query's input and the key's input are multiplied."""
         if not self.decays_windows:
             whole = torch.ones_like(x[:, :1])
             return whole, whole
@@ -95,7 +95,7 @@ class DSGIM(nn.Module):
         tau = distance.topk(n // 2, dim=-1).values[..., -1:]  # (B, n, 1)
         mask_1 = (distance >= tau) | torch.eye(n, dtype=torch.bool, device=scores.device)
         mask_2 = ~mask_1
-        if self.variant == "release":  # Release: it compares the binary mask I with tau, not E
+        if self.variant == "release":  # Release: the binary mask I, not E, is compared with tau
             mask_2 = mask_2 | (tau >= 1)
         present = scores.detach() != 0
         branch_1 = torch.where(mask_1 & present, scores, EXCLUDED).softmax(-1)
@@ -104,9 +104,9 @@ class DSGIM(nn.Module):
 
 
 class PositionalBatchNorm2d(nn.Module):
-    """Apply BatchNorm with one affine map, and with running statistics of its own for each position.
+    """Apply BatchNorm with one affine map and separate running statistics for each position.
 
-    With no positions it normalises each image by itself, so that no running statistics can lag behind the features.
+    num_positions: with 0, each image is normalised by itself, so no running statistics can lag behind the features.
     """
 
     def __init__(self, channels: int, num_positions: int):
@@ -130,14 +130,14 @@ def decay_coefficients() -> Tensor:
 def select_windows(x: Tensor) -> Tensor:
     """Select the two windows of a 2 x 2 grid whose tokens are most similar to each other.
 
-    A window's score is the sum of the upper triangle, with the diagonal, of its tokens' cosine similarities. The sum
-    over all pairs is the squared length of the summed unit tokens, so no similarity matrix is needed.
+    The score of a window is the sum of the upper triangle, diagonal included, of its tokens' cosine similarity matrix.
+    The sum of the whole matrix is the squared length of the summed unit tokens, so the matrix is not computed.
 
     Args:
         x: (B, C, H, W), H and W even.
 
     Returns:
-        bool (B, 4), row by row of the grid; two of each image are true.
+        bool (B, 4), the windows row by row; two of each image are true.
     """
     tokens = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
     windows = rearrange(tokens, "b c (r h) (s w) -> b (r s) (h w) c", r=2, s=2)

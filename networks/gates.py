@@ -5,12 +5,12 @@
     channel attention      v = sigmoid(mlp(mean) + mlp(max)) v    CBAM (Woo et al., ECCV 2018), in the decoder
     spatial attention      v = sigmoid(conv7x7([mean, max])) v    CBAM, in the decoder
 
-The features that they read are sums that no norm bounds, so their channel means grow within a few steps. Then the sign
-of a few random weights decides whether a gate opens or shuts for the whole run, and a shut gate passes neither features
-nor gradient. The paper says nothing about the start. In ``paper`` and ``stable`` the weights of the first, third and
-fourth kind start at zero: these gates start half open, for every seed. That is not enough for the gate between the
-encoders, whose C_4 weights add up: in ``paper`` its learning rate is 1 / C_4 of the others' (``lr_scale``). In
-``stable`` these gates read normalised features. ``release`` has PyTorch's start, as the authors' program.
+Gates read sums of features without a norm, so the channel means grow within a few steps. Then the signs of a few random
+weights decide whether a gate opens or shuts for the whole run. A shut gate passes neither features nor gradients. The
+paper does not describe the initialisation. In ``paper`` and ``stable`` the last weights of the first, third and fourth
+kind start at 0, so these gates start half open for every seed. For the gate between the encoders this is not enough,
+because the effects of its C_4 weights add up. Therefore ``paper`` gives it 1 / C_4 of the learning rate (``lr_scale``),
+and in ``stable`` all three kinds read normalised features. ``release`` uses PyTorch's initialisation, like the authors.
 """
 
 import torch
@@ -78,7 +78,7 @@ class ChannelAttention(nn.Module):
 class SpatialAttention(nn.Module):
     """Compute CBAM's spatial attention: (B, C, H, W) to weights (B, 1, H, W) in (0, 1).
 
-    levels: levels of the decoder that share the convolution.
+    levels: number of decoder levels that share the convolution.
     """
 
     def __init__(self, levels: int, variant: str):

@@ -23,7 +23,7 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 def check_images(num_classes: int, in_channels: int, size_step: int, **sizes: int) -> None:
     """Raise a NetworkError if the number of classes, the channels or a side in pixels is not supported.
 
-    size_step: ``sizes`` are multiples of it; the error names the nearest right ones.
+    size_step: each of ``sizes`` must be a multiple of it; the error names the nearest multiples.
     """
     if in_channels < 1:
         raise NetworkError(f"in_channels is {in_channels}; use 1 (grey), 3 (colour) or another positive number")
@@ -41,25 +41,25 @@ def check_input(x: Tensor, in_channels: int, img_size: int) -> None:
     if x.ndim != 4 or tuple(x.shape[1:]) != (in_channels, img_size, img_size):
         raise NetworkError(
             f"the input has shape {tuple(x.shape)}; this network takes (B, {in_channels}, {img_size}, {img_size}): "
-            "resize the images, or build it with another img_size or in_channels"
+            "resize the images, or build the network with another img_size or in_channels"
         )
 
 
 def resize(x: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """Resize a map (B, C, H, W) to ``size`` bilinearly, corners not aligned. This network resizes in no other way."""
+    """Resize a map (B, C, H, W) to ``size`` bilinearly, corners not aligned. Only ``UpConv`` resizes differently."""
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 def normalise(x: Tensor) -> Tensor:
-    """Return a map (B, C, H, W) with mean 0 and variance 1 over the whole map of each image; without parameters."""
+    """Return a map (B, C, H, W) normalised to mean 0 and variance 1 over each image's map, without parameters."""
     return F.group_norm(x, 1)
 
 
 def in_full_precision(x: Tensor) -> AbstractContextManager:
-    """Return a context in which the device of ``x`` rounds no product to half precision or TensorFloat-32.
+    """Return a context in which no product on the device of ``x`` is rounded to half precision or TensorFloat-32.
 
     torch.export splits a program at every change of autocast, and torch.compile at every change of TensorFloat-32, so
-    the context is empty where nothing would be rounded.
+    the context is empty if nothing would be rounded.
     """
     kind = x.device.type
     if kind == "cuda" and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32):

@@ -22,11 +22,11 @@ SCALES = {
     "pico": "maxvit_rmlp_pico_rw_256",
     "nano": "maxxvit_rmlp_nano_rw_256",
     "tiny": "maxxvit_rmlp_tiny_rw_256",
-    "small": "maxxvit_rmlp_small_rw_256",  # the paper's
+    "small": "maxxvit_rmlp_small_rw_256",  # the paper's scale
     "base": "maxxvitv2_rmlp_base_rw_224",
 }
 PRETRAINED_DIR = Path("pretrained_pth/maxvit")
-PARTS = ("stem.", "stages.")  # what a weight file must fill
+PARTS = ("stem.", "stages.")  # parts of the network that a weight file must fill
 STEM = "stem.conv1.weight"
 
 
@@ -69,7 +69,7 @@ def scale_widths(scale: str) -> tuple[int, ...]:
 
 
 def weights_file(scale: str) -> Path:
-    """Return where the ImageNet weights of ``scale`` are expected; raise a NetworkError if it has no default file."""
+    """Return the path of the ImageNet weights of ``scale``; raise a NetworkError if the scale has no default file."""
     url = timm.get_pretrained_cfg(SCALES[scale]).url
     if not url:
         raise NetworkError(f"scale {scale} has no default weight file: {where_from(scale)}")
@@ -77,26 +77,26 @@ def weights_file(scale: str) -> Path:
 
 
 def where_from(scale: str) -> str:
-    """Return what a message says about getting weights of ``scale``: from where, and to which path."""
+    """Return the part of an error message that explains how to get the weights of ``scale``."""
     config, otherwise = timm.get_pretrained_cfg(SCALES[scale]), "or start from random weights (--pretrained none)"
     if config.url:
         return f"download {config.url} to {weights_file(scale)}, {otherwise}"
     if timm.list_pretrained(f"{SCALES[scale]}*"):
         return f"use --pretrained hub, give model.safetensors of {config.hf_hub_id} with --pretrained, {otherwise}"
-    return f"none were published; use another scale, {otherwise}"
+    return f"no weights of this scale were published; use another scale, {otherwise}"
 
 
 def load_weights(backbone: nn.Module, path: str | Path, scale: str) -> None:
     """Fill stem and stages of a MaxViT of ``scale`` from a weight file.
 
-    For grey images the stem's colours are summed, for other than three channels repeated, as timm does.
+    As in timm, the stem's weights are summed over the colours for grey images, and repeated for 2, 4, ... channels.
 
     Raises NetworkError: the file is missing or unreadable, or its tensors are not exactly those of the scale.
     """
     remedy = where_from(scale)
     if not Path(path).is_file():
         raise NetworkError(f"no pretrained weights at {path}; {remedy}")
-    # A timm model that returns its features calls stages.0 stages_0.
+    # In a timm model that returns its features, stages.0 is named stages_0.
     own = {name.replace("stages_", "stages."): value for name, value in backbone.state_dict().items()}
     own = {name: value for name, value in own.items() if name.startswith(PARTS)}
     try:
@@ -117,7 +117,7 @@ def load_weights(backbone: nn.Module, path: str | Path, scale: str) -> None:
 
 @contextmanager
 def downloading(weights: str, remedy: str) -> Iterator[None]:
-    """Turn every error of the block, which downloads ``weights``, into a NetworkError of one line with a remedy."""
+    """Turn each error inside the context, which downloads ``weights``, into a one-line NetworkError with a remedy."""
     for name in ("timm", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)  # they report each attempt, ten of them without a connection
     try:

@@ -1,15 +1,15 @@
 """The prototype memory bank: what a DMW-LA block remembers of earlier training steps (paper, section 3.2).
 
-The bank keeps P clusters of M columns of width d, and one prototype for each cluster. Its life has three parts:
+The bank keeps P clusters of M columns of width d, and one prototype for each cluster. It has three phases:
 
 1. Warm-up (``sample``): each training step writes random keys into random slots of the pool.
 2. K-means (``order``): at the end of the warm-up the pool is sorted into clusters.
 3. Steady state (``update_banks`` of ``networks/memory_update.py``): each training step blends the K weakest columns
-   of a cluster with the K strongest keys that came to it. W-LD sets K (``utils.losses.WeightLossDynamic``).
+   of a cluster with the K strongest keys that were assigned to it. W-LD sets K (``utils.losses.WeightLossDynamic``).
 
-Departures from the paper: the bank is frozen in evaluation (the release writes it there too), and several processes
-write it as one. Symbols: B batch, N tokens of an image, d memory width, P clusters, M columns of a cluster, K replaced
-columns.
+Departures from the paper: the bank is frozen in evaluation (the release writes it there too), and the processes of a
+distributed run share one bank. Symbols: B batch, N tokens of an image, d memory width, P clusters, M columns of a
+cluster, K replaced columns.
 """
 
 import logging
@@ -24,10 +24,10 @@ from networks.ranks import gather, rank, world_size
 
 
 class PrototypeMemoryBank(nn.Module):
-    """Remember columns by cluster, and a prototype of each cluster.
+    """Store the columns of each cluster, and one prototype per cluster.
 
-    Everything is a float32 buffer, so a checkpoint holds all of it. No gradient flows into it. In a distributed run
-    all ranks write the same bank: each rank contributes its own tokens, and random choices are those of rank 0.
+    All state is in buffers, so a checkpoint holds all of it. No gradient flows into it. In a distributed run all ranks
+    write the same bank: each rank contributes its own tokens, and rank 0 makes the random choices.
 
     Args:
         feature_dim: d.
@@ -39,11 +39,11 @@ class PrototypeMemoryBank(nn.Module):
         kmeans_step: the warm-up step that ends with K-means; ``release`` samples once more after it.
 
     Attributes:
-        writable: whether a step may write; under gradient accumulation only the last part of a batch does.
+        writable: whether a step may write; under gradient accumulation only the last part of a batch may.
 
     Buffers:
-        pool: (P, M, d), the remembered columns.
-        prototypes: (P, d), the mean column of each cluster.
+        pool: float32 (P, M, d), the stored columns.
+        prototypes: float32 (P, d), the mean column of each cluster.
         warmup_counter: int64 (), warm-up steps done.
         replaced_columns: int64 (), K.
         key_counts: int64 (P,), keys that each cluster has received; used only in reports.
@@ -69,13 +69,13 @@ class PrototypeMemoryBank(nn.Module):
         self.register_buffer("replaced_columns", torch.tensor(replaced_columns))
         self.register_buffer("key_counts", torch.zeros(num_clusters, dtype=torch.int64))
         self.writable = True
-        # Copies of warmup_counter in Python, and its version then: reading the buffer would wait for a GPU.
+        # Python copies of the counter, and the buffer's version at that time: reading the buffer would wait for a GPU.
         self._steps_done, self._in_warmup, self._version = 0, True, _version(self.warmup_counter)
 
     @property
     def in_warmup(self) -> bool:
         """Whether the pool is still being sampled and not yet read."""
-        # An average of the weights (EMA) is a copy of the network whose buffers are written from outside.
+        # Other code may write the counter: an average of the weights (EMA) copies the buffers of another network.
         if not torch.compiler.is_compiling() and _version(self.warmup_counter) != self._version:
             self.reread()
         return self._in_warmup
@@ -91,7 +91,7 @@ class PrototypeMemoryBank(nn.Module):
         drawn = torch.randint(num_tokens, (batch * ranks, per_image), device=phi.device)
         order = torch.randperm(drawn.numel(), device=phi.device)
         to = torch.randperm(len(slots), device=phi.device)
-        drawn, order, to = (of_ranks[0] for of_ranks in self.of_all_ranks(drawn, order, to))  # those of rank 0
+        drawn, order, to = (of_ranks[0] for of_ranks in self.of_all_ranks(drawn, order, to))  # rank 0's
         own = drawn.chunk(ranks)[rank() if ranks > 1 else 0]  # (B, per_image), tokens of this rank's images
         (columns,) = self.of_all_ranks(phi.gather(1, repeat(own, "b n -> b n d", d=feature_dim)))
         columns = columns.flatten(0, 2)  # (ranks B per_image, d)
@@ -107,9 +107,9 @@ class PrototypeMemoryBank(nn.Module):
 
     @torch.no_grad()
     def order(self) -> None:
-        """Sort the pool into clusters by K-means, and set the prototypes to the unit centroids.
+        """Sort the pool into clusters by K-means, and set the prototypes to the centroids, scaled to length 1.
 
-        A cluster with more than M columns keeps its first M. One with fewer repeats its own at random. An empty one
+        A cluster with more than M columns keeps its first M. A smaller one repeats columns at random. An empty one
         is filled with its centroid. In a distributed run rank 0 computes this for all ranks.
         """
         if rank() == 0 or not self.training:
@@ -128,31 +128,31 @@ class PrototypeMemoryBank(nn.Module):
         self.prototypes.copy_(prototypes[0])
 
     def of_all_ranks(self, *tensors: Tensor) -> list[Tensor]:
-        """Return each tensor of all ranks, (ranks, ...), by one message; in evaluation this rank's alone."""
+        """Gather each tensor from all ranks, (ranks, ...), in one message; in evaluation only this rank's, (1, ...)."""
         return gather(*tensors) if self.training else [x[None] for x in tensors]
 
     def reread(self) -> None:
-        """Read ``warmup_counter`` again. Only compiled steps need this, after the buffer was written from outside."""
+        """Read ``warmup_counter`` again. With compiled steps, call this after other code has written the buffer."""
         self._steps_done = int(self.warmup_counter)
         self._in_warmup, self._version = self._steps_done < self.sampling_steps, _version(self.warmup_counter)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._version = -1  # the buffer of a copy counts its writes anew
+        self._version = -1  # the version of a copied buffer starts again
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        if not self.warmup_counter.is_meta:  # a network that only checks names and shapes
+        if not self.warmup_counter.is_meta:  # on the meta device there is no value to read
             self.reread()
 
 
 def _version(x: Tensor) -> int:
     """Return a number that every write into a tensor changes."""
-    return 0 if x.is_inference() else x._version  # those of inference mode have none
+    return 0 if x.is_inference() else x._version  # a tensor of inference mode has no version
 
 
 def kmeans(columns: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
-    """Cluster the rows of ``columns`` (n, d) by Euclidean K-means, on the CPU: n is about a thousand.
+    """Cluster the rows of ``columns`` (n, d) by Euclidean K-means, on the CPU, because n is about a thousand.
 
     Returns:
         Centroids (num_clusters, d), and the nearest centroid of each row, int64 (n,).
@@ -173,7 +173,7 @@ def kmeans(columns: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
     settings.niter, settings.nredo = 100, 10
     settings.seed = int(torch.randint(2**31 - 1, ()))  # torch's generator is seeded and saved in checkpoints
     settings.min_points_per_centroid, settings.max_points_per_centroid = 1, len(points)
-    # Not faiss.Kmeans: it reads the centroids from a C++ vector, which fails once SimpleITK is imported.
+    # faiss.Kmeans is not used: it reads centroids from a C++ vector, which fails once SimpleITK is imported.
     index = faiss.IndexFlatL2(points.shape[1])
     faiss.Clustering(points.shape[1], num_clusters, settings).train(points, index)
     centroids = torch.from_numpy(index.reconstruct_n(0, num_clusters)).to(columns)

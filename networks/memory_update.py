@@ -1,12 +1,12 @@
 """The steady state of the memory: each training step renews the weakest columns of each cluster (paper, section 3.2).
 
-For each cluster, the K columns that are weakest, by a softmax over its columns summed over d, become
-``(1 - m) column + m key``, with the K keys that are strongest, by a softmax over the cluster's keys summed over d.
-A cluster without keys keeps its columns; one with fewer than K keys uses all of them, then repeats them at random.
+In each cluster the K weakest columns are blended with the K strongest keys: ``column <- (1 - m) column + m key``. The
+strength of a column (key) is a softmax over the columns (keys) of the cluster, summed over d. A cluster without keys
+keeps its columns. A cluster with fewer than K keys uses all of them, and then repeats them at random.
 
 Departures from the paper, with the same result up to rounding: all banks of a network are updated after the forward
-pass, on a GPU those of one shape as one bank with all their clusters. So a GPU starts few operations, and ranks
-exchange two messages. No GPU waits: no shape depends on values there. Symbols: T keys of all banks, d memory width, P
+pass. On a GPU, banks of the same M and d are updated as one bank, so the GPU starts few operations. Ranks exchange two
+messages. No shape on a GPU depends on values, so nothing waits for it. Symbols: T keys of all banks, d memory width, P
 clusters of all banks, M columns of a cluster, K replaced columns, R keys of a chunk, n chunks.
 """
 
@@ -23,7 +23,7 @@ from networks.memory_bank import PrototypeMemoryBank
 
 @torch.no_grad()
 def update_banks(banks: Sequence[PrototypeMemoryBank], keys: Sequence[Tensor]) -> None:
-    """Blend the strongest of each bank's ``keys`` (tokens, d) into the weakest columns of each key's own cluster."""
+    """Blend the strongest keys of each cluster into its weakest columns. keys: (tokens, d) for each bank."""
     updates = [_Update([banks[i] for i in own], [keys[i] for i in own]) for own in _groups(banks)]
     sums = banks[0].of_all_ranks(*(x for update in updates for x in update.sums()))
     found = [x for i, update in enumerate(updates) for x in update.strongest(*sums[4 * i : 4 * i + 4])]
@@ -33,7 +33,7 @@ def update_banks(banks: Sequence[PrototypeMemoryBank], keys: Sequence[Tensor]) -
 
 
 def _groups(banks: Sequence[PrototypeMemoryBank]) -> list[list[int]]:
-    """Return the numbers of banks that are updated as one. On a CPU it is each alone: its keys fit into the caches."""
+    """Return the indices of the banks of each update. On a CPU each bank is alone, because its keys fit the caches."""
     groups: dict[tuple, list[int]] = {}
     for i, bank in enumerate(banks):
         alone = i if bank.pool.device.type == "cpu" else -1
@@ -42,10 +42,10 @@ def _groups(banks: Sequence[PrototypeMemoryBank]) -> list[list[int]]:
 
 
 class _Update:
-    """One update of banks of the same M and d.
+    """Update banks of the same M and d together.
 
-    A softmax over the keys of a cluster is computed in chunks of R keys of one cluster; the last chunk of a cluster is
-    filled up. Maximum and sum of a cluster are merged from those of its chunks, and from all ranks.
+    The softmax over the keys of a cluster is computed in chunks of R keys; the last chunk of a cluster is padded. The
+    maximum and the sum of a cluster are merged from its chunks, and then from all ranks.
     """
 
     def __init__(self, banks: Sequence[PrototypeMemoryBank], keys: Sequence[Tensor]):
@@ -53,7 +53,7 @@ class _Update:
         self.pool = torch.cat([bank.pool for bank in banks])  # (P, M, d)
         num_clusters, clusters = 0, []
         for bank, own in zip(banks, keys, strict=True):
-            clusters.append(F.linear(own, bank.prototypes).argmax(1) + num_clusters)  # by dot product
+            clusters.append(F.linear(own, bank.prototypes).argmax(1) + num_clusters)  # largest dot product
             num_clusters += len(bank.pool)
         cluster, order = torch.cat(clusters).sort(stable=True)  # (T,)
         longest, device = max(map(len, keys)), cluster.device
@@ -63,19 +63,19 @@ class _Update:
         num_chunks_of = (self.counts + self.size - 1) // self.size  # of each cluster, (P,)
         end_chunk = num_chunks_of.cumsum(0)
         self.first = end_chunk - num_chunks_of  # first chunk of each cluster, (P,)
-        # As many as there can be: a GPU would wait for the number. A CPU knows it, and it is a fraction of that.
+        # Upper bounds, because a GPU would wait for the true numbers. A CPU reads them, and they are much smaller.
         num_chunks, of_a_cluster = len(order) // self.size + num_clusters, -(-longest // self.size)
         if device.type == "cpu" and not torch.compiler.is_compiling():
             num_chunks, of_a_cluster = int(end_chunk[-1]), int(num_chunks_of.max())
 
-        # For each chunk: its cluster, the owner, (n,), and which keys it has, (n, R).
+        # For each chunk: its cluster (owner), (n,), and its keys (index), (n, R), which are padding where not filled.
         chunk = torch.arange(num_chunks, device=device)
         self.owner = torch.searchsorted(end_chunk, chunk, right=True).clamp(max=num_clusters - 1)
         nth = (chunk - self.first[self.owner])[:, None] * self.size + torch.arange(self.size, device=device)
         self.filled = nth < self.counts[self.owner][:, None]
         nth += (ends - self.counts)[self.owner][:, None]
-        self.index = torch.where(self.filled, order[nth.clamp(max=len(order) - 1)], len(order))  # the row after all
-        # For each cluster: its chunks, (P, of_a_cluster), and where there is none.
+        self.index = torch.where(self.filled, order[nth.clamp(max=len(order) - 1)], len(order))  # padding: last row
+        # For each cluster: its chunks, (P, of_a_cluster), and which of them do not exist.
         self.chunks_of = self.first[:, None] + torch.arange(of_a_cluster, device=device)
         self.no_chunk = (self.chunks_of >= end_chunk[:, None])[..., None]
         self.chunks_of.clamp_(max=num_chunks - 1)
@@ -87,7 +87,7 @@ class _Update:
         self.exponential = values.sub_(self.chunk_max[:, None]).exp_()
 
     def sums(self) -> tuple[Tensor, ...]:
-        """Return maximum (P, d) and sum of exponentials (P, d) of each cluster, its keys (P,), and random numbers."""
+        """Return per cluster: maximum (P, d), sum of exponentials (P, d), key count (P,), random numbers (P, M)."""
         largest = self.chunk_max[self.chunks_of].masked_fill(self.no_chunk, self.lowest)
         largest, total = _merge(largest, self.exponential.sum(1)[self.chunks_of], dim=1)
         return largest, total, self.counts, torch.rand(self.pool.shape[:2], device=self.pool.device)
@@ -95,7 +95,7 @@ class _Update:
     def strongest(self, largest: Tensor, total: Tensor, counts: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
         """Return this rank's M strongest keys of each cluster, (P, M, d), and their strengths, (P, M).
 
-        Places past the last key of a cluster have the strength -inf. Arguments: ``sums`` of all ranks, (ranks, ...).
+        If a cluster has fewer keys, the rest has strength -inf. The arguments are ``sums`` of all ranks, (ranks, ...).
         """
         largest, total = _merge(largest, total, dim=0)
         weight = (self.chunk_max - largest[self.owner]).exp() / total[self.owner]  # (n, d)
@@ -111,7 +111,7 @@ class _Update:
         return self.keys[self.index.flatten()[own]], strength[own].masked_fill(nth >= self.counts[:, None], -torch.inf)
 
     def blend(self, keys: Tensor, strength: Tensor) -> None:
-        """Write the banks. Arguments: ``strongest`` of all ranks, (ranks, ...)."""
+        """Write the banks. The arguments are the results of ``strongest`` on all ranks, (ranks, ...)."""
         order = rearrange(strength, "r p m -> p (r m)").argsort(dim=1, descending=True, stable=True)
         cluster = torch.arange(len(order), device=order.device)[:, None]
         keys = rearrange(keys, "r p m d -> p (r m) d")[cluster, order.gather(1, self.chosen)]  # from strong to weak
@@ -128,6 +128,6 @@ class _Update:
 
 
 def _merge(largest: Tensor, total: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Return the maximum over ``dim``, and the sum of the totals, each relative to its own maximum, relative to it."""
+    """Return the maximum over ``dim``, and the sum of the totals after each is rescaled to that maximum."""
     top = largest.amax(dim, keepdim=True)
     return top.squeeze(dim), (total * (largest - top).exp()).sum(dim)

@@ -16,7 +16,7 @@ def rank() -> int:
 
 
 def gather(*tensors: Tensor) -> list[Tensor]:
-    """Return (world_size, *x.shape) for each tensor x: that of every rank, of the same shape on each; one message."""
+    """Gather each tensor x, of the same shape on each rank, from all ranks: (world_size, *x.shape), in one message."""
     if world_size() == 1:
         return [x[None] for x in tensors]
     packed = [x.contiguous().flatten().view(torch.uint8) for x in tensors]
@@ -24,5 +24,5 @@ def gather(*tensors: Tensor) -> list[Tensor]:
     parts = [torch.empty_like(message) for _ in range(world_size())]
     dist.all_gather(parts, message)
     received = torch.stack(parts).split([len(p) for p in packed], dim=1)
-    # contiguous() copies each part to an address that is a multiple of its number's size.
+    # view() needs an address that is a multiple of the dtype's size: contiguous() copies each part to such an address.
     return [p.contiguous().view(x.dtype).unflatten(1, x.shape) for p, x in zip(received, tensors, strict=True)]

@@ -1,9 +1,9 @@
 """Every network by its name: Sim-MPNet, the baselines, and your own (``docs/adding_a_network.md``).
 
-Training, testing and prediction use only this interface, which every network here has: ``forward`` takes images
-(B, in_channels, S, S) and returns a list of logit maps (B, num_classes, S, S), and the arg max of their sum is the
-prediction; ``config`` holds the arguments that rebuild the network; ``memory_banks`` yields its memories, and
-``gates_observed`` collects its gates, if any; ``parameter_groups`` goes to the optimizer.
+Every network here has the same interface, and training, testing and prediction use nothing else. ``forward`` takes
+images (B, in_channels, S, S) and returns a list of logit maps (B, num_classes, S, S); the arg max of their sum is the
+prediction. ``config`` holds the arguments that rebuild the network. ``memory_banks`` yields its memories, and
+``gates_observed`` collects its gates, if it has any. ``parameter_groups`` goes to the optimizer.
 """
 
 import inspect
@@ -19,14 +19,14 @@ from networks.maxvit import weights_file
 from networks.memory_bank import PrototypeMemoryBank
 from networks.sim_mpnet import SimMPNet
 
-DEFAULT_NETWORK = "sim_mpnet"  # is built where none is named
+DEFAULT_NETWORK = "sim_mpnet"  # built if no name is given
 NETWORKS: dict[str, Callable[..., nn.Module]] = {}
 """The builder of each network, by the name in ``--network`` and in checkpoints; ``build`` calls it."""
 _SIZE_STEPS: dict[str, int] = {}
 
 
 def register(name: str, size_step: int = 32) -> Callable:
-    """Register the builder below it, a function or a class, as the network ``name``.
+    """Return a decorator that registers a builder (a function or a class) as the network ``name``.
 
     The builder takes ``num_classes``, ``in_channels`` and ``img_size``, and ``pretrained`` if there are weights to
     start from. Each further argument needs an int, float or str as default. It becomes a flag of the training scripts;
@@ -35,12 +35,12 @@ def register(name: str, size_step: int = 32) -> Callable:
 
     Args:
         name: a new name.
-        size_step: sides of an image are multiples of this, in pixels.
+        size_step: the sides of an image must be multiples of this, in pixels.
 
     Raises NetworkError: the name is in use, or the builder lacks an argument.
     """
     if name in NETWORKS:
-        raise NetworkError(f"there is a network {name} already: choose another name")
+        raise NetworkError(f"a network {name} already exists: choose another name")
 
     def enter(builder: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         taken = inspect.signature(builder).parameters
@@ -54,9 +54,9 @@ def register(name: str, size_step: int = 32) -> Callable:
 
 
 def build(network: str = DEFAULT_NETWORK, pretrained: str | Path | None = None, **options) -> nn.Module:
-    """Return the network of a name, built with these arguments; ``build(**model.config)`` builds the same again.
+    """Build the network of this name with these arguments; ``build(**model.config)`` builds the same network again.
 
-    pretrained: the weights to start from; None means random ones.
+    pretrained: the weights to start from; None means random weights.
 
     Raises NetworkError: the name is unknown, its library is not installed, or an argument does not fit.
     """
@@ -81,9 +81,9 @@ def build(network: str = DEFAULT_NETWORK, pretrained: str | Path | None = None, 
 
 
 def default_weights(network: str, options: Mapping[str, Any]) -> str | Path | None:
-    """Return the value of ``pretrained`` for a network with these arguments if the user gives none.
+    """Return the default value of ``pretrained`` for a network with these arguments.
 
-    That is the weight file of a MaxViT, for other networks ``"hub"``, or None for one that takes no weights.
+    It is the weight file for a MaxViT, ``"hub"`` for other networks, and None for networks that take no weights.
     """
     if "pretrained" not in inspect.signature(NETWORKS[network]).parameters or options.get("encoders") == "dmwla":
         return None
@@ -94,8 +94,8 @@ class Baseline(nn.Module):
     """Give another network the interface of Sim-MPNet.
 
     Args:
-        net: takes images (B, in_channels, S, S) to a logit map (B, num_classes, h, w), or to a list of them.
-        config: the arguments that rebuild it.
+        net: maps images (B, in_channels, S, S) to a logit map (B, num_classes, h, w), or to a list of them.
+        config: the arguments that rebuild the network.
     """
 
     def __init__(self, net: nn.Module, config: dict[str, Any]):
@@ -120,7 +120,7 @@ class Baseline(nn.Module):
         return nullcontext({})
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return one group, all parameters."""
+        """Return one group with all parameters."""
         return [{"params": list(self.parameters()), "lr_scale": 1.0}]
 
 

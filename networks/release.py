@@ -38,9 +38,9 @@ BANK = {
     "bank.pool": "concept_pool",
     "bank.prototypes": "concept_proto",
     "bank.warmup_counter": "warmup_iter_counter",
-    "phi_k": "phi.weight",  # not stored by the release: a copy of phi
+    "phi_k": "phi.weight",  # the release does not store it: start as a copy of phi
 }
-# Not in a release checkpoint: K comes from W-LD, the counts are only a record.
+# A release checkpoint lacks these: W-LD sets K, and the counts are only a record.
 OURS = (".bank.replaced_columns", ".bank.key_counts")
 # Second names of the backbone's tensors, unused layers, and constants.
 IGNORED = re.compile(r"backbone1\.(stem|stages|norm)\.|decoder\.CA4\.|(.*\.)?k$|.*\.pool_structured$")
@@ -65,7 +65,7 @@ def release_arguments(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
             columns_per_cluster=weights["DMWLA_1.0.concept_pool"].shape[1] // num_clusters,
         )
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise NetworkError("not a checkpoint of this project or of the release: give one of either") from error
+        raise NetworkError("not a checkpoint of this project or of the release: give a checkpoint of either") from error
 
 
 def load_release_state_dict(model: SimMPNet, state_dict: Mapping[str, Tensor]) -> None:
@@ -75,7 +75,7 @@ def load_release_state_dict(model: SimMPNet, state_dict: Mapping[str, Tensor]) -
         model: a network of scale ``small`` at 256 px, with the classes and clusters of the state dict.
         state_dict: the release's tensors.
 
-    Raises NetworkError: tensors are missing, left over or of another shape. It lists all; the model is unchanged.
+    Raises NetworkError: tensors are missing, left over or of another shape. It lists them; the model is unchanged.
     """
     own = model.state_dict()
     sources = {name: release_name(name) for name in own if not name.endswith(OURS)}
@@ -116,6 +116,6 @@ def _in_our_layout(name: str, value: Tensor, own: Tensor) -> Tensor:
         return value.T
     if name.endswith("bank.warmup_counter") and value.numel() == 1:
         return value.reshape(()).to(own.dtype)
-    if value.shape == (*own.shape, 1, 1):  # theta, phi, g and o are 1x1 convolutions there
+    if value.shape == (*own.shape, 1, 1):  # theta, phi, g and o are 1x1 convolutions in the release
         return value.flatten(1)
     return value

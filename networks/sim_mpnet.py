@@ -2,7 +2,7 @@
 
 Tang et al., "Similarity Memory Prior is All You Need for Medical Image Segmentation", ICCV 2025,
 arXiv 2507.00585. The variant ``paper`` is what the paper describes. The variant ``release`` computes what the authors'
-program of December 2025 computes, so that its checkpoints give its numbers; ``docs/architecture.md`` lists the
+program of December 2025 computes, so that their checkpoints give their numbers; ``docs/architecture.md`` lists the
 differences. The variant ``stable`` is ``paper`` with gates and attention that read normalised features
 (``networks/gates.py``, ``networks/dmwla.py``).
 Symbols: B batch, S image side, s side of the DMW-LA encoder's image, C_i width of stage i.
@@ -36,19 +36,19 @@ CHOICES = {
     "loss": ("subset", "last"),
     "prediction": ("sum", "last"),
 }
-"""The values of each argument of ``SimMPNet`` that is a choice."""
+"""The allowed values of each argument of ``SimMPNet`` that is a choice."""
 
 
 class Observation(NamedTuple):
     """The decisions of a network's blocks about images (B, in_channels, S, S).
 
     Attributes:
-        clusters: the cluster of each token, int64 (B, H, W), by the names of ``SimMPNet.memory_blocks``; without
-            meaning during the warm-up.
-        windows: the windows that DS-GIM selects, bool (B, positions, 4), row by row of 2 x 2; ``None`` if an
-            ablation selects none.
-        gates: the share that each gate lets through, in [0, 1], by the names of ``SimMPNet.gates``: of ``gate`` and the
-            spatial gates a map (B, 1, h, w), of the others the mean over each image's map, (B, 1, 1, 1).
+        clusters: the cluster of each token, int64 (B, H, W), under the names of ``SimMPNet.memory_blocks``. During the
+            warm-up it has no meaning.
+        windows: the windows that DS-GIM selects, bool (B, positions, 4), row by row of the 2 x 2 grid; ``None`` if an
+            ablation leaves the selection out.
+        gates: the share that each gate lets through, in [0, 1], under the names of ``SimMPNet.gates``. For ``gate`` and
+            the spatial gates it is a map (B, 1, h, w), for the others the mean of each image's map, (B, 1, 1, 1).
     """
 
     clusters: dict[str, Tensor]
@@ -57,18 +57,18 @@ class Observation(NamedTuple):
 
 
 class SimMPNet(nn.Module):
-    """Segment images: two encoders, one gated by the other, a decoder, and four logit maps.
+    """Segment images with two encoders, a decoder and four logit maps. MaxViT gates the image of the other encoder.
 
     Images:
-        num_classes: classes with background.
-        in_channels: 3 are seen as they are; 1 (grey), 2, 4, ... are mapped to three by a learned 1x1 convolution.
+        num_classes: number of classes, background included.
+        in_channels: 3 are used unchanged; 1 (grey), 2, 4, ... are mapped to three by a learned 1x1 convolution.
         img_size: side S of the input in pixels, a multiple of 32.
         img_size_dmwla: side of the DMW-LA encoder's image, a multiple of 32.
 
     Network:
         model_scale: ``pico``, ``nano``, ``tiny``, ``small`` (the paper's) or ``base``.
         variant: ``"paper"``, ``"release"`` or ``"stable"``.
-        feature_dim: memory width d of the encoder's blocks (the paper's: 256, on ACDC 128).
+        feature_dim: memory width d of the encoder's blocks (the paper uses 256, and 128 on ACDC).
         num_clusters: clusters of the encoder's blocks; ``None`` means ``num_classes``.
         pretrained: a MaxViT weight file, ``"hub"`` (timm's download), or ``None`` for random weights.
 
@@ -77,22 +77,22 @@ class SimMPNet(nn.Module):
         decoder_num_clusters: clusters of the decoder's blocks.
         columns_per_cluster: M.
         pool_momentum: weight of a key when it is blended into a column.
-        phi_k_momentum: share of phi_k that survives an update.
-        replaced_columns: K, columns that a step renews, before W-LD changes it.
+        phi_k_momentum: share of phi_k that an update keeps.
+        replaced_columns: K, how many columns of each cluster a step renews, before W-LD changes it.
         warmup_iterations: training steps before the memory is used.
 
-    Ablations, each without one part:
-        attention: ``"dmwla"``; ``"plain"``: without DMW-LA, that is without the memory and its intra-cluster
-            interaction; ``"intra_cluster"``: without the global interaction, once the warm-up has ended.
+    Ablations, each of which leaves out one part:
+        attention: ``"dmwla"``; ``"plain"``: without DMW-LA, that is, without the memory and the intra-cluster
+            interaction; ``"intra_cluster"``: without the global interaction after the warm-up.
         dsgim: ``"both"`` similarities of DS-GIM, only ``"cosine"``, only ``"euclidean"``, or ``"none"``: no DS-GIM.
         encoders: ``"both"``, only ``"maxvit"``, or only ``"dmwla"``; the decoder's maps keep their sizes.
         gate: ``"learned"``, or ``"none"``: the DMW-LA encoder sees the image as it is.
-        loss: ``"subset"``, of all combinations of four logit maps; or ``"last"``: the decoder's last layer has the
-            only head, so that training and prediction see its map alone.
+        loss: ``"subset"``: the sum over all combinations of the four logit maps; or ``"last"``: only the last level of
+            the decoder has a head, so training and prediction use only its map.
 
     Evaluation:
-        prediction: ``"sum"`` of the four logit maps (the paper's), or ``"last"``: the finest map alone. Training is the
-            same.
+        prediction: ``"sum"`` of the four logit maps (as in the paper), or ``"last"``: only the finest map. Training is
+            the same for both.
 
     Raises NetworkError: unknown scale, variant or ablation, unsupported size or channels, or weights that do not fit.
     """
@@ -130,7 +130,7 @@ class SimMPNet(nn.Module):
         for name, choices in CHOICES.items():
             check_choice(name, self.config[name], choices)
 
-        self.leaves_parameters_out = attention == "intra_cluster"  # DistributedDataParallel must know
+        self.leaves_parameters_out = attention == "intra_cluster"  # some parameters get no gradient: DDP must know
         memory = ("columns_per_cluster", "pool_momentum", "phi_k_momentum", "replaced_columns", "warmup_iterations")
         blocks = {name: self.config[name] for name in ("attention", *memory)}
         self.stem = nn.Identity()
@@ -185,7 +185,7 @@ class SimMPNet(nn.Module):
         yield from (block.bank for name, block in self.memory_blocks() if decoder or name.startswith("encoder"))
 
     def memory_blocks(self) -> Iterator[tuple[str, DMWLA]]:
-        """Yield name and block of every DMW-LA block, in the order of the forward pass.
+        """Yield the name and the module of every DMW-LA block, in the order of the forward pass.
 
         ``encoder 3.1`` is the first block of the third stage, ``decoder 4`` the block of the deepest level.
         """
@@ -216,10 +216,10 @@ class SimMPNet(nn.Module):
         return Observation(clusters, selected, {name: maps[0] for name, maps in gates.items()})
 
     def gates(self) -> Iterator[tuple[str, Gate]]:
-        """Yield name and module of every gate of ``networks/gates.py``.
+        """Yield the name and the module of every gate of ``networks/gates.py``.
 
-        ``gate`` is that between the encoders, ``gate_maxvit_i`` and ``gate_dmwla_i`` inject the image after stage i.
-        ``gate_channel_i`` and ``gate_spatial_i`` are the decoder's at level i, where 1 is the shallowest.
+        ``gate`` is the gate between the encoders. ``gate_maxvit_i`` and ``gate_dmwla_i`` inject the image after stage
+        i. ``gate_channel_i`` and ``gate_spatial_i`` belong to level i of the decoder; level 1 is the shallowest.
         """
         if self.gate is not None:
             yield "gate", self.gate.gate
@@ -234,7 +234,7 @@ class SimMPNet(nn.Module):
 
     @contextmanager
     def gates_observed(self) -> Iterator[dict[str, list[Tensor]]]:
-        """Collect, by the names of ``gates``, the gates of each pass inside the context, as in ``Observation``."""
+        """Collect the gates of each forward pass in the context, as in ``Observation``, by the names of ``gates``."""
         names = {gate: name for name, gate in self.gates()}
         seen: dict[str, list[Tensor]] = {name: [] for name in names.values()}
 
@@ -248,9 +248,9 @@ class SimMPNet(nn.Module):
             yield seen
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the parameters for an optimizer; ``lr_scale`` of a group is its share of the learning rate.
+        """Return the parameters for an optimizer; ``lr_scale`` of a group multiplies its learning rate.
 
-        The second group, if there is one, is the gate between the encoders (``networks/gates.py`` says why).
+        The second group, if there is one, is the gate between the encoders (``networks/gates.py`` explains why).
         """
         if self.gate is None or self.gate.lr_scale == 1:
             return [{"params": list(self.parameters()), "lr_scale": 1.0}]
