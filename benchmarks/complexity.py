@@ -8,6 +8,7 @@ baseline instead.
 import pandas as pd
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import add_network, past_warm_up
@@ -23,7 +24,8 @@ def count(network: nn.Module, size: int, channels: int) -> dict[str, tuple[float
     The image is (channels, size, size). Buffers, such as the columns of a memory, are not counted as parameters.
     """
     # Gradients stay on: without them nn.MultiheadAttention takes a fused path that the counter does not see.
-    with FlopCounterMode(display=False) as counter:
+    # Not all versions of PyTorch count a CPU's fused attention, so it is computed as two products.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         network.eval()(torch.zeros(1, channels, size, size))
     flops = {name: sum(operations.values()) for name, operations in counter.get_flop_counts().items()}
 

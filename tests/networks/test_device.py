@@ -105,7 +105,7 @@ class Operations(TorchDispatchMode):
         return len(seen)
 
 
-# With one operation for each step of the update of each bank and each subset, these were 976 of 2482 (3219), and 193.
+# Before updates and subsets were batched: 976 of 2482 (3219), and 193. The loss has 160 in PyTorch 2.15, 185 in 2.11.
 @pytest.mark.parametrize(("amp_dtype", "most"), [(None, 1760), (torch.bfloat16, 2520)])
 def test_a_step_starts_few_operations(amp_dtype, most, monkeypatch):
     torch.set_deterministic_debug_mode("default")  # a test before may have left it on; it splits resizing into many
@@ -128,7 +128,7 @@ def test_a_step_starts_few_operations(amp_dtype, most, monkeypatch):
             bank.writable = False
         forward(images)
         of_the_update = whole - started.count()
-    assert whole <= most and of_the_update <= 300 and of_the_loss <= 160, (whole, of_the_update, of_the_loss)
+    assert whole <= most and of_the_update <= 300 and of_the_loss <= 190, (whole, of_the_update, of_the_loss)
 
 
 # Of the operations that PyTorch's documentation of use_deterministic_algorithms lists, those that raise on a GPU.
