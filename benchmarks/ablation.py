@@ -81,7 +81,7 @@ def main() -> None:
     if unknown := set(args.rows or ()) - set(rows):
         raise RunError(f"--rows {', '.join(sorted(unknown))}: unknown in {args.preset}; choose from {', '.join(rows)}")
     if taken := {"--seed", "--output_dir", "--resume"} & {flag.split("=")[0] for flag in args.flags}:
-        raise RunError(f"{', '.join(sorted(taken))} after --: each run has its own; use --seeds and --output_dir")
+        raise RunError(f"{', '.join(sorted(taken))} after --: leave it out, or give --seeds or --output_dir before --")
     for seed in args.seeds:  # first one seed of every row, so that an interrupted call has all rows
         for name in args.rows or rows:
             row, folder = shlex.split(rows[name]), args.output_dir / name.replace(" ", "_") / f"seed_{seed}"

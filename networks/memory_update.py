@@ -42,7 +42,7 @@ def _groups(banks: Sequence[PrototypeMemoryBank]) -> list[list[int]]:
 
 
 class _Update:
-    """Update banks of the same M and d together.
+    """Update banks of the same M, d and momentum together.
 
     The softmax over the keys of a cluster is computed in chunks of R keys; the last chunk of a cluster is padded. The
     maximum and the sum of a cluster are merged from its chunks, and then from all ranks.
