@@ -1,4 +1,4 @@
-"""The data sets: their facts, preparation, reading and augmentation. Imports neither networks nor utils."""
+"""The data sets: their facts, preparation, reading and augmentation. It imports neither networks nor utils."""
 
 from datasets import acdc, custom, isic, phantom, segpc, synapse
 from datasets.errors import DataError

@@ -1,8 +1,8 @@
 """ACDC: cardiac MR of 100 patients, two frames each (end of diastole and end of systole).
 
 Bernard et al., "Deep learning techniques for automatic MRI cardiac multi-structures segmentation and diagnosis: is the
-problem solved?", IEEE TMI 2018. Arrays are (z, y, x), as SimpleITK reads them and as the public h5 volumes store them:
-nibabel's axes in reverse order, none of them flipped.
+problem solved?", IEEE TMI 2018. Arrays are (z, y, x), as SimpleITK reads them and as the public h5 volumes store them.
+This is the reverse order of nibabel's axes; no axis is flipped.
 """
 
 import logging
@@ -41,10 +41,10 @@ _FRAME = "patient[0-9]{3}_frame[0-9]{2}"
 def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = False) -> list[str]:
     """Write ``out/train_npz`` and ``out/test_vol_h5`` for every patient and return the names of the volumes.
 
-    raw: holds the challenge's ``patientXXX_frameYY.nii.gz`` and ``patientXXX_frameYY_gt.nii.gz`` in folders of any
-    depth, or ``patientXXX_frameYY.h5``, as SSL4MIS and WSL4MIS provide them; of a frame that has only slices,
-    ``patientXXX_frameYY_slice_Z.h5``, these. Each volume is scaled to [0, 1] by its own minimum and maximum. jobs,
-    overwrite: as in ``prepare_volumes``. Raises DataError for raw data that are missing or unfit.
+    raw: a folder with the challenge's ``patientXXX_frameYY.nii.gz`` and ``patientXXX_frameYY_gt.nii.gz`` at any depth,
+    or with the ``patientXXX_frameYY.h5`` of SSL4MIS and WSL4MIS. If a frame has only slices there
+    (``patientXXX_frameYY_slice_Z.h5``), its volume is built from them. Each volume is scaled to [0, 1] by its own
+    minimum and maximum. jobs, overwrite: as in ``prepare_volumes``. Raises DataError for missing or unusable raw data.
     """
     raw = Path(raw)
     INFO.require(raw)
@@ -63,12 +63,12 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
     for patient, count in Counter(case.name.split("_")[0] for case in cases).items():
         if count != 2:
             found = counted(count, "frame")
-            logger.warning("%s: %s has %s, not 2; is the archive unpacked completely?", raw, patient, found)
+            logger.warning("%s: %s has %s, expected 2; unpack the whole archive", raw, patient, found)
     return prepare_volumes(read, cases, out, jobs, overwrite)
 
 
 def _hdf5_cases(raw: Path, files: list[Path]) -> list[RawCase]:
-    """Return the volumes below a folder, and the slices of every frame without a volume; not what is prepared there."""
+    """Return a case for each frame below a folder: its HDF5 volume, or its slices without one. Skip prepared files."""
     files = [path for path in files if VOLUME_FOLDER not in path.relative_to(raw).parts]
     volumes = files_by_name(files, rf"({_FRAME})(?:\.npy)?\.h5")
     without = (path for path in files if volume_name(path) not in volumes)
@@ -82,7 +82,5 @@ def _read_hdf5(case: RawCase) -> Volume:
     depth, *plane = volume.image.shape
     if depth > min(plane):
         shape = f"{depth} slices of {plane[0]} x {plane[1]}"
-        raise DataError(
-            f"{case.images[0]}: its shape means {shape}; expected (slices, rows, columns): store it like that"
-        )
+        raise DataError(f"{case.images[0]}: has {shape}; expected the axes (slices, rows, columns): reorder the axes")
     return replace(volume, image=to_unit(volume.image), class_names=CLASS_NAMES)

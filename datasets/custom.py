@@ -1,8 +1,8 @@
-"""Data of the user's own: find out what they are, prepare them, and describe them to the scripts.
+"""The user's own data: examine and prepare them, and describe them to the scripts.
 
-``prepare`` reads every case once to learn sizes, spacings, label values and intensities, says what it found, and then
-writes the files that the named data sets have, ``lists/fold_<k>``, and ``dataset.json`` with the facts from which
-``info_of`` makes the DatasetInfo.
+``prepare`` reads every case once to find its size, spacing, label values and intensities, and logs what it found. Then
+it writes the same files as for the named data sets, ``lists/fold_<k>``, and ``dataset.json``, from which ``info_of``
+makes the DatasetInfo.
 """
 
 import json
@@ -31,17 +31,17 @@ from datasets.volumes import Volume
 
 logger = logging.getLogger(__name__)
 
-# Directions of x, y and z for slices across each axis. Figures then show the front or the head at the top.
+# Directions of x, y and z for slices in each plane. Figures then show the patient's front or head at the top.
 AXES = {"axial": "LPS", "coronal": "LIP", "sagittal": "PIL"}
-_PLANES = dict(S="axial", I="axial", A="coronal", P="coronal", L="sagittal", R="sagittal")  # by the axis across them
-# What becomes 0 and 1 by default; 0.5 and 99.5 are nnU-Net's, which takes them of the foreground of all CT scans.
+_PLANES = dict(S="axial", I="axial", A="coronal", P="coronal", L="sagittal", R="sagittal")  # by slice axis
+# Intensities that become 0 and 1 by default. nnU-Net uses these percentiles of the foreground of all CT scans.
 PERCENTILES, DEVIATIONS = (0.5, 99.5), (-4.0, 4.0)
-SAMPLES = 10_000  # foreground voxels of a case from which the window of CT is found
+SAMPLES = 10_000  # largest number of foreground voxels per case from which the CT window is computed
 _HOW_TO_GET = "prepare the data first: python prepare_data.py custom"
 
 
 def info_of(folder: str | Path, fold: int = 0) -> DatasetInfo:
-    """Return the facts of a prepared folder, with the lists of a fold; raises DataError for another folder."""
+    """Return the facts of a prepared folder, with the lists of a fold; raises DataError if it is not prepared."""
     path = Path(folder) / JSON
     if not path.is_file():
         raise DataError(f"{path}: no such file; {_how_to_get(folder)}")
@@ -53,7 +53,7 @@ def _how_to_get(folder: str | Path) -> str:
 
 
 def info_from(facts: dict[str, Any], folder: str | Path, fold: int = 0) -> DatasetInfo:
-    """Return a DatasetInfo of the facts in a prepared ``dataset.json``; raises DataError for other facts."""
+    """Return a DatasetInfo from the facts in a prepared ``dataset.json``; raises DataError if they are not valid."""
     try:
         count = int(facts["folds"])
         info = DatasetInfo(
@@ -72,14 +72,14 @@ def info_from(facts: dict[str, Any], folder: str | Path, fold: int = 0) -> Datas
         )
     except (KeyError, TypeError, ValueError) as error:
         path, reason = Path(folder) / JSON, brief(error)
-        raise DataError(f"{path}: not of a prepared folder ({reason}); {_HOW_TO_GET} --raw {folder}") from error
+        raise DataError(f"{path}: is not from a prepared folder ({reason}); {_HOW_TO_GET} --raw {folder}") from error
     if not 0 <= fold < count:
-        raise DataError(f"{folder}: has folds 0 to {count - 1}, no {fold}; prepare it with other --folds")
+        raise DataError(f"{folder}: has no fold {fold}, only 0 to {count - 1}; prepare it again with more --folds")
     return info
 
 
 def info_of_run(data: dict[str, Any], folder: str | Path, fold: int) -> DatasetInfo:
-    """Return a DatasetInfo of what a run in a fold of a prepared folder stores of its data."""
+    """Return a DatasetInfo from the data facts that a run stores. folder, fold: the prepared data that it used."""
     facts = {"name": data["dataset"], "folds": fold + 1, "test": False, "patient_pattern": None}
     return info_from(data | facts, folder, fold)
 
@@ -94,21 +94,21 @@ INFO = DatasetInfo(
     train_script="train_custom.py --data data/NAME",
     fold=0,
 )
-"""Stands for a set where none is given yet."""
+"""Placeholder for a data set that the user has not given yet."""
 
 
 @dataclass
 class Look:
-    """What one case is, before it is prepared."""
+    """The properties of one case before it is prepared."""
 
-    size: tuple[int, ...]  # (z, y, x) as stored, of a picture (H, W)
-    values: list[int]  # of the label, without background
-    spacing: dict[str, float] | None = None  # mm between slices, by the name of their plane
-    foreground: Sequence[np.ndarray] = ()  # intensities inside the label, of each channel
+    size: tuple[int, ...]  # (z, y, x) as stored; (H, W) for a picture
+    values: list[int]  # label values, without background
+    spacing: dict[str, float] | None = None  # distance between slices in mm, for each plane
+    foreground: Sequence[np.ndarray] = ()  # intensities inside the label, one array per channel
 
 
 def _look(channels: int, classes: dict[int, str] | None, case: RawCase) -> Look | DataError:
-    """Read a case as stored; return the error of one that cannot be used. channels: 0 for a picture."""
+    """Read a case as stored and return its properties, or the error if it is unusable. channels: 0 for a picture."""
     path = case.labels[0]
     spacing, foreground = None, []
     try:
@@ -129,8 +129,8 @@ def _look(channels: int, classes: dict[int, str] | None, case: RawCase) -> Look 
         if unknown:
             declared = brief(", ".join(f"{value} {name}" for value, name in classes.items()), 120)
             raise DataError(
-                f"{path}: holds label values {brief(', '.join(map(str, unknown)), 60)}; {JSON} declares {declared}: "
-                "declare them there, or correct the file"
+                f"{path}: has label values {brief(', '.join(map(str, unknown)), 60)}, but {JSON} declares {declared}; "
+                "declare the values there, or correct the file"
             )
     except DataError as error:
         return error
@@ -145,16 +145,16 @@ def prepare(
 ) -> list[str]:  # fmt: skip
     """Prepare data in one of the forms of ``recognise`` and return the names of the cases.
 
-    axis: a key of AXES, None: across the coarsest spacing; normalize: ``percentiles`` or ``zscore`` of each scan, None:
-    a window for CT and percentiles for others; window: intensities that become 0 and 1; class_names: of label values in
-    rising order, where none are declared; folds, test, splits, seed, patient_pattern: as in ``divide``; skip_bad: leave
-    out the cases that cannot be used. jobs, overwrite: as in ``prepare_volumes``. Raises DataError for raw data that
-    are missing or unfit, before anything is written.
+    axis: a key of AXES; None: across the coarsest spacing. normalize: ``percentiles`` or ``zscore`` of each scan; None:
+    a window for CT, percentiles for other channels. window: intensities that become 0 and 1. class_names: names of the
+    label values in ascending order; None: the declared names. folds, test, splits, seed, patient_pattern: as in
+    ``divide``. skip_bad: leave out the cases that cannot be used. jobs, overwrite: as in ``prepare_volumes``. Raises
+    DataError for missing or unusable raw data, before anything is written.
     """
     if window is not None and not -np.inf < window[0] < window[1] < np.inf:
-        raise DataError(f"--window {window[0]:g} {window[1]:g}: expected two rising intensities")
+        raise DataError(f"--window {window[0]:g} {window[1]:g}: expected two finite intensities, the lower one first")
     if splits is not None and (folds, test, seed) != (None, 0, 2222):
-        raise DataError(f"--splits {splits} says how to divide the cases: leave --folds, --test and --seed out")
+        raise DataError(f"--splits {splits} already divides the cases: leave --folds, --test and --seed out")
     out, found = Path(out), recognise(raw)
     if out.resolve() == Path(raw).resolve():
         raise DataError(f"{out}: this is the raw folder, whose {JSON} would be overwritten; give another --out")
@@ -167,13 +167,13 @@ def prepare(
     cases = [case for case in found.cases if case.name in looks]
     _say(found, looks, problems)
     if problems and (not skip_bad or not cases):
-        remedy = "leave them out with --skip_bad" if cases else "correct them"
-        more = f" (and {len(problems) - 1} more cases do not fit, above: {remedy})" if len(problems) > 1 else ""
+        remedy = "leave all of them out with --skip_bad" if cases else "correct all of them"
+        more = f" (more unusable cases, listed above: {len(problems) - 1}; {remedy})" if len(problems) > 1 else ""
         raise DataError(f"{next(iter(problems.values()))}{more}")
     refuse_names(raw, looks, found.planar)
     values, names = _classes(raw, found, looks, class_names)
     owner = str
-    if found.planar:  # crops of one image are not divided, nor without a pattern copies of it (100 and 100_flip)
+    if found.planar:  # keep crops of one image in one list; without a pattern also its copies (100 and 100_flip)
         owner = image_of if patient_pattern else partial(_original, looks)
     lists = divide(list(looks), folds, test, splits, seed, patient_pattern, problems, owner)
     if unused := looks.keys() - {name for parts in lists for part in parts.values() for name in part}:
@@ -205,7 +205,7 @@ def prepare(
 
 
 def _original(names: Collection[str], name: str) -> str:
-    """Return the shortest beginning of a picture's name that is itself one of the names, or else its image."""
+    """Return the first words of a picture's name that are a name as well (100 for 100_flip), else its image's name."""
     image = image_of(name)
     return next((start for start in beginnings(image) if start in names), image)
 
@@ -216,17 +216,17 @@ def _read_picture(values: Sequence[int], case: RawCase, bits: int | None) -> Pai
 
 
 def _read_values(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """Return the values of a picture's mask, (H, W). A JPEG blurs them, so it can show one class, white on black."""
+    """Return the values of a picture's mask, (H, W). A JPEG blurs them, so only one class is read, white on black."""
     if path.suffix.lower() in (".jpg", ".jpeg"):
         high = int(read_grey(path, shape).max())
-        if 0 < high < 240:  # as of a second class, which other masks show in white
+        if 0 < high < 240:  # possibly one of several classes; another one is white
             raise DataError(f"{path}: its brightest grey is {high}; expected 255 in a JPEG: save the masks as PNG")
         return 255 * read_classes(path, shape, (0, 255))
     return read_grey(path, shape, indices=True)
 
 
 def _indices(values: Sequence[int], _: Path, label: np.ndarray) -> np.ndarray:
-    """Return the class indices 1, 2, ... of label values in their order: uint8."""
+    """Return a label as class indices, uint8: ``values[0]`` becomes 1, ``values[1]`` becomes 2, and so on."""
     table = np.zeros(max(values) + 1, np.uint8)
     table[list(values)] = np.arange(1, len(values) + 1)
     return table[label]
@@ -239,7 +239,7 @@ def _say(found: Raw, looks: dict[str, Look], problems: dict[str, str]) -> None:
     logger.info("channels    %d: %s", len(found.channels), ", ".join(found.channels))
     named = [f"{value} {name}" for value, name in (found.classes or {}).items()]
     values = sorted({value for look in looks.values() for value in look.values})
-    logger.info("classes     %s", brief(", ".join(named), 200) or f"not declared, values {brief(values, 80)}")
+    logger.info("classes     %s", brief(", ".join(named), 200) or f"not declared; label values {brief(values, 80)}")
     if looks:
         sizes = [look.size for look in looks.values()]
         axes = "rows, columns" if found.planar else "slices, rows, columns as stored"
@@ -248,13 +248,13 @@ def _say(found: Raw, looks: dict[str, Look], problems: dict[str, str]) -> None:
     if spacings:
         logger.info("spacing     %s", ", ".join(f"{name} {mm:.3g} mm" for name, mm in spacings.items()))
     for problem in problems.values():
-        logger.warning("does not fit: %s", problem)
+        logger.warning("cannot be used: %s", problem)
 
 
 def _classes(
     raw: str | Path, found: Raw, looks: dict[str, Look], class_names: Sequence[str] | None
 ) -> tuple[list[int], list[str]]:
-    """Return the label values of the classes, rising, and the names of the classes."""
+    """Return the label values of the classes in ascending order, and the names of the classes."""
     if found.classes is not None:
         values, names = list(found.classes), list(found.classes.values())
     else:
@@ -265,25 +265,25 @@ def _classes(
     if not values or len(values) > MAX_CLASSES or objects:
         raise DataError(
             f"{raw}: its labels hold {len(values)} values, {brief(values, 60)}; expected 1 to {MAX_CLASSES} classes: "
-            "store 1, 2, ... in uncompressed files, not objects numbered one by one, or name every value with "
+            "store class indices 1, 2, ... without lossy compression, not numbered objects, or name every value with "
             "--class_names"
         )
     if len(values) > 1 and {*values} <= {1, 255, 65535} and not declared:
         raise DataError(
-            f"{raw}: its labels hold {' and '.join(map(str, values))}, often one class in several forms; store 1 in "
-            "all files, or name the classes with --class_names"
+            f"{raw}: its labels hold {' and '.join(map(str, values))}, which often mean the same class; store 1 for it "
+            "in all files, or name different classes with --class_names"
         )
     if class_names and not len({*class_names}) == len(class_names) == len(values):
-        raise DataError(f"--class_names: {counted(len(class_names), 'name')}; expected {len(values)} different")
+        raise DataError(f"--class_names: {counted(len(class_names), 'name')}; expected {len(values)} different ones")
     names = list(class_names or names)
     if not all(map(is_class_name, names)):
         what = f"its classes are called {brief(names, 200)}; expected names of 1 to 100 letters"
-        raise DataError(f"{raw}: {what}: give others with --class_names, or in {JSON}")
+        raise DataError(f"{raw}: {what}: give other names with --class_names, or in {JSON}")
     return values, names
 
 
 def _spacings(looks: Sequence[Look]) -> dict[str, float]:
-    """Return the median distance in mm between slices of each plane, over the cases that state one."""
+    """Return the median slice distance in mm for each plane, over cases with a known spacing; {} if there is none."""
     known = [look.spacing for look in looks if look.spacing]
     return {name: float(np.median([spacing[name] for spacing in known])) for name in AXES} if known else {}
 
@@ -292,7 +292,7 @@ def _preprocessing(
     channels: Sequence[str], looks: Sequence[Look], used: Sequence[Look], axis: str | None, normalize: str | None,
     window: Sequence[float] | None,
 ) -> Preprocessing:  # fmt: skip
-    """Return the preprocessing of scans. looks: of all cases; used: those that may decide the window of CT."""
+    """Return the preprocessing of scans. looks: all cases; used: the cases from which a CT window may be computed."""
     spacings = _spacings(looks) or dict.fromkeys(AXES, 1.0)
     coarsest = max(spacings, key=lambda name: (round(spacings[name], 2), name == "axial"))
     scales = []
@@ -305,11 +305,11 @@ def _preprocessing(
             scale = Scale("percentiles", *PERCENTILES)
         else:
             if not used:
-                raise DataError(f"channel {channel}: every case tests in some fold; give --window LOW HIGH")
+                raise DataError(f"channel {channel}: every case is a test case in some fold; give --window LOW HIGH")
             inside = np.concatenate([look.foreground[number] for look in used])
             low, high = np.percentile(inside, PERCENTILES) if len(inside) else (0, 0)
             if not low < high:
-                raise DataError(f"channel {channel}: no two intensities inside the labels; give --window LOW HIGH")
+                raise DataError(f"channel {channel}: intensities in the labels do not differ; give --window LOW HIGH")
             scale = Scale("window", round(float(low), 3), round(float(high), 3))
         scales.append(scale)
     orientation = AXES[axis or coarsest]
@@ -319,21 +319,21 @@ def _preprocessing(
 
 
 def _write_facts(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
-    """Write ``dataset.json``, ``overwrite``: remove all cases before; raises DataError for cases of other facts."""
+    """Write ``dataset.json``; overwrite: remove all cases first. Raises DataError if its cases have other facts."""
     text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
-    if (out / JSON).is_file() and overwrite:  # an interruption leaves no file that the new facts do not describe
+    if (out / JSON).is_file() and overwrite:  # no old file stays beside the new facts, even after an interruption
         remove_prepared(out)
     elif (out / JSON).is_file():
         before, now = read_json(out / JSON), json.loads(text)
-        # Earlier versions did not write it; its old path may be a link now.
+        # Earlier versions did not write the source. If it was moved, its old path may now be a link to it.
         before["source"] = str(Path(before.get("source", now["source"])).resolve())
         for key in ("source", "class_names", "channels", "planar", "preprocessing", "label_values"):
             if before.get(key) != now[key]:
-                moved = "if the raw folder has moved, link its old path to it, otherwise " if key == "source" else ""
+                moved = "if the raw folder has moved, link its old path to it; otherwise " if key == "source" else ""
                 raise DataError(
                     f"{out}: was prepared with {key} {brief(before.get(key), 100)}, not {brief(now[key], 100)}; "
                     f"{moved}prepare all cases again with --overwrite, or give another --out"
                 )
     elif any(folder.is_dir() for folder in (out / VOLUME_FOLDER, out / MASK_FOLDER)):
-        raise DataError(f"{out}: holds files of another preparation, without a {JSON}; give another --out")
+        raise DataError(f"{out}: holds files of another preparation, but no {JSON}; give another --out")
     write_text(out / JSON, text)

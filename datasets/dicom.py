@@ -1,7 +1,7 @@
 """Read one DICOM series: pydicom reads the headers, SimpleITK decodes the pixels.
 
-A file holds one slice, or many as frames (enhanced multi-frame). Until ``load_dicom`` returns, axes are those of DICOM:
-x, y and z run to the patient's left, posterior and superior.
+A file holds one slice, or many slices as frames (enhanced multi-frame). The axes are those of DICOM (x, y and z run to
+the patient's left, posterior and superior), except in the affine that ``load_dicom`` returns.
 """
 
 import logging
@@ -25,17 +25,17 @@ from datasets.storage import check_declared, reading
 logger = logging.getLogger(__name__)
 
 TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # from the axes of DICOM and ITK to those of NIfTI, and back
-JITTER = 0.05  # how far a slice may lie off its place, of the distance between two slices
+JITTER = 0.05  # largest deviation of a slice from its regular position, as a fraction of the slice distance
 _FOREIGN = "not DICOM"
 _TIMES = ("TemporalPositionIndex", "TemporalPositionIdentifier", "TriggerTime", "AcquisitionNumber", "InstanceNumber")
 
 
 def load_dicom(path: Path, time_point: int | None = None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return (real values (z, y, x); float64 (4, 4) from the indices (x, y, z) to mm in NIfTI's space, or None).
+    """Return the intensities (z, y, x), and the affine from indices (x, y, z) to mm in NIfTI's space, float64 (4, 4).
 
-    path: a folder with one series in it or below it, one file of the series, or a DICOMDIR; time_point: which image of
-    each position, in the order of time, where there are several. The affine is None where the headers have no
-    positions. Raises DataError for anything but one complete series on a regular grid.
+    path: a folder with one series in it or below it, one file of the series, or a DICOMDIR; time_point: if there are
+    several images at each position, the index of the one to read, in order of time. The affine is None if the headers
+    lack the geometry. Raises DataError unless the files are one complete series on a regular grid.
     """
     slices: list[Slice] = []
     for file, header in _find_series(path).items():
@@ -45,8 +45,8 @@ def load_dicom(path: Path, time_point: int | None = None) -> tuple[np.ndarray, n
     for single in slices:
         if single.size != first.size or not np.allclose(single.axes, first.axes, rtol=1e-5, atol=1e-3, equal_nan=True):
             raise DataError(
-                f"{single.file}: differs from {first.file.name} in size, spacing or direction, but both are of one "
-                "series; expected one stack of slices: move the files of other stacks, such as localizers, elsewhere"
+                f"{single.file}: differs from {first.file.name} in size, spacing or direction, but both belong to one "
+                "series; expected one stack of slices: move the files of other stacks (localizers) elsewhere"
             )
     check_declared(path, "image", (len(slices), *first.size), np.dtype(np.int32), remedy="crop it")
     slices, affine = _stack(path, slices, time_point)
@@ -54,7 +54,7 @@ def load_dicom(path: Path, time_point: int | None = None) -> tuple[np.ndarray, n
 
 
 def several_series(folder: Path) -> list[Path]:
-    """Return the subfolders and files of a folder that are a DICOM series each, or none if it is one series in all."""
+    """Return the DICOM files and subfolders of a folder if they are several series, one each; else an empty list."""
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         files = find_files(path) if path.is_dir() else [path]
@@ -65,20 +65,20 @@ def several_series(folder: Path) -> list[Path]:
 
 
 def choose(path: Path, count: int, time_point: int | None, what: str) -> int:
-    """Return the index of the wanted one of ``count`` volumes; raises DataError if that is not clear."""
+    """Return the index of the chosen one of ``count`` volumes; raises DataError if it is missing or out of range."""
     if time_point is None and count > 1:
         raise DataError(
             f"{path}: has {count} {what}; choose one (predict.py: --time_point 0 to {count - 1}), "
             f"or declare them as channels in dataset.json (docs/adding_a_data_set.md)"
         )
     if not 0 <= (time_point or 0) < count:
-        raise DataError(f"{path}: has no time point {time_point}, but {count} {what}; the first one is 0")
+        raise DataError(f"{path}: has no time point {time_point}, only {count} {what}; the first one is 0")
     return time_point or 0
 
 
 @contextmanager
 def itk() -> Iterator[None]:
-    """Keep off the screen what ITK's libraries write to it, and shorten their errors to the cause."""
+    """Hide what ITK's libraries print to stderr, and turn their errors into a ValueError with only the cause."""
     sys.stderr.flush()
     screen = os.dup(2)
     try:
@@ -93,14 +93,14 @@ def itk() -> Iterator[None]:
 
 
 def _find_series(path: Path) -> dict[Path, Any]:
-    """Return the headers of the one series that ``path`` means, by file, and log what is left out."""
+    """Return the headers of the one series at ``path``, by file, and log which files are left out."""
     whole = path.is_dir() or path.name.upper() == "DICOMDIR"
     folder = path if path.is_dir() else path.parent
     files = find_files(folder) if whole else sorted(file for file in folder.iterdir() if file.is_file())
     headers = {file: _header(file) for file in files if not file.name.startswith(".")}
     others = {file: kind for file, header in headers.items() if (kind := _kind(header))}
     if path in others and not whole:
-        raise DataError(f"{path}: is {others[path]}; expected an image of a series")
+        raise DataError(f"{path}: is {others[path]}; expected an image of a DICOM series")
     series = defaultdict(list)
     for file, header in headers.items():
         if file not in others:
@@ -110,8 +110,8 @@ def _find_series(path: Path) -> dict[Path, Any]:
     left_out = brief(", ".join(f"{file.relative_to(folder)} ({kind})" for file, kind in others.items()))
     if not series:
         raise DataError(
-            f"{path}: no scan is in this folder and no DICOM series in or below it, only {left_out or 'nothing'}; give "
-            "a file or folder as in docs/own_scans.md"
+            f"{path}: contains no scan and, also in its subfolders, no DICOM series; found: {left_out or 'nothing'}; "
+            "give a file or folder as in docs/own_scans.md"
         )
     if len(series) > 1:
         found = brief("; ".join(
@@ -120,11 +120,11 @@ def _find_series(path: Path) -> dict[Path, Any]:
         ))  # fmt: skip
         raise DataError(f"{path}: contains {len(series)} DICOM series ({found}); expected one: give one of its files")
     (files,) = series.values()
-    for file, kind in others.items():  # it may be the last slice
+    for file, kind in others.items():  # a damaged file may be the last slice
         if kind == _FOREIGN and file.parent == files[0].parent and file.suffix == files[0].suffix != "":
-            raise DataError(f"{file}: is no readable slice of this folder's series; export it again, or move it away")
+            raise DataError(f"{file}: has this series' extension but is not readable; export it again, or move it away")
     if left_out and whole:
-        logger.warning("%s: left out, because they are not images: %s", folder, left_out)
+        logger.warning("%s: some files are left out, because they are not images: %s", folder, left_out)
     if not whole or files[0].parent != folder:
         logger.info("%s: read as the series of %s in %s", path, counted(len(files), "file"), files[0].parent)
     return {file: headers[file] for file in files}
@@ -134,36 +134,36 @@ def _header(file: Path) -> Any:
     """Return a file's pydicom data set without its pixels, or None if it is not DICOM."""
     import pydicom
 
-    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # a slip in a name is no error
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # accept invalid values
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return pydicom.dcmread(file, defer_size=1024, force=file.suffix.lower() in ("", ".dcm", ".ima"))
-    except Exception:  # of many kinds
+    except Exception:  # pydicom raises many kinds
         return None
 
 
 def _kind(header: Any) -> str:
-    """Return what a file is, in words: nothing for an image."""
+    """Return the kind of a file in words; an empty string for an image."""
     from pydicom.uid import UID
 
     if not header:
         return _FOREIGN
     uid = UID(header.get("SOPClassUID") or header.get("file_meta", {}).get("MediaStorageSOPClassUID") or "")
-    if uid.name == uid:  # of no known kind
+    if uid.name == uid:  # pydicom does not know it
         return "" if "Rows" in header else uid if "SeriesInstanceUID" in header else _FOREIGN
     is_image = "Image Storage" in uid.name and not re.search("^RT|Non-Image", uid.name)
     return "" if is_image else uid.name.removesuffix(" Storage")
 
 
 class Slice:
-    """One slice, and what its header says of it.
+    """One slice, with the facts from its header.
 
-    size: (H, W); position: of the first pixel in mm, (3,); axes: mm from a pixel to the next along x and along y,
-    (2, 3); both are NaN where the header does not have them. rounding: largest error of a coordinate in mm, as its
-    decimals show; thickness: in mm, or None; rescale: slope and intercept, or None where SimpleITK applies them; time:
-    what orders the images of one position.
+    size: (H, W); position: of the first pixel in mm, (3,); axes: vectors in mm from a pixel to the next along x and
+    along y, (2, 3); both are NaN if the header lacks the geometry. rounding: largest rounding error of a coordinate in
+    mm, by its number of decimals; thickness: in mm, or None; rescale: slope and intercept, or None if SimpleITK applies
+    them; time: sorts the images at one position.
     """
 
     def __init__(self, file: Path, frame: int, header: Any):
@@ -193,16 +193,16 @@ class Slice:
 
 
 def _slices_of(file: Path, header: Any) -> list[Slice]:
-    """Return the slices of one file; raises DataError for missing pixels and for what is no grey image."""
+    """Return the slices of one file; raises DataError if pixels are missing or this kind of image is not supported."""
     if header.get("SamplesPerPixel", 1) != 1 or not header.PhotometricInterpretation.startswith("MONOCHROME"):
-        raise DataError(f"{file}: is in colour; expected a scan of grey values")
+        raise DataError(f"{file}: is in colour; expected a scan in grey values")
     if header.get("ModalityLUTSequence"):
-        raise DataError(f"{file}: gives its values by a table, which is not supported; convert it to NIfTI")
+        raise DataError(f"{file}: uses a lookup table for its values, which is not supported; convert it to NIfTI")
     if "MOSAIC" in (header.get("ImageType") or ()):
         raise DataError(f"{file}: is a mosaic of many slices in one image; convert it to NIfTI")
     count = int(header.get("NumberOfFrames") or 1)
     if count > 1 and len(header.get("PerFrameFunctionalGroupsSequence") or ()) != count:
-        raise DataError(f"{file}: has {count} frames without positions; expected one stack: convert it to NIfTI")
+        raise DataError(f"{file}: has {count} frames without positions; expected one for each: convert it to NIfTI")
     pixels = header.get_item("PixelData", keep_deferred=True)
     length = 0 if pixels is None else pixels.length if pixels.value is None else len(pixels.value)
     expected = count * header.Rows * header.Columns * header.BitsAllocated // 8
@@ -210,7 +210,7 @@ def _slices_of(file: Path, header: Any) -> list[Slice]:
     if length < (1 if syntax and syntax.is_encapsulated else expected):
         raise DataError(f"{file}: has {length} bytes of pixels, expected {expected}; export the series again")
     slices = [Slice(file, frame, header) for frame in range(count)]
-    # SimpleITK applies one rescaling to all frames of a file, and turns MONOCHROME1 upside down.
+    # SimpleITK applies one rescaling to all frames of a file, and inverts the values of MONOCHROME1.
     if len({single.rescale for single in slices}) == 1 and header.PhotometricInterpretation == "MONOCHROME2":
         for single in slices:
             single.rescale = None
@@ -218,7 +218,7 @@ def _slices_of(file: Path, header: Any) -> list[Slice]:
 
 
 def _stack(path: Path, slices: list[Slice], time_point: int | None) -> tuple[list[Slice], np.ndarray | None]:
-    """Return the slices of one time in order, and their affine; raises DataError where they are not a regular grid."""
+    """Return the sorted slices of one time point, and their affine; raises DataError if the grid is not regular."""
     x, y = slices[0].axes
     normal = np.cross(x, y) / np.linalg.norm(np.cross(x, y))
     slices = sorted(slices, key=lambda single: single.time)
@@ -231,8 +231,8 @@ def _stack(path: Path, slices: list[Slice], time_point: int | None) -> tuple[lis
     counts = {len(group) for group in at.values()}
     if len(counts) > 1:
         raise DataError(
-            f"{path}: has {min(counts)} to {max(counts)} images at each of its {len(at)} positions; expected equally "
-            "many: some are missing or doubled: export the series again"
+            f"{path}: has {min(counts)} to {max(counts)} images at each of its {len(at)} positions; expected the "
+            "same number at each, but some are missing or duplicated: export the series again"
         )
     where = "one position" if len(at) == 1 else f"each of {len(at)} positions"
     chosen = choose(path, *counts, time_point, f"images at {where} (several times, phases or echoes)")
@@ -248,7 +248,7 @@ def _stack(path: Path, slices: list[Slice], time_point: int | None) -> tuple[lis
     if off.max() > allowed or np.abs(gaps - np.median(gaps)).max() > np.median(gaps) / 2:
         raise DataError(f"{path}: {_irregular(slices, gaps)}")
     lean = step - normal * (step @ normal)
-    if np.linalg.norm(lean) * last <= allowed:  # no tilt, but rounding
+    if np.linalg.norm(lean) * last <= allowed:  # only rounding, not a tilt
         step = step - lean
     affine = np.eye(4)
     y = np.cross(normal, x) / np.linalg.norm(x) * np.linalg.norm(y)  # at right angles to x, in spite of rounding
@@ -257,17 +257,17 @@ def _stack(path: Path, slices: list[Slice], time_point: int | None) -> tuple[lis
 
 
 def _irregular(slices: list[Slice], gaps: np.ndarray) -> str:
-    """Say what is wrong with the distances of neighbouring slices in mm, (n - 1,), and what to do."""
+    """Return a message about irregular distances between slices. gaps: all the distances in mm, (n - 1,)."""
     found = ", ".join(f"{gap:g} mm ({counted(n, 'time')})" for gap, n in Counter(gaps.round(2).tolist()).most_common(4))
-    found += f", the widest after {slices[gaps.argmax()].file.name}"
+    found += f"; the largest is after {slices[gaps.argmax()].file.name}"
     ratios = gaps / np.median(gaps)
     if np.abs(ratios - ratios.round()).max() < 2 * JITTER:
-        return f"a slice is missing: the distances are {found}; export the series again"
-    return f"the distance of its slices changes: {found}; resample it, or move the slices of another distance elsewhere"
+        return f"a slice is missing: the slice distances are {found}; export the series again"
+    return f"the distance of its slices changes: {found}; resample it, or move slices with another distance elsewhere"
 
 
 def _pixels(slices: list[Slice]) -> np.ndarray:
-    """Decode the slices, each with its own rescaling: returns (D, H, W) in a type that holds all their values."""
+    """Decode the slices and rescale each one: returns (D, H, W) in a type that holds all values."""
     import pydicom
     import SimpleITK
 

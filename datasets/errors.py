@@ -1,10 +1,10 @@
-"""The error of bad data, and how a message quotes text from a file, counts and gives sizes."""
+"""The error for bad data, and helpers that format quoted text, counts and sizes for messages."""
 
 from collections.abc import Collection, Sequence
 
 
 class DataError(ValueError):
-    """Data that cannot be used: one line that says what was found, in which file, and what to do."""
+    """Data that cannot be used. The message is one line: the file, what was found, and what to do."""
 
 
 def brief(value: object, limit: int = 300) -> str:
@@ -19,11 +19,11 @@ def counted(number: int, noun: str) -> str:
 
 
 def extent(sizes: Collection[Sequence[float]]) -> str:
-    """Return sizes as text, of each axis the smallest and the largest: ``8 to 10 x 216 x 256``."""
+    """Return sizes as text, with the smallest and the largest size along each axis: ``8 to 10 x 216 x 256``."""
     ends = ((min(axis), max(axis)) for axis in zip(*sizes, strict=True))
     return " x ".join(f"{low:g}" if low == high else f"{low:g} to {high:g}" for low, high in ends)
 
 
 def one_line(text: str) -> str:
-    """Return a text on one line, with one space for every run of spaces and of characters that cannot be printed."""
+    """Return a text as one line: every run of spaces and unprintable characters becomes one space."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())

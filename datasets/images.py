@@ -1,6 +1,6 @@
-"""Pictures (colour images) with their masks: one for validation, testing and prediction, and the sets of a split.
+"""Pictures (colour images) with their masks: one picture, and the pictures of a split for training and for testing.
 
-An entry of a list is an ``<id>`` and names the image, or all its crops ``<id>_cell<k>`` where the image is not there.
+A list entry ``<id>`` names the image, or all its crops ``<id>_cell<k>`` if the image itself is not there.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from datasets.volumes import Volume
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize an image by cubic interpolation, averaging the pixels that become one: pictures shrink 4 to 20 times.
+    """Resize an image by bicubic interpolation with averaging, because pictures shrink 4 to 20 times.
 
     image: uint8 (H, W, 3); size: (h, w). Returns uint8 (h, w, 3).
     """
@@ -42,7 +42,7 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def shrunk_size(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """Return the (h, w) of an image of (H, W) that is shrunk in proportion to a shorter side of ``side``, never grown.
+    """Return the size (h, w) of an image (H, W) whose shorter side is shrunk to ``side``; small images keep their size.
 
     Images are shrunk before the augmentation, and resized to the network's square after it.
     """
@@ -63,7 +63,7 @@ class Picture(Volume):
     planar: ClassVar[bool] = True
 
     def network_input(self, img_size: int, part: slice = slice(None)) -> np.ndarray:
-        """Return the image at the network's size, normalised: float32 (n, 3, S, S) with n = 1, or 0 by ``part``."""
+        """Return the normalised image at the network's size: float32 (n, 3, S, S); n = 1, or 0 if ``part`` is empty."""
         shrunk = [resize_image(image, shrunk_size(image.shape[:2], img_size)) for image in self.image[part]]
         square = [resize_image(image, (img_size, img_size)) for image in shrunk]
         return self.preprocessing.normalise(np.reshape(square, (-1, img_size, img_size, 3)))
@@ -89,12 +89,12 @@ def read_picture(
 
 
 class ImageFolder(Sequence[Picture]):
-    """The images that a split's list names, for validation and testing; ``[i]`` reads and checks one.
+    """The images that a split's list names, for validation and testing; ``[i]`` reads and checks image i.
 
-    info: facts of the data set; folder: holds ``images`` and ``masks``; num_classes counts the background. ``source``
-    is the list, ``names`` the images' names, ``files`` their (image file, mask file) by name, ``kind`` what they show:
-    whole images, single cells, or both. Raises DataError at once for a bad list, a missing folder, entries without an
-    image, images without a mask, and an image that two entries name, and for a bad file when it is read.
+    info: facts of the data set; folder: holds ``images`` and ``masks``; num_classes: with background. ``source`` is the
+    path of the list, ``names`` are the images' names, ``files`` maps a name to (image file, mask file), and ``kind``
+    says whether they are whole images, single cells, or both. The constructor raises DataError for a bad list, a
+    missing folder, image or mask, and an image that two entries name; reading raises it for a bad file.
     """
 
     def __init__(self, info: DatasetInfo, folder: str | Path, list_dir: str | Path, split: str, num_classes: int):
@@ -103,20 +103,20 @@ class ImageFolder(Sequence[Picture]):
         entries, self.source = read_list(list_dir, split), list_path(list_dir, split)
         images, masks = Path(folder, IMAGE_FOLDER), Path(folder, MASK_FOLDER)
         files = image_files(images)
-        # Where an image is there as well as its crops, its name is its own.
+        # If an image and its crops are there, the image's name means only the image.
         named = {path: {path.name, name} | {image_of(name)} - files.keys() for name, path in files.items()}
         self.names = [path.stem for path in named_files(self.source, entries, named, f"image in {images}")]
         there = {path.stem for path in masks.glob("*.png")}
         refuse_missing(masks, f"images of {self.source} have no mask <id>.png", self.names, there)
         self.files = {name: (files[name], masks / f"{name}.png") for name in self.names}
-        bits = common_bits(files.values(), info.preprocessing.bits)  # of all splits alike
+        bits = common_bits(files.values(), info.preprocessing.bits)  # the same for all splits
         self.preprocessing = replace(info.preprocessing, bits=bits)
         kinds = {"single cells" if name != image_of(name) else "whole images" for name in self.names}
         self.kind = " and ".join(sorted(kinds))
 
     @property
     def whole_images(self) -> set[str]:
-        """The images, not crops, of this split; they take the place of patients, which are not known."""
+        """The names of the whole images of this split; they stand for patients, which are not known."""
         return {image_of(name) for name in self.names}
 
     def __len__(self) -> int:
@@ -126,7 +126,7 @@ class ImageFolder(Sequence[Picture]):
         return self.open(index)
 
     def open(self, index: int) -> Picture:
-        """Return an image with its mask as stored, checked."""
+        """Return an image with its mask as stored; check both."""
         image, mask = self.files[self.names[index]]
         return read_picture(image, mask, self.num_classes, self.class_names, self.preprocessing)
 

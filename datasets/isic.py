@@ -34,11 +34,11 @@ COUNTS = (1815, 259, 520)  # images for training, validation and test
 
 
 def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = False) -> list[str]:
-    """Write ``out/images``, ``out/masks`` and, by ``split_names``, ``out/lists``. Return the names of the images.
+    """Write ``out/images``, ``out/masks`` and ``out/lists``, divided by ``split_names``. Return the images' names.
 
-    raw: the challenge's two folders (``IMAGES`` with ``<id>.jpg``, ``TRUTH`` with ``<id>_segmentation.png``), or
-    ``images/<id>`` with ``masks/<id>.png``. Images are copied. jobs, overwrite: as in ``prepare_images``. Raises
-    DataError for raw data that are missing or unfit.
+    raw: a folder with the challenge's two folders (``IMAGES`` with ``<id>.jpg``, ``TRUTH`` with
+    ``<id>_segmentation.png``), or with ``images/<id>`` and ``masks/<id>.png``. Images are copied. jobs, overwrite: as
+    in ``prepare_images``. Raises DataError for missing or unusable raw data.
     """
     raw = Path(raw)
     INFO.require(raw)
@@ -46,7 +46,7 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
     masks = files_by_name(_files_in(raw, TRUTH), f"(.+)_segmentation{IMAGE_PATTERN}")
     cases = paired(images, masks, f"{IMAGES}/*.jpg", f"{TRUTH}/*_segmentation.png") or ready_made(raw)
     if not cases:
-        raise DataError(f"{raw}: must hold {IMAGES} and {TRUTH}, or images and masks; {INFO.how_to_get}")
+        raise DataError(f"{raw}: no images; expected {IMAGES} and {TRUTH}, or images and masks; {INFO.how_to_get}")
     names = prepare_images(partial(read_pair, (0, 255)), cases, raw, out, jobs, overwrite)
     write_lists(Path(out) / "lists", dict(zip(INFO.splits, split_names(names, COUNTS), strict=True)))
     return names
