@@ -1,8 +1,8 @@
-"""Names of files and cases, the lists of a split, the files that they name, and the division of cases into lists.
+"""Parse the names of files and cases, read the lists of a split, find the files of a list, and divide cases into lists.
 
-``<list_dir>/<split>.txt`` has one entry a line: a file name with its extension, or a patient, volume or slice, which
-stands for every file of that name or with ``_`` after it (``patient001`` for ``patient001_frame01...``, never for
-``patient0010...``). ``val.txt`` may also be called ``valid.txt`` (MT-UNet).
+``<list_dir>/<split>.txt`` has one entry per line: a file name with its extension, or the name of a patient, volume or
+slice. Such a name stands for all files that have exactly this name or continue it after ``_``: ``patient001`` stands
+for ``patient001_frame01...``, but not for ``patient0010...``. ``val.txt`` may also be called ``valid.txt`` (MT-UNet).
 """
 
 import json
@@ -20,10 +20,10 @@ from datasets.storage import reading
 PREPARED_ENDINGS = (".npy.h5", ".h5", ".npz")  # extensions of volumes and slices, longest first
 _OTHER_NAMES = {"val": "valid", "valid": "val"}
 _SLICE = re.compile(r"(?P<volume>.+?)_slice(?P<phase>E[DS])?_?[0-9]+")
-# The names of public data in which several scans belong to one person: patient001_frame01, case_002_volume_ED,
-# sub-01_ses-2. Elsewhere a number is as often that of a scan as that of a person.
+# Matches the person in names of public data sets with several scans per person: patient001_frame01,
+# case_002_volume_ED, sub-01_ses-2. Other names are not matched: a number in them may count scans or persons.
 _PERSON = re.compile(r"sub-[A-Za-z0-9]+|(?:patient|case|subject)[-_]?[0-9]+(?![A-Za-z0-9])", re.IGNORECASE)
-PATTERN_HELP = "regular expression that finds the patient in a name, where several scans belong to one"
+PATTERN_HELP = "regular expression that finds the patient in a case name, if a patient has several scans"
 
 
 def data_name(path: str | Path) -> str:
@@ -38,12 +38,12 @@ def natural_key(name: str) -> list:
 
 
 def is_slice(path: str | Path) -> bool:
-    """Return whether a file or entry is one slice of a volume, by its name."""
+    """Return whether a file or entry has the name of one slice of a volume."""
     return _SLICE.fullmatch(data_name(path)) is not None
 
 
 def volume_name(path: str | Path) -> str:
-    """Return the volume of a file or entry: volume-4 for volume-4.npy.h5 and volume-4_slice012.npz.
+    """Return the volume name of a file or entry: volume-4 for volume-4.npy.h5 and volume-4_slice012.npz.
 
     MT-UNet's case_019_sliceED_4.npz belongs to case_019_volume_ED.
     """
@@ -52,21 +52,21 @@ def volume_name(path: str | Path) -> str:
 
 
 def has_path(name: str) -> bool:
-    """Return whether a name could lead out of a folder, or is that of a hidden file."""
+    """Return whether a name could point outside its folder, or begins with a dot (a hidden file)."""
     return re.search(r"[/\\\0]|\.\.|^\.", name) is not None
 
 
 def has_person(name: str) -> bool:
-    """Return whether the name of a volume, slice or entry begins with a person's."""
+    """Return whether the name of a volume, slice or entry begins with a person, such as patient001."""
     return _PERSON.match(volume_name(name)) is not None
 
 
 def patient_of(name: str, pattern: str | None = None) -> str:
     """Return the patient of a volume, slice or entry.
 
-    pattern: ``--patient_pattern``, a regular expression that finds the patient in the name, as its first group if it
-    has one. None: the person of names such as patient001_frame01, and every other volume is a patient of its own.
-    Raises DataError for a pattern that is not one or does not fit the name.
+    pattern: ``--patient_pattern``, a regular expression. The patient is its first group, or its whole match if it has
+    no group. None: the patient of patient001_frame01 is patient001; a volume without such a name is its own patient.
+    Raises DataError if the pattern is not a regular expression or finds no patient in the name.
     """
     name = volume_name(name)
     if pattern is None:
@@ -75,7 +75,7 @@ def patient_of(name: str, pattern: str | None = None) -> str:
     try:
         found = re.search(pattern, name)
     except re.error as error:
-        raise DataError(f"--patient_pattern {pattern}: not a regular expression ({error})") from error
+        raise DataError(f"--patient_pattern {pattern}: not a regular expression ({error}); correct it") from error
     patient = found[1 if found.re.groups else 0] if found else None
     if not patient:
         raise DataError(f"{name}: --patient_pattern {pattern} finds no patient in this name; correct the pattern")
@@ -83,20 +83,20 @@ def patient_of(name: str, pattern: str | None = None) -> str:
 
 
 def beginnings(name: str) -> list[str]:
-    """Return the names that may stand for this one in a list: its first words, up to each ``_``, and itself."""
+    """Return the entries that may stand for a name in a list: a, a_b and a_b_c for a_b_c."""
     words = name.split("_")
     return ["_".join(words[:count]) for count in range(1, len(words) + 1)]
 
 
 def list_path(list_dir: str | Path, split: str) -> Path:
-    """Return the path of a split's list, under either name of a validation list; it need not exist."""
+    """Return the path of a split's list, which may not exist. For a validation list, try val.txt and valid.txt."""
     path = Path(list_dir) / f"{split}.txt"
     other = path.with_stem(_OTHER_NAMES.get(split, split))
     return other if other.is_file() and not path.is_file() else path
 
 
 def read_list(list_dir: str | Path, split: str) -> list[str]:
-    """Return the entries of a split's list in its order, without blank lines.
+    """Return the entries of a split's list in the order of its lines, without blank lines.
 
     Raises DataError for a list that is missing, empty or not text, an entry that contains a path, and an entry that
     occurs twice.
@@ -114,14 +114,14 @@ def read_list(list_dir: str | Path, split: str) -> list[str]:
             raise DataError(f"{path}: entry {brief(repr(entry))} has a path; write the name alone, without folders")
     twice = [entry for entry, count in Counter(entries).items() if count > 1]
     if twice:
-        raise DataError(f"{path}: {brief(', '.join(twice[:3]))} occurs twice; remove one of the lines")
+        raise DataError(f"{path}: entries listed twice: {brief(', '.join(twice[:3]))}; keep one line of each")
     return entries
 
 
 def files_by_name(paths: Iterable[Path], pattern: str) -> dict[str, Path]:
-    """Return the files whose whole name matches ``pattern``, by its first group, in natural order.
+    """Return the files whose whole name matches ``pattern``, in natural order; keys are the pattern's first group.
 
-    Files whose name begins with a dot are left out. Raises DataError where two files have the same name.
+    Files whose name begins with a dot are left out. Raises DataError if two files have the same key.
     """
     files: dict[str, Path] = {}
     for path in sorted(paths, key=lambda path: natural_key(path.name)):
@@ -135,11 +135,11 @@ def select_files(
     list_dir: str | Path, split: str, root: str | Path, endings: Sequence[str] = PREPARED_ENDINGS,
     only: Sequence[str] | None = None, without: Sequence[str] = (),
 ) -> list[Path]:  # fmt: skip
-    """Return the files that a split's list names, entry by entry; those of one entry in natural order.
+    """Return the files that a split's list names, in the order of its entries; files of one entry in natural order.
 
-    root: folder of the files; a folder inside it with the split's name takes precedence (MT-UNet's layout). only,
-    without: names to keep or to leave out, each of an entry's volume or of its first words (``case0005``). Raises
-    DataError for a bad list, a name that the list does not have, an entry without a file, and a missing folder.
+    root: folder of the files; if it has a subfolder with the split's name, that is used instead (MT-UNet's layout).
+    only, without: names of cases to keep or to leave out: entries, their volumes or their patients (``case0005``).
+    Raises DataError for a bad list, a name that is not in the list, an entry without a file, and a missing folder.
     """
     source = list_path(list_dir, split)
     entries = _chosen(source, read_list(list_dir, split), only, without)
@@ -154,10 +154,10 @@ def select_files(
 
 
 def named_files(source: Path, entries: Sequence[str], names: Mapping[Path, Collection[str]], what: str) -> list[Path]:
-    """Return the files that the entries of a list name, entry by entry.
+    """Return the files that the entries of a list name, in the order of the entries.
 
-    names: of every file, in order, the entries that would name it; what: a file and its place, in words. Raises
-    DataError for entries without a file, and for a file that two entries name.
+    names: maps each file, in natural order, to the entries that stand for it; what: describes a file and its folder in
+    the error message. Raises DataError for an entry without a file, and for a file that two entries name.
     """
     files: dict[str, list[Path]] = {}
     for path, entries_of_path in names.items():
@@ -174,30 +174,30 @@ def named_files(source: Path, entries: Sequence[str], names: Mapping[Path, Colle
 
 
 def _chosen(source: Path, entries: list[str], only: Sequence[str] | None, without: Sequence[str]) -> list[str]:
-    """Return the entries that ``only`` names, or all, except those that ``without`` names; raises DataError."""
+    """Return the entries that ``only`` names (None: all) and ``without`` does not name; raises DataError."""
     names = {entry: {entry, *beginnings(volume_name(entry))} for entry in entries}
     unknown = sorted({*(only or ()), *without}.difference(*names.values()))
     if unknown:
         patients = sorted({patient_of(entry) for entry in entries}, key=natural_key)
         among = "with --val_cases, or train with --select test" if without else "with --cases"
         raise DataError(
-            f"{source}: does not name {', '.join(unknown)}; it has {brief(', '.join(patients))}: choose among these "
+            f"{source}: does not name {', '.join(unknown)}; it names {brief(', '.join(patients))}: choose from these "
             f"{among}"
         )
     kept = [e for e in entries if (only is None or names[e] & {*only}) and not names[e] & {*without}]
     if not kept:
-        raise DataError(f"{source}: no entry is left without {', '.join(without)}; hold out fewer with --val_cases")
+        raise DataError(f"{source}: no entry is left without {', '.join(without)}; give fewer cases to --val_cases")
     return kept
 
 
 def refuse_missing(where: Path, what: str, wanted: Collection[str], there: Container[str]) -> None:
-    """Raise DataError, naming the first few, if something that a list names is missing."""
+    """Raise DataError with the first five missing names if something that a list names does not exist."""
     missing = [name for name in wanted if name not in there]
     if missing:
         raise DataError(
             f"{where}: {len(missing)} of {len(wanted)} {what}: {brief(', '.join(missing[:5]))}"
-            f"{', ...' if len(missing) > 5 else ''}; prepare that data (prepare_data.py) or choose another --list_dir "
-            "or split"
+            f"{', ...' if len(missing) > 5 else ''}; prepare the missing data (prepare_data.py) or choose another "
+            "--list_dir or split"
         )
 
 
@@ -212,9 +212,9 @@ def write_lists(folder: str | Path, parts: Mapping[str, Sequence[str]]) -> None:
 
 
 def split_names(names: Iterable[str], counts: Sequence[int], seed: int = 2222) -> list[list[str]]:
-    """Divide names into parts: sort them, shuffle them once, cut. Returns the parts, each in natural order.
+    """Sort names, shuffle them once, and cut them into parts. Returns the parts, each in natural order.
 
-    counts: names in each part. Where the number of names is another, the parts keep these proportions.
+    counts: number of names in each part; if there are more or fewer names in all, the parts keep these proportions.
     """
     names = sorted(set(names))
     random.Random(seed).shuffle(names)
@@ -223,23 +223,23 @@ def split_names(names: Iterable[str], counts: Sequence[int], seed: int = 2222) -
 
 
 def is_one_line(name: str) -> bool:
-    """Return whether lists and tables can hold a name: without control characters, line breaks and bytes of no text."""
+    """Return whether a name has no control character, line break or undecodable byte, as lists and tables require."""
     return re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", name) is None
 
 
 def refuse_names(raw: str | Path, names: Collection[str], planar: bool = False) -> None:
-    """Raise DataError for fewer than two cases, and for names by which lists could not tell files apart.
+    """Raise DataError for fewer than two cases, and for names that a list cannot hold or would confuse.
 
-    planar: of pictures, of which an entry names one; of volumes it also names those that begin so, and their slices.
+    planar: pictures, not scans. For scans an entry also stands for slices and for names that continue it after ``_``.
     """
     if len(names) < 2:
-        raise DataError(f"{raw}: has {counted(len(names), 'case')}; expected 2 or more, to train and to validate on")
+        raise DataError(f"{raw}: has {counted(len(names), 'case')}; expected 2 or more, to train on and to validate on")
     for name in names:
         other = next((start for start in beginnings(name)[:-1] if start in names), None)
         if other is not None and not planar:
-            raise DataError(f"{raw}: in lists, {other} also means {name}; rename one of the two cases")
+            raise DataError(f"{raw}: in a list, {other} would also stand for {name}; rename one of the two cases")
         if (is_slice(name) and not planar) or has_path(name) or name != name.strip() or not is_one_line(name):
-            raise DataError(f"{raw}: a case is called {name!r}, which lists read otherwise; rename it")
+            raise DataError(f"{raw}: a list cannot hold the case name {name!r} (slice, path, bad character); rename it")
     for stem, alike in groupby(sorted(names, key=file_stem), file_stem):
         if len(alike := [*alike]) > 1:
             raise DataError(f"{raw}: {alike[0]} and {alike[1]} would both be written as {stem}; rename one of the two")
@@ -249,12 +249,12 @@ def divide(
     names: Sequence[str], folds: int | None = None, test: int = 0, splits: Path | None = None, seed: int = 2222,
     pattern: str | None = None, left_out: Collection[str] = (), owner: Callable[[str], str] = str,
 ) -> list[dict[str, list[str]]]:  # fmt: skip
-    """Return for each fold the names that train and validate, and those that test where ``test`` percent are held out.
+    """Return the lists of each fold: the names of its parts ``train``, ``val`` and, if any are held out, ``test``.
 
-    Patients, of which ``pattern`` finds the name in ``owner`` of a case's, are shuffled once. Each validates in one of
-    ``folds`` folds, by default 5 or as many as there are patients. splits: a ``splits_final.json`` of nnU-Net, or a
-    folder of lists, in their place; it may name cases that were ``left_out``. Raises DataError for splits that name
-    other cases.
+    Patients are shuffled once; ``test`` percent of them are held out, each other patient validates in one fold. folds:
+    None means 5, or one per patient if there are fewer. pattern: as in ``patient_of``, applied to ``owner(name)`` of
+    each case. splits: nnU-Net's ``splits_final.json`` or a folder of lists, to use instead; they may also name the
+    cases in ``left_out``. Raises DataError for too few patients and for splits that name unknown cases.
     """
     if splits is not None:
         return _given(names, splits, left_out)
@@ -262,14 +262,14 @@ def divide(
     for name in names:
         patients.setdefault(patient_of(owner(name), pattern), []).append(name)
     folds = folds or max(2, min(5, len(patients) - bool(test)))
-    # The test part is as large as that many folds.
+    # The first count is the size of the test part in folds; it makes ``test`` percent of all patients.
     divided = split_names(patients, [test * folds / (100 - test), *[1] * folds], seed)
     held, *validating = ([name for patient in part for name in patients[patient]] for part in divided)
     if folds < 2 or not all(validating) or (test and not held):
         raise DataError(
-            f"--folds {folds} --test {test}: too few patients ({len(patients)}), or --folds 1; expected a patient or "
-            "more in each fold and in the test part (by --patient_pattern '.+' every case is a patient, only crops or "
-            "slices of one image stay together)"
+            f"--folds {folds} --test {test}: do not fit {len(patients)} patients; expected 2 or more folds, with a "
+            "patient in each and in the test part: change the numbers, or give --patient_pattern '.+' (each case is a "
+            "patient; only crops or slices of one image stay together)"
         )
     lists = []
     for val in validating:
@@ -280,12 +280,12 @@ def divide(
 
 
 def _given(names: Sequence[str], splits: Path, left_out: Collection[str]) -> list[dict[str, list[str]]]:
-    """Return the splits of nnU-Net's file, or of a folder of lists."""
+    """Return the splits in nnU-Net's file or in a folder of lists, with only the cases in ``names``."""
     if splits.is_dir():
         there = [part for part in ("train", "val", "test") if list_path(splits, part).is_file()]
         lists = [{part: read_list(splits, part) for part in there}]
     else:
-        with reading(splits, "splits_final.json", "correct it, or give another or a folder of lists as --splits"):
+        with reading(splits, "splits_final.json", "correct it, or give another file or a folder of lists as --splits"):
             lists = json.loads(splits.read_text(encoding="utf-8-sig"))
             lists = [{part: list(map(str, one[part])) for part in one} for one in lists]
     for one in lists or [{}]:
@@ -293,5 +293,5 @@ def _given(names: Sequence[str], splits: Path, left_out: Collection[str]) -> lis
         unknown = sorted({name for part in one.values() for name in part} - {*names, *left_out})
         if missing or unknown:
             what = f"has no {missing.pop()} list" if missing else f"names {unknown[0]}, which is not a case"
-            raise DataError(f"{splits}: {what}; the cases are {brief(', '.join(names), 80)}")
+            raise DataError(f"{splits}: {what}; correct it: the cases are {brief(', '.join(names), 80)}")
     return [{part: [name for name in one[part] if name in {*names}] for part in one} for one in lists]

@@ -1,9 +1,9 @@
 """A phantom: random volumes that resemble ACDC, for trying everything without real data.
 
-Each volume shows a left ventricle inside a shell of myocardium and a right ventricle beside it, in random pose and
+Each volume shows a left ventricle inside a shell of myocardium and a right ventricle next to it, in random pose and
 size, among other ellipsoids of the same brightness. Blood is equally bright in both ventricles and in the other
 ellipsoids, so brightness alone identifies no organ. Texture, a bias field, blur and noise are added. Files, class
-names and lists are as for ACDC. Each patient has one or two frames; in the second the ventricles are contracted.
+names and lists are as for ACDC. Each patient has one or two frames; in the second frame the ventricles are contracted.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ INFO = DatasetInfo(
     folder="data/phantom",
     list_dir="data/phantom/lists",
     how_to_get="make it: python prepare_data.py phantom",
-    train_script=(  # nothing to download, and minutes on a CPU
+    train_script=(  # needs no download and takes minutes on a CPU
         "train_acdc.py --model_scale pico --variant stable --pretrained none --img_size 96 --img_size_dmwla 64 "
         "--warmup_iterations 60 --batch_size 8 --max_epochs 12 --base_lr 1e-3 --lr_schedule cosine "
         "--output_dir runs/phantom"
@@ -43,8 +43,8 @@ def write_phantom(
 ) -> list[str]:
     """Write ``out/train_npz``, ``out/test_vol_h5`` and ``out/lists/{train,val,trainval,test}.txt``.
 
-    num_patients: patients for training, validation and test; jobs: processes. A patient depends only on the seed and
-    its number. Existing files are replaced, so that two seeds never mix. Returns the names of the volumes.
+    num_patients: how many for training, validation and test; jobs: number of processes. A patient depends only on the
+    seed and its number. Existing files are replaced, so that two seeds never mix. Returns the names of the volumes.
     """
     patients = {number: f"patient{number:03d}" for number in range(1, sum(num_patients) + 1)}
     cases = [
@@ -60,7 +60,7 @@ def write_phantom(
 
 
 def make_volume(seed: int, case: RawCase) -> Volume:
-    """Make the Volume of one case: 7 to 9 slices of about 96 x 104, intensities in [0, 1]."""
+    """Return the Volume of one case: 7 to 9 slices of about 96 x 104 pixels, intensities in [0, 1]."""
     patient, contracted = int(case.name[7:].partition("_")[0]), not case.name.endswith("frame01")
     anatomy = np.random.default_rng((seed, patient, 1))
     shape = tuple(int(anatomy.integers(low, high)) for low, high in ((7, 10), (88, 105), (96, 113)))
@@ -76,7 +76,7 @@ def _draw_heart(shape: tuple[int, ...], rng: np.random.Generator, contracted: bo
     brightness = np.full(shape, _TISSUE)
     left = middle + rng.uniform(-1, 1, 3) * (0.6, 10, 10)
     for _ in range(rng.integers(5, 9)):
-        # Far enough away not to be mistaken for the right ventricle.
+        # The ellipsoid is too far from the left ventricle to be mistaken for the right one.
         angle, distance = rng.uniform(0, 2 * np.pi), rng.uniform(36, 62)
         centre = [rng.uniform(0, shape[0]), left[1] + distance * np.sin(angle), left[2] + distance * np.cos(angle)]
         radii = np.array([rng.uniform(2, 6), *rng.uniform(4, 13, 2)])
@@ -95,7 +95,7 @@ def _draw_heart(shape: tuple[int, ...], rng: np.random.Generator, contracted: bo
     reach = radius + wall + 0.45 * right_radii[2]
     right = left + np.array([0, np.sin(side), -np.cos(side)]) * reach
     label = np.zeros(shape, np.uint8)
-    # In this order muscle covers a part of the right ventricle, which becomes a crescent.
+    # In this order the muscle covers a part of the right ventricle, which becomes a crescent.
     for index, ellipsoid in enumerate(((right, right_radii, -side), (left, outer, turn), (left, inner, turn)), 1):
         label[_ellipsoid(grid, *ellipsoid)] = index
     rim = _ellipsoid(grid, right, right_radii + np.array([0.4, 2.5, 2.5]), -side) & (label == 0)
@@ -111,7 +111,7 @@ def _ellipsoid(grid: np.ndarray, centre: np.ndarray, radii: np.ndarray, angle: f
 
 
 def _scan(brightness: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return a simulated scan: partial volume, texture, bias field and noise added, float64 (D, H, W)."""
+    """Return a simulated scan with partial volume effect, texture, bias field and noise, float64 (D, H, W)."""
     blurred = ndimage.gaussian_filter(brightness, (0.3, 0.9, 0.9))
     texture = _smooth_noise(brightness.shape, (0.5, 1.5, 1.5), rng) * rng.uniform(0.03, 0.06)
     shade = 1 + _smooth_noise(brightness.shape, (4, 25, 25), rng) * rng.uniform(0.08, 0.16)

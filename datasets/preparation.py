@@ -1,7 +1,7 @@
-"""What every preparation shares: pairs of raw files, reading cases, writing prepared files, progress.
+"""Functions for the preparation of every data set: pair raw files, read cases, write prepared files, show progress.
 
-A case (one frame of a patient, one picture, one cell) becomes prepared files. The last of them is written when all
-the others are complete, so a later run skips what is finished and repeats what is not.
+A case (one frame of a patient, one picture, one cell) becomes prepared files. Its last file is written when all its
+other files are complete. A later run skips the cases that have this file and prepares the other cases again.
 """
 
 import logging
@@ -30,53 +30,53 @@ from datasets.volumes import Volume, write_slice, write_volume
 
 logger = logging.getLogger(__name__)
 
-Relabel = Callable[[Path, np.ndarray], np.ndarray]  # takes a label and its file, returns class indices, uint8
+Relabel = Callable[[Path, np.ndarray], np.ndarray]  # takes a file and its label, returns class indices, uint8
 Pair = tuple[np.ndarray, np.ndarray]  # image, uint8 (H, W, 3); class indices, uint8 (H, W)
 
 
 @dataclass(frozen=True)
 class RawCase:
-    """The raw files of an image and of its label. An HDF5 file holds both, so ``labels`` is empty."""
+    """The raw files of an image and of its label. If an HDF5 file holds both, ``labels`` is empty."""
 
     name: str
     images: tuple[Path, ...]
     labels: tuple[Path, ...] = ()
-    folder: Path | None = None  # of the labels, where there may be one label less at another time
+    folder: Path | None = None  # folder of the labels; set if their number may change, which changes its time
 
 
 def paired(images: dict[str, Path], labels: dict[str, Path], image_name: str, label_name: str) -> list[RawCase]:
     """Return a case for every name, in the order of ``images``.
 
-    image_name, label_name: the file names that the archive gives them, with ``*`` for the name. Raises DataError for
-    an image without a label and a label without an image.
+    image_name, label_name: the file names in the archive, with ``*`` for the name of the case. Raises DataError for an
+    image without a label and a label without an image.
     """
     for name in sorted(images.keys() ^ labels.keys()):
         found, missing = (images[name], label_name) if name in images else (labels[name], image_name)
-        raise DataError(f"{found}: {missing.replace('*', name)} is missing; unpack the archive again, or remove it")
+        raise DataError(f"{found}: {missing.replace('*', name)} is missing; unpack all files again, or remove this one")
     return [RawCase(name, (path,), (labels[name],)) for name, path in images.items()]
 
 
 def refuse_twins(cases: Iterable[RawCase]) -> None:
-    """Raise DataError where two cases have the same name."""
+    """Raise DataError if two cases have the same name."""
     first: dict[str, RawCase] = {}
     for case in cases:
         other = first.setdefault(case.name, case)
         if other is not case:
-            raise DataError(f"{case.images[0]}: {other.images[0]} is called {case.name}, too; remove one or rename it")
+            raise DataError(f"{case.images[0]}: {other.images[0]} is called {case.name}, too; remove or rename one")
 
 
 def ready_made(raw: Path) -> list[RawCase]:
-    """Return the cases of ``images/<id>`` and ``masks/<id>.png`` in a folder, or none; raises as ``paired``."""
+    """Return the cases in ``images/<id>`` and ``masks/<id>.png`` of a folder, or no cases; raises as ``paired``."""
     folders = raw / IMAGE_FOLDER, raw / MASK_FOLDER
     images, masks = (image_files(folder) if folder.is_dir() else {} for folder in folders)
     return paired(images, masks, f"{IMAGE_FOLDER}/*", f"{MASK_FOLDER}/*.png")
 
 
 def read_case(info: DatasetInfo, case: RawCase, relabel: Relabel | None = None) -> Volume:
-    """Read a scan and its label as ``info`` describes them: a Volume with intensities in [0, 1].
+    """Read a scan and its label as ``info`` describes them; return a Volume with intensities in [0, 1].
 
-    relabel: of a label whose values are not the class indices of ``info``. Logs a warning for a label that looks wrong.
-    Raises DataError for files that are missing, damaged or do not fit each other.
+    relabel: converts label values to the class indices of ``info``; None: they are these indices. Logs a warning for a
+    label that looks wrong. Raises DataError for files that are missing, damaged or do not fit each other.
     """
     volume = read_scan(case.images, info.preprocessing)
     volume.label = read_scan_label(case.labels[0], volume, None if relabel else info.num_classes)
@@ -90,9 +90,9 @@ def read_case(info: DatasetInfo, case: RawCase, relabel: Relabel | None = None) 
 
 
 def read_pair(greys: Sequence[int], case: RawCase, bits: int | None) -> Pair:
-    """Read an image and its masks, which show the classes in ``greys``; where masks overlap, the highest index wins.
+    """Read an image and its masks, in which each class has one grey of ``greys``; raises DataError.
 
-    bits: as in ``read_image``. Raises DataError.
+    Where masks overlap, the pixel gets the highest class index. bits: as in ``read_image``.
     """
     image = read_image(case.images[0], bits)
     return image, np.max([read_classes(path, image.shape[:2], greys) for path in case.labels], axis=0)
@@ -103,17 +103,17 @@ def prepare_volumes(
 ) -> list[str]:
     """Write the slices (npz, for training) and the volume (HDF5, for testing) of every case and return the names.
 
-    read: returns the Volume of a case (which has a ``name``), can be pickled; jobs: processes; overwrite: also write
-    finished cases again. Raises the first error; finished cases stay. Logs how many have no voxel spacing.
+    cases: objects with a ``name``; read: returns the Volume of a case and can be pickled; jobs: number of processes;
+    overwrite: prepare finished cases again. Raises the first error; finished cases stay. Logs missing voxel spacings.
     """
     target, names = partial(_volume_file, out), {case.name for case in cases}
     if overwrite:
         remove_prepared(out, names)
-    # An entry of a list stands for every volume of a patient, and for all names that begin with it.
+    # A list entry selects every volume of a patient and every name that continues it, so old ones must be removed.
     patients = {*map(patient_of, names)}
     gone = {name for name in prepared_cases(out) - names if patient_of(name) in patients or names & {*beginnings(name)}}
     if gone:
-        logger.warning("removed, because they are not among the cases now: %s", brief(", ".join(sorted(gone)), 80))
+        logger.warning("removed, because they are not among the cases any more: %s", brief(", ".join(sorted(gone)), 80))
         remove_prepared(out, gone)
     done = run_all(partial(_prepare_volume, read, out), cases, "volumes", jobs, target)
     unmeasured = [name for name, spacing in done.items() if spacing is None]
@@ -138,16 +138,16 @@ def _prepare_volume(read: Callable[[Any], Volume], out: str | Path, case: Any) -
 
 
 def prepared_cases(out: str | Path) -> set[str]:
-    """Return the names of all cases that have a volume, a slice or a mask; after an interruption some lack others."""
+    """Return the names of all cases with a volume, a slice or a mask, even if an interruption left them incomplete."""
     volumes = {path.name.removesuffix(".npy.h5") for path in Path(out, VOLUME_FOLDER).glob("*.npy.h5")}
     masks = {path.stem for path in Path(out, MASK_FOLDER).glob("*.png")}
     return volumes | masks | {name for name, _ in _slices(out)}
 
 
 def remove_prepared(out: str | Path, names: Collection[str] | None = None) -> None:
-    """Remove the prepared files of these cases, or of all, first those that mean that a case is finished.
+    """Remove the prepared files of these cases (None: of all), first the files that mark a case as finished.
 
-    Before cases are prepared again all are removed at once, so that an interruption leaves no finished case of old.
+    With ``--overwrite`` this is done before the first case is prepared, so no interruption leaves a finished old case.
     """
     names = prepared_cases(out) if names is None else names
     for name in names:
@@ -160,7 +160,7 @@ def remove_prepared(out: str | Path, names: Collection[str] | None = None) -> No
 
 
 def _slices(out: str | Path) -> Iterator[tuple[str, Path]]:
-    """Yield the volume and the path of every prepared slice."""
+    """Yield the volume name and the path of every prepared slice."""
     folder = Path(out, SLICE_FOLDER)
     for name in os.listdir(folder) if folder.is_dir() else ():
         if name.endswith(".npz") and not name.startswith("."):
@@ -175,11 +175,11 @@ def prepare_images(
     read: Callable[[RawCase, int | None], Pair | None], cases: Sequence[RawCase], raw: str | Path, out: str | Path,
     jobs: int = 1, overwrite: bool = False,
 ) -> list[str]:  # fmt: skip
-    """Write the image and the mask of every case and return the names of all that are there.
+    """Write the image and the mask of every case and return the names of the cases that were not left out.
 
-    Files of whole images are copied. read: takes a case and the ``common_bits`` of all, returns its Pair, or None to
-    leave it out; can be pickled; raw: the folder of the cases; jobs, overwrite: as in ``prepare_volumes``. Raises
-    DataError where ``out`` is ``raw``, or holds whole images where all cases are crops, or crops where none is.
+    Whole images are copied. read: takes a case and the ``common_bits`` of all images, returns the case's Pair or None
+    (leave the case out), can be pickled; raw: the folder of the cases; jobs, overwrite: as in ``prepare_volumes``.
+    Raises DataError if ``out`` is ``raw``, and if whole images and crops of images would mix in ``out``.
     """
     if Path(raw).resolve() == Path(out).resolve():
         raise DataError(f"{out}: this is the raw folder, and its masks would be overwritten; give another --out")
@@ -189,10 +189,10 @@ def prepare_images(
     crops = {case.name != image_of(case.name) for case in cases}
     other = next((name for name in sorted(there) if (name != image_of(name)) not in crops), None)
     if other is not None:
-        raise DataError(f"{out}: holds {other}, but whole images and crops of images do not mix; give another --out")
+        raise DataError(f"{out}: holds {other}; whole images and crops cannot share a folder: give another --out")
     wanted = {case.name for case in cases}
     images = {*map(image_of, wanted)}
-    # An entry of a list stands for every cell of an image that is there.
+    # A list entry selects every prepared cell of an image, so cells that are not among the cases must be removed.
     gone = {name for name in there if name != image_of(name) and image_of(name) in images} - wanted
     remove_prepared(out, gone | wanted if overwrite else gone)
     bits = common_bits({case.images[0] for case in cases})
@@ -223,9 +223,9 @@ def _mask_file(out: str | Path, name: str) -> Path:
 
 
 def _raw_time(case: Any) -> float | None:
-    """Return the mean time of a case's raw files, which changes with any of them; None for one without files.
+    """Return the mean modification time of a case's raw files; None if it has none. A change of any file changes it.
 
-    It is taken before they are read: files that change meanwhile are read again by the next preparation.
+    Call this before the files are read: if a file changes during the preparation, the next run prepares it again.
     """
     raw = [*case.images, *case.labels, case.folder] if isinstance(case, RawCase) else []
     times = [path.stat().st_mtime for path in raw if path]
@@ -233,37 +233,37 @@ def _raw_time(case: Any) -> float | None:
 
 
 def _stamp(time: float | None, target: Path) -> None:
-    """Give a prepared file the time of its raw files: one that is made of others has another."""
+    """Give a prepared file the time of its raw files, so that ``_is_done`` notices if these change."""
     if time is not None:
-        with suppress(OSError):  # on a disk that keeps no times the case will be prepared again
+        with suppress(OSError):  # if the disk stores no times, the next run prepares the case again
             os.utime(target, (time, time))
 
 
 def _is_done(case: Any, target: Path) -> bool:
-    """Return whether the prepared file of a case is there, and made of these raw files."""
+    """Return whether the prepared file of a case exists and was made from the present raw files."""
     time = _raw_time(case)
     if time is None or not target.is_file():
         return target.is_file()
     stamp = target.stat().st_mtime
-    return abs(stamp - time) < (1e-3 if stamp % 1 else 2)  # some disks keep whole seconds, or every second one
+    return abs(stamp - time) < (1e-3 if stamp % 1 else 2)  # some disks store times in steps of 1 or 2 seconds
 
 
 def run_all(
     work: Callable[[Any], Any], cases: Sequence[Any], what: str, jobs: int, target: Callable[[str], Path] | None = None
 ) -> dict[str, Any]:
-    """Return what ``work`` returns for every case by its name; raises the first error.
+    """Return a dict from the name of each case to the result of ``work``; raises the first error.
 
-    target: gives the file that ``work`` writes last for a case of this name; a case that has it is left out, unless it
-    was made of other raw files.
+    target: maps a case name to the file that ``work`` writes last. A case that has this file is skipped and is not in
+    the result, unless its raw files have changed. what: noun for the cases, in the log and the progress bar.
     """
     waiting = {case.name: case for case in cases if target is None or not _is_done(case, target(case.name))}
     if len(waiting) < len(cases):
         done = len(cases) - len(waiting)
-        logger.info("%d of %d %s are already prepared; --overwrite does them again", done, len(cases), what)
+        logger.info("%d of %d %s are already prepared; --overwrite prepares them again", done, len(cases), what)
     progress = partial(tqdm, total=len(waiting), desc=what, disable=None)
     if jobs <= 1 or len(waiting) <= 1:
         return {name: work(case) for name, case in progress(waiting.items())}
-    # Spawned, not forked: this process may already run threads (torch, HDF5).
+    # Processes are spawned, not forked, because this process may already run threads (torch, HDF5).
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(min(jobs, len(waiting)), mp_context=context) as pool:

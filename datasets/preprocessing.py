@@ -1,7 +1,7 @@
-"""From a scan or picture as stored to what a network sees: the direction of the axes, and the intensities.
+"""Convert a stored scan or picture to the network's input: the direction of the axes, and the intensities.
 
 Arrays of this project are (z, y, x). An affine maps the indices (x, y, z) to mm in NIfTI's space, whose axes run to the
-patient's right, anterior and superior (R, A, S). Axes are only swapped and reversed, never interpolated.
+patient's right, anterior and superior (R, A, S). Axes are only swapped and reversed; voxels are not interpolated.
 """
 
 import re
@@ -14,22 +14,22 @@ import numpy as np
 from datasets.errors import DataError, brief
 
 LENGTHS = 1e-6, 1e6
-"""Smallest and largest side of a voxel in mm (a nanometre, a kilometre); other values are damaged numbers."""
+"""Smallest and largest valid side of a voxel in mm (a nanometre, a kilometre); other values mean a damaged header."""
 
 RGB = ("red", "green", "blue")
 KINDS = {
     "window": "{:g} and {:g}",
     "percentiles": "the scan's percentiles {:g} and {:g}",
-    "deviations": "the scan's mean with {:g} and {:g} standard deviations",
+    "deviations": "the scan's mean plus {:g} and {:g} standard deviations",
 }
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Which two intensities of a channel become 0 and 1; values beyond are clipped.
+    """The two intensities of a channel that become 0 and 1; values outside are clipped.
 
-    kind: ``window``: low and high themselves; ``percentiles``: these two of each scan; ``deviations``: each scan's mean
-    plus so many of its standard deviations, which is its z-score, clipped and moved to [0, 1].
+    kind: ``window``: low and high are the intensities; ``percentiles``: low and high are percentiles of each scan;
+    ``deviations``: low and high are z-scores, in standard deviations from each scan's mean.
     """
 
     kind: str
@@ -39,16 +39,16 @@ class Scale:
     def __post_init__(self):
         ends = (0.0, 100.0) if self.kind == "percentiles" else (-np.inf, np.inf)
         if self.kind not in KINDS or not ends[0] <= float(self.low) < float(self.high) <= ends[1]:
-            raise ValueError(f"expected one of {', '.join(KINDS)} and two rising numbers")
+            raise ValueError(f"expected one of {', '.join(KINDS)}, and low < high")
 
     def ends(self, voxels: np.ndarray) -> tuple[float, float]:
-        """Return the two intensities, of a scan's voxels (z, y, x)."""
+        """Return the intensities that become 0 and 1 in a scan; voxels: (z, y, x)."""
         if self.kind == "percentiles":
             low, high = np.percentile(voxels, (self.low, self.high))
             return float(low), float(high)
         if self.kind == "deviations":
             mean = voxels.mean(dtype=float)
-            deviation = np.sqrt(np.mean([np.square(z - mean).mean() for z in voxels]))  # a slice at a time
+            deviation = np.sqrt(np.mean([np.square(z - mean).mean() for z in voxels]))  # one slice at a time
             return mean + self.low * deviation, mean + self.high * deviation
         return self.low, self.high
 
@@ -60,20 +60,20 @@ class Scale:
 class Preprocessing:
     """How every scan of a data set is preprocessed; stored in a checkpoint."""
 
-    orientation: str | None = None  # direction of x, y and z after reorientation, as ``LAS``; None: as stored
+    orientation: str | None = None  # directions of x, y, z after reorientation, such as ``LAS``; None: as stored
     # Intensities (Hounsfield units for CT) that become 0 and 1; values outside are clipped. None: the scan's own
     # minimum and maximum.
     window: tuple[float, float] | None = None
-    # Lowest and highest intensity of the training files, where others prepared them in a way that is not known here.
+    # Lowest and highest intensity of the training files, if others prepared these in an unknown way.
     stored: tuple[float, float] | None = None
-    # Of each channel, in place of a window; none: one channel.
+    # One scale per channel, used instead of ``window``; empty: one channel, scaled by ``window``.
     scales: tuple[Scale, ...] = ()
 
     def __post_init__(self):
         if self.orientation is not None and not is_orientation(self.orientation):
             raise ValueError("the orientation is not three letters like RAS")
         if self.window is not None and not -np.inf < self.window[0] < self.window[1] < np.inf:
-            raise ValueError("the window is not two rising intensities")
+            raise ValueError("the window is not two intensities with low < high")
 
     @property
     def channels(self) -> int:
@@ -86,13 +86,13 @@ class Preprocessing:
         return self.window is None and all(scale.kind == "percentiles" for scale in self.scales)
 
     def scaled(self, channels: Sequence[np.ndarray]) -> np.ndarray:
-        """Scale the intensities of each channel, (z, y, x), to [0, 1]: float32 (z, y, x), of several (z, y, x, C)."""
+        """Scale each channel, (z, y, x), to [0, 1]; return float32 (z, y, x), or (z, y, x, C) for several channels."""
         image = np.empty((*channels[0].shape, len(channels)), np.float32)
         for number, voxels in enumerate(channels):
             low, high = self.window or (float(voxels.min()), float(voxels.max()))
             if self.scales:
                 found = self.scales[number].ends(voxels)
-                # Both percentiles are one intensity where nearly all voxels are the black around a small object.
+                # If nearly all voxels are black around a small object, both percentiles are the same intensity.
                 low, high = found if found[0] < found[1] else (low, high)
             for z, plane in enumerate(voxels):  # only one slice at a time is in double precision
                 image[z, ..., number] = to_unit(plane, low, high)
@@ -100,20 +100,20 @@ class Preprocessing:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values that a checkpoint stores."""
-        values = asdict(self).items()  # as earlier versions wrote them
+        values = asdict(self).items()  # empty newer fields are left out, as in earlier checkpoints
         return {name: value for name, value in values if value or name in ("orientation", "window")}
 
     def described(self, img_size: int | str) -> str:
         """Return in words how a scan becomes the network's input; img_size: a number, or the flag that gives it."""
         axes = "as stored" if self.orientation is None else f"reoriented to {self.orientation} (x, y, z)"
         ends = "the scan's minimum and maximum" if self.window is None else "{:g} and {:g}".format(*self.window)
-        ends = "; of the next channel ".join(map(str, self.scales)) or ends
-        scaled = f"{ends} become 0 and 1, values beyond are clipped"
+        ends = "; in the next channel ".join(map(str, self.scales)) or ends
+        scaled = f"{ends} become 0 and 1, values outside are clipped"
         if self.stored is not None:
             scaled = "prepared like the training files, whose intensities run from {:g} to {:g}".format(*self.stored)
         return (
-            f"voxel axes {axes}; slices across z, rows along y, columns along x; {scaled}; each slice resized to "
-            f"{img_size} x {img_size} by cubic splines, corner pixels on corner pixels, mirrored at the border"
+            f"voxel axes {axes}; z counts slices, y rows, x columns; {scaled}; each slice is resized to {img_size} x "
+            f"{img_size} by cubic splines, with corner pixels kept at the corners and the border mirrored"
         )
 
 
@@ -126,7 +126,7 @@ class ColourPreprocessing:
 
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    bits: int | None = None  # that the training images use in 16-bit files, if there are such files
+    bits: int | None = None  # bits in use in the 16-bit training images; None: there are none, or all state their own
 
     def __post_init__(self):
         values = np.array([self.mean, self.std], float)
@@ -137,15 +137,15 @@ class ColourPreprocessing:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for a checkpoint."""
-        return {key: value for key, value in asdict(self).items() if value is not None}  # as earlier versions
+        return {key: value for key, value in asdict(self).items() if value is not None}  # as in earlier checkpoints
 
     def described(self, img_size: int | str) -> str:
         """Return the steps from an image to the network's input in words, for users of an exported network."""
-        deep = f"; 16 bits are divided by {2 ** (self.bits - 8)}" if self.bits else ""
+        deep = f"; 16-bit values are divided by {2 ** (self.bits - 8)}" if self.bits else ""
         return (
-            f"RGB of 8 bits{deep}; shrunk in proportion to a shorter side of {img_size} where that is longer, then "
-            f"resized to {img_size} x {img_size}, both bicubic with averaging; v becomes (v / 255 - mean) / std in "
-            "each channel"
+            f"RGB of 8 bits{deep}; if the shorter side is longer than {img_size}, the image is shrunk in proportion to "
+            f"this length; then it is resized to {img_size} x {img_size}; both steps are bicubic with antialiasing; v "
+            "becomes (v / 255 - mean) / std in each channel"
         )
 
     def normalise(self, image: np.ndarray) -> np.ndarray:
@@ -159,7 +159,7 @@ class ColourPreprocessing:
 
 
 def preprocessing_from_dict(values: dict[str, Any]) -> Preprocessing | ColourPreprocessing:
-    """Return the preprocessing of scans or of colour images that ``to_dict`` described; raises DataError."""
+    """Return the preprocessing of scans or of colour images from the result of ``to_dict``; raises DataError."""
     try:
         if "mean" in values:
             mean, std = (tuple(map(float, values[key])) for key in ("mean", "std"))
@@ -175,9 +175,9 @@ def preprocessing_from_dict(values: dict[str, Any]) -> Preprocessing | ColourPre
 
 
 def to_unit(image: np.ndarray, low: float | None = None, high: float | None = None) -> np.ndarray:
-    """Return an image as float32 in [0, 1]: ``low`` becomes 0, ``high`` becomes 1, values beyond are clipped.
+    """Return an image as float32 in [0, 1]: ``low`` becomes 0, ``high`` becomes 1, values outside are clipped.
 
-    low, high: by default the image's own minimum and maximum. Where high is not above low, everything is 0.
+    low, high: by default the image's own minimum and maximum. If high is not above low, the result is 0 everywhere.
     """
     low = float(image.min()) if low is None else low
     high = float(image.max()) if high is None else high
@@ -187,13 +187,13 @@ def to_unit(image: np.ndarray, low: float | None = None, high: float | None = No
 
 
 def is_orientation(text: object) -> bool:
-    """Return whether this is one of the 48 directions that three axes can have, as ``RAS``."""
+    """Return whether a text is one of the 48 possible orientations of three axes, such as ``RAS``."""
     return isinstance(text, str) and bool(re.fullmatch("(?=.*[LR])(?=.*[AP])(?=.*[SI])[LRAPSI]{3}", text))
 
 
 def is_affine(matrix: np.ndarray) -> bool:
-    """Return whether a float64 (4, 4) maps indices to mm: it is invertible and voxels' sides are in ``LENGTHS``."""
-    if not (np.abs(matrix) < 1e30).all() or not np.array_equal(matrix[3], (0, 0, 0, 1)):  # false for NaN, too
+    """Return whether a matrix, float64 (4, 4), is a valid affine: invertible, with voxel sides within ``LENGTHS``."""
+    if not (np.abs(matrix) < 1e30).all() or not np.array_equal(matrix[3], (0, 0, 0, 1)):  # also rejects NaN
         return False
     lengths = np.linalg.norm(matrix[:3, :3], axis=0)
     possible = LENGTHS[0] <= lengths.min() <= lengths.max() <= LENGTHS[1]
@@ -201,20 +201,20 @@ def is_affine(matrix: np.ndarray) -> bool:
 
 
 def orientation_of(affine: np.ndarray) -> str:
-    """Return the directions of x, y and z under an affine as three letters (``LPS``), each the nearest of the six."""
+    """Return three letters (``LPS``): for each of the axes x, y and z of an affine, the nearest of six directions."""
     from nibabel import aff2axcodes
 
     return "".join(letter or "?" for letter in aff2axcodes(affine))
 
 
 def is_rigid(affine: np.ndarray) -> bool:
-    """Return whether the axes of an affine are at right angles; those of a CT with a tilted gantry are not."""
+    """Return whether the axes of an affine are at right angles; in a CT with a tilted gantry they are not."""
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     return np.allclose(axes.T @ axes, np.eye(3), atol=1e-4)
 
 
 def upright(affine: np.ndarray) -> np.ndarray:
-    """Return an affine with slices at right angles to rows and columns, as a qform needs it and ITK reads a tilt."""
+    """Return an affine with its slice axis turned to a right angle, as a qform needs it and ITK reads a tilted CT."""
     axes, sides = np.linalg.qr(affine[:3, :3])
     straight = affine.copy()
     straight[:3, :3] = axes * np.sign(np.diag(sides)) * np.linalg.norm(affine[:3, :3], axis=0)
@@ -224,8 +224,8 @@ def upright(affine: np.ndarray) -> np.ndarray:
 def reorient(array: np.ndarray, affine: np.ndarray, orientation: str) -> tuple[np.ndarray, np.ndarray]:
     """Swap and reverse the axes of an array so that they have the given directions.
 
-    array: (z, y, x); affine: float64 (4, 4) of its indices; orientation: three letters, as ``LAS``. Returns a view of
-    the array, whose strides may be negative, and its affine, by which every voxel stays in its place in mm.
+    array: (z, y, x); affine: float64 (4, 4) of its indices; orientation: three letters such as ``LAS``. Returns a view
+    of the array, whose strides may be negative, and its new affine, with which every voxel keeps its position in mm.
     """
     from nibabel import orientations
 

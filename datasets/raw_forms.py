@@ -1,7 +1,7 @@
-"""Recognise the forms in which people keep scans and pictures of their own, with a label for each.
+"""Recognise the form of a folder that holds the user's own scans or pictures, with a label for each.
 
-These are a task of the Medical Segmentation Decathlon, a raw data set of nnU-Net (version 1 or 2), and a folder with
-``images`` and ``labels`` (or ``masks``) that have the same names. Only names and ``dataset.json`` are read here.
+There are three forms: a task of the Medical Segmentation Decathlon, a raw data set of nnU-Net (version 1 or 2), and
+``images`` with ``labels`` (or ``masks``) of the same file names. Only file names and ``dataset.json`` are read here.
 """
 
 import json
@@ -24,23 +24,23 @@ MAX_CLASSES = 255  # without background: labels are stored as uint8
 _SCANS = tuple(ending for ending in FOLDER_ENDINGS if ending not in PREPARED_ENDINGS)
 _FILE = rf"(?i)(.+?)(?:{'|'.join(map(re.escape, (*_SCANS, *IMAGE_ENDINGS)))})"  # longest endings first
 _FOLDERS = (("images", "labels"), ("images", "masks"), ("imagesTr", "labelsTr"))
-_EXPECTED = f"expected {JSON} (Decathlon, nnU-Net), or folders images and labels or masks with files of the same names"
+_EXPECTED = f"expected {JSON} (Decathlon, nnU-Net), or folders images and labels (or masks) with the same file names"
 
 
 @dataclass
 class Raw:
-    """What a folder holds, by its names: nothing has been read yet but ``dataset.json``."""
+    """What a folder holds according to its file names and ``dataset.json``; no other file has been read yet."""
 
     form: str
-    cases: list[RawCase]  # with one image file, or one for each channel
-    classes: dict[int, str] | None  # names of the declared label values without background; None: none are declared
+    cases: list[RawCase]  # each has one image file, or one for each channel
+    classes: dict[int, str] | None  # class names by label value, without background; None: nothing is declared
     channels: tuple[str, ...]
     planar: bool = False  # pictures, not scans
-    problems: dict[str, str] = field(default_factory=dict)  # of cases that cannot be used, one line each
+    problems: dict[str, str] = field(default_factory=dict)  # one line for each case that cannot be used, by its name
 
 
 def recognise(folder: str | Path) -> Raw:
-    """Return what a folder of raw data holds. Raises DataError for a folder in none of the forms."""
+    """Return what a folder of raw data holds. Raises DataError for a folder that has none of the known forms."""
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; correct --raw")
@@ -61,7 +61,7 @@ def recognise(folder: str | Path) -> Raw:
     raw.planar = True in kinds
     raw.channels = RGB if raw.planar else raw.channels
     if raw.planar and any(len(case.images) > 1 for case in raw.cases):
-        raise DataError(f"{folder}: a picture has several files; expected its colours in one file, as PNG or TIFF")
+        raise DataError(f"{folder}: a picture has one file per channel; expected all its colours in one PNG or TIFF")
     return raw
 
 
@@ -75,7 +75,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _declared(folder: Path, content: dict[str, Any]) -> Raw:
-    """Return what a ``dataset.json`` declares."""
+    """Return the cases, classes and channels that a ``dataset.json`` declares; raises DataError."""
     path, names = folder / JSON, content.get("channel_names", content.get("modality", {"0": "image"}))
     classes = _classes(path, content.get("labels"))
     try:
@@ -95,7 +95,7 @@ def _declared(folder: Path, content: dict[str, Any]) -> Raw:
             label, images = entry["label"], entry.get("images", [entry.get("image")])
             *images, label = (folder / name for name in (*images, label))
         except (AttributeError, KeyError, TypeError) as error:
-            raise DataError(f'{path}: lists {brief(entry)}; expected an "image" and a "label"') from error
+            raise DataError(f'{path}: lists {brief(entry)}; expected a case with "image" and "label"') from error
         if len(images) == 1 and not images[0].is_file():  # nnU-Net, version 1: the list leaves out _0000
             stem = scan_name(images[0])
             first = images[0].with_name(f"{stem}_0000{images[0].name[len(stem) :]}")
@@ -120,11 +120,11 @@ def _classes(path: Path, labels: Any) -> dict[int, str]:
         if isinstance(value, list):
             raise DataError(
                 f"{path}: class {brief(key)} is a region, the union of labels {brief(value)}; regions are not "
-                "supported: declare one number for each class, which every voxel of it has in the files"
+                "supported: declare one number for each class, and store it in every voxel of the class"
             )
         given, name = (key, value) if isinstance(value, str) else (value, key)
         if name == "ignore":
-            raise DataError(f"{path}: declares a label to ignore, which is not supported; give its voxels a class")
+            raise DataError(f"{path}: declares an ignore label, which is not supported; give its voxels a class")
         number = int(given) if str(given).isdecimal() else -1
         if not 0 <= number <= MAX_VALUE:
             raise DataError(f"{path}: class {brief(name)} has number {brief(given)}; expected 0 to {MAX_VALUE}")
@@ -133,17 +133,17 @@ def _classes(path: Path, labels: Any) -> dict[int, str]:
         classes[number] = name
     classes.pop(0, None)
     if not 0 < len(classes) <= MAX_CLASSES:
-        raise DataError(f"{path}: declares {len(classes)} classes beside background; expected 1 to {MAX_CLASSES}")
+        raise DataError(f"{path}: declares {len(classes)} classes besides background; expected 1 to {MAX_CLASSES}")
     return dict(sorted(classes.items()))
 
 
 def _paired(image_folder: Path, label_folder: Path, form: str, channels: int | None = None) -> Raw:
-    """Return the images of a folder with the labels of the same name in another; channels: expected, None for any."""
+    """Return the images of one folder with their labels in another; channels: expected number, None: any number."""
     for folder in (image_folder, label_folder):
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder; {_EXPECTED}")
     images, labels = (files_by_name(folder.iterdir(), _FILE) for folder in (image_folder, label_folder))
-    files_of: dict[str, list[tuple[int, Path]]] = {}  # by case, with the numbers of their channels
+    files_of: dict[str, list[tuple[int, Path]]] = {}  # by case: channel numbers and files
     for name, path in images.items():
         found = None if name in labels else re.fullmatch("(.+)_([0-9]{4})", name)
         case, channel = found.groups() if found and (channels or found[1] in labels) else (name, 0)
@@ -153,12 +153,12 @@ def _paired(image_folder: Path, label_folder: Path, form: str, channels: int | N
     for name, numbered in files_of.items():
         numbers, files = zip(*numbered, strict=True)
         if name not in labels:
-            raw.problems[name] = f"{files[0]}: has no label of its name in {label_folder}; add it or remove the image"
-        elif numbers != (*range(expected),) and (channels is None or numbers != (0,)):  # one file may hold all
+            raw.problems[name] = f"{files[0]}: has no label of this name in {label_folder}; add it or remove the image"
+        elif numbers != (*range(expected),) and (channels is None or numbers != (0,)):  # one file may hold all channels
             found = ", ".join(f"{number:04d}" for number in numbers)
-            raw.problems[name] = f"{files[0]}: has the channel files {found}; expected {expected}, from 0000 on"
+            raw.problems[name] = f"{files[0]}: has the channel files {found}; expected {expected}, numbered from 0000"
         else:
             raw.cases.append(RawCase(name, files, (labels[name],)))
     for name in labels.keys() - files_of.keys():
-        raw.problems[name] = f"{labels[name]}: has no image of its name in {image_folder}; add it or remove the label"
+        raw.problems[name] = f"{labels[name]}: has no image of this name in {image_folder}; add it or remove the label"
     return raw
