@@ -195,7 +195,7 @@ class Slice:
 def _slices_of(file: Path, header: Any) -> list[Slice]:
     """Return the slices of one file; raises DataError if pixels are missing or this kind of image is not supported."""
     if header.get("SamplesPerPixel", 1) != 1 or not header.PhotometricInterpretation.startswith("MONOCHROME"):
-        raise DataError(f"{file}: is in colour; expected a scan in grey values")
+        raise DataError(f"{file}: is in colour; expected grey values: export the series without colour")
     if header.get("ModalityLUTSequence"):
         raise DataError(f"{file}: uses a lookup table for its values, which is not supported; convert it to NIfTI")
     if "MOSAIC" in (header.get("ImageType") or ()):

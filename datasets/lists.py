@@ -111,7 +111,7 @@ def read_list(list_dir: str | Path, split: str) -> list[str]:
         raise DataError(f"{path}: the list is empty; write one patient, volume or slice name per line")
     for entry in entries:
         if has_path(entry):
-            raise DataError(f"{path}: entry {brief(repr(entry))} has a path; write the name alone, without folders")
+            raise DataError(f"{path}: entry {brief(repr(entry))} has a folder or a leading dot; write a name alone")
     twice = [entry for entry, count in Counter(entries).items() if count > 1]
     if twice:
         raise DataError(f"{path}: entries listed twice: {brief(', '.join(twice[:3]))}; keep one line of each")

@@ -169,9 +169,7 @@ def preprocessing_from_dict(values: dict[str, Any]) -> Preprocessing | ColourPre
         scales = tuple(Scale(str(s["kind"]), float(s["low"]), float(s["high"])) for s in values.get("scales", ()))
         return Preprocessing(values["orientation"], window, stored, scales)
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise DataError(
-            f"the checkpoint's preprocessing {brief(values)} is not valid ({brief(error)}); train again"
-        ) from error
+        raise DataError(f"the preprocessing {brief(values)} is not valid ({brief(error)})") from error
 
 
 def to_unit(image: np.ndarray, low: float | None = None, high: float | None = None) -> np.ndarray:

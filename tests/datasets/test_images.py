@@ -204,7 +204,7 @@ def test_normalisation_is_that_of_the_weights_and_survives_a_checkpoint(refused)
     assert preprocessing_from_dict(ColourPreprocessing(bits=12).to_dict()).bits == 12
     assert "bits" not in ColourPreprocessing().to_dict()  # as earlier versions wrote it
     for bad in ({}, {"mean": (0.5,) * 3}, {"mean": (0.5,) * 3, "std": (0.5, 0.5, 0)}, {"mean": "abc", "std": (1,) * 3}):
-        refused(lambda bad=bad: preprocessing_from_dict(bad), "preprocessing", "train again")
+        refused(lambda bad=bad: preprocessing_from_dict(bad), "the preprocessing", "is not valid")
 
 
 def test_a_mask_lies_on_its_image_after_any_change_of_size():
