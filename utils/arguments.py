@@ -1,6 +1,6 @@
-"""The arguments that the training scripts share, and those that the test scripts share.
+"""Define the arguments that all training scripts share, and the arguments that all test scripts share.
 
-The paper's numbers are the defaults: those of the network stand in its signature, those of training stand here.
+The defaults are the paper's numbers. The defaults of a network are in its signature; those of training are here.
 """
 
 import inspect
@@ -30,28 +30,28 @@ NETWORK_HELP = {
     "img_size_dmwla": "side of the DMW-LA encoder's image",
     "model_scale": "size of MaxViT; the paper's is small",
     "variant": "release: compute what the authors' program computes; stable: gates, attention and DS-GIM's norms read "
-    "normalised features, for random weights or rates above the paper's",
+    "normalised features, to train from random weights or at learning rates above the paper's",
     "feature_dim": "memory width d in the encoder",
     "num_clusters": "clusters in the encoder; default: num_classes",
     "decoder_feature_dim": "memory width d in the decoder",
     "decoder_num_clusters": "clusters in the decoder",
     "columns_per_cluster": "M, columns of each cluster in the memory",
-    "pool_momentum": "weight of a key that is blended into a column",
+    "pool_momentum": "weight of a key when it is blended into a column",
     "phi_k_momentum": "share of phi_k that an update keeps",
-    "replaced_columns": "K at the start, at most M take effect",
+    "replaced_columns": "K at the start: columns of each cluster that a step renews; a K above M has the effect of M",
     "warmup_iterations": "iterations before the memory is used",
     "attention": "plain: no DMW-LA; intra_cluster: DMW-LA without its global part",
     "dsgim": "similarities that DS-GIM uses; none: no DS-GIM",
     "encoders": "encoders of the network",
     "gate": "none: the DMW-LA encoder sees the whole image",
-    "loss": "subset: of all combinations of the four maps; last: of the last map",
-    "prediction": "sum of the four maps, as the paper, or the last and finest map alone",
+    "loss": "subset: loss of all combinations of the four logit maps; last: loss of the last map alone",
+    "prediction": "sum: sum of the four logit maps, as in the paper; last: the last and finest map alone",
 }
-"""The flags that are arguments of ``SimMPNet``, which has their defaults."""
+"""Help for the flags that are arguments of ``SimMPNet``; their defaults are in its signature."""
 
 
 def training_parser(description: str, info: DatasetInfo, **defaults: Any) -> ArgumentParser:
-    """Return the parser of a training script, with defaults of its own for this data set, such as ``feature_dim``."""
+    """Return the parser of a training script. ``defaults`` are those of this data set, such as ``feature_dim=128``."""
     parser = ArgumentParser(description=description)
     count, some = number(int, 1), number(float, 0)
 
@@ -60,45 +60,45 @@ def training_parser(description: str, info: DatasetInfo, **defaults: Any) -> Arg
     if not info.planar:
         add("--volume_path", type=Path, help="folder of the volumes")
     add("--list_dir", type=Path, help="folder of the lists that define the splits")
-    add("--select", choices=["val", "test"], help="cases that choose the best epoch; default: val, with release test")
-    add("--train_split", help="list to train on; default: by --select")
-    add("--val_split", help="list to choose the best epoch on; default: by --select")
+    add("--select", choices=["val", "test"], help="cases to choose the best epoch on; default: val, for release: test")
+    add("--train_split", help="list to train on; default: given by --select")
+    add("--val_split", help="list to choose the best epoch on; default: given by --select")
     add("--num_classes", type=count, help="number of classes, background included")
-    add("--class_names", nargs="+", help="names of label ids 1, 2, ..., where no file states them")
+    add("--class_names", nargs="+", help="names of label ids 1, 2, ..., if the files do not name them")
     add("--patient_pattern", default=info.patient_pattern, help=PATTERN_HELP)
     if info.planar:
         add("--photometric", action="store_true", help="augment colours, focus and shape too")
     add("--num_workers", type=number(int, 0), default=2, help="processes that prepare samples")
-    add("--cache_gib", type=some, default=4.0, help="GiB of the data to keep in memory")
+    add("--cache_gib", type=some, default=4.0, help="keep up to this many GiB of the data in memory")
 
     add = add_network = parser.add_argument_group("network").add_argument
     add("--network", default=DEFAULT_NETWORK, choices=NETWORKS, help="network to train")
-    text = "a file, hub (download) or none (random); default: the file in pretrained_pth/maxvit, for other networks hub"
+    text = "a file, hub (download) or none (random); default: the file in pretrained_pth/maxvit; other networks: hub"
     add("--pretrained", help=f"ImageNet weights of the encoder: {text}")
     add("--init_from", type=Path, help="checkpoint whose network and weights a new run starts from, such as a best.pth")
-    add("--wld", default="loss", choices=["loss", "none"], help="W-LD sets K by the loss, or never")
+    add("--wld", default="loss", choices=["loss", "none"], help="loss: W-LD sets K by the loss; none: K never changes")
     add("--wld_start_epoch", type=int, default=100, help="first epoch in which W-LD sets K")
 
     add = parser.add_argument_group("training").add_argument
     add("--max_epochs", type=count, default=300, help="epochs of the whole run")
-    add("--max_iterations", type=count, help="end the run after so many iterations")
+    add("--max_iterations", type=count, help="end the run after this many iterations")
     add("--batch_size", type=count, default=20, help="samples in a batch of one process")
-    add("--accumulate", type=count, default=1, help="parts that a batch is computed in, to save memory")
+    add("--accumulate", type=count, default=1, help="number of parts in which a batch is computed, to save memory")
     add("--base_lr", type=some, default=1e-4, help="learning rate of AdamW at the start")
-    add("--lr_schedule", default="constant", choices=["constant", "poly", "cosine"], help="over all iterations")
-    add("--weight_decay", type=some, default=1e-4, help="of AdamW")
+    add("--lr_schedule", default="constant", choices=["constant", "poly", "cosine"], help="learning rate over the run")
+    add("--weight_decay", type=some, default=1e-4, help="weight decay of AdamW")
     add("--ce_weight", type=some, default=0.3, help="weight of the cross entropy")
     add("--dice_weight", type=some, default=0.7, help="weight of the Dice loss")
 
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", type=Path, help="run folder")
-    add("--resume", type=Path, help="last.pth to continue from; auto: that of --output_dir, if it exists")
-    add("--checkpoint_minutes", type=some, default=10, help="save so often; 0: only after an epoch")
-    add("--checkpoint_iterations", type=count, help="save every so many iterations too")
-    add("--keep", type=number(int, 0), default=0, help="newest epochs to keep, as epoch_0001.pth")
-    add("--eval_interval", type=count, default=1, help="validate every so many epochs")
+    add("--resume", type=Path, help="last.pth to continue from; auto: the one in --output_dir, if it exists")
+    add("--checkpoint_minutes", type=some, default=10, help="save after this many minutes; 0: save only after an epoch")
+    add("--checkpoint_iterations", type=count, help="also save every N iterations")
+    add("--keep", type=number(int, 0), default=0, help="number of newest epochs to keep, as epoch_0001.pth and so on")
+    add("--eval_interval", type=count, default=1, help="validate every N epochs")
     add("--eval_batch_size", type=count, default=20, help="slices to predict at a time")
-    add("--select_from_epoch", type=int, help="first epoch that may be the best; default: 1, release 100")
+    add("--select_from_epoch", type=int, help="first epoch that can be the best; default: 1, for release: 100")
     add("--compile", action="store_true", help="torch.compile the training steps, for a GPU")
     add("--sync_bn", action="store_true", help="share BatchNorm's statistics between GPUs under torchrun")
     _add_shared(add, info)
@@ -111,7 +111,7 @@ def training_parser(description: str, info: DatasetInfo, **defaults: Any) -> Arg
             kind = int if default is None else type(default)
             if name in NETWORK_HELP and kind is not str:
                 kind = number(float, 0, 1) if kind is float else number(int, 0 if name == "replaced_columns" else 1)
-            text = NETWORK_HELP.get(name, f"of {network}")
+            text = NETWORK_HELP.get(name, f"argument of network {network}")
             add_network(f"--{name}", type=kind, default=default, choices=CHOICES.get(name), help=text)
             known.add(name)
     folders = {"root_path": info.root_path, "volume_path": info.volume_path, "list_dir": info.list_dir}
@@ -126,14 +126,14 @@ def run_folder(info: DatasetInfo) -> str:
 
 
 def _of_fold(fold: int | None) -> str:
-    return f"_fold{fold}" if fold else ""  # the first fold is what is trained where --fold is left out
+    return f"_fold{fold}" if fold else ""  # no suffix for fold 0, which is the default of --fold
 
 
 def own_data(*resume: str) -> Iterator[tuple[DatasetInfo, list[str]]]:
-    """Yield the facts of the folder that ``--data`` names and the command line, for each fold of ``--fold``.
+    """Yield, for each fold that ``--fold`` names, the facts of the folder ``--data`` and the fold's command line.
 
-    With ``--fold all`` every fold has folders of its own, and the flags ``resume``. Raises RunError or DataError if
-    there is no such flag, folder or fold.
+    With ``--fold all``, each fold has output folders of its own and gets the flags ``resume``. Raises RunError if
+    ``--data`` is missing or ``--fold`` is wrong, and DataError if the folder or the fold does not exist.
     """
     argv = sys.argv[1:]
     first = ArgumentParser(add_help=False)
@@ -165,8 +165,8 @@ def testing_parser(description: str, info: DatasetInfo) -> ArgumentParser:
     """Return the parser of a test script."""
     parser = ArgumentParser(description=description)
     add, best = parser.add_argument, Path(run_folder(info), "best.pth")
-    add("--checkpoint", type=Path, default=best, help="best.pth of a run, or one of the release")
-    own = "default: that of the checkpoint's training, if it is here"
+    add("--checkpoint", type=Path, default=best, help="best.pth of a run, or a checkpoint of the authors' release")
+    own = "default: the folder of the checkpoint's training, if it exists here, else the data set's own"
     add("--list_dir", type=Path, help=f"folder of the lists; {own}")
     add("--split", default=info.splits[-1], help="list to test on")
     if info.planar:
@@ -174,12 +174,12 @@ def testing_parser(description: str, info: DatasetInfo) -> ArgumentParser:
         saving = ("--save_masks", "save predictions as PNG")
     else:
         add("--volume_path", type=Path, help=f"folder of the volumes; {own}")
-        add("--cases", nargs="+", help="only these patients of the list (case0005); results in cases_SPLIT")
+        add("--cases", nargs="+", help="test only these patients of the list (such as case0005), into cases_SPLIT")
         saving = ("--is_savenii", "save images, labels and predictions as NIfTI")
     add(saving[0], dest="save_predictions", action="store_true", help=saving[1])
-    add("--overlays", type=number(int, 0), default=0, help="PNGs per volume, of slices with most errors")
+    add("--overlays", type=number(int, 0), default=0, help="PNGs per volume, of the slices with the most errors")
     add("--batch_size", type=number(int, 1), default=20, help="slices to predict at a time")
-    add("--test_save_dir", type=Path, help="folder of the results; default: beside the checkpoint")
+    add("--test_save_dir", type=Path, help="folder of the results; default: next to the checkpoint")
     add_prediction(add)
     _add_shared(add, info)
     return parser
@@ -194,15 +194,15 @@ def _add_shared(add: Callable[..., Any], info: DatasetInfo) -> None:
     """Add the flags that training and testing share."""
     if info.fold is not None:
         add("--data", default=info.folder, help="folder that prepare_data.py custom wrote")
-        add("--fold", type=int, default=info.fold, help="whose lists are used, from 0, or all: one after the other")
+        add("--fold", type=int, default=info.fold, help="fold whose lists are used, from 0; all: each fold in turn")
     if info.label_orders:
-        text = f"meaning of the files' label ids; default: {next(iter(info.label_orders))}, in a test as in training"
+        text = f"meaning of the files' label ids; default: {next(iter(info.label_orders))}; in a test: as in training"
         add("--label_order", choices=info.label_orders, help=text)
-    add("--seed", type=int, default=2222, help="of everything random")
+    add("--seed", type=int, default=2222, help="seed of all random numbers")
     add("--deterministic", type=int, default=1, choices=[0, 1], help="1: repeatable, 0: faster")
     add("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda or cuda:1")
     add("--n_gpu", type=int, default=1, help="0: the CPU, 1: one GPU if there is one")
-    add("--amp", default="none", choices=AMP_DTYPES, help="autocast precision, or TensorFloat-32")
+    add("--amp", default="none", choices=AMP_DTYPES, help="bf16, fp16: autocast; tf32: TensorFloat-32; none: float32")
 
 
 def parse_training(
@@ -211,7 +211,7 @@ def parse_training(
     """Return the merged arguments, and the checkpoint that the run continues or starts from.
 
     Precedence: command line, checkpoint, defaults. Raises RunError if arguments contradict each other or the
-    checkpoint, or the run folder holds another run, and NetworkError if no network can be built with them.
+    checkpoint, or if the run folder holds another run; NetworkError if no network can be built with them.
     """
     argv = sys.argv[1:] if argv is None else argv
     args, checkpoint = parser.parse_args(argv), None
@@ -234,14 +234,14 @@ def parse_training(
         saved = network_arguments_of(checkpoint, args.init_from)
         # The data determine these three; by default there is a cluster for each class.
         saved = {k: v for k, v in saved.items() if k not in ("num_classes", "in_channels", "num_clusters")}
-        parser.set_defaults(**saved | VARIANT_DEFAULTS[args.variant])  # how to select is no part of the network
+        parser.set_defaults(**saved | VARIANT_DEFAULTS[args.variant])  # only the flags decide how to select
         args = parser.parse_args(argv)
         args.resume = None
 
     typed = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
     foreign = flags_of_others()[args.network] & typed
     if args.pretrained == "none":
-        foreign.discard("pretrained")  # true of a network without pretrained weights
+        foreign.discard("pretrained")  # also correct for a network without pretrained weights
     if foreign:
         flags = ", ".join(f"--{flag}" for flag in sorted(foreign))
         raise RunError(f"--network {args.network} does not take {flags}: leave them out")
@@ -259,7 +259,7 @@ def parse_training(
     args.train_split = args.train_split or train_split
     args.val_split = args.val_split or val_split
     if "val_cases" in typed and args.val_split != args.train_split:
-        raise RunError(f"--val_cases holds out cases of {args.train_split}, but {args.val_split} chooses: leave it out")
+        raise RunError(f"--val_cases needs --val_split {args.train_split}, found {args.val_split}: omit --val_cases")
     args.selected_on = "test" if args.val_split == info.selections["test"][1] else "val"
     with torch.device("meta"):  # takes no memory: only to find sizes that do not fit before data are read
         build(args.network, **network_arguments(args))
@@ -267,30 +267,30 @@ def parse_training(
 
 
 def network_defaults(network: str) -> dict[str, Any]:
-    """Return the arguments that a network takes, with their defaults; None if it has none."""
+    """Return the arguments that a network takes, with their defaults; None stands for no default."""
     parameters = inspect.signature(NETWORKS[network]).parameters.values()
     return {p.name: None if p.default is p.empty else p.default for p in parameters if p.name != "pretrained"}
 
 
 def network_arguments(args: Namespace) -> dict[str, Any]:
-    """Return those of the arguments that build the network."""
+    """Return the arguments with which the network is built."""
     return {name: getattr(args, name) for name in network_defaults(args.network)}
 
 
 def flags_of_others() -> dict[str, set[str]]:
-    """Return for each network the training arguments that only other networks take."""
+    """Return, for each network, the training arguments that only other networks take."""
     takes = {name: set(inspect.signature(network).parameters) for name, network in NETWORKS.items()}
     for parameters in takes.values():
         if "replaced_columns" in parameters:
-            parameters |= {"wld", "wld_start_epoch"}  # of the training loop, for a memory
+            parameters |= {"wld", "wld_start_epoch"}  # arguments of the training loop, for networks with a memory
     return {name: set().union(*takes.values()) - parameters for name, parameters in takes.items()}
 
 
 def check_n_gpu(args: Namespace) -> None:
-    """Let ``--n_gpu 0`` mean the CPU; raise RunError if it contradicts ``--device``, or is above 1."""
+    """Let ``--n_gpu 0`` mean the CPU; raise RunError if it contradicts ``--device``, or is not 0 or 1."""
     if args.n_gpu not in (0, 1):  # DataParallel would lose what its replicas write into their memory
         raise RunError(
-            f"--n_gpu {args.n_gpu}: a process uses one GPU: start one process per GPU with "
+            f"--n_gpu {args.n_gpu}: expected 0 or 1; for several GPUs, start one process per GPU with "
             f"torchrun --nproc_per_node {args.n_gpu} (docs/several_gpus.md)"
         )
     if args.n_gpu == 0:
@@ -319,11 +319,11 @@ def _resume(parser: ArgumentParser, info: DatasetInfo, argv: list[str], path: Pa
             "--output_dir"
         )
     saved = checkpoint["args"] | {"resume": None, "output_dir": str(path.parent)}
-    if any(word.startswith(("--device", "--n_gpu")) for word in argv):  # each stands for both
+    if any(word.startswith(("--device", "--n_gpu")) for word in argv):  # either flag replaces both
         saved = {name: value for name, value in saved.items() if name not in ("device", "n_gpu")}
-    if info.fold is not None:  # --data says where the folder is now, and so where its own folders are
+    if info.fold is not None:  # the folder may have moved: its subfolders are now in --data
         for name in ("root_path", "volume_path", "list_dir"):
-            with suppress(ValueError):  # given by its flag then
+            with suppress(ValueError):  # ValueError: a flag gave a path outside it
                 saved[name] = str(Path(info.folder, Path(saved[name]).relative_to(saved["data"])))
         saved["data"] = info.folder
     parser.set_defaults(**saved)
@@ -347,11 +347,11 @@ def _resume(parser: ArgumentParser, info: DatasetInfo, argv: list[str], path: Pa
         with suppress(RunError, KeyError):  # missing, or damaged
             newest = load_checkpoint(other)["iteration"] if other != path else 0
         if newest > checkpoint["iteration"]:
-            raise RunError(f"{path} is older than {other} of the same run: resume from that, or move it away")
+            raise RunError(f"{path} is older than {other} of the same run: resume from the newer file, or move it away")
     ends = args.max_iterations
     if ends and ends <= checkpoint["iteration"] and saved["max_epochs"] != args.max_epochs > checkpoint["epoch"]:
-        raise RunError(f"--max_epochs {args.max_epochs}: --max_iterations {ends} ended the run: give a larger one, too")
+        raise RunError(f"--max_epochs {args.max_epochs}: --max_iterations {ends} ended the run: raise it too")
     if 0 < checkpoint.get("best_epoch", 0) < args.select_from_epoch:
         best = f"the best epoch so far is {checkpoint['best_epoch']}"
-        raise RunError(f"--select_from_epoch {args.select_from_epoch}: {best}, before that: leave it out")
+        raise RunError(f"--select_from_epoch {args.select_from_epoch}: {best}, which is earlier: leave it out")
     return args, checkpoint

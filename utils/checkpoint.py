@@ -25,13 +25,13 @@ from utils.errors import RunError
 
 PACKAGES = ("torch", "timm", "numpy", "scipy", "faiss-gpu", "faiss-cpu", "h5py", "segmentation-models-pytorch", "monai")
 REQUIRED = ("model", "network", "data")
-"""The keys of every checkpoint of ours: enough to rebuild the network and to name its classes."""
+"""The keys that every checkpoint of this project has: enough to rebuild the network and to name its classes."""
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     """Write ``state`` (tensors, numbers, strings and containers of these) to ``path``, whole or not at all.
 
-    Raises RunError or OSError if the disk is full or the folder cannot be written to; a file that was there stays.
+    Raises RunError or OSError if the disk is full or the folder cannot be written to; an existing file then stays.
     """
     with atomic_write(path) as temporary:
         try:
@@ -45,11 +45,11 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def on_cpu(state: Any) -> Any:
-    """Copy tensors, and the dictionaries and lists that hold them, to CPU memory: no later step changes the copy."""
+    """Copy tensors, and dictionaries and lists that hold them, to CPU memory; later steps do not change the copy."""
     if isinstance(state, torch.Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
-        copied = copy(state)  # with the versions that a module's state dict carries
+        copied = copy(state)  # also copies the versions that a module's state dict carries
         copied.update((name, on_cpu(value)) for name, value in state.items())
         return copied
     return type(state)(map(on_cpu, state)) if isinstance(state, list | tuple) else state
@@ -59,7 +59,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint, which may hold only tensors and plain values, into CPU memory; return what was saved.
 
     A bare state dict, such as the release's, becomes ``{"release": state_dict}``. Raises RunError for a file that is
-    missing, damaged, or something else.
+    missing, damaged, or not a checkpoint.
     """
     path = Path(path)
     if path.is_dir():
@@ -71,25 +71,25 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError) as error:
         raise RunError(f"{path} cannot be read ({type(error).__name__}: {brief(error, 100)}): try again") from error
-    except Exception as error:  # torch and its unpickler raise many kinds, whose words are about unpickling
-        remedy = "give a best.pth or last.pth (only predict.py reads ONNX files), or copy it again"
+    except Exception as error:  # torch raises many kinds of errors, whose messages are about unpickling
+        remedy = "give a best.pth or last.pth (only predict.py reads ONNX files), or copy the file again"
         raise RunError(f"{path} is no checkpoint of this project, or it is damaged: {remedy}") from error
     if isinstance(state, dict) and not all(key in state for key in REQUIRED):
         state = {"release": state}
     if not isinstance(state, dict) or not _has_the_right_types(state):
-        raise RunError(f"{path} does not hold what this project or the release saves: copy it again, or train again")
-    if isinstance(state.get("seen"), list):  # of an older run, which remembered only cases of its own data set
+        raise RunError(f"{path} is not a checkpoint of this project or of the release: copy it again, or train again")
+    if isinstance(state.get("seen"), list):  # an older run stored only the cases of its own data set
         state["seen"] = {state["data"]["dataset"]: state["seen"]}
     return state
 
 
 def _has_the_right_types(state: Any) -> bool:
-    """Return whether the parts of a checkpoint that every reader uses are of the types that training saves."""
+    """Return whether the parts of a checkpoint that every reader uses have the types that training saves."""
     try:
         if "release" not in state:
             data = state["data"]
             texts = [*data["class_names"], *(data.get(key, "") for key in ("dataset", "selected_on", "kind"))]
-            # A network may not name "pretrained" weights: building it would read or download another file.
+            # "pretrained" must not be among the arguments: building the network would read or download another file.
             if "pretrained" in dict(state["network"]) or not all(map(str.isprintable, texts)):
                 return False
         weights = state["release" if "release" in state else "model"]
@@ -103,10 +103,10 @@ def build_network(
 ) -> torch.nn.Module:
     """Rebuild the trained network of a checkpoint, ours or the release's, on the CPU.
 
-    checkpoint: what ``load_checkpoint`` returned; path: its file, for messages; channels: of the images, which a
-    checkpoint of the release does not say, None: as it says; prediction: in place of that of the checkpoint. Raises
-    RunError if the weights are not finite or do not fit the network that the checkpoint describes, or if that has other
-    classes or channels than the data.
+    checkpoint: what ``load_checkpoint`` returned; path: its file, for messages; channels: number of image channels,
+    None: as in the checkpoint, or 1 for the release, which does not store it; prediction: replaces the checkpoint's.
+    Raises RunError if the weights are not finite or do not fit the network that the checkpoint describes, or if this
+    network has another number of classes or channels than the data.
     """
     options, names = network_arguments_of(checkpoint, path), checkpoint.get("data", {}).get("class_names")
     try:
@@ -114,7 +114,7 @@ def build_network(
             model = build(**options, in_channels=channels or 1)
             load_release_state_dict(model, checkpoint["release"])
         else:
-            with torch.device("meta"):  # takes no memory, whatever sizes are described
+            with torch.device("meta"):  # takes no memory, even if the described sizes are huge
                 build(**options).load_state_dict(checkpoint["model"], assign=True)
             model = build(**options)
             model.load_state_dict(checkpoint["model"])
@@ -139,7 +139,7 @@ def build_network(
 
 
 def network_arguments_of(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    """Return the arguments of a checkpoint's network, ``network`` among them; raise RunError if it is unknown."""
+    """Return the arguments of a checkpoint's network, including ``network``; raise RunError if that is unknown."""
     try:
         given = release_arguments(checkpoint["release"]) if "release" in checkpoint else checkpoint["network"]
         options = {"network": DEFAULT_NETWORK} | given
@@ -147,7 +147,7 @@ def network_arguments_of(checkpoint: dict[str, Any], path: str | Path) -> dict[s
         raise RunError(f"{path} is {error}") from error
     if options.get("variant") == "stable" and "prediction" not in options:
         raise RunError(
-            f"{path} is of an earlier variant stable: train again, or go back to it with git checkout 05f08a1"
+            f"{path} was trained with an earlier version of variant stable: train again, or run git checkout 05f08a1"
         )
     if (name := str(options["network"])) not in NETWORKS:
         raise RunError(f"{path} holds an unknown network {brief(name)}: import its file in networks/__init__.py")
@@ -155,17 +155,17 @@ def network_arguments_of(checkpoint: dict[str, Any], path: str | Path) -> dict[s
 
 
 def load_fitting(model: torch.nn.Module, checkpoint: dict[str, Any], path: Path) -> list[str]:
-    """Fill a new network with the weights of a trained one, as far as they fit; return lines for the log.
+    """Copy the weights of a trained network into a new one, as far as they fit; return lines for the log.
 
-    A module is filled if all its tensors have their shapes, a memory only if it has ended its warm-up. W-LD starts
-    anew, so K of the memory banks stays as it is. Raises RunError if nothing fits.
+    A module is copied if all its tensors have the same shapes; a memory bank must also have ended its warm-up. W-LD
+    starts anew, so the new network keeps its own K. Raises RunError if nothing fits.
     """
     channels = model.config["in_channels"] if "release" in checkpoint else None
     trained = build_network(checkpoint, path, channels)
     weights, own = trained.state_dict(), model.state_dict()
     modules = {name: name.rpartition(".")[0] for name in own}
     unfit = {modules[name] for name in own if name not in weights or weights[name].shape != own[name].shape}
-    for name, bank in model.named_modules():  # a memory for which one of the two warm-ups has not ended starts anew
+    for name, bank in model.named_modules():  # a memory starts anew unless it has done the longer of the two warm-ups
         if isinstance(bank, PrototypeMemoryBank) and name not in unfit:
             ends = max(bank.kmeans_step, trained.get_submodule(name).kmeans_step)
             if weights[f"{name}.warmup_counter"] < ends:
@@ -174,18 +174,18 @@ def load_fitting(model: torch.nn.Module, checkpoint: dict[str, Any], path: Path)
     if not names:
         raise RunError(f"no weights of {path} fit this network: leave out --network and the flags of its sizes")
     model.load_state_dict({name: weights[name] for name in names}, strict=False)
-    for name, block in model.named_modules():  # where the momentum copy does not fit, it starts as a copy of phi
+    for name, block in model.named_modules():  # if the momentum copy does not fit, it starts as a copy of phi
         if isinstance(block, DMWLA) and name in unfit:
             block.phi_k.copy_(block.phi.weight.detach())
     parts: dict[str, list[str]] = {}
     for name in sorted(unfit):
         parts.setdefault("memory" if name.endswith(".bank") else name.partition(".")[0], []).append(name)
     new = [f"new {part}: {path} has none that fits ({brief(', '.join(names))})" for part, names in parts.items()]
-    return [f"the weights are those of {path}", *new]
+    return [f"the weights come from {path}", *new]
 
 
 def describe_data(train_set: TrainingSet, val_set: Sequence[Volume], classes: Sequence[str]) -> list[str]:
-    """Return lines that identify the data of a run: all cases and classes, and what three training samples hold."""
+    """Return lines that identify the data of a run: all cases and classes, and facts of three training samples."""
     lines = [f"training case {name}" for name in train_set.names] + [f"{len(train_set)} training samples"]
     lines += [f"validation case {name}" for name in val_set.names] + [f"class {name}" for name in classes]
     for i in (0, len(train_set) // 2, len(train_set) - 1):
@@ -196,15 +196,15 @@ def describe_data(train_set: TrainingSet, val_set: Sequence[Volume], classes: Se
 
 
 def cases_described(checkpoint: Mapping[str, Any], kind: str) -> set[str]:
-    """Return the training or validation cases of a checkpoint's run; those of an old one are not known."""
+    """Return the training or validation cases of a checkpoint's run; empty for an old checkpoint."""
     lines, start = checkpoint.get("described", ()), f"{kind} case "
     return {line.removeprefix(start) for line in lines if line.startswith(start)}
 
 
 def cases_seen(checkpoint: Mapping[str, Any], dataset: str) -> dict[str, list[str]]:
-    """Return by data set the cases that trained the weights of a checkpoint, in its run and in those before it.
+    """Return, for each data set, the cases on which a checkpoint's weights were trained, in its run or earlier.
 
-    dataset: that of the checkpoint.
+    dataset: the data set of the checkpoint.
     """
     before = checkpoint.get("seen", {})
     own = {*before.get(dataset, ()), *cases_described(checkpoint, "training")}
@@ -212,11 +212,11 @@ def cases_seen(checkpoint: Mapping[str, Any], dataset: str) -> dict[str, list[st
 
 
 def refuse_other_data(path: Path, then: Sequence[str], now: Sequence[str]) -> None:
-    """Raise RunError unless the lines of ``describe_data`` are those of the run of the checkpoint ``path``."""
+    """Raise RunError if the lines of ``describe_data`` differ between checkpoint ``path`` (then) and this run (now)."""
     for before, here in zip_longest(then, now, fillvalue="nothing"):
         if before != here:
             raise RunError(
-                f"{path} was trained on other data ({before} there, {here} here): give the data and lists of that run, "
+                f"{path} was trained on other data ({before} then, {here} now): give the data and lists of that run, "
                 f"or start a run from its weights with --init_from {path} and another --output_dir"
             )
 

@@ -29,7 +29,7 @@ REMEDIES = {
 }
 
 AMP_DTYPES = {"none": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""The choices of ``--amp`` and their autocast type. tf32 has none: it changes float32 products (``set_precision``)."""
+"""The choices of ``--amp`` and their autocast type; tf32 changes float32 products instead (``set_precision``)."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -55,7 +55,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
-    """Return the type of a flag whose number, an int or a float, must be in [low, high]."""
+    """Return a ``type`` for ``add_argument`` that reads an int or float (``kind``) in [low, high]."""
 
     def read(text: str) -> Any:
         value = kind(text)
@@ -64,17 +64,17 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
             raise argparse.ArgumentTypeError(f"expected {expected}, found {text}")
         return value
 
-    read.__name__ = kind.__name__  # argparse's messages name it
+    read.__name__ = kind.__name__  # argparse's messages show this name
     return read
 
 
 def run_script(main: Callable[[], object]) -> None:
     """Log to stderr, run ``main``, and turn an error that the user can correct into one line and exit status 1.
 
-    Warnings of libraries are not shown, unless ``python -W`` asks for them: what a user should know, this code says.
+    Warnings of libraries are hidden unless ``python -W`` asks for them: this code logs what a user should know.
 
-    Such errors are RunError, DataError, NetworkError and OSError. A run that a signal stopped exits with 128 and its
-    number: 143 for SIGTERM, 130 for Ctrl-C. Any other exception is a bug and keeps its traceback.
+    The user can correct RunError, DataError, NetworkError and OSError. A run that a signal stopped exits with 128 plus
+    the signal's number: 143 for SIGTERM, 130 for Ctrl-C. Any other exception is a bug and keeps its traceback.
     """
     setup_logging()
     if not sys.warnoptions:
@@ -94,21 +94,21 @@ def run_script(main: Callable[[], object]) -> None:
         traceback.clear_frames(error.__traceback__)  # lets the data loader's processes end now, without a wait at exit
         sys.exit(1)
     except KeyboardInterrupt:
-        logging.error("stopped by the keyboard")
+        logging.error("stopped by Ctrl-C")
         sys.exit(130)
 
 
 def setup_logging(file: str | Path | None = None) -> None:
-    """Log to stderr and, if given, to the end of ``file``, whose folder is created; a second call replaces the first.
+    """Log to stderr and, if given, append to ``file``, whose folder is created; a second call replaces the first.
 
-    On stderr a warning or error is a bare ``error: ...``, and every other line has the time. Of the processes that
-    torchrun starts, only the first logs more than errors.
+    On stderr, a warning or error begins with its level (``error: ...``), and every other line begins with the time.
+    Under torchrun, the first process logs everything, and the others log only errors.
     """
     rank = int(os.environ.get("RANK", 0))
     handlers: list[logging.Handler] = [_Terminal(sys.stderr)]
     if file is not None and not rank:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(_LogFile(file, encoding="utf-8", errors="backslashreplace"))  # names may be any bytes
+        handlers.append(_LogFile(file, encoding="utf-8", errors="backslashreplace"))  # file names may hold any bytes
         handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%m-%d %H:%M:%S"))
     logging.basicConfig(level=logging.ERROR if rank else logging.INFO, handlers=handlers, force=True)
 
@@ -127,8 +127,8 @@ def pick_device(name: str = "auto") -> torch.device:
         raise RunError(f"device {name!r}: PyTorch {torch.__version__} finds no GPU: use --device cpu")
     if device.index is not None:
         if device.index >= torch.cuda.device_count():
-            raise RunError(f"device {name!r}: there are {torch.cuda.device_count()} GPUs, numbered from cuda:0")
-        torch.cuda.set_device(device)  # for what names no device, such as an event or a stream
+            raise RunError(f"device {name!r}: found {torch.cuda.device_count()} GPUs, numbered from cuda:0: choose one")
+        torch.cuda.set_device(device)  # for objects that are made without a device, such as an event
     return device
 
 
@@ -145,7 +145,7 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
-    torch.use_deterministic_algorithms(deterministic)  # of the compiler too
+    torch.use_deterministic_algorithms(deterministic)  # in compiled code too
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory that it did not write
     if deterministic:
         # cuBLAS reads this when it starts, so it has to be set before the first product on the GPU.
@@ -161,14 +161,14 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Set the generators to what ``random_state`` returned, of a GPU only if it was one then."""
+    """Set the generators to what ``random_state`` returned; the GPU's only if the state has one."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def set_precision(amp: str, device: torch.device) -> None:
-    """Let a GPU round products and convolutions of float32 to TensorFloat-32 only where ``--amp`` says ``tf32``.
+    """Let a GPU round products and convolutions of float32 to TensorFloat-32 only if ``--amp`` is ``tf32``.
 
     Raises RunError if the GPU has no bfloat16: PyTorch would emulate it, slowly and with attention matrices in memory.
     """
@@ -177,8 +177,8 @@ def set_precision(amp: str, device: torch.device) -> None:
     if device.type == "cuda":
         if amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise RunError(f"--amp bf16: {torch.cuda.get_device_name(device)} has no bfloat16: use --amp fp16 or none")
-        # It may return NaN as gradient for very negative logits (pytorch#196678, cudnn-frontend#1072), and the other
-        # fused kernels take every attention of this network.
+        # cuDNN's attention may return NaN gradients for very negative logits (pytorch#196678, cudnn-frontend#1072).
+        # The other fused kernels can compute every attention of this network.
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -192,7 +192,7 @@ class _Terminal(logging.StreamHandler):
 
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        # logging would print a traceback for every line that a full disk refuses.
+        # By default, logging prints a traceback for every line that cannot be written to a full disk.
         logging.getLogger().removeHandler(self)
         logging.warning("%s: %s; the log continues without this file", self.baseFilename, sys.exc_info()[1])
 
@@ -203,6 +203,6 @@ def _message(error: BaseException) -> str:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
         text = where + error.strerror + REMEDIES.get(error.errno, "")
     elif text.startswith("Caught ") and "Original Traceback" in text:
-        # A data loader's process sends its traceback as the message; the last line is the error.
+        # A data loader's process sends its whole traceback as the message; the error is its last line.
         text = text.rsplit(f"{type(error).__name__}: ", 1)[-1]
     return one_line(text)

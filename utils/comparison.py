@@ -1,4 +1,4 @@
-"""Name the method of each tested run, average the scores of its seeds, and test which differences are chance."""
+"""Name the method of each tested run, average the scores of its seeds, and test which differences may be chance."""
 
 import itertools
 import logging
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 NAMES = {"dice": "Dice", "hd95": "HD95", "jaccard": "Jaccard", "assd": "ASSD"}
 MEAN = "mean"  # stands in the column `class` for the mean over the classes
 TESTED = ("dice", "hd95")  # the metrics of the paired tests and of the tables of each class
-LEAST_CASES = 6  # Wilcoxon's test of fewer differences than these cannot give p < 0.05
+LEAST_CASES = 6  # with fewer differences, Wilcoxon's test cannot give p < 0.05
 KEYS = ["method", "convention", "class", "metric", "unit"]
 
 
@@ -29,30 +29,30 @@ class Comparison:
     """The methods that were tested on the same data."""
 
     info: DatasetInfo
-    data: str  # as in `Run`, with the classes where these are not those of the data set
+    data: str  # as in `Run`, followed by the class names if they are not the data set's own
     split: str
     class_names: tuple[str, ...]
     methods: dict[str, list[Run]]  # the seeds of each method
-    cases: pd.DataFrame  # results with `method`, only of cases on which all seeds of a method were tested
+    cases: pd.DataFrame  # results with `method`, only for cases on which all its seeds were tested
 
     def means(self, keys: Sequence[str]) -> pd.DataFrame:
-        """Return the mean `value` by `keys`, NaN left out, and with the class "mean" the mean over the classes."""
+        """Return the mean `value` for each value of `keys`, without NaN; the class "mean" is the mean over classes."""
         values = self.cases.groupby(keys, sort=False, as_index=False)["value"].mean()
         others = [key for key in keys if key != "class"]
         over_classes = values.groupby(others, sort=False, as_index=False)["value"].mean()
         return pd.concat([values, over_classes.assign(**{"class": MEAN})], ignore_index=True)
 
     def per_case(self) -> pd.DataFrame:
-        """Return `means` of each case, over seeds."""
+        """Return `means` for each case, averaged over seeds."""
         return self.means([*KEYS, "case"])
 
     def scores(self) -> pd.DataFrame:
-        """Return `mean`, `sd_over_seeds`, `sd_over_cases` (NaN for one) by `KEYS`, and facts of each method.
+        """Return `mean`, `sd_over_seeds` and `sd_over_cases` for each value of `KEYS`, and facts about each method.
 
-        A mean is over the cases of all seeds or folds, then over classes. The standard deviations divide by n - 1: that
-        over seeds or folds is of the means over cases, that over cases is of `per_case`. `seeds` are those of a fold;
-        `missed` and `spurious` classes are counted once for each case, as means over its runs. `chosen_on` is test if
-        that of any seed is.
+        A mean is taken over the cases of all runs (seeds and folds), then over classes. Standard deviations divide by
+        n - 1 and are NaN for n = 1: `sd_over_seeds` is that of the runs' means, `sd_over_cases` that of `per_case`.
+        `seeds` is the largest number of seeds in a fold. `missed` and `spurious` classes count once for each case, as
+        means over its runs. `chosen_on` is `test` if it is `test` for any run.
         """
         rows = self.means(KEYS).set_index(KEYS).rename(columns={"value": "mean"})
         rows["sd_over_seeds"] = self.means([*KEYS, "run"]).groupby(KEYS)["value"].std()
@@ -68,10 +68,10 @@ class Comparison:
 
 
 def name_methods(runs: Sequence[Run]) -> list[Run]:
-    """Name the method of each run of one data set; return the runs that do not repeat settings and seed of another.
+    """Name the method of each run of one data set; return the runs without repeats of the same settings and seed.
 
-    A method that the user did not name is named after its network and after those settings, except defaults, in which
-    it differs from others of its network.
+    If the user gave no name, the method is named after its network and after the settings in which it differs from
+    others of its network. A setting with its default value is not part of the name.
     """
     settings = pd.DataFrame([run.settings for run in runs]).fillna("-")
     for run in runs:
@@ -95,17 +95,17 @@ def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def compare(runs: Sequence[Run]) -> list[Comparison]:
-    """Return the comparisons of runs with one name of `data`: one for each split and each set of classes."""
+    """Return the comparisons of runs with the same `data`: one for each split and each set of class names."""
     comparisons, info = [], runs[0].info
     tables = [run.results.assign(method=run.method, fold=run.args.get("fold", 0)) for run in runs]
     results = pd.concat(tables, ignore_index=True)
     for (split, class_names), cases in results.groupby(["split", "classes"], sort=False):
-        seeds = cases.groupby(["method", "fold"])["run"].transform("nunique")  # a case has the seeds of its fold
+        seeds = cases.groupby(["method", "fold"])["run"].transform("nunique")  # number of seeds in the fold of the case
         shared = cases.groupby(["method", "fold", "case"])["run"].transform("nunique") == seeds
         for name, left_out in cases[~shared].groupby("method")["case"].nunique().items():
             if name not in set(cases["method"][shared]):
                 raise RunError(f"the seeds of {name} have no case of {split} in common: test them on the same list")
-            logger.warning("%s: not in all seeds, left out of %s: %s", name, split, counted(left_out, "case"))
+            logger.warning("%s: cases not in all seeds are left out of %s: %s", name, split, counted(left_out, "case"))
         cases = cases[shared].reset_index(drop=True)
         _refuse_other_data(cases)
         _check_folds(cases)
@@ -121,12 +121,12 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
 def _refuse_other_data(cases: pd.DataFrame) -> None:
     """Raise RunError if a case has another unit or label in one run than in another.
 
-    Of tests of earlier versions only the classes in a label are known.
+    Tests of earlier versions recorded only which classes a label has.
     """
     once = cases.query("convention == 'strict' and metric == 'hd95'")
     once = once.assign(in_label=once["state"].isin([FOUND, MISSED]))
     for fact in ("unit", "in_label", "label"):
-        different = once.groupby(["case", "class"])[fact].transform("nunique") > 1  # NaN, unknown, does not count
+        different = once.groupby(["case", "class"])[fact].transform("nunique") > 1  # NaN (unknown) does not count
         if not different.any():
             continue
         (name, _), rows = next(iter(once[different].groupby(["case", "class"], sort=False)))
@@ -138,28 +138,28 @@ def _refuse_other_data(cases: pd.DataFrame) -> None:
 
 
 def _check_folds(cases: pd.DataFrame) -> None:
-    """Warn of folds of two divisions in one method, and if some folds have more seeds than others."""
+    """Warn if a method mixes folds of two divisions of the data, or if some folds have more seeds than others."""
     for name, of_method in cases.groupby("method"):
         folds = of_method.groupby("case")["fold"].nunique()
         if folds.nunique() > 1:
             most, least = folds.idxmax(), folds.idxmin()
             logger.warning(
-                "%s: %s was tested in %d folds (%s) and %s in %d, so it counts more often: are some runs of an older "
-                "division of the data?", name, most, folds[most],
+                "%s: %s was tested in %d folds (%s) and %s in %d, so the first counts more often: are some runs of an "
+                "older division of the data?", name, most, folds[most],
                 ", ".join(of_method.loc[of_method["case"] == most, "run"].unique()), least, folds[least],
             )  # fmt: skip
         seeds = of_method.groupby("fold")["run"].nunique()
         if seeds.nunique() > 1:
-            text = "%s: its folds have %d to %d seeds, so the cases of some count more often in its mean"
+            text = "%s: its folds have %d to %d seeds, so the cases of folds with more seeds weigh more in its mean"
             logger.warning(text, name, seeds.min(), seeds.max())
 
 
 def paired_tests(comparison: Comparison) -> pd.DataFrame:
-    """Test each pair of methods on the cases of both, on Dice and HD95 averaged over classes and seeds.
+    """Test each pair of methods on the cases that both have, by Dice and HD95 averaged over classes and seeds.
 
-    Returns a row per convention, metric and pair: the shared cases, those left out because one method lacks them or has
-    no number for them, the median of first - second, the two-sided p of Wilcoxon's signed-rank test, p_holm, corrected
-    by Holm over the pairs of this convention and metric, and where p is NaN a note that says why.
+    Returns a row per convention, metric and pair: the numbers of shared cases and of cases that are left out because a
+    method lacks them or has no value for them, the median of first - second, the two-sided p of Wilcoxon's signed-rank
+    test, p_holm (p corrected by Holm over the pairs of this convention and metric), and, if p is NaN, a note why.
     Source: Wilcoxon, Biometrics Bulletin 1945; Holm, Scandinavian Journal of Statistics 1979.
     """
     from scipy.stats import wilcoxon
@@ -169,7 +169,7 @@ def paired_tests(comparison: Comparison) -> pd.DataFrame:
     for key, values in means.groupby(family, sort=False):
         for first, second in itertools.combinations(comparison.methods, 2):
             pair = values[values["method"].isin([first, second])].pivot(index="case", columns="method", values="value")
-            # Rounded, so that rounding errors do not order equal differences.
+            # Round, so that rounding errors do not rank equal differences.
             differences = (pair[first] - pair[second]).dropna().round(6)
             differ, shared = differences[differences != 0], len(differences)
             p, note = np.nan, f"{len(differ)} of {shared} shared cases differ; p < 0.05 needs at least {LEAST_CASES}"
@@ -182,6 +182,6 @@ def paired_tests(comparison: Comparison) -> pd.DataFrame:
 
 
 def holm(p: pd.Series) -> pd.Series:
-    """Correct p values by Holm's method: the smallest of m times m, the next times m - 1, and so on, never falling."""
+    """Correct m p values by Holm's method: the smallest times m, the next times m - 1, ..., never decreasing."""
     ordered = p.dropna().sort_values(kind="stable")
     return (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1).reindex(p.index)

@@ -18,20 +18,20 @@ from utils.results import CONVENTIONS, OPTIMISTIC, markdown
 from utils.tested_runs import Run
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "docs" / "published_results.csv"
-UNPUBLISHED_SPLITS = ("segpc", "isic")  # of which the paper does not say which images it tests
+UNPUBLISHED_SPLITS = ("segpc", "isic")  # the paper does not say on which of their images it tests
 LATEX = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
 CSV_COLUMNS = [
     "dataset", "split", "source", "method", "chosen_on", "seeds", "cases", "convention", "class", "metric", "unit",
     "mean", "sd_over_seeds", "sd_over_cases",
 ]  # fmt: skip
-"""Of comparison.csv. Dice and Jaccard are in percent, unknown cells are empty."""
+"""Columns of comparison.csv. Dice and Jaccard are in percent; unknown cells are empty."""
 
 
 def published_rows(comparison: Comparison) -> pd.DataFrame:
-    """Return the published means, and Dice of each class, as printed, for runs on the data set's own test data."""
+    """Return the published means and Dice of each class, as printed; empty if runs used other test data or lists."""
     info = comparison.info
     lists = set().union(*(run.lists for runs in comparison.methods.values() for run in runs))
-    # A set of the user's own, which has folds, may have the name of a known one.
+    # A user's own data set, which has folds, may have the name of a known data set.
     own = lists == {Path(info.list_dir).resolve()} and info.fold is None
     if not own or comparison.split != info.splits[-1] or comparison.data != info.name:
         return pd.DataFrame()
@@ -44,7 +44,7 @@ def published_rows(comparison: Comparison) -> pd.DataFrame:
 
 
 def score_tables(comparison: Comparison, rows: pd.DataFrame, tests: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return the means, Dice and HD95 of each class, and paired tests, by caption. rows: scores and published rows."""
+    """Return tables by caption: means, Dice and HD95 of each class, paired tests. rows: scores and published rows."""
     marks = rows["source"].replace({"measured": "", "published": " (published)"})
     marks += rows["chosen_on"].map({"test": " *"}).fillna("")
     deviations = _text(rows["sd_over_seeds"], " ± {:.2f}", "") + _text(rows["sd_over_cases"], " ({:.2f})", "")
@@ -83,7 +83,7 @@ def _text(numbers: pd.Series, form: str, unknown: str = "-") -> pd.Series:
 
 
 def run_tables(runs: Sequence[Run]) -> dict[str, pd.DataFrame]:
-    """Return a table of the runs, and one of the settings in which the methods differ, by their caption."""
+    """Return tables by caption: the runs, and the settings in which the methods differ."""
     columns = ["method", "seed", "fold", "tested", "run folder"]
     rows = [(r.method, str(r.args["seed"]), str(r.args.get("fold", "-")), r.tested, str(r.folder)) for r in runs]
     settings = pd.DataFrame({name: members[0].settings for name, members in by_method(runs).items()}).fillna("-")
@@ -100,16 +100,16 @@ def notes(comparison: Comparison, rows: pd.DataFrame) -> list[str]:
     if comparison.cases.groupby("method")["case"].agg(frozenset).nunique() > 1:
         said.append("Not all methods were tested on the same cases, so their means are not over the same cases.")
     if (rows["source"] == "published").any():
-        said.append("(published): not measured here, but printed in the paper's tables of its test split; in no test.")
+        said.append("(published): not measured here, but printed in the paper for its test split; in no paired test.")
         if comparison.data in UNPUBLISHED_SPLITS:
-            said.append("The paper does not publish its split of this set: its rows are means over other images.")
+            said.append("The paper does not publish its split of this set, so its rows are means over other images.")
     return said
 
 
 def palette(methods: Iterable[str]) -> dict[str, tuple[float, float, float]]:
     """Return a colour for each method, so that it has the same one in all figures of a page."""
     names = list(dict.fromkeys(methods))
-    # The first is for colour-blind people too, but repeats after ten.
+    # "colorblind" suits colour-blind readers too, but repeats after ten colours.
     colours = seaborn.color_palette("colorblind" if len(names) <= 10 else "husl", len(names))
     return dict(zip(names, colours, strict=True))
 
@@ -127,7 +127,7 @@ def draw_boxes(path: Path, comparison: Comparison, colours: Mapping[str, Any]) -
 
 
 def draw_curves(path: Path, runs: Sequence[Run], colours: Mapping[str, Any]) -> dict[Path, str]:
-    """Draw loss and validation Dice over the epochs, a line per run with a `metrics.csv`; return the caption."""
+    """Draw loss and validation Dice over the epochs, one line per run that has a `metrics.csv`; return the caption."""
     history = pd.concat([run.history.assign(method=run.method, run=str(run.folder)) for run in runs])
     history = history.reindex(columns=["method", "run", "epoch", "train_loss", "val_dice"])
     history = history.melt(["method", "run", "epoch"], var_name="metric").dropna()
@@ -142,7 +142,7 @@ def draw_curves(path: Path, runs: Sequence[Run], colours: Mapping[str, Any]) -> 
 def _draw(
     path: Path, plot: Callable[..., seaborn.FacetGrid], data: pd.DataFrame, style: dict[str, Any], caption: str
 ) -> dict[Path, str]:
-    """Write a figure in the colours of the methods; return its path and caption, or nothing without data."""
+    """Write a figure in the colours of the methods; return {path: caption}, or {} if there are no data."""
     if data.empty:
         return {}
     pyplot.switch_backend("agg")  # needs no display
@@ -156,7 +156,7 @@ def _draw(
 def write_pages(folder: Path, sections: Sequence[Mapping[str, Any]]) -> None:
     """Write the sections as `comparison.md` and `comparison.html`, and their tables as `comparison.tex`.
 
-    A section has a `heading`, `notes`, and by their captions `tables`, and by their paths the captions of `figures`.
+    A section has a `heading`, `notes`, `tables` by caption, and `figures`, which are captions by path.
     """
     from jinja2 import Environment, FileSystemLoader, select_autoescape
 

@@ -27,16 +27,16 @@ logger = logging.getLogger(__name__)
 
 Samples = SliceDataset | ImageDataset
 Cases = VolumeDataset | ImageFolder
-NAMELESS = "the files name no classes; those of %s are used: give --class_names in training if they are others"
+NAMELESS = "the files name no classes, so the names of %s are used: if they are wrong, train with --class_names"
 UNIT = -0.05, 1.05
-"""Intensities of prepared scans: 0 to 1, and some room for what resampling adds."""
+"""Range of intensities in prepared scans: 0 to 1, and a margin, because resampling may leave this range."""
 
 
 def open_samples(info: DatasetInfo, args: Namespace, split: str, without: Sequence[str] = (), **options) -> Samples:
-    """Return the slices or images of a split, to train on.
+    """Return the slices or images of a split, for training.
 
     args: the folders, the number of classes and the label order of the command line; without: names in the list to
-    leave out; options: ``img_size``, ``augment`` and ``seed``, of images ``photometric``.
+    leave out; options: ``img_size``, ``augment`` and ``seed``, and for images ``photometric``.
     """
     info.require(args.root_path)
     where = args.root_path, args.list_dir, split, args.num_classes
@@ -49,9 +49,9 @@ def open_samples(info: DatasetInfo, args: Namespace, split: str, without: Sequen
 def open_cases(
     info: DatasetInfo, args: Namespace, split: str, only: Sequence[str] | None = None, folder: Path | None = None
 ) -> Cases:
-    """Return the volumes or images of a split, to validate or test on.
+    """Return the volumes or images of a split, for validation or testing.
 
-    args: as for ``open_samples``; only: names in the list to keep; folder: of the volumes, if elsewhere.
+    args: as for ``open_samples``; only: names in the list to keep; folder: of the volumes, if not ``args.volume_path``.
     """
     if info.planar:
         return ImageFolder(info, args.root_path, args.list_dir, split, args.num_classes)
@@ -62,26 +62,26 @@ def open_cases(
 
 
 class Split:
-    """What was found in the cases of one split that were read; ``pattern`` is ``--patient_pattern``."""
+    """What is found in the cases of a split that ``add`` reads; ``pattern`` is ``--patient_pattern``."""
 
     def __init__(self, data: Samples | Cases, info: DatasetInfo, pattern: str | None = None):
         self.data, self.info = data, info
         self.kind = "images" if info.planar else "slices" if isinstance(data, SliceDataset) else "volumes"
         names = data.whole_images if info.planar else data.names
-        self.patients = {patient_of(name, pattern): name for name in names}  # each with a name in the list
-        self.exact = info.planar or pattern is not None  # no entry of a list stands for several of these patients
+        self.patients = {patient_of(name, pattern): name for name in names}  # each with one of its names in the list
+        self.exact = info.planar or pattern is not None  # a list entry never stands for several patients
         self.grouped = self.exact or any(map(has_person, names))
-        self.read = 0  # cases
-        self.voxels = np.zeros(data.num_classes, np.int64)  # of each class
+        self.read = 0  # number of cases
+        self.voxels = np.zeros(data.num_classes, np.int64)  # number of voxels of each class
         self.named: tuple[str, ...] = ()  # the classes, if a file names them
-        self.shapes: dict[tuple[int, ...], Path] = {}  # each with its first file
+        self.shapes: dict[tuple[int, ...], Path] = {}  # each with the first file that has it
         self.spacings: set[tuple[float, ...]] = set()
         self.unmeasured = 0  # cases without a spacing
-        self.low, self.high = np.inf, -np.inf  # intensities
+        self.low, self.high = np.inf, -np.inf  # smallest and largest intensity
         self.doubts: Counter[str] = Counter()  # what is probably wrong, and in how many cases
 
     def add(self, index: int) -> None:
-        """Read and check a case. Raises DataError, also for class names other than those of a case before it."""
+        """Read and check a case. Raises DataError, also if its class names differ from those of an earlier case."""
         data, prepared = self.data, self.info.preprocessing
         file = data.files[index] if self.kind == "slices" else data.files[data.names[index]][0]
         case = data.open(index)
@@ -94,7 +94,7 @@ class Split:
         self.spacings |= {case.spacing} if case.spacing else set()
         self.unmeasured += case.spacing is None
         if case.class_names:
-            self.named = data.class_names = case.class_names  # from now on no file may name others
+            self.named = data.class_names = case.class_names  # later files must have the same names
         expected = len(self.info.channels)
         if case.image.shape[case.label.ndim :] != ((expected,) if expected > 1 else ()):
             raise DataError(
@@ -106,41 +106,41 @@ class Split:
         axes = prepared.orientation if case.affine is None else orientation_of(case.affine)
         if prepared.orientation not in (None, axes):
             raise DataError(
-                f"{file}: its axes x, y, z run to {axes}, those of a new scan to {prepared.orientation}; {PREPARE}"
+                f"{file}: its axes x, y, z run to {axes}; expected {prepared.orientation}, as in predict.py; {PREPARE}"
             )
         if prepared.fills_unit and UNIT[0] < low <= high < UNIT[1] and (low > 0.1 or high < 0.9):
-            self.doubts["intensities do not run from 0 to 1 in each volume, as predict.py scales a scan"] += 1
+            self.doubts["intensities do not run from 0 to 1 in each volume, but predict.py scales scans like this"] += 1
         if case.affine is None and case.image.shape[0] > 4 * min(case.image.shape[1:3]):
             self.doubts["many slices with few rows or columns: is the shape (slices, rows, columns)?"] += 1
         if case.spacing and case.spacing[0] * 4 < case.spacing[2] and case.image.shape[0] * 4 < case.image.shape[2]:
-            self.doubts["few but thin slices: is the spacing that of slices, rows and columns, in this order?"] += 1
+            self.doubts["few slices, and thin ones: is the spacing in the order slices, rows, columns?"] += 1
         if self.class_names == self.info.class_names:
             self.doubts.update(self.info.doubtful_places(case.label))
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The classes as the files name them, or else as the data set does."""
+        """The class names of the files or of the user; if neither gives any, those of the data set."""
         return self.named or tuple(self.data.class_names or ()) or self.info.names_for(len(self.voxels))
 
     @property
     def nameless(self) -> bool:
-        """Whether the classes get the names of the data set only because there are as many."""
+        """Whether the classes have the data set's names only because there are equally many of them."""
         used = not self.named and not self.data.class_names and self.class_names == self.info.class_names
         return used and self.read > 0 and not self.info.planar
 
     @property
     def unscaled(self) -> bool:
-        """Whether intensities are not from 0 to 1, as ``prepare_data.py`` writes them."""
+        """Whether intensities lie outside 0 to 1 (``UNIT``), the range that ``prepare_data.py`` writes."""
         return not self.info.planar and self.read > 0 and not UNIT[0] < self.low <= self.high < UNIT[1]
 
     def warnings(self, trained_on: tuple[float, float] | None = None) -> list[str]:
-        """Return what is probably wrong, one line each; trained_on: intensities of a checkpoint, None for 0 to 1."""
+        """Return one line for each likely error; trained_on: intensity range of the training, None for 0 to 1."""
         doubts, (low, high) = self.doubts.copy(), trained_on or (0, 1)
         alike = not trained_on or (high - low) / 4 < self.high - self.low < (high - low) * 4
         if self.spacings and self.unmeasured:
-            doubts["some files have a voxel spacing and others none: are they of two preparations?"] = 1
+            doubts["some files have a voxel spacing and others have none: were they prepared in two ways?"] = 1
         if self.unscaled != bool(trained_on) or not alike:
-            text = "" if trained_on else " (predict.py scales scans to this, and refuses a network trained on others)"
+            text = "" if trained_on else " (predict.py scales to this range and refuses networks trained on others)"
             doubts[f"intensities run from {self.low:g} to {self.high:g}; expected {low:g} to {high:g}{text}"] = 1
         if self.class_names == self.info.class_names and (self.kind != "slices" or self.read == len(self.data)):
             doubts.update(self.info.doubtful_sizes(self.voxels))
@@ -169,17 +169,17 @@ class Split:
 def quick_check(train_set: Samples, val_set: Cases, info: DatasetInfo, args: Namespace) -> DatasetInfo:
     """Check in seconds what training relies on, and return the facts of the data set as its files state them.
 
-    No patient may be in two splits, also not in the test split unless ``val_set`` is that. Three cases of each set are
-    read. The classes are called as ``--class_names`` says, else the files, else ``info``; from now on no file may call
-    them otherwise. Logs what looks wrong. Raises DataError for the first error.
+    No patient may be in two of the training, validation and test splits. Three cases of the first two are read. The
+    class names are those of ``--class_names``, else of the files, else of ``info``; files that are read later must not
+    have others. Logs a warning for what looks wrong. Raises DataError for the first error.
 
-    args: of the training script.
+    args: arguments of the training script.
     """
     names, order = tuple(args.class_names or ()), getattr(train_set, "label_order", None)
     if names and (order or not len({*names}) == len(names) == args.num_classes - 1):
         expected = f"{args.num_classes - 1} different names, or --num_classes {len({*names}) + 1}"
         if order:
-            expected = f"none, because --label_order {order.name} names them, or train_acdc.py for other organs"
+            expected = f"none, because --label_order {order.name} names them; train_acdc.py takes other organs"
         raise DataError(f"--class_names gives {', '.join(names)}; expected {expected}")
     parts = [Split(data, info, args.patient_pattern) for data in (train_set, val_set)]
     tested = patients_of_list(args, info, info.splits[-1])
@@ -205,9 +205,9 @@ def quick_check(train_set: Samples, val_set: Cases, info: DatasetInfo, args: Nam
 
 
 def patients_of_list(args: Namespace, info: DatasetInfo, split: str) -> list[tuple[Path, dict[str, str]]]:
-    """Return a split's list with its patients, each with a name in it, or nothing where there is no such list.
+    """Return [(path of a split's list, {patient: one of its names in the list})], or [] if there is no such list.
 
-    args: the folder of the lists and the pattern of patients.
+    args: arguments with the folder of the lists and the patient pattern.
     """
     path = list_path(args.list_dir, split)
     entries = map(image_of if info.planar else str, read_list(args.list_dir, split) if path.is_file() else ())
@@ -216,29 +216,29 @@ def patients_of_list(args: Namespace, info: DatasetInfo, split: str) -> list[tup
 
 
 def compare_with_checkpoint(cases: Cases, info: DatasetInfo, data: dict[str, Any]) -> tuple[str, ...]:
-    """Compare the first case of a test with what the checkpoint says of its training data; log what looks wrong.
+    """Compare the first case of a test with what the checkpoint says about its training; log what looks wrong.
 
-    data: of the checkpoint. Returns the names of the classes; from now on no file may name others. Raises DataError for
-    files that were prepared otherwise or name other classes than those of the checkpoint.
+    data: the checkpoint's ``data``. Returns the class names; files that are read later must not have others. Raises
+    DataError for files that were prepared in another way or have other class names than the training files.
     """
     trained, here = data.get("preprocessing", {}), info.preprocessing.to_dict()
     for key in here.keys() & trained.keys() - {"stored", "bits"}:
         if here[key] != trained[key]:
             raise DataError(
-                f"{info.folder}: its files are prepared with {key} {here[key]}, those of the training with "
-                f"{trained[key]}; prepare them alike, or test another checkpoint"
+                f"{info.folder}: its files were prepared with {key} {here[key]}; expected {trained[key]}, as in "
+                "training; prepare them in the same way, or test another checkpoint"
             )
     part, names = Split(cases, info), tuple(data["class_names"])
     part.add(0)
     doubts, found = part.warnings(trained.get("stored")), ", ".join(part.named)
     if part.named not in ((), names):
-        # Earlier versions stored the usual names, whatever the files said.
+        # Earlier versions stored the data set's usual names, even if the files had others.
         if names != info.class_names or {*names} & {*part.named}:
             raise DataError(
                 f"{cases.source}: its files name the classes {found}; expected {', '.join(names)}, as in training: "
                 "test files with these classes, or another checkpoint"
             )
-        doubts.append(f"names its classes {found}, and the checkpoint {', '.join(names)}; those of the file are used")
+        doubts.append(f"the file names its classes {found}, not {', '.join(names)} as in training; its names are used")
         names = part.named
     cases.class_names = names
     if info.planar:
@@ -256,10 +256,10 @@ def check(
     parts: Sequence[Split], names: tuple[str, ...] = (), others: Sequence[tuple[Path, dict[str, str]]] = (),
     few: bool = False,
 ) -> tuple[tuple[str, ...], list[str]]:  # fmt: skip
-    """Read the cases of every part, or a few of each. Returns (names of the classes, errors, one line each).
+    """Read the cases of every part, or three of each if ``few``. Returns (class names, errors, one line each).
 
-    names: the classes as every file must call them; without any, as the first file that names them does. others: lists
-    whose cases are not read, with their patients as in ``Split``.
+    names: the class names that every file must have, if it has any; empty: those of the first file that has some.
+    others: lists whose cases are not read, with their patients as in ``Split``.
     """
     patients = [*((part.data.source, part.patients) for part in parts), *others]
     errors = shared_patients(patients, any(part.exact for part in parts))
@@ -282,7 +282,7 @@ def check(
 def most_classes_absent(parts: Sequence[Split]) -> list[str]:
     """Return one line if most classes have no voxel in any part.
 
-    Not of a set of the user's own: its preparation has compared the values with the declared classes.
+    A user's own data set is not checked: its preparation has compared the label values with the declared classes.
     """
     if parts and parts[0].info.fold is not None:
         return []
@@ -292,51 +292,51 @@ def most_classes_absent(parts: Sequence[Split]) -> list[str]:
         return []
     return [
         f"{parts[0].data.source.parent}: {len(voxels) - len(ids)} of {len(voxels)} classes are in no label read here, "
-        f"only {brief(', '.join(map(str, ids)), 60)}: is --num_classes right, and are the ids 0, 1, 2, ...?"
+        f"only {brief(', '.join(map(str, ids)), 60)} are: is --num_classes right, and are the ids 0, 1, 2, ...?"
     ]
 
 
 def differences(parts: Sequence[Split]) -> list[str]:
-    """Return one line for each way in which the slices and the volumes of a set contradict each other."""
+    """Return one line for each way in which the slices and the volumes of a data set contradict each other."""
     errors = []
-    # Not those of which only black slices were read, and those that a percentile scaled.
+    # A spread up to 0.1 may be that of black slices alone; one up to 10 may come from scaling by a percentile.
     read = sorted((part for part in parts if part.high - part.low > 0.1), key=lambda part: part.high - part.low)
     if read and not read[0].unscaled and read[-1].unscaled and read[-1].high - read[-1].low > 10:
         first, last = (f"{part.low:g} to {part.high:g} ({part.data.source})" for part in (read[0], read[-1]))
-        errors = [f"intensities run from {first} and from {last}; expected one preparation for all splits"]
+        errors = [f"intensities run from {first} and from {last}; expected one range: prepare all splits the same way"]
     volumes = [(file, shape) for part in parts if part.kind == "volumes" for shape, file in part.shapes.items()]
     for slices in (part for part in parts if part.kind == "slices" and volumes):
-        # Where sizes vary, a volume may have the size of another patient's slice in other axes by chance.
+        # If sizes vary, another patient's slice may have the size of two other axes of a volume by chance.
         alike = len(slices.shapes) == 1 and all(shape[1:] not in slices.shapes for _, shape in volumes)
         errors += [_other_axes(file, shape, slices.shapes, alike) for file, shape in volumes]
         for plane, file in slices.shapes.items():
-            own = volumes[0][0].with_name(f"{volume_name(file)}.npy.h5")  # the slice's volume, if it is there, too
+            own = volumes[0][0].with_name(f"{volume_name(file)}.npy.h5")  # the volume of this slice; it may not exist
             with suppress(DataError):
                 image, volume = read_volume(file, ndim=2).image, read_volume(own).image
                 errors.append(_other_axes(own, volume.shape[:3], {plane: file}, True))
-                turned = image.swapaxes(0, 1)  # (W, H), or of several channels (W, H, C)
+                turned = image.swapaxes(0, 1)  # (W, H), or (W, H, C) if there are several channels
                 if any(np.array_equal(turned, z) and not np.array_equal(image, z) for z in volume):
                     errors.append(f"{own}: its rows are the columns of {file.name}; store both as (rows, columns)")
     return list(filter(None, errors))
 
 
 def _unlike_volumes(data: SliceDataset) -> list[str]:
-    """Return one line for each way in which slices contradict the volumes that `prepare_data.py` wrote beside them."""
+    """Return one line for each way in which slices contradict the volumes that `prepare_data.py` wrote with them."""
     folder = data.files[0].parent
     slices: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.npz"), key=lambda path: natural_key(path.name)):
         slices.setdefault(volume_name(path), []).append(path)
     volumes = {name: folder.with_name(VOLUME_FOLDER) / f"{name}.npy.h5" for name in data.names}
     there, named, errors = [name for name, path in volumes.items() if path.is_file()], (), []
-    with suppress(DataError):  # said elsewhere
+    with suppress(DataError):  # reported elsewhere
         named = read_volume(data.files[0], ndim=2, labelled=False).class_names
-    if not there or not named:  # others' cases are either slices or volumes
+    if not there or not named:  # in files that others prepared, a case is either slices or a volume
         return []
     for name in there:
         with suppress(DataError), reading(volumes[name], "HDF5 file"), h5py.File(volumes[name], locking=False) as file:
             if (depth := len(file["image"])) != len(slices[name]):
                 errors.append(f"{volumes[name]}: has {depth} slices, but {folder} {len(slices[name])}; {PREPARE}")
-    with suppress(DataError):  # said elsewhere
+    with suppress(DataError):  # reported elsewhere
         name = there[0]
         volume, single = read_volume(volumes[name]), read_volume(slices[name][len(slices[name]) // 2], ndim=2)
         same = [z for z, image in enumerate(volume.image) if np.array_equal(image, single.image)]
@@ -344,15 +344,15 @@ def _unlike_volumes(data: SliceDataset) -> list[str]:
         if not same and any(np.array_equal(image, other) for image in volume.image for other in turned):
             errors.append(f"{volumes[name]}: its rows or columns run the other way than those of its slices; {PREPARE}")
         if same and not any(np.array_equal(volume.label[z], single.label) for z in same):
-            errors.append(f"{volumes[name]}: its labels are others than those of its slices; {PREPARE}")
+            errors.append(f"{volumes[name]}: its labels differ from those of its slices; {PREPARE}")
     return errors
 
 
 def _other_axes(path: Path, shape: tuple[int, ...], planes: dict[tuple[int, ...], Path], alike: bool) -> str | None:
     """Return the error of a volume whose axes are not (slices, H, W), if the sizes of slices show it.
 
-    path, shape: of the volume; planes: the sizes (H, W) of slices, each with a file; alike: the volume's slices should
-    be of such a size.
+    path, shape: of the volume; planes: the sizes (H, W) of slices, each with a file; alike: whether the slices of the
+    volume should have one of these sizes.
     """
     low, high = min(map(min, planes)) / 3, max(map(max, planes)) * 3
     others = [shape[:2], shape[1::-1], shape[::2], shape[::-2]]
@@ -361,7 +361,7 @@ def _other_axes(path: Path, shape: tuple[int, ...], planes: dict[tuple[int, ...]
         return None
     with suppress(DataError):
         if read_volume(path, labelled=False).orientation:
-            return None  # of prepare_data.py: a scan may have been acquired along another axis than most
+            return None  # prepare_data.py wrote it: a scan may be acquired along another axis than most
     (height, width), file = next(iter(planes.items()))
     return (
         f"{path}: its shape {shape} means {shape[0]} slices of {shape[1]} rows and {shape[2]} columns, but "
@@ -370,9 +370,9 @@ def _other_axes(path: Path, shape: tuple[int, ...], planes: dict[tuple[int, ...]
 
 
 def shared_patients(splits: Sequence[tuple[Path, dict[str, str]]], exact: bool) -> list[str]:
-    """Return one line for every patient in two splits, each given as (list, patients with a name in it).
+    """Return one line for every patient in two splits. A split is (path of its list, {patient: one of its names}).
 
-    Unless ``exact``, a patient p7 is also p7_a, because an entry p7 of a list stands for that, too.
+    If not ``exact``, p7 and p7_a are the same patient, because the entry p7 of a list stands for both.
     """
     parts_of = (lambda patient: [patient]) if exact else beginnings
     errors = []
@@ -383,8 +383,8 @@ def shared_patients(splits: Sequence[tuple[Path, dict[str, str]]], exact: bool) 
             if same:
                 names = f"({name} here, {same} there)"
                 errors.append(
-                    f"{source}: {patient} is also in {other.name} {names}; remove it from one of them, or give "
-                    "a --patient_pattern ('.+': every case is a patient, only crops or slices of one image stay "
+                    f"{source}: {patient} is also in {other.name} {names}; remove it from one list, or give a "
+                    "--patient_pattern ('.+' makes every case a patient; only crops or slices of one image stay "
                     "together)"
                 )
     return errors

@@ -1,4 +1,4 @@
-"""A run of several processes under torchrun: joining them, sharing out the batches, and agreeing on numbers."""
+"""Join the processes that torchrun starts, divide each batch among them, and exchange numbers between them."""
 
 import inspect
 import itertools
@@ -27,13 +27,13 @@ def launched() -> bool:
 def rank_device(name: str) -> torch.device:
     """Return the device called ``name`` (``pick_device``); under torchrun, this process's own GPU.
 
-    Raises RunError if there is no such device, for more processes than GPUs, and for one GPU named for all processes.
+    Raises RunError if there is no such device, if there are too few GPUs, or if ``name`` gives all processes one GPU.
     """
     device = pick_device(name)
     if not launched() or device.type == "cpu":
         return device
     if device.index is not None:
-        raise RunError(f"--device {name} under torchrun, where each process takes its own GPU: leave --device out")
+        raise RunError(f"--device {name}: under torchrun each process takes its own GPU: leave --device out")
     local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if local >= count:
         remedy = "lower --nproc_per_node, or use --device cpu"
@@ -41,12 +41,12 @@ def rank_device(name: str) -> torch.device:
     return torch.device("cuda", local)
 
 
-_GROUPS = itertools.count()  # of this process
+_GROUPS = itertools.count()  # counts the process groups that this process has joined
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes that torchrun started, by NCCL between GPUs and gloo between CPUs; alone, do nothing.
+    """Join the processes that torchrun started, by NCCL between GPUs and gloo between CPUs; if alone, do nothing.
 
     Raises RunError if another process has ended.
     """
@@ -56,8 +56,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store, own_rank, size = next(rendezvous("env://"))
-    # The store still holds the messages of the group of an earlier fold, and after a restart by torchrun those of the
-    # processes before.
+    # The store still holds messages: those of an earlier fold's group and, after a restart by torchrun, those of the
+    # earlier processes. The prefix separates them.
     restarts, group = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0), next(_GROUPS)
     store = dist.PrefixStore(f"restart_{restarts}_group_{group}", store)
     # gloo exchanges between GPUs too, more slowly; Windows has no NCCL.
@@ -68,7 +68,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, dist.DistBackendError) or "gloo" in str(error):
             raise RunError(
-                "another process of this run has ended; its own error, or torchrun's report, says why: run the same "
+                "another process of this run has ended; its own error, or torchrun's report, shows why: run the same "
                 "command with --resume auto to continue"
             ) from error
         raise
@@ -91,10 +91,10 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 class EpochBatches(Sampler[list[int]]):
-    """The batches of one epoch in random order, from any sample on; of each batch, the part of this rank.
+    """Yield this rank's part of each batch of one epoch, in random order, starting at any sample.
 
-    A last batch that is not full is left out. num_samples: in the data set; batch_size: of one rank; seed: with the
-    epoch, it determines the order.
+    The last batch is left out if it is not full. num_samples: size of the data set; batch_size: samples per rank; seed:
+    determines the order, together with the epoch.
     """
 
     def __init__(self, num_samples: int, batch_size: int, seed: int):
@@ -115,7 +115,7 @@ class EpochBatches(Sampler[list[int]]):
         return (self.num_samples - done) // self.samples_per_step
 
     def __len__(self) -> int:
-        """Return the number of batches that are left of the epoch."""
+        """Return the number of batches that are left in the epoch."""
         return self.count(self.done)
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = data_parser("python -m utils.preview", __doc__)
     parser.add_argument("--split", default="train", help="list to draw from")
     parser.add_argument("--count", type=number(int, 1), default=16, help="number of samples")
-    parser.add_argument("--photometric", action="store_true", help="augment colours, focus and shape (of images)")
+    parser.add_argument("--photometric", action="store_true", help="augment colours, focus and shape (only for images)")
     parser.add_argument("--seed", type=number(int, 0), default=2222, help="seed of the augmentation")
     parser.add_argument("--img_size", type=number(int, 1), default=256, help="side of a sample, in pixels")
     parser.add_argument("--output", type=Path, default=Path("preview.png"), help="PNG to write")
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = {"img_size": args.img_size, "augment": True, "seed": args.seed}
     if args.photometric:
         if not info.planar:
-            raise DataError(f"--photometric: {info.name} is grey, and this changes colours; leave it out")
+            raise DataError(f"--photometric changes colours, but the scans of {info.name} are grey; leave it out")
         options["photometric"] = True
     samples = open_samples(info, args, args.split, **options)
     names = samples.open(0).class_names or info.names_for(args.num_classes)

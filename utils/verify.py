@@ -7,8 +7,8 @@
     python -m utils.verify phantom --root_path data/phantom/train_npz --volume_path data/phantom/test_vol_h5 \\
         --list_dir data/phantom/lists
 
-Every file of every split is read: of the first split the slices, of the others the volumes; or images and masks. The
-exit status is 1 if an error was found. A warning tells of something that is probably wrong.
+Every file of every split is read: slices in the first split and volumes in the others, or images and masks. The exit
+status is 1 if there is an error. A warning names something that is probably wrong.
 """
 
 import shlex
@@ -26,7 +26,7 @@ from utils.data_checks import NAMELESS, Split, check, most_classes_absent, open_
 def full_check(args: Namespace, info: DatasetInfo) -> tuple[list[Split], list[str]]:
     """Read every file of every split. Returns (what was found in each readable split, errors, one line each).
 
-    args: of this command, with the folders, the splits, the number of classes and the pattern.
+    args: arguments of this command: the folders, the splits, the number of classes and the patient pattern.
     """
     info.label_order(vars(args).get("label_order"), args.num_classes)  # raises for an order that does not fit
     parts, errors = [], []
@@ -39,7 +39,7 @@ def full_check(args: Namespace, info: DatasetInfo) -> tuple[list[Split], list[st
             parts.append(Split(data, info, args.patient_pattern))
         except DataError as error:
             errors.append(str(error))
-    own, others = {*args.splits} <= {*info.splits}, []  # another list may be a part of these
+    own, others = {*args.splits} <= {*info.splits}, []  # other lists may share cases with these
     for split in (split for split in info.splits if own and split not in args.splits):
         try:
             others += patients_of_list(args, info, split)
@@ -49,11 +49,11 @@ def full_check(args: Namespace, info: DatasetInfo) -> tuple[list[Split], list[st
 
 
 def data_parser(prog: str, description: str) -> ArgumentParser:
-    """Return a parser with the flags that say which data are looked at."""
+    """Return a parser with the flags that choose the data."""
     parser = ArgumentParser(prog=prog, description=description)
     orders = [order for info in DATASETS.values() for order in info.label_orders]
     parser.add_argument("dataset", choices=[*DATASETS, "custom"])
-    parser.add_argument("--data", help="of custom: folder that prepare_data.py custom wrote")
+    parser.add_argument("--data", help="for custom: folder that prepare_data.py custom wrote")
     parser.add_argument("--root_path", help="folder of the slices, or of images and masks")
     parser.add_argument("--list_dir", help="folder of the lists")
     parser.add_argument("--num_classes", type=number(int, 2), help="number of classes, background included")
@@ -62,9 +62,9 @@ def data_parser(prog: str, description: str) -> ArgumentParser:
 
 
 def fill_in(args: Namespace) -> DatasetInfo:
-    """Return the facts of the data set that the flags name, and give flags that were left out its values."""
+    """Return the facts of the data set that the flags name, and set flags that were left out to its values."""
     if (args.data is None) == (args.dataset == "custom"):
-        raise DataError("--data FOLDER belongs to custom, and custom needs it: give both or none")
+        raise DataError("--data FOLDER and the data set custom need each other: give both or neither")
     info = DATASETS[args.dataset] if args.data is None else custom.info_of(args.data)
     for name in ("root_path", "volume_path", "list_dir", "splits", "num_classes", "patient_pattern"):
         if name in args and getattr(args, name) is None:
@@ -73,7 +73,7 @@ def fill_in(args: Namespace) -> DatasetInfo:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the full check from the command line; returns the exit status."""
+    """Run the full check from the command line; return the exit status."""
     parser = data_parser("python -m utils.verify", __doc__)
     parser.add_argument("--volume_path", help="folder of the volumes")
     parser.add_argument("--splits", nargs="+", help="names of the lists; the first is the one to train on")
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if parts and all(part.nameless for part in parts):
         print(f"warning: {NAMELESS % info.name}")
     if not all(part.grouped for part in parts):
-        print("every volume counts as one patient; if several are of one, group them with --patient_pattern")
+        print("every volume counts as one patient; if a patient has several, group them with --patient_pattern")
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
     if errors:

@@ -53,7 +53,7 @@ def stable() -> dict:
         ("data", {"class_names": ("left", "right")}, "4 classes with background and 1 input channels, but its data"),
         ("model", {"heads.0.bias": torch.full((4,), torch.nan)}, "heads.0.bias"),
         # Of an earlier variant stable; the key came with the attention that reads normalised tokens.
-        ("network", {"prediction": None}, "is of an earlier variant stable: train again"),
+        ("network", {"prediction": None}, "an earlier version of variant stable: train again"),
     ],
 )
 def test_a_network_is_rebuilt_as_its_checkpoint_says_or_not_at_all(stable, tmp_path, refused, part, changes, words):

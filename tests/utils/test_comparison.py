@@ -205,7 +205,7 @@ def test_pairs_are_tested_on_the_cases_that_they_share(tmp_path):
 def test_only_cases_of_all_seeds_count(tmp_path, caplog):
     runs = [write_run(tmp_path / "a", CASES), write_run(tmp_path / "b", {"patient001": [0.5] * 3}, seed=2)]
     assert set(compared(*runs)[0].cases["case"]) == {"patient001"}
-    assert "sim_mpnet: not in all seeds, left out of test: 2 cases" in caplog.text
+    assert "sim_mpnet: cases not in all seeds are left out of test: 2 cases" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["results_test/cases.csv", "config.json", "metrics.csv"])

@@ -144,7 +144,7 @@ def test_volumes_with_other_axes_than_their_slices_are_refused(tmp_path, refused
 
 
 CONTRADICTIONS = {
-    "its labels are others": lambda volume: replace(volume, label=volume.label[:, ::-1]),
+    "its labels differ": lambda volume: replace(volume, label=volume.label[:, ::-1]),
     "run the other way": lambda volume: replace(volume, image=volume.image[:, ::-1], label=volume.label[:, ::-1]),
     "has 2 slices, but": lambda volume: replace(volume, image=volume.image[:2], label=volume.label[:2]),
 }
@@ -189,7 +189,7 @@ def test_classes_are_called_as_files_or_user_say_or_as_usual_with_a_warning(tmp_
     plain = write(tmp_path / "plain", "a b c")
     assert quick(plain).class_names == acdc.CLASS_NAMES and main(plain) == 0
     for printed in (caplog.text, capsys.readouterr().out):
-        assert printed.count("the files name no classes; those of acdc are used") == 1
+        assert printed.count("the files name no classes, so the names of acdc are used") == 1
     caplog.clear()
     assert quick(plain, class_names=["x", "y", "z"]).class_names == ("x", "y", "z")
     refused(lambda: quick(plain, class_names=["x", "y"]), "--class_names gives x, y", "--num_classes 3")
