@@ -24,7 +24,7 @@ def test_folds_of_two_channels_are_trained_resumed_tested_compared_and_applied(t
     flags = "--data", data, "--fold", 1, *small, "--resume", "auto"
     assert_one_line(run_script("train_custom.py", *flags), "--fold 1 does not fit")
     tested = do("test_custom.py", "--data", data, "--fold", "all", "--checkpoint", run / "best.pth", "--overlays", 1)
-    assert tested.error.count("2 of these 2 cases chose the best epoch") == 2
+    assert tested.error.count("best epoch was chosen on 2 of these 2 cases") == 2
     wrong = run_script("test_custom.py", "--data", data, "--checkpoint", tmp_path / "runs" / "mine_fold1" / "best.pth")
     assert wrong.status == 1 and "trained on fold 1: test it with --fold 1" in wrong.error
     table = do("compare.py", run, tmp_path / "runs" / "mine_fold1", "--output_dir", tmp_path / "compared").output

@@ -21,25 +21,25 @@ class CaseResult:
     """The scores of one volume or image."""
 
     name: str
-    unit: str  # of strict distances: mm, voxels or, of an image, pixels
+    unit: str  # of the strict distances: "mm" or "voxels", for an image "pixels"
     classes: tuple[ClassResult, ...]  # without background
-    label: str = ""  # changes with the label, its shape and its spacing
-    confusion: np.ndarray | None = None  # of an image, (num_classes, num_classes), pixels by label and prediction
+    label: str = ""  # shape, voxel spacing and checksum of the label
+    confusion: np.ndarray | None = None  # images only: (num_classes, num_classes), pixels by label and prediction
 
 
 def predict_case(
     model: torch.nn.Module, volume: Volume, img_size: int, batch_size: int = 20,
     device: torch.device | str = "cpu", amp_dtype: torch.dtype | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """Return the class of every voxel of a volume of D slices, or of an image (D = 1): uint8 (D, H, W).
+    """Return the class index of every voxel, uint8 (D, H, W), for a volume of D slices or an image (D = 1).
 
-    Slices are resized to ``img_size`` squared and predicted ``batch_size`` at a time on ``device``, where the model is;
-    the arg max of the summed logit maps is resized back. The model is put into evaluation mode. amp_dtype: of autocast,
-    or None for float32.
+    Slices are resized to (img_size, img_size) and predicted ``batch_size`` at a time on ``device``, where the model is.
+    The arg max of the summed logit maps is resized back. The model is put into evaluation mode. amp_dtype: type for
+    autocast, or None for float32. Raises RunError if a logit is not finite.
     """
     model.eval()
     if getattr(model, "config", {}).get("variant") == "release":
-        batch_size = 1  # as its authors predict; with this variant the place in a batch counts
+        batch_size = 1  # like the authors: in this variant, a prediction depends on the position in the batch
     device = torch.device(device)
     predictions = []
     with torch.inference_mode(), torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
@@ -52,7 +52,7 @@ def predict_case(
             if not largest.values.isfinite().all():
                 remedy = "use another checkpoint, or train with a lower --base_lr"
                 if amp_dtype is not None:
-                    remedy = "use --amp none (a training continues with --resume auto --amp none)"
+                    remedy = "use --amp none (continue a training with --resume auto --amp none)"
                 raise RunError(f"{volume.name}: the network's output is not finite: {remedy}")
             predictions.append(largest.indices.to("cpu", torch.uint8))
     return volume.restore(torch.cat(predictions).numpy())
@@ -62,15 +62,15 @@ def evaluate(
     predict: Callable[[Volume], np.ndarray], volumes: Sequence[Volume], num_classes: int,
     on_case: Callable[[Volume, np.ndarray], None] = lambda *_: None,
 ) -> list[CaseResult]:  # fmt: skip
-    """Predict and score every volume, each opened once and in order, and log a line for each.
+    """Predict and score the volumes in order, log one line for each, and return the scores. Each is opened once.
 
-    A volume is scored in another thread while the next one is predicted, so at most two are in memory. predict returns
-    the class of every voxel, uint8 (D, H, W); num_classes counts the background; on_case is called with a volume and
-    its prediction after scoring, to save them.
+    A volume is scored in another thread while the next one is predicted, so at most two are in memory. predict: returns
+    the class index of every voxel, uint8 (D, H, W); num_classes: includes the background; on_case: called with a volume
+    and its prediction after they are scored, for example to save them.
     """
 
     def score(number: int, volume: Volume, prediction: np.ndarray) -> CaseResult:
-        if volume.planar:  # distances in two dimensions
+        if volume.planar:  # an image: distances are in 2D
             classes = case_metrics(prediction[0], volume.label[0], num_classes)
             unit, counts = "pixels", confusion(prediction, volume.label, num_classes)
         else:
@@ -92,15 +92,15 @@ def evaluate(
             volume = volumes[i]
             prediction = predict(volume)
             if scores:
-                scores[-1].result()  # raises what went wrong, and frees the volume before
+                scores[-1].result()  # waits, so that the previous volume is freed, and raises its error
             scores.append(scorer.submit(score, i + 1, volume, prediction))
     return [score.result() for score in scores]
 
 
 def mean_dice(cases: Sequence[np.ndarray]) -> tuple[float, np.ndarray]:
-    """Return the mean over cases and classes, and the mean over cases of each class; NaN is left out.
+    """Return the mean Dice over classes, and the mean over cases of each class, (num_classes - 1,); NaN is left out.
 
-    cases: the ``dice_only`` of each volume.
+    cases: what ``dice_only`` returned for each volume.
     """
     per_class = np.ma.masked_invalid(np.stack(cases)).mean(0)
     return float(np.ma.filled(per_class.mean(), np.nan)), np.ma.filled(per_class, np.nan)
@@ -109,12 +109,12 @@ def mean_dice(cases: Sequence[np.ndarray]) -> tuple[float, np.ndarray]:
 def save_nifti(folder: str | Path, prediction: np.ndarray, volume: Volume) -> list[Path]:
     """Write ``<case>_pred.nii.gz``, ``<case>_img.nii.gz`` and, with a label, ``<case>_gt.nii.gz``; return the paths.
 
-    prediction: class indices, uint8 (D, H, W). All files have the affine, spacing and orientation of the file that the
-    volume was read from, and class indices have its number type if that is one of integers.
+    prediction: class indices, uint8 (D, H, W). All files get the affine, spacing and orientation of the file that the
+    volume was read from. Label and prediction also get its number type if that is an integer type.
     """
     import nibabel
 
-    image = np.stack([volume.plane(z) for z in range(len(volume.image))])  # of several channels the first
+    image = np.stack([volume.plane(z) for z in range(len(volume.image))])  # the first channel
     arrays = {"pred": prediction.astype(np.uint8), "img": image.astype(np.float32)}
     if volume.label is not None:
         arrays["gt"] = volume.label.astype(np.uint8)

@@ -20,30 +20,29 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#F0E442", "#CC79A7", "#0072B2", "#FFFFFF")
-"""Okabe and Ito's colours, which colour-blind people can distinguish; those that differ on white too come first."""
+"""Okabe and Ito's colours, which colour-blind people can distinguish; the first ones also stand out on white."""
 
 
 def class_colour(c: int) -> str:
-    """Return the colour of class index ``c``, from 1, as ``#RRGGBB``; no two of the first 255 are alike."""
+    """Return the colour of class index ``c`` (from 1) as ``#RRGGBB``; the first 255 colours are all different."""
     if c <= len(COLOURS):
         return COLOURS[c - 1]
-    # Hues by the golden ratio, so that neighbours differ.
+    # Hues are spaced by the golden ratio, so that neighbouring indices differ.
     rgb = hsv_to_rgb(c * 0.618034 % 1, 0.5 + 0.4 * (c % 2), 0.65 + 0.3 * (c // 2 % 2))
     return "#" + bytes(round(255 * x) for x in rgb).hex().upper()
 
 
 def class_rgb(c: int) -> tuple[int, int, int]:
-    """Return the colour of class index ``c``, from 1, as red, green and blue from 0 to 255."""
+    """Return the colour of class index ``c`` (from 1) as red, green and blue from 0 to 255."""
     return tuple(bytes.fromhex(class_colour(c)[1:]))
 
 
 def save_overlays(folder: str | Path, volume: Volume, prediction: np.ndarray, count: int = 3) -> list[Path]:
     """Draw image, label and prediction side by side for up to ``count`` slices; return the paths.
 
-    The files are ``<case>_slice<z>.png``, in place of those of an earlier call. With a label they show the slices with
-    most wrong voxels, worst first (of equal ones those with the larger label). Without a label they are spread evenly
-    over the slices with classes.
-
+    The files are ``<case>_slice<z>.png``, for an image ``<case>.png``. Slice files of an earlier call are deleted. With
+    a label, the slices with the most wrong voxels are drawn, the worst first; of equally wrong ones, those with more
+    labelled voxels come first. Without a label, the slices are spread evenly over those in which a class is predicted.
     prediction: class indices (D, H, W).
     """
     if volume.label is None:
@@ -66,9 +65,9 @@ def save_overlays(folder: str | Path, volume: Volume, prediction: np.ndarray, co
 def draw_masks(path: str | Path, volume: Volume, z: int, prediction: np.ndarray) -> None:
     """Draw slice ``z`` of a volume, its label if it has one, and a prediction (H, W), side by side.
 
-    With a label, the strict Dice of each class in the slice, and the number of wrong voxels, are below the prediction.
-    Of several channels the first is shown. Grey values are shown from their 0.5th to their 99.5th percentile. If the
-    affine is known, the front is at the top and the patient's right at the left.
+    With a label, the strict Dice of each class in the slice and the number of wrong voxels are written below the
+    prediction. The first channel of a scan is shown, with grey values from their 0.5th to their 99.5th percentile. If
+    the affine is known, the patient's front is at the top and the patient's right is at the left.
     """
     from matplotlib.figure import Figure
 
@@ -79,7 +78,7 @@ def draw_masks(path: str | Path, volume: Volume, z: int, prediction: np.ndarray)
     low, high = (0, 255) if volume.planar else np.percentile(shown, (0.5, 99.5))
     image = volume.plane(z)
     height, width = image.shape[:2]
-    aspect = 1.0 if volume.spacing is None else volume.spacing[1] / volume.spacing[2]  # a pixel's height by its width
+    aspect = 1.0 if volume.spacing is None else volume.spacing[1] / volume.spacing[2]  # pixel height / pixel width
     figure = Figure(figsize=(3.67 * len(masks), min(3.6 * aspect * height / width, 7.2) + 1.4), layout="constrained")
     for axes, (name, mask) in zip(figure.subplots(1, len(masks)), masks.items(), strict=True):
         axes.imshow(image[steps], "gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect)
@@ -94,7 +93,7 @@ def draw_masks(path: str | Path, volume: Volume, z: int, prediction: np.ndarray)
             wrong = f"{(mask != label).sum()} wrong {'pixels' if volume.planar else 'voxels'}"
             axes.set_xlabel(f"{textwrap.fill(f'Dice [%] {text}', 46)}\n{wrong}", fontsize=9)
     title = volume.name if volume.planar else f"{volume.name}, slice {z}"
-    figure.suptitle(title, fontsize=12).set_parse_math(False)  # a `$` in a name does not begin a formula
+    figure.suptitle(title, fontsize=12).set_parse_math(False)  # a `$` in a name must not start a formula
     add_legend(figure, volume.class_names)
     save_figure(figure, path)
 
@@ -110,7 +109,7 @@ def add_legend(figure: "Figure", class_names: Sequence[str]) -> None:
 
 
 def make_panels(count: int, columns: int) -> tuple["Figure", list["Axes"]]:
-    """Return a figure with up to so many columns, and its ``count`` axes, row by row."""
+    """Return a figure with at most ``columns`` columns, and its ``count`` axes, row by row."""
     from matplotlib.figure import Figure
 
     columns = min(columns, count)
@@ -123,7 +122,7 @@ def make_panels(count: int, columns: int) -> tuple["Figure", list["Axes"]]:
 
 
 def upright_steps(volume: Volume) -> tuple[slice, slice]:
-    """Return slices of rows and columns that bring the front to the top and the patient's right to the left."""
+    """Return slices of rows and columns that put the patient's front at the top and the right side at the left."""
     if volume.affine is None:
         return slice(None), slice(None)
     from nibabel import aff2axcodes
@@ -133,7 +132,7 @@ def upright_steps(volume: Volume) -> tuple[slice, slice]:
 
 
 def coloured(mask: np.ndarray) -> np.ndarray:
-    """Return class indices (H, W) as RGBA, uint8 (H, W, 4): transparent inside, opaque at the border of a class."""
+    """Return class indices (H, W) as RGBA, uint8 (H, W, 4): half transparent inside a class, opaque at its border."""
     colours = [(0, 0, 0, 0), *((*class_rgb(c), 89) for c in range(1, int(mask.max()) + 1))]
     painted = np.array(colours, np.uint8)[mask]
     border = morphological_gradient(mask, footprint=generate_binary_structure(2, 1)) > 0
@@ -151,10 +150,10 @@ def save_picture_overlay(path: str | Path, image: np.ndarray, mask: np.ndarray) 
 
 
 def save_progress(path: str | Path, history: Sequence[Mapping[str, Any]], select_from: int = 1) -> None:
-    """Draw the course of a training over its epochs, a panel for each kind of number.
+    """Draw the curves of a training over its epochs, with one panel for each kind of number.
 
-    history: rows of metrics.csv, numbers or text; a value that is missing, empty or not finite is not drawn. Of the
-    gates a kind has a colour, a level a line style. select_from: the first epoch that can be the best.
+    history: rows of metrics.csv, numbers or text; a value that is missing, empty or not finite is not drawn. Each kind
+    of gate has its own colour, and each level its own line style. select_from: the first epoch that can be the best.
     """
     import pandas as pd
     from matplotlib.figure import Figure
@@ -194,7 +193,7 @@ def save_progress(path: str | Path, history: Sequence[Mapping[str, Any]], select
 
 
 def dice_name(selected_on: str | None) -> str:
-    """Return what to call the Dice that chooses the best epoch, where ``selected_on`` is ``val`` or ``test``."""
+    """Return the name of the Dice that chooses the best epoch; ``selected_on`` is ``val``, ``test`` or None."""
     return "Dice on the test volumes" if selected_on == "test" else "validation Dice"
 
 

@@ -1,17 +1,17 @@
-"""Look inside a trained network: what its memory has learned, what DS-GIM selects, what the gates let through.
+"""Look inside a trained network: what its memory has learned, what DS-GIM selects, and what the gates let through.
 
     python -m utils.inspection --checkpoint runs/acdc/best.pth
     python -m utils.inspection --checkpoint runs/acdc/best.pth --input scan.nii.gz --slice 5
 
-Writes into the folder inspection beside the checkpoint, or a folder in it for each slice that is looked at:
+Writes to the folder inspection next to the checkpoint; with --input, to a subfolder of it named after the input:
     memory_use.png     share of the last epoch's keys in each cluster, for each block
     prototypes.png     cosine similarity of the prototypes of each block
     clusters.png       with --input: the cluster of each token over the image, for each block
     windows.png        with --input: the two windows that DS-GIM selects (orange), for each of its positions
-    gates.png          with --input: the gate between the encoders and the decoder's spatial gates over the image, and
-                       the mean of every gate
+    gates.png          with --input: maps of the decoder's spatial gates and of the gate between the encoders, and the
+                       mean of every gate
 A cluster has the same colour in clusters.png and in memory_use.png. The two figures may disagree: training assigns a
-key to the cluster with the largest dot product, a token reads the cluster with the largest cosine.
+key to the cluster with the largest dot product, but a token reads the cluster with the largest cosine.
 """
 
 import logging
@@ -39,10 +39,10 @@ logger = logging.getLogger("inspect")
 
 
 def inspect(model: SimMPNet, volume: Volume | None = None, z: int = 0) -> dict[str, Figure]:
-    """Draw everything that there is something for; return the figures by name.
+    """Draw every figure for which there are data; return the figures by name.
 
-    model: on the CPU; is put into evaluation mode, its memory frozen. volume: whose slice ``z`` is looked at; without
-    it, clusters, windows and gates are not drawn. Raises RunError if there is nothing to draw.
+    model: on the CPU. volume: the network is run on slice ``z`` of it, in evaluation mode with its memory frozen;
+    without a volume, clusters, windows and gates are not drawn. Raises RunError if there is nothing to draw.
     """
     banks = {name: block.bank for name, block in model.memory_blocks()}
     in_use = bool(banks) and not any(bank.in_warmup for bank in banks.values())
@@ -67,14 +67,14 @@ def inspect(model: SimMPNet, volume: Volume | None = None, z: int = 0) -> dict[s
         if volume.spacing:
             over_the_image = [figures[name] for name in ("clusters", "windows", "gates") if name in figures]
             for axes in (axes for figure in over_the_image for axes in figure.axes if axes.images):
-                axes.set_aspect(volume.spacing[1] / volume.spacing[2])  # a pixel's height by its width
+                axes.set_aspect(volume.spacing[1] / volume.spacing[2])  # pixel height / pixel width
     if not figures:
         raise RunError("nothing to draw: no memory is in use, and windows and gates need --input")
     return figures
 
 
 def draw_memory_use(key_counts: Mapping[str, np.ndarray]) -> Figure:
-    """Draw the share of keys in each cluster; key_counts: of the last epoch, (num_clusters,) by name of block."""
+    """Draw the share of keys in each cluster. key_counts: keys of the last epoch, (num_clusters,) by block name."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots()
     for name, counts in key_counts.items():
@@ -101,7 +101,7 @@ def draw_prototypes(prototypes: Mapping[str, torch.Tensor]) -> Figure:
 def draw_clusters(image: np.ndarray, clusters: Mapping[str, np.ndarray], num_clusters: Mapping[str, int]) -> Figure:
     """Draw, for each block, the cluster of each token over the image.
 
-    image: (H, W) or (H, W, 3); clusters: indices (h, w) by name of the block; num_clusters: by the same names.
+    image: (H, W) or (H, W, 3); clusters: indices (h, w) by block name; num_clusters: their number by block name.
     """
     figure, panels = make_panels(len(clusters) + 1, 6)
     _show(panels[0], image, "image")
@@ -150,12 +150,12 @@ def _show(axes: Axes, image: np.ndarray, title: str, cmap: str = "gray", **optio
 
 
 def _paint(axes: Axes, image: np.ndarray, colours: np.ndarray) -> None:
-    """Paint RGBA (h, w, 4) over the whole of an image that ``axes`` show, (H, W) or (H, W, 3)."""
+    """Paint RGBA colours (h, w, 4) over the whole image, (H, W) or (H, W, 3), that ``axes`` show."""
     axes.imshow(colours, interpolation="nearest", extent=_extent(image))
 
 
 def _extent(image: np.ndarray) -> tuple[float, float, float, float]:
-    """Return where imshow draws an image (H, W) or (H, W, 3)."""
+    """Return the ``extent`` that imshow gives to an image (H, W) or (H, W, 3)."""
     return -0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5
 
 
@@ -166,11 +166,11 @@ def _colours(count: int) -> list[tuple[float, float, float]]:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="best.pth of a run, or one of the release")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="best.pth of a run, or a release checkpoint")
     parser.add_argument("--input", type=Path, help="scan (NIfTI, DICOM folder), picture, .npy.h5 or .npz")
-    parser.add_argument("--slice", type=int, help="z of the slice of a scan, from 0; default: the middle")
-    parser.add_argument("--output", type=Path, help="folder; default: inspection, beside the checkpoint")
-    parser.add_argument("--dataset", choices=DATASETS, help="what a checkpoint of the release was trained on")
+    parser.add_argument("--slice", type=int, help="index z of the slice of a scan, from 0; default: the middle slice")
+    parser.add_argument("--output", type=Path, help="folder of the figures; default: inspection beside the checkpoint")
+    parser.add_argument("--dataset", choices=DATASETS, help="data set that a checkpoint of the release was trained on")
     args = parser.parse_args()
     if is_onnx(args.checkpoint):
         raise RunError(f"--checkpoint {args.checkpoint} is an ONNX file, which cannot be inspected: give a best.pth")
@@ -184,7 +184,7 @@ def main() -> None:
         depth = len(volume.image)
         z = depth // 2 if args.slice is None else args.slice
         if not 0 <= z < depth:
-            raise RunError(f"--slice {z}: {args.input} has {counted(depth, 'slice')}, numbered from 0")
+            raise RunError(f"--slice {z}: {args.input} has {counted(depth, 'slice')}, numbered from 0: choose one")
         folder /= file_stem(volume.name) + f"_slice{z}" * (depth > 1)
     for name, figure in inspect(predictor.model, volume, z).items():
         save_figure(figure, folder / f"{name}.png")

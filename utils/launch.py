@@ -1,4 +1,4 @@
-"""What a training script and a test script do with their arguments and data."""
+"""Train or test with the arguments of a script: open and check the data, build the network, write the results."""
 
 import json
 import logging
@@ -52,13 +52,13 @@ def make_trainer(
 ) -> Trainer:
     """Open and check the data, build the network, and load the checkpoint to continue or start from.
 
-    args, checkpoint: what ``parse_training`` returned; info: the data set. From then on the log goes to train.log too.
+    args, checkpoint: what ``parse_training`` returned; info: the data set. Once all is loaded, train.log is opened.
     """
     options = {"img_size": args.img_size, "augment": True, "seed": args.seed}
     options |= {"photometric": args.photometric} if info.planar else {}
     held_out = vars(args).get("val_cases") if args.val_split == args.train_split else None
     train_set = open_samples(info, args, args.train_split, held_out or (), **options)
-    # Training cases have slices only.
+    # Held-out cases of the training list exist only as slices, in root_path.
     val_set = open_cases(info, args, args.val_split, held_out, args.root_path if held_out else None)
     info = quick_check(train_set, val_set, info, args)
     seed_everything(args.seed, deterministic=bool(args.deterministic))
@@ -67,13 +67,13 @@ def make_trainer(
     resumed = args.resume is not None
     lines = load_fitting(model, checkpoint, args.init_from) if checkpoint and not resumed else []
     if args.num_workers and multiprocessing.get_start_method() != "fork":
-        logger.info("nothing is kept in memory: on this system each worker would hold a copy; see --num_workers 0")
-    else:  # reads the files: a damaged one is found before anything is written
+        logger.info("data are not kept in memory: on this system each worker would need a copy; use --num_workers 0")
+    else:  # reads the files, so that a damaged one is found before anything is written
         kept = train_set.keep(int(args.cache_gib * 2**30))
         if kept < len(train_set):
             logger.info("%d of %d training samples fit into --cache_gib %g", kept, len(train_set), args.cache_gib)
     if rank():
-        torch.manual_seed(args.seed + rank())  # equal networks, but random numbers of its own for drop path
+        torch.manual_seed(args.seed + rank())  # the ranks have equal networks, but different drop path
     trainer = Trainer(model, info, train_set, val_set, args, device)
     if resumed:  # an old checkpoint does not describe its data
         refuse_other_data(args.resume, checkpoint.get("described", trainer.described), trainer.described)
@@ -99,7 +99,7 @@ def make_trainer(
 
 
 def _inherit_choices(trainer: Trainer, checkpoint: dict[str, Any], info: DatasetInfo) -> None:
-    """Let a run say which cases its initial weights have seen, and whether test cases of its data set chose them."""
+    """Record which cases the initial weights have seen, and whether they were chosen on test cases of this data set."""
     # The authors chose the checkpoints of the release on the test volumes of the public sets.
     public = {"dataset": info.name, "selected_on": "test"} if info.fold is None else {}
     before = checkpoint.get("data", public)
@@ -109,19 +109,19 @@ def _inherit_choices(trainer: Trainer, checkpoint: dict[str, Any], info: Dataset
 
 
 def new_network(args: Namespace, pretrained: bool) -> torch.nn.Module:
-    """Build the network on the CPU, with ImageNet weights if it is to be ``pretrained``."""
+    """Build the network on the CPU; if ``pretrained``, load ImageNet weights unless --pretrained is none."""
     options = network_arguments(args)
     weights = None
     if pretrained and args.pretrained != "none":
         weights = args.pretrained or default_weights(args.network, options)
     model = build(args.network, weights, **options)
     if any(True for _ in model.memory_banks()) and find_spec("faiss") is None:
-        raise RunError("the memory's warm-up ends with K-means, which needs faiss: pip install -r requirements.txt")
+        raise RunError("faiss is not installed, but the memory's warm-up needs it: pip install -r requirements.txt")
     return convert_sync_batchnorm(model) if args.sync_bn else model
 
 
 def test(parser: ArgumentParser, info: DatasetInfo, argv: list[str] | None = None) -> None:
-    """Test a checkpoint on a data set, with the arguments of ``testing_parser``, and write tables and what they ask."""
+    """Test a checkpoint on a data set with the arguments of ``testing_parser``; write tables and requested files."""
     args = parser.parse_args(argv)
     check_n_gpu(args)
     if launched():
@@ -133,7 +133,7 @@ def test(parser: ArgumentParser, info: DatasetInfo, argv: list[str] | None = Non
         last = args.checkpoint.with_name("last.pth")
         remedy = f"train one with python {info.train_script}, or give another with --checkpoint"
         if args.checkpoint.name == "best.pth" and last.is_file():
-            remedy = f"its training has not chosen an epoch yet: test {last}"
+            remedy = f"this training has not chosen a best epoch yet: test {last}"
         raise RunError(f"no checkpoint at {args.checkpoint}: {remedy}")
     if is_onnx(args.checkpoint):
         raise RunError(f"{args.checkpoint} is an ONNX file, which only predict.py reads: give a best.pth")
@@ -143,13 +143,13 @@ def test(parser: ArgumentParser, info: DatasetInfo, argv: list[str] | None = Non
     _choose_folders(args, info, where, predictor.origin.get("args", {}))
     tested = getattr(args, where)
     if not tested.is_dir():
-        remedy = f"give the folder with --{where} and that of its lists with --list_dir, or {info.how_to_get}"
+        remedy = f"give the folder with --{where} and the folder of its lists with --list_dir, or {info.how_to_get}"
         raise RunError(f"{tested}: no such folder; {remedy}")
     cases = open_cases(info, args, args.split, vars(args).get("cases"))
-    whole = "results" if vars(args).get("cases") is None else "cases"  # compare.py reads results of whole lists
+    whole = "results" if vars(args).get("cases") is None else "cases"  # compare.py reads only tests of whole lists
     folder = args.test_save_dir or args.checkpoint.parent / f"{whole}_{args.split}"
     if folder.resolve() == tested.resolve():
-        raise RunError(f"--test_save_dir {folder} holds the data: give another folder")
+        raise RunError(f"--test_save_dir {folder} is the folder of the data: give another folder")
     again = (folder / "test.log").is_file()
     setup_logging(folder / "test.log")
     class_names = compare_with_checkpoint(cases, info, predictor.data)
@@ -172,7 +172,7 @@ def test(parser: ArgumentParser, info: DatasetInfo, argv: list[str] | None = Non
     results = evaluate(predictor.segment, cases, args.num_classes, save)
     for c, name in enumerate(class_names):
         if all(result.classes[c].state in (ABSENT, SPURIOUS) for result in results):
-            logger.warning("no case has %s", name)
+            logger.warning("no label of these cases contains the class %s", name)
     table = case_table(results, class_names, predictor.data.get("selected_on", "val"))
     summary = summarise(table, sum(result.confusion for result in results) if info.planar else None)
     summary["data"] = {where: str(tested), "list_dir": str(args.list_dir), "split": args.split}
@@ -181,7 +181,7 @@ def test(parser: ArgumentParser, info: DatasetInfo, argv: list[str] | None = Non
     trained = {name: str(value) if value == math.inf else value for name, value in trained.items()}  # JSON has no inf
     summary["checkpoint"] = {"file": file, "epoch": epoch, "prediction": args.prediction, "args": trained}
     summary["labels"] = {result.name: result.label for result in results}
-    (folder / "cases.csv").unlink(missing_ok=True)  # both files are of one test, or compare.py reads none
+    (folder / "cases.csv").unlink(missing_ok=True)  # compare.py must not find files of two tests
     write_text(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     write_csv(folder / "cases.csv", table)
     print(format_summary(summary))
@@ -189,14 +189,14 @@ def test(parser: ArgumentParser, info: DatasetInfo, argv: list[str] | None = Non
 
 
 def _warn_of_misleading_scores(args: Namespace, predictor: Predictor, cases: Cases) -> None:
-    """Warn if the training has seen the cases of a test, or if they are images of another kind."""
+    """Warn if the training has used cases of this test, or if the images are of another kind than in training."""
     data = predictor.data
-    if args.checkpoint.name == "best.pth" and data.get("selected_on") != "test":  # of these every table says it
+    if args.checkpoint.name == "best.pth" and data.get("selected_on") != "test":  # otherwise the tables say it
         chosen_on = cases_described(predictor.origin, "validation")
         if not chosen_on and args.split == predictor.origin.get("args", {}).get("val_split"):
             chosen_on = {*cases.names}  # an old checkpoint does not describe its data
         if known := chosen_on.intersection(cases.names):
-            text = "%d of these %d cases chose the best epoch, so their scores are optimistic; last.pth has fair ones"
+            text = "the best epoch was chosen on %d of these %d cases, so their scores are optimistic: test last.pth"
             logger.warning(text, len(known), len(cases))
     seen = cases_seen(predictor.origin, data.get("dataset", ""))
     if trained := {*seen.get(data.get("dataset"), ())}.intersection(cases.names):
@@ -211,10 +211,10 @@ def _warn_of_misleading_scores(args: Namespace, predictor: Predictor, cases: Cas
 
 
 def _choose_folders(args: Namespace, info: DatasetInfo, where: str, saved: dict[str, Any]) -> None:
-    """Fill in ``where`` and ``list_dir``, the folders of the test, where the command line leaves them out.
+    """Fill in the folders of the test, ``where`` and ``list_dir``, if the command line does not give them.
 
-    They are those of the training, whose arguments are ``saved``, if they exist on this machine, else those of the data
-    set. Of the folder of the training the label order is that of the training too.
+    The folders of the training, whose arguments are ``saved``, are used if they exist on this machine, otherwise those
+    of the data set. If the test uses the folder of the training, it also uses the label order of the training.
     """
     fold = vars(args).get("fold")
     if saved.get("fold", fold) != fold and args.split != "test" and args.list_dir is None:  # it trained on these cases
@@ -236,8 +236,8 @@ def _choose_folders(args: Namespace, info: DatasetInfo, where: str, saved: dict[
     if order is not None and info.label_orders and args.label_order is None:
         same = saved.get(where) and Path(saved[where]).resolve() == Path(getattr(args, where)).resolve()
         if not same and order != next(iter(info.label_orders)):
-            raise RunError(f"the training had --label_order {order}: say with it which order these other files have")
-        args.label_order = order  # of other files it is the first, which is the default
+            raise RunError(f"the training had --label_order {order}: give the --label_order of these other files")
+        args.label_order = order  # for other files this is the first order, the default
 
 
 def _remove_figures(folder: Path) -> None:

@@ -23,22 +23,22 @@ SMOOTH = 1e-5  # keeps the Dice of an absent class defined
 
 
 def subset_loss(logits: Sequence[Tensor], label: Tensor, ce_weight: float = 0.3, dice_weight: float = 0.7) -> Tensor:
-    """Return the loss alone of ``subset_losses``."""
+    """Return only the loss of ``subset_losses``."""
     return subset_losses(logits, label, ce_weight, dice_weight)[0]
 
 
 def subset_losses(
     logits: Sequence[Tensor], label: Tensor, ce_weight: float = 0.3, dice_weight: float = 0.7
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sum over every non-empty subset of the maps of cross entropy and Dice of the subset's summed logits.
+    """Return cross entropy and Dice loss, summed over all non-empty subsets of the maps; a subset's maps are added up.
 
-    Cross entropy is the mean over pixels. Dice is one minus the overlap of each class over the whole batch, with
-    squares in the denominator, averaged over all classes including background. In a distributed run, where each rank
-    has a part of the batch of the same size, these are the losses of the whole batch, equal on all ranks, and
-    DistributedDataParallel's mean of the ranks' gradients is the whole batch's gradient.
+    Cross entropy is the mean over pixels. The Dice loss is one minus the Dice of each class over the whole batch, with
+    squares in the denominator, averaged over all classes including background. In a distributed run, the parts of the
+    batch on the ranks must have the same size. Then these are the losses of the whole batch, equal on all ranks, and
+    DistributedDataParallel's mean of the ranks' gradients is the gradient of the whole batch.
 
     logits: maps (B, num_classes, S, S); four maps have 15 subsets, one map has one. label: int64 (B, S, S), ids below
-    num_classes. Returns the loss, weighted, and without gradient the unweighted sums of its cross entropies and of its
+    num_classes. Returns the weighted loss and, without gradient, the unweighted sums of its cross entropies and of its
     Dice losses: scalars on the maps' device, in float32 (float64 for float64 maps). Raises RunError for other shapes.
     """
     for m in logits:
@@ -58,7 +58,7 @@ def subset_losses(
 
 @functools.cache
 def _compiled() -> Callable[[Sequence[Tensor], Tensor], Tensor]:
-    """Return ``_sums`` compiled for a GPU, whose memory limits it; as it is, where Triton cannot build it."""
+    """Return ``_sums`` compiled, because a GPU's memory bandwidth limits it; not compiled if Triton cannot build it."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if torch.cuda.get_device_capability() < (7, 0):
         reason = "Triton needs a GPU of the Volta generation or later"
@@ -73,13 +73,13 @@ def _compiled() -> Callable[[Sequence[Tensor], Tensor], Tensor]:
 def _sums(maps: Sequence[Tensor], label: Tensor) -> Tensor:
     """Return for each subset and class the sums over batch and pixels of y log p, p y, p^2 and y, (15, 4, C).
 
-    maps: (B, C, N), with the softmax p over classes of a subset's sum. label: (B, N), one-hot y.
+    maps: (B, C, N); p is the softmax over classes of a subset's sum. label: (B, N); y is its one-hot form.
     """
     y = torch.zeros_like(maps[0]).scatter_(1, label.unsqueeze(1), 1)
     subsets: list[Tensor] = []
     for m in maps:
         subsets += [m, *(z + m for z in subsets)]
-    # A checkpoint computes a subset's softmax again in backward: 15 of them would fill memory at batch 20.
+    # Checkpointing computes a subset's softmax again in backward: to keep all 15 would fill memory at batch 20.
     again = {"use_reentrant": False, "preserve_rng_state": False}
     sums = [x for z in subsets for x in checkpoint(_class_sums, z, y, **again)]  # (B, C) each
     sums = torch.stack(sums).sum(1).unflatten(0, (-1, 3))  # (15, 3, C)
@@ -89,16 +89,16 @@ def _sums(maps: Sequence[Tensor], label: Tensor) -> Tensor:
 def _class_sums(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     log_p = z.log_softmax(1)
     p = log_p.exp()
-    # Dot products and norms of contiguous rows: several times faster than a product that is written out and summed.
+    # Dot products and norms of contiguous rows are several times faster than an elementwise product and its sum.
     return torch.linalg.vecdot(log_p, y), torch.linalg.vecdot(p, y), torch.linalg.vector_norm(p, dim=2).square()
 
 
 class WeightLossDynamic:
-    """W-LD: set K, the columns that a step renews in each cluster, by how far the loss has fallen.
+    """W-LD: set K, the number of columns that a step replaces in each cluster, by how much the loss has fallen.
 
-    ``K = trunc(100 (0.5 - 0.5 (previous - current)))``, or ``default`` where that leaves [25, 75]. A loss that
-    falls fast keeps the memory; a loss that rises renews more of it. Nothing waits for the device. start_epoch: the
-    first epoch (from 1) that changes K; infinity leaves K as it is.
+    ``K = trunc(100 (0.5 - 0.5 (previous - current)))``, or ``default`` if that is outside [25, 75]. If the loss falls
+    fast, fewer columns are replaced; if it rises, more. No step waits for the device. start_epoch: the first epoch
+    (from 1) that changes K; with infinity, K never changes.
     """
 
     def __init__(self, start_epoch: float = 100, default: int = 50):
@@ -108,7 +108,7 @@ class WeightLossDynamic:
     def step(self, loss: Tensor, epoch: int) -> Tensor | None:
         """Take the next loss, a scalar, and return K, int64 (), or None if K stays as it is.
 
-        The variant ``paper`` passes each epoch's mean loss, ``release`` each iteration's loss.
+        In the variant ``release``, the trainer passes the loss of each iteration; else the mean loss of each epoch.
         """
         previous, self.previous = self.previous, loss.detach().double()
         if previous is None or epoch < self.start_epoch:

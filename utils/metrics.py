@@ -1,13 +1,13 @@
 """Dice, HD95, Jaccard and ASSD of a predicted volume, each under two conventions.
 
-Where both masks have voxels the values are those of medpy 0.5.2 (``dc``, ``hd95``, ``jc``, ``assd``). They are computed
-from border voxels in k-d trees instead of a distance transform of the whole volume, which is about 100 times faster.
-Where a mask is empty there is no distance, and two conventions apply:
+If both masks have voxels, the values are those of medpy 0.5.2 (``dc``, ``hd95``, ``jc``, ``assd``). K-d trees of the
+border voxels replace medpy's distance transform of the whole volume and are about 100 times faster. If a mask is
+empty, there is no distance, and two conventions apply:
 
-- ``transunet``, which papers report: distances in voxels; a spurious class has Dice and Jaccard 1, a missed or absent
-  one 0, and all have distance 0.
-- ``strict``: distances in mm if the spacing is known, else in voxels; a spurious or missed class has Dice and Jaccard 0
-  and the diagonal of the volume as its distance; an absent one is NaN and left out of means.
+- ``transunet``, which papers report: distances are in voxels; a spurious class has Dice and Jaccard 1, a missed or
+  absent class has 0, and all of them have distance 0.
+- ``strict``: distances are in mm if the spacing is known, otherwise in voxels; a spurious or missed class has Dice and
+  Jaccard 0, and its distance is the diagonal of the volume; an absent class has NaN and is left out of means.
 """
 
 from typing import NamedTuple
@@ -33,7 +33,7 @@ class Metrics(NamedTuple):
 
 
 class ClassResult(NamedTuple):
-    """One class of one volume under both conventions.
+    """The scores of one class of one volume under both conventions.
 
     state: ``found`` (both masks have voxels), ``missed`` (only the label has), ``spurious`` (only the prediction has)
     or ``absent`` (neither has).
@@ -47,11 +47,11 @@ class ClassResult(NamedTuple):
 def class_metrics(
     prediction: np.ndarray, label: np.ndarray, spacing: Spacing = None, volume_shape: tuple[int, ...] | None = None
 ) -> ClassResult:
-    """Compare two masks of one class, 2D or 3D, of one shape, where all but 0 is inside.
+    """Compare two masks of one class, 2D or 3D and of the same shape; every voxel that is not 0 is in the class.
 
-    spacing: size of a voxel in mm along each axis, None if unknown; only strict distances use it. volume_shape: of the
-    volume, if the masks are cut out of it; its diagonal is the distance of empty masks. Raises RunError for shapes that
-    differ and for a spacing that is not positive.
+    spacing: size of a voxel in mm along each axis, None if unknown; only strict distances use it. volume_shape: shape
+    of the volume if the masks are cut out of it; its diagonal is the distance if one mask is empty. Raises RunError if
+    the shapes differ or the spacing is not positive.
 
     Source: medpy 0.5.2, ``medpy.metric.binary``; TransUNet's evaluation.
     """
@@ -82,8 +82,8 @@ def case_metrics(
 ) -> tuple[ClassResult, ...]:
     """Compare two volumes of class indices, integers (D, H, W) or (H, W), class by class.
 
-    Returns ``num_classes - 1`` results, class c at c - 1, without background (0). Spacing, empty masks and errors are
-    those of ``class_metrics``.
+    Returns ``num_classes - 1`` results, class c at index c - 1, without background (0). Spacing, empty masks and errors
+    are as in ``class_metrics``.
     """
     _check(prediction, label, spacing)
     boxes = (find_objects(array, num_classes - 1) for array in (prediction, label))  # None where a class is absent
@@ -95,9 +95,9 @@ def case_metrics(
 
 
 def dice_only(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> np.ndarray:
-    """Return the strict Dice of every class but the background, float64 (num_classes - 1,), without slow distances.
+    """Return the strict Dice of every class except background, float64 (num_classes - 1,), without the slow distances.
 
-    0 for a missed or spurious class, NaN for an absent one. Arguments and errors are those of ``confusion``.
+    It is 0 for a missed or spurious class and NaN for an absent one. Arguments and errors are those of ``confusion``.
     """
     counts = confusion(prediction, label, num_classes)
     with np.errstate(invalid="ignore"):
@@ -105,9 +105,9 @@ def dice_only(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> np
 
 
 def confusion(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> np.ndarray:
-    """Return how many voxels of each class got each class: int64 (num_classes, num_classes), rows the label's classes.
+    """Count voxels by class in the label (rows) and in the prediction (columns): int64 (num_classes, num_classes).
 
-    prediction, label: class indices, of one shape. Raises RunError for different shapes and for other indices.
+    prediction, label: class indices, of the same shape. Raises RunError for different shapes and invalid indices.
     """
     _check(prediction, label)
     low, high = min(prediction.min(), label.min()), max(prediction.max(), label.max())
@@ -123,7 +123,7 @@ def pooled_metrics(counts: np.ndarray) -> dict[str, np.ndarray]:
     """Return Dice, Jaccard, sensitivity, specificity and accuracy over all pixels together, in [0, 1].
 
     counts: the sum of the ``confusion`` of all images, (num_classes, num_classes). Each score is float64
-    (num_classes - 1,), class c at c - 1; a share of nothing is NaN.
+    (num_classes - 1,), class c at index c - 1; it is NaN if its denominator is 0.
     """
     both = counts.diagonal()[1:]
     missed, spurious = counts.sum(1)[1:] - both, counts.sum(0)[1:] - both
@@ -139,7 +139,7 @@ def pooled_metrics(counts: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _union(a: tuple[slice, ...] | None, b: tuple[slice, ...] | None) -> tuple[slice, ...]:
-    """Return the smallest box around two, an empty one where there is none."""
+    """Return the smallest box around two boxes; None is no box, and twice None gives an empty box."""
     if a is None or b is None:
         return a or b or (slice(0),)
     return tuple(slice(min(s.start, t.start), max(s.stop, t.stop)) for s, t in zip(a, b, strict=True))
@@ -153,7 +153,7 @@ def _border(mask: np.ndarray) -> np.ndarray:
 
 
 def _metrics(dice: float, jaccard: float, a: np.ndarray, b: np.ndarray) -> Metrics:
-    """Return the metrics of two borders (n, ndim): the 95th percentile and the mean of both directions' distances."""
+    """Return the metrics; HD95 and ASSD pool the distances from each border (n, ndim) to the other."""
     pooled = np.concatenate((cKDTree(b).query(a)[0], cKDTree(a).query(b)[0]))
     return Metrics(dice, float(np.percentile(pooled, 95)), jaccard, float(pooled.mean()))
 

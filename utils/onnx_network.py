@@ -1,4 +1,4 @@
-"""A network in an ONNX file that ``export.py`` wrote, run by onnxruntime in the place of a PyTorch network."""
+"""A network in an ONNX file of ``export.py``, which onnxruntime runs; it is called like a PyTorch network."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from utils.errors import RunError
 logger = logging.getLogger(__name__)
 
 KEY = "sim_mpnet"
-"""Name of the file's metadata, a JSON object."""
+"""Key of the file's metadata; its value is a JSON object."""
 
 INPUT, OUTPUT = "image", "logits"
 CUDA_REMEDY = "pip uninstall onnxruntime, then pip install 'onnxruntime-gpu[cuda,cudnn]'"
@@ -25,11 +25,11 @@ FACTS = ("num_classes", "in_channels", "img_size", "dataset", "class_names", "pr
 
 
 class OnnxNetwork(nn.Module):
-    """An ONNX file of ``export.py`` as a network: images (B, C, S, S), float32, to a list of one logit map.
+    """Run an ONNX file of ``export.py`` as a network: images, float32 (B, C, S, S), to a list of one logit map.
 
-    The map is (B, num_classes, S, S). device: ``auto`` is a GPU that onnxruntime can use, or the CPU. ``metadata``: the
-    facts that ``docs/export.md`` lists. Raises RunError if onnxruntime is not installed, the file is missing or another
-    one, or the device is not available.
+    The map is (B, num_classes, S, S). device: ``auto`` means a GPU if onnxruntime can use one, otherwise the CPU.
+    ``metadata``: the facts that ``docs/export.md`` lists. Raises RunError if onnxruntime is not installed, if the file
+    is missing or was not written by ``export.py``, or if the device is not available.
     """
 
     def __init__(self, path: str | Path, device: str = "auto"):
@@ -46,14 +46,14 @@ class OnnxNetwork(nn.Module):
             exact = {"device_id": place.index or 0, "use_tf32": 0, "cudnn_conv_algo_search": "HEURISTIC"}
             providers.insert(0, ("CUDAExecutionProvider", exact))
         options = runtime.SessionOptions()
-        options.log_severity_level = 3  # errors
+        options.log_severity_level = 3  # only errors
         options.intra_op_num_threads = torch.get_num_threads()
         try:
             try:
                 self.session = runtime.InferenceSession(str(path), options, providers=providers)
-            except Exception:  # some versions raise where the CUDA provider does not load
+            except Exception:  # some versions raise if the CUDA provider does not load
                 self.session = runtime.InferenceSession(str(path), options, providers=providers[-1:])
-        except Exception as error:  # the exceptions of onnxruntime have no common class
+        except Exception as error:  # the exceptions of onnxruntime have no common base class
             raise RunError(
                 f"{path} is not an ONNX file that onnxruntime {runtime.__version__} can open ({type(error).__name__}): "
                 "write it again with export.py"

@@ -1,6 +1,6 @@
-"""A trained network that segments scans or pictures, and the files beside a segmentation.
+"""A trained network that segments scans or pictures, and the tables written with a segmentation.
 
-These are the colours and names of the labels, and the size of each organ.
+The tables give the names and colours of the labels, and the size of each class.
 """
 
 import logging
@@ -30,20 +30,20 @@ logger = logging.getLogger(__name__)
 
 
 class Predictor:
-    """A trained network with the preprocessing that its checkpoint names.
+    """A trained network with the preprocessing that its checkpoint describes.
 
     Args:
         checkpoint: best.pth of a run, an ONNX file of ``export.py``, or a checkpoint of the release.
-        device, amp, batch_size: as the flags of ``predict.py``; of an ONNX file amp is ``none``.
-        info: what a checkpoint of the release was trained on, such as ``DATASETS["acdc"]``; others say it themselves.
-        prediction: ``SimMPNet``'s, in place of that of the training; None for an ONNX file.
+        device, amp, batch_size: as the flags of ``predict.py``; with an ONNX file, amp must be ``none``.
+        info: data set of a checkpoint of the release, such as ``DATASETS["acdc"]``; other checkpoints name theirs.
+        prediction: as in ``SimMPNet``; None means as in training, and is required for an ONNX file.
 
     Attributes:
-        model, device: the network, and where its input has to be.
-        class_names: of label ids 1, 2, ...
-        planar: whether it takes images, not scans.
+        model, device: the network, and the device where its input must be.
+        class_names: names of label ids 1, 2, ...
+        planar: whether the network takes images, not scans.
         preprocessing, channels: how a scan or image is prepared, and the names of its channels.
-        data, origin: what the checkpoint says of the data of its training, and of the training itself.
+        data, origin: what the checkpoint stores about its training data, and about the training itself.
 
     Raises RunError if the checkpoint is missing or damaged, or does not fit the other arguments.
     """
@@ -57,7 +57,7 @@ class Predictor:
             if amp != "none":
                 raise RunError(f"--amp {amp}: {checkpoint} computes in float32 only: leave out --amp")
             if prediction is not None:
-                raise RunError(f"--prediction {prediction}: {checkpoint} was exported with one: leave it out")
+                raise RunError(f"--prediction {prediction}: {checkpoint} has a fixed prediction: leave it out")
             self.model = OnnxNetwork(checkpoint, device)
             self.device = torch.device("cpu")
             state: dict[str, Any] = self.model.metadata["checkpoint"] | {"data": self.model.metadata}
@@ -67,18 +67,18 @@ class Predictor:
             state = load_checkpoint(checkpoint)
         if "data" not in state:
             if info is None:
-                raise RunError(f"{checkpoint} does not say how scans are prepared for it: give --dataset")
+                raise RunError(f"{checkpoint} does not store how scans are prepared: give its data set with --dataset")
             # The authors chose the checkpoints of the release on the test volumes.
             state["data"] = {"dataset": info.name, "channels": info.channels, "selected_on": "test"}
         self.data = data = state["data"]
         if info is not None and data.get("dataset") != info.name:
             raise RunError(
                 f"{checkpoint} was trained on {data.get('dataset')}, not on {info.name}: test it with "
-                f"{script_of('test', data.get('dataset'))} (cases of elsewhere by its --volume_path or --root_path and "
-                "--list_dir), or name no data set"
+                f"{script_of('test', data.get('dataset'))} (with its --volume_path or --root_path and "
+                "--list_dir for other cases), or name no data set"
             )
         info = info or DATASETS.get(data.get("dataset"))
-        if "preprocessing" not in data and info:  # of the release, or of our first versions
+        if "preprocessing" not in data and info:  # made by the release or by our first versions
             data["preprocessing"] = info.preprocessing.to_dict()
         try:
             self.preprocessing = preprocessing_from_dict(data.get("preprocessing"))
@@ -96,7 +96,7 @@ class Predictor:
         self.class_names = tuple(data["class_names"])
 
     def read(self, path: str | Path, time_point: int | None = None) -> Volume:
-        """Open a scan or an image for the network. time_point: of a scan with several volumes, from 0."""
+        """Open a scan or an image for the network. time_point: index, from 0, if a scan has several volumes."""
         if self.planar:
             choose(Path(path), 1, time_point, "image")
             return read_picture(path, class_names=self.class_names, preprocessing=self.preprocessing)
@@ -108,19 +108,19 @@ class Predictor:
                 axis = "second" if coarsest == volume.spacing[1] else "first"
                 logger.warning(
                     "%s: the network segments slices across the file's third axis (%.3g mm), but its %s axis looks "
-                    "like that of the slices (%.3g mm): store the slices along the third",
+                    "like the slice axis (%.3g mm): store the slices along the third axis",
                     path, volume.spacing[0], axis, coarsest,
                 )  # fmt: skip
         return volume
 
     def segment(self, volume: Volume) -> np.ndarray:
-        """Return the class of every voxel, uint8 (D, H, W); of an image D = 1."""
+        """Return the class index of every voxel, uint8 (D, H, W); for an image, D = 1."""
         size = self.model.config["img_size"]
-        with known_errors(f"predict fewer slices at a time than {self.batch_size}, in bf16, or on the CPU"):
+        with known_errors(f"predict fewer than {self.batch_size} slices at a time, use bf16, or use the CPU"):
             return predict_case(self.model, volume, size, self.batch_size, self.device, self.amp_dtype)
 
     def __call__(self, path: str | Path):
-        """Segment a file: return a nibabel image on the grid of the scan, or of a picture an array, uint8 (H, W)."""
+        """Segment a file; return a nibabel image on the grid of the scan, or for a picture an array, uint8 (H, W)."""
         volume = self.read(path)
         prediction = self.segment(volume)
         return prediction[0] if self.planar else volume.to_nifti(prediction)
@@ -129,8 +129,8 @@ class Predictor:
 def write_colour_tables(stem: str | Path, class_names: Sequence[str]) -> None:
     """Write names and colours of label ids: ``<stem>labels.ctbl`` (3D Slicer) and ``<stem>labels_itksnap.txt``.
 
-    The colours are those of overlays; background (0) is transparent.
-    Source: the colour table format of Slicer's user guide, the label description format of ITK-SNAP's.
+    The colours are those of the overlays; background (0) is transparent.
+    Source: the user guides of 3D Slicer (colour table format) and of ITK-SNAP (label description format).
     """
     slicer = ["# Color table file", f"# {len(class_names) + 1} values"]
     itksnap = ["# ITK-SnAP Label Description File", "# IDX -R- -G- -B- -A- VIS MSH LABEL"]
@@ -145,10 +145,10 @@ def write_colour_tables(stem: str | Path, class_names: Sequence[str]) -> None:
 
 
 def class_sizes(volume: Volume, prediction: np.ndarray) -> list[dict[str, Any]]:
-    """Return the size of every class without background, a row each.
+    """Return the size of every class except background, one row each.
 
-    prediction: class indices (D, H, W). Of a scan voxels and millilitres, which are NaN where its file gives no voxel
-    size; of an image pixels and their share of the image.
+    prediction: class indices (D, H, W). For a scan, the size is in voxels and in millilitres (NaN if its file gives no
+    voxel size); for an image, it is in pixels and as a share of the image.
     """
     # Plane by plane, because bincount takes 8 bytes per voxel.
     counts = sum(np.bincount(plane.ravel(), minlength=len(volume.class_names) + 1) for plane in prediction)[1:]

@@ -1,6 +1,6 @@
-"""The scores of test cases as tables: means over cases, cases.csv, summary.json, what is printed, and Markdown.
+"""The scores of test cases as tables: means over cases, cases.csv, summary.json, the printed summary, and Markdown.
 
-Everything starts from one pandas table with a row per case and class, the rows of cases.csv (``COLUMNS``).
+Everything starts from one pandas table with one row per case and class, as in cases.csv (``COLUMNS``).
 """
 
 from collections.abc import Sequence
@@ -20,30 +20,30 @@ if TYPE_CHECKING:
     from utils.evaluation import CaseResult
 
 CONVENTIONS = {
-    "transunet": "as papers report: spurious counts as Dice 100, missed as 0, both at distance 0",
-    "strict": "spurious and missed count as Dice 0 at the volume's diagonal, absent is left out",
+    "transunet": "as papers report it: a spurious class has Dice 100, a missed or absent one 0, all have distance 0",
+    "strict": "a spurious or missed class has Dice 0 and the volume's diagonal as distance, an absent one is left out",
 }
 STATES = (MISSED, SPURIOUS, ABSENT)
 METRICS = Metrics._fields
 NUMBERS = [f"{convention}_{metric}" for convention in CONVENTIONS for metric in METRICS]
 COLUMNS = ["case", "class", "state", *NUMBERS, "strict_unit", "selected_on"]
-"""Of cases.csv. Dice and Jaccard are in [0, 1], `transunet` distances in voxels, `strict` ones in `strict_unit`."""
+"""Columns of cases.csv. Dice and Jaccard are in [0, 1], `transunet` distances in voxels, `strict` in `strict_unit`."""
 
 OPTIMISTIC = (
-    "The checkpoint was chosen on the test volumes (--select test): its scores are optimistic, compare them only with "
+    "The checkpoint was chosen on the test volumes (--select test): its scores are optimistic. Compare them only with "
     "those of checkpoints chosen in the same way."
 )
-"""The first line of every table of such a checkpoint."""
+"""The first line of every table of a checkpoint that was chosen on test volumes."""
 
 ISIC_THRESHOLD = 0.65
-"""Jaccard below which the ISIC challenge of 2018 (arXiv 1902.03368) counts a segmentation as failed, with Jaccard 0."""
+"""The ISIC challenge of 2018 (arXiv 1902.03368) counts a segmentation with a lower Jaccard as Jaccard 0."""
 
 
 def case_table(results: Sequence["CaseResult"], class_names: Sequence[str], selected_on: str = "val") -> "pd.DataFrame":
-    """Return the table with ``COLUMNS``, one row per case and class; NaN for what a convention leaves out.
+    """Return the table with ``COLUMNS``, one row per case and class; scores that a convention leaves out are NaN.
 
-    results: what ``evaluate`` returned; class_names: without background; selected_on: the cases that the checkpoint was
-    chosen on, ``val`` or ``test``.
+    results: what ``evaluate`` returned; class_names: without background; selected_on: the cases that chose the
+    checkpoint, ``val`` or ``test``.
     """
     import pandas as pd
 
@@ -56,7 +56,7 @@ def case_table(results: Sequence["CaseResult"], class_names: Sequence[str], sele
 
 
 def write_csv(path: str | Path, table: Any, float_format: str | None = "%.6f") -> None:
-    """Write a case table, or rows that pandas makes a table of, as CSV: NaN as nothing; without a format all digits."""
+    """Write a case table, or rows for a pandas table, as CSV, NaN as an empty cell; float_format None: all digits."""
     import pandas as pd
 
     with atomic_write(path) as temporary:
@@ -64,34 +64,34 @@ def write_csv(path: str | Path, table: Any, float_format: str | None = "%.6f") -
 
 
 def read_cases(path: str | Path) -> "pd.DataFrame":
-    """Read the case table that ``write_csv`` wrote; raise RunError for another kind of file, or one that is cut off."""
+    """Read a case table that ``write_csv`` wrote; raise RunError if the file is of another kind or is cut off."""
     import pandas as pd
 
     types = {column: float if column in NUMBERS else str for column in COLUMNS}
     try:
         table = pd.read_csv(path, dtype=types, keep_default_na=False, na_values={column: [""] for column in NUMBERS})
         table = table[COLUMNS]
-    except (KeyError, ValueError) as error:  # pandas' own errors are of these kinds
+    except (KeyError, ValueError) as error:  # pandas' own errors are subclasses of these
         raise RunError(
             f"{path}: {brief(error)}; expected a table of a test script: test the checkpoint again"
         ) from error
     classes = table.groupby("case", sort=False)["class"].agg(tuple)
     if classes.nunique() != 1 or not table["selected_on"].isin(("val", "test")).all():
-        raise RunError(f"{path}: expected the same classes in every case, the file is cut off: test again")
+        raise RunError(f"{path}: the file is cut off; expected the same classes in every case: test again")
     return table
 
 
 def summarise(table: "pd.DataFrame", confusion: np.ndarray | None = None) -> dict[str, Any]:
     """Return the content of summary.json: means over cases, then over classes, under both conventions.
 
-    NaN (a class that is absent, under the strict convention) is left out of means; None stands where nothing is left.
-    confusion: of images, the sum of all cases' confusions, (num_classes, num_classes). The summary then also has the
+    Means leave out NaN, the strict score of an absent class; the mean is None if all scores are NaN. confusion: for
+    images, the sum of the ``confusion`` of all cases, (num_classes, num_classes). With it, the summary also has the
     scores over all pixels together and the ISIC challenge's mean thresholded Jaccard (strict).
     """
     import pandas as pd
 
     units = sorted(table["strict_unit"].unique())
-    if len(units) > 1:  # there is no mean of mm and voxels
+    if len(units) > 1:  # mm and voxels have no common mean
         table = table.assign(strict_hd95=np.nan, strict_assd=np.nan)
     classes = table.groupby("class", sort=False)
     unit = {"transunet": "pixels" if units == ["pixels"] else "voxels", "strict": " or ".join(units)}
@@ -112,7 +112,7 @@ def summarise(table: "pd.DataFrame", confusion: np.ndarray | None = None) -> dic
 
 
 def format_summary(summary: dict[str, Any]) -> str:
-    """Return a summary as plain text, one aligned table per convention, shares in percent."""
+    """Return a summary as plain text, with one aligned table per convention and shares in percent."""
     blocks = [OPTIMISTIC] if summary["selected_on"] == "test" else []
     for convention, note in CONVENTIONS.items():
         unit = summary[convention]["unit"]
@@ -136,10 +136,10 @@ def format_summary(summary: dict[str, Any]) -> str:
 
 
 def markdown(frame: "pd.DataFrame", floatfmt: str = "g", index: bool = False, tablefmt: str = "pipe") -> str:
-    """Return a table as Markdown, the first column to the left and the others to the right.
+    """Return a table as Markdown; the first column is aligned to the left, the others to the right.
 
-    Text stays as it is ("84.10" is not shortened), but in Markdown ``|`` is escaped, and line breaks become blanks. NaN
-    is "-". index: write the index as the first column; tablefmt: of tabulate, such as ``plain`` for a terminal.
+    Text stays as it is ("84.10" is not shortened), but in Markdown ``|`` is escaped, and line breaks become spaces. NaN
+    is "-". index: write the index as first column; tablefmt: format of tabulate, such as ``plain`` for a terminal.
     """
 
     def cell(value: object) -> str:

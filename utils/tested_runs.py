@@ -1,6 +1,6 @@
-"""Read run folders: what a run was trained with, which checkpoint of it was tested on what, and the scores.
+"""Read run folders: the settings of a run, which of its checkpoints was tested on which data, and the scores.
 
-All results are one pandas table with a row per run, split, case, class, convention and metric.
+The results are a pandas table with one row per run, split, case, class, convention and metric.
 """
 
 import json
@@ -23,7 +23,7 @@ from utils.results import NUMBERS, read_cases
 
 logger = logging.getLogger(__name__)
 
-# Arguments in which the seeds of one method may differ. `augment_on` is in old runs only.
+# Arguments that may differ between the seeds of one method. Only old runs have `augment_on`.
 NOT_THE_METHOD = {
     "seed", "output_dir", "resume", "device", "n_gpu", "num_workers", "cache_gib", "eval_batch_size", "deterministic",
     "volume_path", "selected_on", "checkpoint_minutes", "checkpoint_iterations", "keep", "augment_on", "data", "fold",
@@ -38,19 +38,19 @@ class Run:
     info: DatasetInfo
     args: dict[str, Any]  # arguments of the training, with defaults for those that its version did not have
     data: str  # the data set, and the folder of its test cases if that is not the data set's own
-    settings: dict[str, str]  # what makes the method: arguments, number of processes, checkpoint
-    unusual: set[str]  # the names of those settings that are not defaults
-    history: pd.DataFrame  # metrics.csv, empty without one
-    results: pd.DataFrame  # a row per split, case, class, convention and metric
+    settings: dict[str, str]  # what defines the method: arguments, number of processes, checkpoint
+    unusual: set[str]  # the names of the settings that are not defaults
+    history: pd.DataFrame  # metrics.csv; empty if the file is missing
+    results: pd.DataFrame  # one row per split, case, class, convention and metric
     method: str  # the name that the user gave, or empty until `comparison.name_methods`
-    tested: str  # the checkpoint and its epoch, of each split, or "-" where an old test did not say it
+    tested: str  # checkpoint and epoch tested on each split, or "-" if old tests did not store them
     lists: set[Path]  # folders of the lists that it was tested on
 
 
 def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), volume_path: Path | None = None) -> Run:
-    """Read a run folder. Raises RunError if it is none, was not tested on any of the splits, or has a damaged file.
+    """Read a run folder; raise RunError if it is not one, was not tested on any of the splits, or has a damaged file.
 
-    splits: those whose results are read; without any, all. volume_path: where the test cases are, if elsewhere.
+    splits: read only the results on these; empty: on all. volume_path: folder of the test cases, if not as recorded.
     """
     folder = Path(folder)
     paths = {path.parent.name.removeprefix("results_"): path for path in sorted(folder.glob("results_*/cases.csv"))}
@@ -78,12 +78,12 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
         tested.append(f"{file}, epoch {epoch}" + (f", prediction {prediction}" if prediction else ""))
         predictions += [prediction] if prediction else []
         if newest.get(file) not in (None, epoch):
-            text = "%s: its results are of epoch %s, but %s is now of epoch %d: test it again"
+            text = "%s: its results are of epoch %s, but %s now holds epoch %d: test it again"
             logger.warning(text, folder, epoch, file, newest[file])
     files = [str(checkpoint.get("file")) for checkpoint in checkpoints]
     if len({*files}) > 1 or len({*predictions}) > 1:
-        logger.warning("%s: its splits were tested otherwise (%s): give one with --split", folder, _and(tested))
-    # What was tested is part of the method too.
+        logger.warning("%s: its splits were tested differently (%s): choose one with --split", folder, _and(tested))
+    # The tested checkpoint is part of the method too.
     settings |= {"checkpoint": _and(files) or "best.pth", "ranks": str(ranks)}
     settings |= {"prediction": _and(predictions)} if predictions else {}
     usual = defaults | {"checkpoint": "best.pth", "ranks": 1}
@@ -106,8 +106,8 @@ def _read_config(
 ) -> tuple[DatasetInfo, dict[str, Any], dict[str, Any], int]:
     """Return the data set of a run, its arguments, their defaults, and the number of processes.
 
-    checkpoints: those that were tested, as in ``summary.json``. The arguments are theirs, because the run may have been
-    continued with others since.
+    checkpoints: the tested ones, as in ``summary.json``. Their arguments take precedence, because the run may have been
+    continued with other arguments since.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -132,7 +132,7 @@ def _read_config(
 
 
 def _read_history(folder: Path, args: dict[str, Any]) -> tuple[pd.DataFrame, dict[str, int | None]]:
-    """Return ``metrics.csv``, empty without one, and the epochs of ``best.pth`` and ``last.pth`` as far as it knows."""
+    """Return ``metrics.csv`` (empty if missing), and the epochs of ``best.pth`` and ``last.pth`` according to it."""
     path = folder / "metrics.csv"
     if not path.is_file():
         return pd.DataFrame(), {}
@@ -154,7 +154,7 @@ def _damaged(path: Path) -> Iterator[None]:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RunError(
-            f"{path} is damaged or not of train_<set>.py ({type(error).__name__}: {brief(error)}): copy it again"
+            f"{path} is damaged or not made by train_<set>.py ({type(error).__name__}: {brief(error)}): copy it again"
         ) from error
 
 
@@ -163,7 +163,7 @@ def _and(texts: Iterable[str]) -> str:
 
 
 def _summary(cases: Path) -> dict[str, Any]:
-    """Return the summary beside cases.csv, empty without one; that of an old test does not say what was tested."""
+    """Return the summary next to cases.csv, empty if missing or damaged; an old one does not name the checkpoint."""
     try:
         return dict(json.loads(cases.with_name("summary.json").read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError):
@@ -171,9 +171,9 @@ def _summary(cases: Path) -> dict[str, Any]:
 
 
 def _text(name: str, value: object) -> str:
-    """Return an argument as text; of a folder the last two names, because the rest differs between machines.
+    """Return an argument as text; for a path, only its last two parts, because the rest differs between machines.
 
-    The lists of all folds have one name: folds are runs of one method, like seeds.
+    The fold is removed from ``list_dir``: folds are runs of one method, like seeds.
     """
     text = "/".join(PureWindowsPath(str(value)).parts[-2:]) if name.endswith(("_path", "_dir")) else str(value)
     return re.sub(r"/fold_[0-9]+$", "", text) if name == "list_dir" else text
@@ -183,7 +183,7 @@ def _long(table: pd.DataFrame) -> pd.DataFrame:
     """Turn a table of `cases.csv` into one row per case, class, convention and metric.
 
     Columns: case, class, state, selected_on, convention, metric, unit ("%", "mm", "voxels" or "pixels"), value (NaN
-    where a convention leaves a class out), and classes (the names of all).
+    if a convention leaves a class out), and classes (the names of all classes).
     """
     rows = table.melt(["case", "class", "state", "selected_on", "strict_unit"], NUMBERS)
     rows[["convention", "metric"]] = rows.pop("variable").str.split("_", expand=True)

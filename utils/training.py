@@ -1,7 +1,7 @@
-"""The training loop. An epoch trains on every batch, validates, lets W-LD set K, and writes record and checkpoint.
+"""The training loop. An epoch trains on every batch, validates, lets W-LD set K, and saves its record and a checkpoint.
 
-``last.pth`` holds everything that a later process needs to continue exactly, in the middle of an epoch too. Under
-torchrun every rank runs this loop on its part of each batch, and rank 0 writes the files.
+``last.pth`` holds everything that a later process needs to continue exactly, even within an epoch. Under torchrun,
+every rank runs this loop on its part of each batch, and rank 0 writes the files.
 """
 
 import logging
@@ -55,7 +55,7 @@ class Trainer:
     ):  # fmt: skip
         self.args, self.device = args, device
         self.train_set, self.val_set = train_set, val_set
-        self.data = {  # what the checkpoint says about its data
+        self.data = {  # what every checkpoint stores about its data
             "dataset": info.name,
             "class_names": info.names_for(args.num_classes),
             "preprocessing": info.preprocessing.to_dict(),
@@ -64,7 +64,7 @@ class Trainer:
             "kind": getattr(train_set, "kind", ""),
         }
         self.described = describe_data(train_set, val_set, self.data["class_names"])
-        self.seen: dict[str, list[str]] = {}  # by data set: cases that trained the weights the run starts from
+        self.seen: dict[str, list[str]] = {}  # by data set: the cases that the initial weights were trained on
         self.release = args.variant == "release"
         self.model = model.to(device, memory_format=torch.channels_last)
         self.network = distribute(self.model, device)  # the model as a training step calls it
@@ -83,8 +83,8 @@ class Trainer:
         self.batches = EpochBatches(len(train_set), args.batch_size, args.seed)
         self.loader = self.build_loader()
 
-        self.epoch = self.iteration = 0  # those that are done
-        # Of the epoch in progress: samples, steps and seconds so far, and the sums of the three losses.
+        self.epoch = self.iteration = 0  # finished so far
+        # In the current epoch: samples, steps and seconds so far, and the sums of the three losses.
         self.samples, self.steps, self.seconds = 0, 0, 0.0
         self.totals = torch.zeros(3, device=device)
         self.history: list[dict[str, Any]] = []  # one row of metrics.csv for each epoch
@@ -93,10 +93,10 @@ class Trainer:
         self.total_iterations = self.count_iterations()
 
     def build_loader(self) -> DataLoader:
-        """Return the loader of this rank's batches; raise RunError if there are none."""
+        """Return the loader of this rank's batches; raise RunError if there are too few samples for one batch."""
         have, need = len(self.train_set), self.batches.samples_per_step
         if have < need:
-            raise RunError(f"{counted(have, 'training sample')} for a batch of {need}: lower --batch_size")
+            raise RunError(f"{counted(have, 'training sample')} cannot fill a batch of {need}: lower --batch_size")
         return DataLoader(
             self.train_set,
             batch_sampler=self.batches,
@@ -104,12 +104,12 @@ class Trainer:
             persistent_workers=self.args.num_workers > 0,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=self.signals.ignore_in_worker,
-            generator=torch.Generator(),  # its own, so that a new loader leaves the global generator alone
+            generator=torch.Generator(),  # its own, so that a new loader does not change the global one
         )
 
     def count_iterations(self) -> int:
         """Return the iteration at which the run ends, counted from its start."""
-        later_epochs = self.args.max_epochs - self.epoch - bool(self.samples)  # a begun epoch is always ended
+        later_epochs = self.args.max_epochs - self.epoch - bool(self.samples)  # `rest` counts the epoch in progress
         rest = self.batches.count(self.samples) if self.samples else 0
         end = self.iteration + rest + max(later_epochs, 0) * self.batches.count()
         return max(self.iteration, min(end, self.args.max_iterations or end))
@@ -117,8 +117,8 @@ class Trainer:
     def fit(self) -> None:
         """Train until the last epoch or iteration.
 
-        Raises Stopped by a signal, after ``last.pth`` was saved, and RunError if a number is not finite or the memory
-        or the disk is full; ``last.pth`` then stays as it was saved.
+        Raises Stopped after a signal, once ``last.pth`` is saved. Raises RunError if a loss or gradient is not finite
+        or the memory is full, and RunError or OSError if the disk is full; ``last.pth`` then stays as it was.
         """
         if self.writes and self.args.resume:
             is_best = self.best_epoch == self.epoch > 0 and not self.samples
@@ -143,7 +143,7 @@ class Trainer:
         logger.info("done after %s: %s", counted(self.iteration, "iteration"), best)
 
     def announce(self) -> None:
-        """Log what the run is, and warn of settings with which it does less than a user may expect."""
+        """Log sizes, device and folder of the run; warn if its settings make it do less than a user may expect."""
         iterations = counted(self.total_iterations, "iteration")
         logger.info(
             "%.2f M parameters, %s, %s, %s, on %d x %s; run folder %s",
@@ -152,12 +152,12 @@ class Trainer:
         )  # fmt: skip
         before, now = self.optimizer.param_groups[0]["lr"], self.learning_rate(self.iteration - 1)
         if self.iteration and not math.isclose(before, now):
-            text = "iteration %d had learning rate %.3g, with these flags %.3g: the result is not that of one run"
+            text = "iteration %d had learning rate %.3g, with these flags %.3g: the result differs from that of one run"
             logger.warning(text, self.iteration, before, now)
         # Weights of another run may bring a memory that is past its warm-up.
         waiting = [bank for bank in self.banks if bank.in_warmup and bank.sampling_steps >= self.total_iterations]
         if waiting and not self.iteration:
-            text = "the run ends after %s, before its memory is used: its warm-up has %s (--warmup_iterations)"
+            text = "the run ends after %s, before its memory is used: its warm-up has %s: lower --warmup_iterations"
             logger.warning(text, iterations, counted(waiting[0].sampling_steps, "step"))
         first = self.wld.start_epoch + (not self.release)  # at the end of an epoch K is set for the next one
         if self.banks and self.args.max_epochs < first < math.inf:
@@ -168,7 +168,7 @@ class Trainer:
         return self.iteration >= self.total_iterations and not self.samples
 
     def train_epoch(self) -> None:
-        """Train on all batches of the epoch, or on those that are left of it."""
+        """Train on all batches of the epoch, or on those that are left after a resume."""
         self.model.train()
         self.train_set.set_epoch(self.epoch + 1)
         self.batches.start(self.epoch + 1, self.samples)
@@ -181,8 +181,8 @@ class Trainer:
         left = min(len(self.batches), self.total_iterations - self.iteration)
         start = time.perf_counter() - self.seconds
         remedy = (
-            f"--batch_size {self.args.batch_size} --accumulate {self.args.accumulate} need more; raise --accumulate, "
-            "which computes a batch in more parts, lower --batch_size or the image sizes, or use --amp bf16"
+            f"--batch_size {self.args.batch_size} --accumulate {self.args.accumulate} need more: raise --accumulate "
+            "to compute a batch in more parts, lower --batch_size or the image sizes, or use --amp bf16"
         )
         silent = True if rank() else None  # None: a progress bar on a terminal only
         batches = tqdm(islice(self.loader, left), f"epoch {self.epoch + 1}", left, leave=False, disable=silent)
@@ -233,7 +233,7 @@ class Trainer:
         return total
 
     def losses(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the subset loss and its two sums, of images (B, C, S, S) and labels (B, S, S)."""
+        """Return the loss and the two sums of ``subset_losses`` for images (B, C, S, S) and labels (B, S, S)."""
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             logits = self.network(image)  # four maps (B, num_classes, S, S)
         return subset_losses(logits, label, self.args.ce_weight, self.args.dice_weight)
@@ -248,14 +248,14 @@ class Trainer:
         return args.base_lr
 
     def update_k(self, loss: Tensor) -> None:
-        """Let W-LD set K of every block, in ``release`` only of the encoder's."""
+        """Let W-LD set K of every block, in ``release`` only of the blocks in the encoder."""
         k = self.wld.step(loss, self.epoch + 1)
         if k is not None:
             for bank in self.model.memory_banks(decoder=not self.release):
                 bank.replaced_columns.copy_(k)
 
     def save_if_due(self) -> None:
-        """Save in the middle of an epoch, by iterations or by the clock."""
+        """Save within an epoch if ``--checkpoint_iterations`` or ``--checkpoint_minutes`` asks for it."""
         args = self.args
         if self.iteration == 1:
             logger.info("the first iteration took %.1f s; an epoch has %d", self.seconds, len(self.batches))
@@ -274,9 +274,9 @@ class Trainer:
             raise Stopped(number, f"after iteration {self.iteration}: {again}")
 
     def validate(self) -> dict[str, Any]:
-        """Return the mean Dice of the validation cases at their own resolution, in all and by class, and each gate.
+        """Return the Dice of the validation cases at their own resolution (mean and by class), and the mean gates.
 
-        Each rank predicts its share of the cases. In ``release`` evaluation writes the memory, so rank 0 predicts all.
+        Each rank predicts its share of the cases. In ``release``, evaluation writes the memory: rank 0 predicts all.
         """
         import pandas as pd
 
@@ -301,7 +301,7 @@ class Trainer:
             self.stop_if_asked()
 
         passed = {name: [x for m in maps for x in m.mean((1, 2, 3)).tolist()] for name, maps in gates.items()}
-        shares = gather_over_ranks((dice, pd.DataFrame(passed)))  # of each image
+        shares = gather_over_ranks((dice, pd.DataFrame(passed)))  # gates: one row per image
         dice = {i: scores for part, _ in shares for i, scores in part.items()}
         gates = pd.concat([part for _, part in shares]).mean()
         mean, by_class = mean_dice([dice[i] for i in sorted(dice)])
@@ -324,7 +324,7 @@ class Trainer:
                 "k_decoder": int(self.banks[-1].replaced_columns),
                 "cluster_use": np.mean([(bank.key_counts > 0).float().mean().item() for bank in self.banks]).item(),
             }
-        if not self.release:  # after the row has the K of this epoch: the new one is for the next
+        if not self.release:  # after `memory` has read the K of this epoch; the new K is for the next
             self.update_k(means[0])
         self.epoch += 1
         self.samples = 0
@@ -349,7 +349,7 @@ class Trainer:
         self.save(is_best, self.args.keep)
 
     def save(self, is_best: bool = False, keep: int = 0) -> None:
-        """Write ``last.pth`` (see ``RunFolder.save``), unless a number of the steps so far is not finite."""
+        """Write ``last.pth`` (see ``RunFolder.save``); raise RunError if a loss or gradient so far is not finite."""
         self.watch.check()
         state = self.state_dict()
         if self.writes:
@@ -383,7 +383,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self.args.weight_decay  # the user may have changed it
-            group.setdefault("lr_scale", 1.0)  # of an older run
+            group.setdefault("lr_scale", 1.0)  # an older run has none
         if state["scaler"]:  # empty unless fp16
             self.scaler.load_state_dict(state["scaler"])
         self.wld.load_state_dict(state["wld"])

@@ -16,19 +16,19 @@ from utils.distribution import gather_over_ranks
 from utils.errors import RunError
 
 GPU_MEMORY_FULL = re.compile("CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_[A-Z_]*ALLOC")
-"""What CUDA, cuBLAS and cuDNN say when the GPU's memory is full; PyTorch's allocator raises OutOfMemoryError."""
+"""Messages of CUDA, cuBLAS and cuDNN if the GPU's memory is full; PyTorch's allocator raises OutOfMemoryError."""
 MAX_OVERFLOWS = 30
-"""Overflows in a row that end a run: GradScaler halves its scale, 2^16 at first, at each, so the cause is another."""
+"""Overflows in a row that end a run. Each halves GradScaler's scale (at first 2^16), so the scale is not the cause."""
 
 SECOND_SIGNAL = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-"""What a second signal does, also where a shell lets its background processes ignore SIGINT."""
+"""Handlers for a second signal, even if the shell has made its background processes ignore SIGINT."""
 
 
 class NumberWatch:
-    """Stops a run whose loss or gradient is not finite, and counts the gradients that fp16 scaling skips.
+    """Stop a run if its loss or gradient is not finite, and count the steps that fp16 scaling skips.
 
-    A GPU's numbers are read 50 steps at a time, since reading them waits for the GPU. checkpoint: where to resume from,
-    for the message.
+    On a GPU, the numbers of 50 steps are read together, because reading them waits for the GPU. checkpoint: the file to
+    resume from, for the message.
     """
 
     def __init__(self, device: torch.device, amp: str, checkpoint: Path):
@@ -39,7 +39,7 @@ class NumberWatch:
         self.unseen: list[tuple[Tensor, int, float, Sequence[str]]] = []
 
     def add(self, numbers: Tensor, iteration: int, lr: float, names: Sequence[str]) -> None:
-        """Add the loss and the gradient's norm, (2,), of an iteration (from 1); check them when there are enough.
+        """Add the loss and the gradient's norm, (2,), of an iteration (from 1); check them after ``every`` steps.
 
         lr, names: learning rate and names of this rank's samples, for the message.
         """
@@ -48,7 +48,7 @@ class NumberWatch:
             self.check()
 
     def check(self) -> None:
-        """Raise RunError if a number that was not checked yet is not finite; with fp16, after too many overflows."""
+        """Raise RunError if a number not yet checked is not finite or, with fp16, after too many overflows in a row."""
         steps, self.unseen = self.unseen, []
         numbers = torch.stack([step[0] for step in steps]).tolist() if steps else ()
         for (_, *step), (loss, norm) in zip(steps, numbers, strict=True):
@@ -71,9 +71,9 @@ class NumberWatch:
 
 
 class StopSignals:
-    """Note SIGTERM and SIGINT in ``received`` while entered; a second signal ends the process.
+    """Record SIGTERM and SIGINT in ``received`` inside a ``with`` block; a second signal ends the process.
 
-    ``received`` is 0, or the number of the signal.
+    ``received`` is 0 before a signal, then its number.
     """
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ class StopSignals:
             signal.signal(other, handler)
 
     def ignore_in_worker(self, _: int = 0) -> None:
-        """Ignore the signals in a data loader's process: clusters and keyboards send them to every process of a run."""
+        """Ignore the signals in a data loader's process: clusters and terminals send them to every process of a run."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda number, _: None if self._entered else os._exit(128 + number))
 
@@ -106,8 +106,8 @@ class StopSignals:
 def known_errors(remedy: str) -> Iterator[None]:
     """Turn an error whose cause is known into a RunError of one line.
 
-    That is full memory of the GPU or the machine, with ``remedy``; a worker that was killed; and on a GPU an operation
-    that strict determinism refuses.
+    The known causes: the memory of the GPU or of the machine is full (``remedy`` says what to do), a worker was killed,
+    or ``--deterministic 1`` refuses an operation on a GPU.
     """
     try:
         yield

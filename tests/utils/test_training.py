@@ -184,7 +184,7 @@ def test_a_run_that_went_on_since_its_checkpoint_was_read_is_left_alone(tmp_path
     made = trainer(tmp_path, "--max_epochs", "2", "--resume", "auto")
     made.validate = lambda: {"val_dice": 0.0}
     made.fit()
-    refused(late.fit, "last.pth was continued while this process read it")
+    refused(late.fit, "last.pth was overwritten after this process read it")
     assert [load_checkpoint(tmp_path / name)["epoch"] for name in ("best.pth", "last.pth")] == [1, 2]
 
 
@@ -307,8 +307,8 @@ def test_a_gate_that_shuts_is_recorded_and_reported_once(tmp_path, caplog):
     trainer(tmp_path, "--max_epochs", "4", network=Gated).fit()
     gates = pd.read_csv(tmp_path / "metrics.csv")["gate_spatial_1"].tolist()
     assert gates == pytest.approx([1.2e-4, 1.2e-4, 0.5, 1.2e-4], rel=0.1)
-    assert caplog.text.count("shut: gate_spatial_1; what it multiplies is lost") == 2
-    assert caplog.text.count("shut: gate_maxvit_1; the image is not injected there") == 1
+    assert caplog.text.count("shut gates: gate_spatial_1; what they multiply is lost") == 2
+    assert caplog.text.count("shut gates: gate_maxvit_1; the image is not injected there") == 1
 
 
 def test_the_gate_between_the_encoders_learns_at_its_own_rate_and_an_older_run_resumes_at_one(tmp_path):
