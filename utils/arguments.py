@@ -201,7 +201,7 @@ def _add_shared(add: Callable[..., Any], info: DatasetInfo) -> None:
     add("--seed", type=int, default=2222, help="seed of all random numbers")
     add("--deterministic", type=int, default=1, choices=[0, 1], help="1: repeatable, 0: faster")
     add("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda or cuda:1")
-    add("--n_gpu", type=int, default=1, help="0: the CPU, 1: one GPU if there is one")
+    add("--n_gpu", type=number(int, 0), default=1, help="0: the CPU, 1: one GPU if there is one")
     add("--amp", default="none", choices=AMP_DTYPES, help="bf16, fp16: autocast; tf32: TensorFloat-32; none: float32")
 
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from datasets.errors import DataError, one_line
+from datasets.errors import DataError, counted, one_line
 from utils.errors import RunError, Stopped
 
 REMEDIES = {
@@ -126,8 +126,8 @@ def pick_device(name: str = "auto") -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RunError(f"device {name!r}: PyTorch {torch.__version__} finds no GPU: use --device cpu")
     if device.index is not None:
-        if device.index >= torch.cuda.device_count():
-            raise RunError(f"device {name!r}: found {torch.cuda.device_count()} GPUs, numbered from cuda:0: choose one")
+        if device.index >= (count := torch.cuda.device_count()):
+            raise RunError(f"device {name!r}: found {counted(count, 'GPU')}, numbered from cuda:0: choose one")
         torch.cuda.set_device(device)  # for objects that are made without a device, such as an event
     return device
 

@@ -68,7 +68,7 @@ class Comparison:
 
 
 def name_methods(runs: Sequence[Run]) -> list[Run]:
-    """Name the method of each run of one data set; return the runs without repeats of the same settings and seed.
+    """Name the method of each run of one data set; return the runs without repeats of settings, seed and fold.
 
     If the user gave no name, the method is named after its network and after the settings in which it differs from
     others of its network. A setting with its default value is not part of the name.
@@ -85,7 +85,7 @@ def name_methods(runs: Sequence[Run]) -> list[Run]:
     own = {name: [run.args.get(name) for run in runs] for name in ("seed", "fold")}
     repeats = settings.assign(method=[run.method for run in runs], **own).duplicated()
     for run in itertools.compress(runs, repeats):
-        logger.warning("left out: %s repeats the settings and the seed of another run of %s", run.folder, run.method)
+        logger.warning("left out: %s repeats the settings, seed and fold of another run of %s", run.folder, run.method)
     return list(itertools.compress(runs, ~repeats))
 
 
