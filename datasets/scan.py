@@ -23,20 +23,20 @@ logger = logging.getLogger(__name__)
 
 _ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 _DICOM = (".dcm", ".ima")
-_IMG = (".img.gz", ".img")  # second files of .hdr
+_IMG = (".img.gz", ".img")  # they hold the voxels of a .hdr file
 FOLDER_ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr.gz", ".hdr", *_ITK, *PREPARED_ENDINGS)
-"""Extensions of the files that are a scan each where a folder of scans is given."""
+"""Extensions of the files that are read from a folder of scans; each of these files is one scan."""
 SCAN_ENDINGS = (*FOLDER_ENDINGS, *_DICOM, *_IMG)
-LABEL_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mgz")  # of segmentations
+LABEL_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mgz")  # extensions of segmentations
 _FORMS = "qform_code sform_code quatern_b quatern_c quatern_d qoffset_x qoffset_y qoffset_z srow_x srow_y srow_z pixdim"
-_MILLIMETRES = {1: 1000.0, 3: 0.001}  # in a metre and a micrometre, by NIfTI's codes; a missing unit is taken for mm
+_MILLIMETRES = {1: 1000.0, 3: 0.001}  # per metre and per micrometre, by NIfTI's unit code; a missing unit means mm
 
 
 class Stored(NamedTuple):
-    """What a scan's files hold.
+    """The content of a scan's files.
 
-    channels: intensities, (z, y, x) each; affine: float64 (4, 4), or None where the file gives no voxel size; type: of
-    the numbers in the file; header: NIfTI's, with both codes 0 where the file does not say how the scan lies, or None.
+    channels: intensities, (z, y, x) each; affine: float64 (4, 4), or None if the file gives no voxel size; type: number
+    type in the file; header: a NIfTI header or None; both its form codes are 0 if the file gives no orientation.
     """
 
     channels: Sequence[np.ndarray]
@@ -49,21 +49,21 @@ class Stored(NamedTuple):
 class Scan(Volume):
     """A Volume that was read from a scan.
 
-    header: the NIfTI header whose qform, sform and units a segmentation repeats, or None. Without a voxel size in the
-    file ``spacing`` is None, and ``affine`` holds a guess of the directions, in voxels.
+    header: the NIfTI header whose qform, sform and units a segmentation repeats, or None. If the file gives no voxel
+    size, ``spacing`` is None, and ``affine`` guesses the directions of the axes, with voxels as the unit.
     """
 
     header: Any = None
 
     def to_nifti(self, array: np.ndarray):
-        """Return a nibabel image of an array (D, H, W), with the axes and the forms of the scan's file."""
+        """Return a nibabel image of an array (D, H, W), with the axes, qform and sform of the scan's file."""
         import nibabel
 
         image = super().to_nifti(array)
         if self.header is None:
             return image
         keys = [*_FORMS.split(), "xyzt_units"]
-        if not is_rigid(self.affine) and not self.header["qform_code"]:  # keep the upright qform, for ITK's programs
+        if not is_rigid(self.affine) and not self.header["qform_code"]:  # ITK's programs need the upright qform
             keys = [key for key in keys if key[0] not in "qp"]
         for key in keys:
             image.header[key] = self.header[key]
@@ -71,26 +71,26 @@ class Scan(Volume):
 
 
 def scan_name(path: str | Path) -> str:
-    """Return the name of a scan: its folder's, or its file's without the ending."""
+    """Return the name of a scan: the name of its folder, or of its file without the extension."""
     name = Path(path).absolute().name
     return next((name[: -len(ending)] for ending in SCAN_ENDINGS if name.lower().endswith(ending)), name)
 
 
 def case_name(path: str | Path) -> str:
-    """Return the name of a case of several channels: of ``case_0000.nii.gz`` the part before the number."""
+    """Return the name of a case with several channels: ``case`` for ``case_0000.nii.gz``."""
     return re.sub(r"_[0-9]{4}$", "", scan_name(path))
 
 
 def label_ending(path: str | Path) -> str:
-    """Return the extension of a scan's segmentation: of the same format if that is one file and holds a label map."""
+    """Return the extension of a scan's segmentation: the one-file form of the scan's format, or ``.nii.gz``."""
     alike = {".nrrd": ".nrrd", ".nhdr": ".nrrd", ".mha": ".mha", ".mhd": ".mha", ".mgz": ".mgz", ".mgh": ".mgz"}
     return alike.get(Path(path).suffix.lower(), ".nii.gz")
 
 
 def channel_files(path: str | Path, count: int) -> list[Path]:
-    """Return the files of a scan of ``count`` channels: ``case_0000.nii.gz``, ``case_0001.nii.gz``, ..., or one file.
+    """Return the files of a scan with ``count`` channels: ``case_0000.nii.gz``, ``case_0001.nii.gz``, ..., or one file.
 
-    path: one of them. Raises DataError where there is a file for one channel more.
+    path: one of these files. Raises DataError if there is a file for one more channel.
     """
     path = Path(path)
     numbered = re.fullmatch(r"(.+_)[0-9]{4}(\.[^_]+)", path.name) if count > 1 else None
@@ -98,18 +98,18 @@ def channel_files(path: str | Path, count: int) -> list[Path]:
         return [path]
     *files, more = (path.with_name(f"{numbered[1]}{channel:04d}{numbered[2]}") for channel in range(count + 1))
     if more.exists():
-        raise DataError(f"{more}: is a channel more than the {count} expected; remove it, or train on all of them")
+        raise DataError(f"{more}: is one channel too many; expected {count}; remove it, or train on all channels")
     return files
 
 
 def read_scan(path: str | Path | Sequence[Path], preprocessing: Preprocessing, time_point: int | None = None) -> Volume:
     """Read a scan of any format of ``SCAN_ENDINGS`` or a DICOM series, as a Volume without a label.
 
-    Of several channels ``path`` is the files, one of them as in ``channel_files``, or one file that holds all.
-    time_point: the wanted one, from 0, where the scan has several. The intensities are scaled to [0, 1], those of a
-    prepared volume taken as they are. ``affine`` describes the axes after preprocessing, ``orientation`` those of the
-    file; ``stored_type`` is its number type. Raises DataError as ``load_scan`` does, and for prepared volumes that do
-    not fit the preprocessing.
+    path: for several channels, all files, one of them (see ``channel_files``), or one file that holds all channels;
+    time_point: index from 0 of the volume to read, if the scan has several. Intensities are scaled to [0, 1]; those of
+    a prepared volume are not changed. ``affine`` describes the axes after preprocessing, ``orientation`` the axes of
+    the file, and ``stored_type`` is its number type. Raises DataError as ``load_scan`` does, and for scans and prepared
+    volumes that do not fit the preprocessing.
     """
     from nibabel import Nifti1Header
 
@@ -120,8 +120,8 @@ def read_scan(path: str | Path | Sequence[Path], preprocessing: Preprocessing, t
         return _read_prepared(path, preprocessing)
     if preprocessing.stored is not None:
         raise DataError(
-            f"{path}: the network was trained on intensities from {preprocessing.stored[0]:g} to "
-            f"{preprocessing.stored[1]:g}, and how they were made of scans is not known: train it on files of 0 to 1"
+            f"{path}: the network was trained on prepared files with intensities from {preprocessing.stored[0]:g} to "
+            f"{preprocessing.stored[1]:g}, and their preparation is unknown; train on files with intensities in [0, 1]"
         )
     channels, affine, stored_type, header = load_scan(files, preprocessing.channels, time_point)
     measured = affine is not None
@@ -129,21 +129,21 @@ def read_scan(path: str | Path | Sequence[Path], preprocessing: Preprocessing, t
     if header is not None and not (header["qform_code"] or header["sform_code"]):
         logger.warning(
             "%s: its header does not give the orientation in the patient%s; left and right may be exchanged",
-            path, "" if measured else " nor the size of a voxel, so no volume in millilitres is written",
+            path, "" if measured else " or the voxel size, so no volume in millilitres is written",
         )  # fmt: skip
     affine = affine if measured else TO_RAS
     if not is_rigid(affine):
         logger.warning(
-            "%s: its axes are not at right angles (tilted gantry); a NIfTI segmentation has them as its sform, and a "
-            "qform without the tilt for programs that need right angles (ITK, 3D Slicer, ITK-SNAP)", path,
+            "%s: its axes are not at right angles (tilted gantry); a NIfTI segmentation stores them in its sform, and "
+            "axes without the tilt in its qform, for programs that need right angles (ITK, 3D Slicer, ITK-SNAP)", path,
         )  # fmt: skip
     if preprocessing.window is not None:
         low, high, (bottom, top) = channels[0].min(), channels[0].max(), preprocessing.window
         if bottom < 0 <= low or min(high, top) - max(low, bottom) < 0.25 * (top - bottom):
             unit = "Hounsfield units (air: -1000)" if bottom < 0 else "intensities in a fixed unit"
             logger.warning(
-                "%s: its values run from %g to %g, but the network expects %s, of which it sees %g to %g; convert the "
-                "scan, or do not trust the segmentation", path, low, high, unit, bottom, top,
+                "%s: its values run from %g to %g, but the network expects %s and uses the window %g to %g; convert "
+                "the scan, otherwise the segmentation is not reliable", path, low, high, unit, bottom, top,
             )  # fmt: skip
     orientation = orientation_of(affine)
     turned = [reorient(one, affine, preprocessing.orientation or orientation) for one in channels]
@@ -154,13 +154,13 @@ def read_scan(path: str | Path | Sequence[Path], preprocessing: Preprocessing, t
 
 
 def load_scan(files: Sequence[Path], count: int = 1, time_point: int | None = None) -> Stored:
-    """Read the ``count`` channels of a scan as stored, of a file each or all of one file.
+    """Read the ``count`` channels of a scan as stored, from one file per channel or from one file with all channels.
 
-    Raises DataError for a file that is missing, damaged, too large, not one scan of three axes or not finite, and for
-    channels that are not on one grid.
+    Raises DataError for a file that is missing, damaged or too large, that is not one scan with three axes, or that
+    holds NaN or infinite values, and for channels that are not on one grid.
     """
     if len(files) not in (1, count):
-        raise DataError(f"{files[0]}: has {counted(len(files), 'channel')}; expected {count}, or a file for each")
+        raise DataError(f"{files[0]}: has {counted(len(files), 'channel')}; expected {count} files, or one for all")
     scans = [_load(file, time_point, count if len(files) == 1 else 1) for file in files]
     grids = [np.zeros((4, 4)) if scan.affine is None else scan.affine for scan in scans]
     shapes = [scan.channels[0].shape[::-1] for scan in scans]
@@ -174,11 +174,11 @@ def load_scan(files: Sequence[Path], count: int = 1, time_point: int | None = No
 
 
 def read_scan_label(path: str | Path, volume: Volume, num_classes: int | None = None) -> np.ndarray:
-    """Read the label of a scan and turn its axes to the image's: uint8 (D, H, W), ids below ``num_classes``.
+    """Read the label of a scan and reorient it like the image: uint8 (D, H, W), ids below ``num_classes``.
 
-    Without ``num_classes`` the ids are values up to ``MAX_VALUE`` that will become class indices, above 255 in uint16.
-    ``volume.stored_type`` becomes the label's. Raises DataError for a file that is damaged, of another shape, or whose
-    axes and spacing do not fit the image's.
+    Without ``num_classes``, values up to ``MAX_VALUE`` are accepted, because the caller maps them to class indices; the
+    result is uint16 if a value is above 255. Sets ``volume.stored_type`` to the number type of the label's file. Raises
+    DataError for a damaged file, and for a shape, axes or spacing that do not fit the image.
     """
     (voxels,), affine, volume.stored_type, _ = load_scan([Path(path)])
     affine = TO_RAS if affine is None else affine
@@ -189,17 +189,17 @@ def read_scan_label(path: str | Path, volume: Volume, num_classes: int | None = 
     apart = not np.allclose(between[:3, 3], 0, atol=0.1)
     if not np.allclose(between[:3, :3], np.eye(3), atol=0.1) or (apart and found != wanted):
         raise DataError(
-            f"{path}: its axes ({found}), spacing or position do not fit its image's ({wanted}); resample it, or "
-            "give it its image's affine if their voxels match by index"
+            f"{path}: its axes ({found}), spacing or position do not fit its image ({wanted}); resample the label, "
+            "or copy the image's affine to it if their voxels match by index"
         )
     if apart:
         distance = np.linalg.norm(affine[:3, 3] - volume.affine[:3, 3])
-        logger.warning("%s: lies %.3g mm from its image's position; voxels are matched by index", path, distance)
+        logger.warning("%s: its position is %.3g mm from its image's; voxels are matched by index", path, distance)
     return label
 
 
 def write_segmentation(path: Path, volume: Volume, prediction: np.ndarray) -> None:
-    """Write class indices, uint8 (D, H, W), on the volume's grid as NIfTI, .mgz, .nrrd or .mha, as ``path`` ends."""
+    """Write class indices, uint8 (D, H, W), on the volume's grid. The extension of ``path`` chooses the format."""
     import nibabel
 
     ending = path.suffix.lower()
@@ -222,13 +222,13 @@ def write_segmentation(path: Path, volume: Volume, prediction: np.ndarray) -> No
 
 
 def _read_prepared(path: Path, preprocessing: Preprocessing) -> Volume:
-    """Read the image of a prepared volume or slice, with or without a label, on the intensities of the network."""
+    """Read the image of a prepared volume or slice, without its label, and check that it fits the network."""
     volume = read_volume(path, labelled=False, ndim=2 if is_slice(path) else 3)
     if is_slice(path):
         volume.image = volume.image[None]
     low, high, (bottom, top) = volume.image.min(), volume.image.max(), preprocessing.stored or (0.0, 1.0)
     slack = (top - bottom) / 10
-    is_dark = high < bottom + slack and not (is_slice(path) and preprocessing.stored is None)  # as the ends of a scan
+    is_dark = high < bottom + slack and not (is_slice(path) and preprocessing.stored is None)  # a slice may be dark
     if low < bottom - slack or high > top + slack or is_dark:
         raise DataError(
             f"{path}: its intensities run from {low:g} to {high:g}, but the network was trained on {bottom:g} to "
@@ -240,12 +240,12 @@ def _read_prepared(path: Path, preprocessing: Preprocessing) -> Volume:
         raise DataError(f"{path}: its shape is {volume.image.shape}; expected ({expected}) as in training")
     found = None if volume.affine is None else orientation_of(volume.affine)
     if found and preprocessing.orientation not in (None, found):
-        raise DataError(f"{path}: its axes run {found}, in training {preprocessing.orientation}; prepare it like that")
+        raise DataError(f"{path}: its axes run {found}, not {preprocessing.orientation}; prepare it as in training")
     return volume
 
 
 def _load(path: Path, time_point: int | None, count: int) -> Stored:
-    """Read all ``count`` volumes of a file as channels, or the wanted one, and check the geometry."""
+    """Read all ``count`` volumes of a file as channels, or only one volume, and check values and geometry."""
     name = path.name.lower()
     with reading(path, "scan", "copy, unpack or export it again"):
         if path.is_dir() or name.endswith(("dicomdir", *_DICOM)) or _beginning(path, 132)[128:] == b"DICM":
@@ -260,17 +260,20 @@ def _load(path: Path, time_point: int | None, count: int) -> Stored:
                 channels = [_on_line(voxels, *line) for voxels in channels]
             stored = stored._replace(channels=channels)
     if len(stored.channels) != count:
-        raise DataError(f"{path}: has {counted(len(stored.channels), 'channel')}; expected {count}, or a file for each")
+        raise DataError(
+            f"{path}: has {counted(len(stored.channels), 'channel')}; expected {count}: give one file with all "
+            "channels, or one file per channel"
+        )
     if not all(np.isfinite([one.min(), one.max()]).all() for one in stored.channels):
-        raise DataError(f"{path}: holds values that are NaN or infinite; replace them, as numpy.nan_to_num does")
+        raise DataError(f"{path}: holds NaN or infinite values; replace them, for example with numpy.nan_to_num")
     if stored.affine is not None and (not is_affine(stored.affine) or "?" in orientation_of(stored.affine)):
-        raise DataError(f"{path}: its affine does not say how the three axes run in mm; repair the header")
+        raise DataError(f"{path}: its affine gives no valid directions and spacings of the axes; repair the header")
     _compare_forms(path, stored.header)
     return stored
 
 
 def _on_line(voxels: np.ndarray, slope: float, intercept: float) -> np.ndarray:
-    """Return ``slope * voxels + intercept`` as float32, of 32-bit integers and wider numbers as float64."""
+    """Return ``slope * voxels + intercept`` as float32, or as float64 for 32-bit integers and 64-bit numbers."""
     intensities = np.empty(voxels.shape, np.result_type(voxels, np.float32))
     for z, plane in enumerate(voxels):  # only one slice at a time is in double precision
         intensities[z] = plane * float(slope) + float(intercept)
@@ -283,12 +286,12 @@ def _beginning(path: Path, count: int) -> bytes:
 
 
 def _compare_forms(path: Path, header: Any) -> None:
-    """Warn of a NIfTI header whose qform and sform put the scan at two places, by more than the rounding of float32."""
+    """Log a warning if a NIfTI header's qform and sform place the scan differently, by more than float32 rounding."""
     from nibabel.spatialimages import HeaderDataError
 
     try:
         qform, sform = (None, None) if header is None else (header.get_qform(True)[0], header.get_sform(True)[0])
-    except (HeaderDataError, ValueError):  # not a rotation
+    except (HeaderDataError, ValueError):  # the header's qform is not a rotation
         return
     if qform is None or sform is None:
         return
@@ -303,10 +306,7 @@ def _compare_forms(path: Path, header: Any) -> None:
 
 
 def _load_itk(path: Path) -> tuple[Stored, tuple[float, float]]:
-    """Load the stored numbers of an NRRD or MetaImage file, and the slope and intercept that make intensities of them.
-
-    Every volume in it is a channel.
-    """
+    """Return the stored numbers of an NRRD or MetaImage file, each volume as a channel, and the slope and intercept."""
     import SimpleITK
     from nibabel import Nifti1Header
 
@@ -328,7 +328,7 @@ def _load_itk(path: Path) -> tuple[Stored, tuple[float, float]]:
     said = {key.lower(): value for key, value in re.findall(r"(?m)^([\w ]+?) *(?::(?!=)|=) *(.*?)\r?$", header)}
     if said.get("compresseddata", "").lower() == "true" and said.get("elementdatafile") == "LOCAL":
         content = path.read_bytes()
-        zlib.decompress(re.split(rb"LOCAL\r?\n", content, maxsplit=1)[1])  # compares the checksum, which ITK does not
+        zlib.decompress(re.split(rb"LOCAL\r?\n", content, maxsplit=1)[1])  # checks the checksum, because ITK does not
     dims = image.GetDimension()
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (dims, dims))[:3, :3] * image.GetSpacing()[:3]
@@ -351,11 +351,11 @@ def _load_nibabel(path: Path) -> tuple[Stored, tuple[float, float]]:
     """Load NIfTI (one file or two), Analyze or FreeSurfer's MGH as ``_load_itk`` does."""
     import nibabel
 
-    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # it prints what the errors below say
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # the errors below report the same
     is_mgh_or_pair = path.name.lower().endswith((".mgz", ".mgh", ".hdr", ".hdr.gz", *_IMG))
     image = nibabel.load(path) if is_mgh_or_pair else None
     data, sides = Path(image.file_map["image"].filename) if is_mgh_or_pair else path, (1,)
-    # By its content, not its name: some browsers unpack a .nii.gz and keep the name.
+    # Decide by content, not by name: some browsers unpack a .nii.gz file but keep its name.
     packed = _beginning(data, 2) == b"\x1f\x8b"
     with (gzip.open if packed else open)(data, "rb") as stream:
         if image is None:
@@ -363,20 +363,20 @@ def _load_nibabel(path: Path) -> tuple[Stored, tuple[float, float]]:
             stream.seek(0)
             image = (nibabel.Nifti2Image if is_second else nibabel.Nifti1Image).from_stream(stream)
             if not image.header["magic"].item().startswith(b"n+"):
-                raise ValueError("its header is that of a pair of files, .hdr and .img")
+                raise ValueError("its header belongs to a pair of files, .hdr and .img")
             stream.seek(0)
-            sides = type(image.header).from_fileobj(stream, check=False)["pixdim"][1:4]  # nibabel makes 1 of 0
+            sides = type(image.header).from_fileobj(stream, check=False)["pixdim"][1:4]  # nibabel turns 0 into 1
         header, proxy, shape, dtype = image.header, image.dataobj, image.shape, image.get_data_dtype()
         check_declared(path, "image", shape, dtype, remedy="convert or crop it")
         if len(shape) < 3 or 0 in shape or sum(length > 1 for length in shape[3:]) > 1:
             raise DataError(f"{path}: has shape {brief(shape)}; expected one scan with three axes (a slice: W x H x 1)")
         end, size = proxy.offset + math.prod(shape) * dtype.itemsize, data.stat().st_size
         if end > size * (MAX_INFLATION if packed else 1):
-            raise ValueError(f"{size} bytes, its header declares {end}{' unpacked' if packed else ''}")
+            raise ValueError(f"has {size} bytes, but its header declares {end}{' unpacked' if packed else ''}")
         voxels = np.asanyarray(proxy.get_unscaled()).reshape((*shape[:3], -1), order="F")
         is_mgh = isinstance(image, nibabel.MGHImage)
         stream.seek(end)
-        # At the end of the stream gzip compares the checksum; nibabel does not read that far. MGH continues with facts.
+        # gzip checks the checksum at the end of the stream; nibabel stops earlier. MGH has metadata after the voxels.
         if stream.read(2**20) and not is_mgh:
             raise ValueError(f"it continues after the {end} bytes that its header declares")
     voxels = voxels.astype(dtype.newbyteorder("="), copy=False).T  # (t, z, y, x)

@@ -41,26 +41,26 @@ INFO = DatasetInfo(
 
 CROPS_FOLDER = "data/SegPC_crops"  # where --crops writes by default
 GREYS = (0, 20, 40)  # background, cytoplasm and nucleus in the challenge's masks
-COUNTS = (238, 60)  # training and validation images, of the challenge's 298 training images
-# Side of a crop over the longer side of its cell's bounding box. A nucleus may lie at the edge of its cell; 2 is the
-# smallest value at which a crop around the nucleus always holds the whole cell.
+COUNTS = (238, 60)  # numbers of training and validation images, together the challenge's 298 training images
+# Side of a crop divided by the longer side of its cell's bounding box. A nucleus may lie at the edge of its cell; 2
+# is the smallest value at which a crop around the nucleus always holds the whole cell.
 CROP_SCALE = 2.0
 CROP_MINIMUM = 64  # smallest side of a crop, in pixels
 
-# The challenge's folders and the split that each is for. There are no masks in its test folder.
+# The challenge's folders and the split for which each is used. Its test folder has no masks.
 PARTS = {"train": "train", "valid": "test", "validation": "test"}
 
 
 def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = False, crops: bool = False) -> list[str]:
     """Write ``out/images`` and ``out/masks`` for every image with masks, and ``out/lists``. Return all names.
 
-    raw: holds the challenge's folders ``train`` and ``valid`` (or ``validation``) with ``x/<id>.bmp`` and
-    ``y/<id>_<k>.bmp``, or is one of them, by default for training; or holds ``images/<id>`` and ``masks/<id>.png``.
-    crops: write single cells, ``<id>_cell<k>``, and no whole images. jobs, overwrite: as in ``prepare_images``. Raises
-    DataError for raw data that are missing or unfit.
+    raw: the folder of the challenge's ``train`` and ``valid`` (or ``validation``) with ``x/<id>.bmp`` and
+    ``y/<id>_<k>.bmp``, or one of these two, or a folder with ``images/<id>`` and ``masks/<id>.png``. Images in a folder
+    with another name are training data. crops: write single cells, ``<id>_cell<k>``, instead of whole images. jobs,
+    overwrite: as in ``prepare_images``. Raises DataError if raw data are missing or cannot be used.
 
-    Images are copied, because a BMP is read faster than a PNG. Crops of empty masks are left out. The lists name
-    images, also for crops; with all of the challenge's images they equal ``lists/lists_SegPC``.
+    Images are copied, because a BMP is read faster than a PNG. Crops of empty masks are left out. The lists contain
+    names of images, also for crops. For all images of the challenge they equal ``lists/lists_SegPC``.
     """
     parts = _find_images(Path(raw))
     cases = [case for part in parts.values() for case in part]
@@ -76,9 +76,9 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
 
 
 def read_image_or_cell(case: RawCase, bits: int | None) -> Pair | None:
-    """Read one image with its masks as ``read_pair``, cut to the cell if the case is one; None for an empty cell.
+    """Read one image with its masks as ``read_pair`` does, cropped if it is a cell; return None for an empty cell.
 
-    Nuclei lie over the cytoplasm of other cells.
+    Where a nucleus and the cytoplasm of another cell overlap, the pixel is labelled as nucleus.
     """
     image, mask = read_pair(GREYS, case, bits)
     if image_of(case.name) == case.name:
@@ -87,51 +87,51 @@ def read_image_or_cell(case: RawCase, bits: int | None) -> Pair | None:
 
 
 def crop(image: np.ndarray, cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cut a square around a cell's nucleus; outside the image it is black and unlabelled.
+    """Cut a square around a cell's nucleus; pixels outside the image are black and labelled as background.
 
     image: uint8 (H, W, 3); cell: uint8 (H, W), the classes of one cell. The centre is that of the nucleus's bounding
-    box, or of the cell's where no nucleus is marked. Returns (image (S, S, 3), label (S, S)).
+    box, or of the cell's bounding box if no nucleus is marked. Returns (image (S, S, 3), label (S, S)).
     """
     (box,) = ndimage.find_objects(np.minimum(cell, 1))
     side = max(CROP_MINIMUM, math.ceil(CROP_SCALE * max(part.stop - part.start for part in box)))
     _, nucleus = ndimage.find_objects(cell, max_label=len(INFO.class_names))
     square = tuple(slice(first, first + side) for first in ((p.start + p.stop + side) // 2 for p in nucleus or box))
-    # Black like the corners after a rotation; repeating the border's pixels would draw a nucleus without a label.
+    # Black, like the corners after a rotation; repeated border pixels could show a nucleus without a label.
     return np.pad(image, ((side, side), (side, side), (0, 0)))[square], np.pad(cell, side)[square]
 
 
 def _find_images(raw: Path) -> dict[str, list[RawCase]]:
-    """Return the images with masks for train and test; raises DataError where there are none."""
+    """Return the images with masks for train and test; raises DataError if there are none."""
     INFO.require(raw)
     parts: dict[str, list[RawCase]] = {"train": [], "test": []}
     part_of_raw = PARTS.get(raw.resolve().name)
     unknown = []
-    for x in find_folders(raw, "x"):  # every archive of the challenge holds a folder of its own name
+    for x in find_folders(raw, "x"):  # each archive of the challenge holds a folder with the archive's name
         part = next((PARTS[name] for name in x.relative_to(raw).parts[::-1] if name in PARTS), part_of_raw)
         found = _challenge_images(x)
         if found and part is None:
             unknown.append(x)
         parts[part or "train"] += found
     if unknown and len({case.images[0].parent for part in parts.values() for case in part}) > 1:
-        raise DataError(f"{unknown[0]}: is it to train or to test on? Call its folder train or valid, or remove it")
+        raise DataError(f"{unknown[0]}: is it for training or testing? Call its folder train or valid, or remove it")
     if not any(parts.values()):
         parts[part_of_raw or "train"] = ready_made(raw)
     if not any(parts.values()):
         raise DataError(
-            f"{raw}: holds no x/<id>.bmp with masks y/<id>_<k>.bmp, directly or in train, valid and test, and no "
+            f"{raw}: holds neither x/<id>.bmp with masks y/<id>_<k>.bmp, directly or in train or valid, nor "
             f"images/<id> with masks/<id>.png; {INFO.how_to_get}"
         )
     return parts
 
 
 def _challenge_images(x: Path) -> list[RawCase]:
-    """Return the images with masks in natural order; log how many have none."""
+    """Return the images that have masks, in natural order; log the images without masks."""
     images, y = image_files(x), x.with_name("y")
     masks: dict[str, list[Path]] = {}
     for name, path in image_files(y).items() if y.is_dir() else ():
         found = re.fullmatch(r"(.+)_[0-9]+", name)
         if not found or found[1] not in images:
-            raise DataError(f"{path}: x has no image for this mask; unpack the archive again or remove the file")
+            raise DataError(f"{path}: folder x has no image for this mask; unpack the archive again or remove the file")
         masks.setdefault(found[1], []).append(path)
     missing = [name for name in images if name not in masks]
     if missing:
@@ -143,11 +143,11 @@ def _challenge_images(x: Path) -> list[RawCase]:
 
 
 def _cells(case: RawCase) -> list[RawCase]:
-    """Return a case for every cell of an image; raises DataError where one mask holds all cells."""
+    """Return a case for each cell of an image; raises DataError if one mask holds all cells."""
     if case.labels[0].stem == case.name:
         raise DataError(
-            f"{case.labels[0].parent}: has one mask per image, but --crops needs one per cell, the challenge's "
-            "y/<id>_<k>.bmp; give the challenge's folders or leave out --crops"
+            f"{case.labels[0].parent}: has one mask per image, but --crops needs one per cell, like the challenge's "
+            "y/<id>_<k>.bmp; give the challenge's folders as --raw, or leave out --crops"
         )
     numbered = ((path, int(path.stem.rpartition("_")[2])) for path in case.labels)
     return [RawCase(f"{case.name}_cell{k}", case.images, (path,)) for path, k in numbered]

@@ -1,6 +1,6 @@
-"""Read and check the arrays of HDF5 and npz files, which may be damaged or foreign, and translate their label ids.
+"""Read and check the arrays of HDF5 and npz files, and translate their label ids.
 
-Nothing is unpickled, and no array larger than ``MAX_BYTES`` is read.
+Files may be damaged or come from other people: nothing is unpickled, and no array larger than ``MAX_BYTES`` is read.
 """
 
 import io
@@ -19,23 +19,23 @@ from datasets.errors import DataError, brief, counted
 from datasets.preprocessing import LENGTHS, is_affine, is_orientation
 
 MAX_BYTES = 4 * 2**30
-"""Size in bytes of the largest array that is read; each number counts at least 4, because it may become a float32.
-This is about eight times a float32 CT volume of 512 x 512 x 512."""
+"""Size in bytes of the largest array that is read. A number counts as at least 4 bytes, because it may become float32.
+This is eight times the size of a float32 CT volume of 512 x 512 x 512."""
 
 MAX_INFLATION = 1032
 """Largest number of bytes that one byte of a deflate stream (zip, gzip, HDF5) can stand for."""
 
 MAX_VALUE = 65535
-"""Largest value of a label before its values become class indices."""
+"""Largest value that a label may hold before its values are mapped to class indices."""
 
 PREPARE = "prepare the file again, or replace it"
 
 
 @contextmanager
 def reading(path: str | Path, what: str, remedy: str = PREPARE) -> Iterator[None]:
-    """Turn every error of the block, which reads ``path``, into a DataError of one line that names the file.
+    """Turn every error of the ``with`` block, which reads ``path``, into a DataError of one line that names the file.
 
-    what: what the file should be, for the message. A DataError passes unchanged.
+    what: the expected kind of file; remedy: what the user can do; both for the message. A DataError is not changed.
     """
     if not Path(path).exists():
         raise DataError(f"{path}: no such file; correct the path or list, or copy the file there")
@@ -45,7 +45,7 @@ def reading(path: str | Path, what: str, remedy: str = PREPARE) -> Iterator[None
         raise
     except MemoryError as error:
         raise DataError(f"{path}: does not fit into the free memory; close other programs or crop the data") from error
-    except Exception as error:  # h5py, zipfile, numpy, gzip, nibabel and Pillow each raise many kinds
+    except Exception as error:  # h5py, zipfile, numpy, gzip, nibabel and Pillow each raise many kinds of error
         reason = brief(str(error).replace(str(path), Path(path).name))
         raise DataError(
             f"{path}: not a readable {what}: truncated, damaged or another file type ({reason}); {remedy}"
@@ -53,11 +53,11 @@ def reading(path: str | Path, what: str, remedy: str = PREPARE) -> Iterator[None
 
 
 def read_fields(path: str | Path, ndim: int, labelled: bool = True) -> dict[str, Any]:
-    """Return a file's image, checked, its label as stored if that is wanted, and its facts as arguments of ``Volume``.
+    """Return a file's checked image, its label as stored if ``labelled``, and its metadata as arguments of ``Volume``.
 
-    path: npz where it ends in ``.npz``, else HDF5, whose facts are attributes; ndim: axes of the image, without one for
-    channels. The image may be called ``img``. Call it within ``reading``. Raises DataError for a missing key, for what
-    is not numeric, for absurd sizes, for arrays that are stored elsewhere, and for facts that cannot be.
+    path: npz if it ends in ``.npz``, else HDF5, which stores metadata as attributes; ndim: number of axes of the image
+    without channels. The image's key may be ``img``. Call this inside ``reading``. Raises DataError for a missing key,
+    for an array that is not numeric, is too large or is stored in another file, and for invalid metadata.
     """
     path, wanted = Path(path), ("image", "label") if labelled else ("image",)
     if path.suffix == ".npz":
@@ -75,8 +75,8 @@ def read_fields(path: str | Path, ndim: int, labelled: bool = True) -> dict[str,
 
 
 def _array_keys(path: Path, found: list[str], wanted: tuple[str, ...]) -> dict[str, str]:
-    """Return the file's own names of the wanted arrays."""
-    image = next((key for key in ("image", "img") if key in found), None)  # TransUNet's and MT-UNet's
+    """Return the key in the file of each wanted array; raises DataError if one is missing."""
+    image = next((key for key in ("image", "img") if key in found), None)  # keys of TransUNet and of MT-UNet
     if image is None or not {*wanted} - {"image"} <= {*found}:
         raise DataError(
             f"{path}: has no '{'label' if image else 'image'}', only {brief(', '.join(sorted(found))) or 'nothing'}; "
@@ -88,7 +88,7 @@ def _array_keys(path: Path, found: list[str], wanted: tuple[str, ...]) -> dict[s
 def _read_member(path: Path, archive: zipfile.ZipFile, key: str) -> np.ndarray:
     info = archive.getinfo(f"{key}.npy")
     check_declared(path, key, (info.file_size // 4,), np.dtype(np.float32))
-    content = io.BytesIO(archive.read(info))  # the whole member: zipfile compares the checksum at its end
+    content = io.BytesIO(archive.read(info))  # read to the end, because zipfile checks the checksum there
     array = np.lib.format.read_array(content, allow_pickle=False)
     if key not in FACTS:
         check_declared(path, key, array.shape, array.dtype)
@@ -115,13 +115,13 @@ def check_declared(
     size = math.prod(shape) * max(dtype.itemsize, 4)
     if size > MAX_BYTES or min(shape, default=0) < 0:
         raise DataError(
-            f"{path}: '{key}' declares shape {brief(tuple(shape))}, {size / 2**30:.1f} GiB; at most "
-            f"{MAX_BYTES / 2**30:.0f} GiB are read; {remedy}"
+            f"{path}: '{key}' declares shape {brief(tuple(shape))}, {size / 2**30:.1f} GiB; expected at most "
+            f"{MAX_BYTES / 2**30:.0f} GiB; {remedy}"
         )
 
 
 def _checked_image(path: str | Path, image: np.ndarray, ndim: int) -> np.ndarray:
-    """Return the image as finite, contiguous float32 of ``ndim`` axes, and one for channels if it has several.
+    """Return the image as contiguous float32 with ``ndim`` axes, and a last axis for channels if it has several.
 
     Raises DataError for another number of axes, an axis of length 0, and values that are NaN or infinite.
     """
@@ -142,13 +142,13 @@ def _checked_image(path: str | Path, image: np.ndarray, ndim: int) -> np.ndarray
 def checked_label(
     path: str | Path, label: np.ndarray, shape: tuple[int, ...], num_classes: int | None = None, largest: int = 255
 ) -> np.ndarray:
-    """Return the label as contiguous class indices of the image's shape, uint8; raises DataError.
+    """Return the label as contiguous class indices, uint8; raises DataError for another shape and for invalid values.
 
-    num_classes: number of classes with background; None accepts every index up to ``largest``; where there is one above
-    255, the result is uint16.
+    num_classes: number of classes, background included; None accepts every index up to ``largest``. If an index is
+    above 255, the result is uint16.
     """
     if label.shape != shape:
-        raise DataError(f"{path}: the label has shape {label.shape}; expected {shape} as its image has; {PREPARE}")
+        raise DataError(f"{path}: the label has shape {label.shape}; expected {shape}, the image's shape; {PREPARE}")
     if label.dtype.kind == "f" and not (np.isfinite(label).all() and np.array_equal(label, np.rint(label))):
         raise DataError(f"{path}: the label holds values that are not whole numbers; {PREPARE}")
     low, high = int(label.min()), int(label.max())
@@ -156,8 +156,8 @@ def checked_label(
         raise DataError(f"{path}: label ids run from {low} to {high}; expected 0 to {largest}; {PREPARE}")
     if num_classes is not None and high >= num_classes:
         values, remedy = np.unique(label), f"correct the labels, or train with --num_classes {high + 1}"
-        if high > max(15, 4 * len(values)):  # 0 and 255, or 0, 85, 170 and 255: greys of a picture
-            remedy = f"its values are {brief(', '.join(map(str, values)), 60)}; store 0, 1, 2, ... in their place"
+        if high > max(15, 4 * len(values)):  # for example 0, 85, 170 and 255: grey values, not indices
+            remedy = f"its values are {brief(', '.join(map(str, values)), 60)}; store 0, 1, 2, ... instead"
         last = num_classes - 1
         raise DataError(f"{path}: label id {high} with {num_classes} classes; expected ids from 0 to {last}: {remedy}")
     return np.ascontiguousarray(label, np.uint8 if high < 256 else np.uint16)
@@ -168,7 +168,7 @@ def _words(value: object) -> tuple[str, ...]:
 
 
 def is_class_name(word: str) -> bool:
-    """Return whether a class may be called so: by 1 to 100 printable characters."""
+    """Return whether a class may have this name: it needs 1 to 100 printable characters."""
     return word.isprintable() and 0 < len(word) <= 100
 
 
@@ -188,11 +188,11 @@ FACTS = {
         "a number type like int16",
     ),
 }  # fmt: skip
-"""What a file may state beside its arrays: how each is converted and checked, and what is expected."""
+"""Metadata that a file may hold in addition to its arrays: how each is converted and checked, and the expected form."""
 
 
 def _checked_facts(path: str | Path, fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the facts that a file states, as arguments of ``Volume``; raises DataError for an unfit value."""
+    """Return a file's metadata (``FACTS``) as arguments of ``Volume``; raises DataError for an invalid value."""
     facts = {}
     for key in FACTS.keys() & fields.keys():
         convert, fits, expected = FACTS[key]
@@ -202,23 +202,23 @@ def _checked_facts(path: str | Path, fields: dict[str, Any]) -> dict[str, Any]:
         except (AttributeError, TypeError, ValueError):
             fit = False
         if not fit:
-            raise DataError(f"{path}: {key} is {brief(fields[key])}, not {expected}; {PREPARE}")
+            raise DataError(f"{path}: {key} is {brief(fields[key])}; expected {expected}; {PREPARE}")
     if {"spacing", "affine"} <= facts.keys():
         sides = np.linalg.norm(facts["affine"][:3, :3], axis=0)[::-1]
         if not np.allclose(sides, facts["spacing"], rtol=0.01):
             raise DataError(
-                f"{path}: its spacing is {facts['spacing']} mm, but by its affine {tuple(sides.tolist())}, of slices, "
-                f"rows and columns; {PREPARE}"
+                f"{path}: its spacing is {facts['spacing']} mm, but its affine gives {tuple(sides.tolist())} mm "
+                f"(slices, rows, columns); {PREPARE}"
             )
     return facts
 
 
 @dataclass(frozen=True)
 class LabelOrder:
-    """Which organ each label id of a file means, for data sets that circulate in more than one order.
+    """The organ that each label id of a file means, for data sets whose public files use more than one order.
 
-    name: value of ``--label_order``; file_classes: meanings of id 1, 2, ... in a file; class_names: meanings of our
-    ids 1, 2, ... A class of the file that is not among ours becomes background.
+    name: value of ``--label_order``; file_classes: classes of ids 1, 2, ... in a file; class_names: classes of our ids
+    1, 2, ... A class of the file that is not in ``class_names`` becomes background.
     """
 
     name: str
@@ -228,8 +228,8 @@ class LabelOrder:
     def apply(self, path: str | Path, label: np.ndarray, names: tuple[str, ...] = ()) -> np.ndarray:
         """Return a file's label, uint8, with our ids.
 
-        path: for messages; names: the classes that the file itself states. Raises DataError for an id outside this
-        order, and for a file that states another order.
+        path: for messages; names: the class names that the file itself holds. Raises DataError for an id that this
+        order does not have, and for a file whose class names differ from ``file_classes``.
         """
         high = int(label.max())
         found = f"holds label id {high}" if high > len(self.file_classes) else ""
@@ -238,8 +238,8 @@ class LabelOrder:
         if found:
             order = ", ".join(f"{index} {name}" for index, name in enumerate(self.file_classes, 1))
             raise DataError(
-                f"{path}: {found}, but --label_order {self.name} is {order}: give the order that the file has, or "
-                "train on other organs with train_acdc.py"
+                f"{path}: {found}, but --label_order {self.name} means {order}: give the order of this file, or "
+                "use train_acdc.py to train on other organs"
             )
         ours = {name: index for index, name in enumerate(self.class_names, 1)}
         return np.array([0, *(ours.get(name, 0) for name in self.file_classes)], np.uint8)[label]

@@ -1,8 +1,8 @@
 """Synapse: abdominal CT of 30 patients with eight organs, from MICCAI 2015's "Beyond the Cranial Vault" (BTCV).
 
-Landman et al., synapse.org, syn3193805. TransUNet (Chen et al., 2021) chose the eight of its thirteen organs, the
+Landman et al., synapse.org, syn3193805. TransUNet (Chen et al., 2021) chose eight of BTCV's thirteen organs, the
 split and the file names. Arrays are (z, y, x): x runs to the patient's left, y to the front, z up (LAS). To our
-knowledge BTCV stores its files like this, so slices look like the public ones; other files are reoriented.
+knowledge BTCV stores its files in this orientation, so our slices look like the public ones. Others are reoriented.
 """
 
 from functools import partial
@@ -21,7 +21,7 @@ from datasets.storage import LabelOrder
 # Label ids 1 to 8, in the order of the paper's tables; 0 is background.
 CLASS_NAMES = ("aorta", "gallbladder", "left kidney", "right kidney", "liver", "pancreas", "spleen", "stomach")
 
-# Label ids 1, 2, ... of the public files: the paper's order (ours), TransUNet's, MERIT's and BTCV's own.
+# Classes of label ids 1, 2, ... in public files: the paper's order (ours), TransUNet's, MERIT's and BTCV's own.
 FILE_CLASSES = {
     "paper": CLASS_NAMES,
     "transunet": (
@@ -37,10 +37,10 @@ FILE_CLASSES = {
 }  # fmt: skip
 LABEL_ORDERS = {name: LabelOrder(name, classes, CLASS_NAMES) for name, classes in FILE_CLASSES.items()}
 
-VALIDATION_CASES = ("case0023", "case0026")  # drawn from the training list: the field has no validation split
+VALIDATION_CASES = ("case0023", "case0026")  # drawn from the training list, because TransUNet has no validation split
 WINDOW = (-125.0, 275.0)  # Hounsfield units that become 0 and 1
 
-# The organs that are smaller than an organ of healthy adults, by a wide margin.
+# For each organ, the organs that are much smaller in healthy adults.
 _SMALLER = {
     "liver": CLASS_NAMES, "spleen": ("gallbladder", "pancreas", "aorta"), "stomach": ("gallbladder", "pancreas"),
     "left kidney": ("gallbladder",), "right kidney": ("gallbladder",),
@@ -48,9 +48,9 @@ _SMALLER = {
 
 
 def doubtful_sizes(voxels: np.ndarray) -> list[str]:
-    """Return one line for each organ that is larger than an organ which must be larger, and for some that are absent.
+    """Return one line for each organ that is larger than a normally much larger one, and for some absent organs.
 
-    voxels: (9,), voxels of each class in a volume or a split. Absent organs are not compared.
+    voxels: (9,), number of voxels of each class in a volume or a split. Sizes of absent organs are not compared.
     """
     size = dict(zip(CLASS_NAMES, voxels[1:], strict=True))
     always = ("aorta", "liver", "pancreas", "spleen", "stomach") if any(voxels[1:]) else ()
@@ -64,7 +64,7 @@ def doubtful_sizes(voxels: np.ndarray) -> list[str]:
 
 
 def doubtful_places(label: np.ndarray) -> list[str]:
-    """Return one line if the right kidney of a label, (D, H, W), is not on the liver's side, however its axes run."""
+    """Return one line if the right kidney is not on the liver's side; label: (D, H, W), slices in any orientation."""
     ids = [1 + CLASS_NAMES.index(name) for name in ("liver", "spleen", "left kidney", "right kidney")]
     organs = [np.argwhere(label == index)[:, 1:] for index in ids]  # rows and columns
     if not all(map(len, organs)):
@@ -99,9 +99,9 @@ def prepare(
 ) -> list[str]:
     """Write ``out/train_npz`` and ``out/test_vol_h5`` for every case and return the names of the cases.
 
-    raw: BTCV's ``img/img0001.nii.gz`` and ``label/label0001.nii.gz``, also in a folder below it; label_order: the
-    order of the raw label ids. jobs, overwrite: as in ``prepare_volumes``. Raises DataError for raw data that are
-    missing or unfit.
+    raw: the folder of BTCV's ``img/img0001.nii.gz`` and ``label/label0001.nii.gz``, or a folder above it; label_order:
+    the order of the raw label ids. jobs, overwrite: as in ``prepare_volumes``. Raises DataError if raw data are missing
+    or cannot be used.
     """
     raw = Path(raw)
     INFO.require(raw)
@@ -121,7 +121,7 @@ def prepare(
     before = record.read_text().strip() if record.is_file() else label_order
     if before != label_order and not overwrite and any(Path(out, VOLUME_FOLDER).glob("*.h5")):
         raise DataError(f"{out}: was prepared with --label_order {before}; add --overwrite, or give another --out")
-    if overwrite:  # before the order is written: an interruption leaves no file that has another
+    if overwrite:  # before the order is written, so an interruption leaves no file in another order
         remove_prepared(out, {case.name for case in cases})
     write_text(record, f"{label_order}\n")
     read = partial(read_case, INFO, relabel=LABEL_ORDERS[label_order].apply)

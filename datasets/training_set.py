@@ -1,4 +1,4 @@
-"""What the training sets share: augmentation with random numbers for each sample, and a cache in memory."""
+"""The base class of the training sets: augmentation with random numbers for each sample, and a cache in memory."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +12,12 @@ from datasets.transforms import augment
 
 
 class TrainingSet(Dataset):
-    """Samples that are read, the same in every epoch, and then augmented at random and resized to ``img_size`` squared.
+    """Samples that are read, augmented at random and resized to ``img_size`` x ``img_size`` (S x S).
 
-    augment: the specification's geometric augmentation; photometric: augment colours, focus and shape too. ``[i]`` is a
-    dictionary of ``image`` float32 (C, S, S), ``label`` int64 (S, S) and ``name``.
-    A subclass defines ``read(index)``, which returns image and label of a sample, checked; ``fit(image, label)``, which
-    returns them as (C, S, S) and (S, S); their names, ``samples``; and ``names``: of the images, or of the volumes.
+    augment: the specification's geometric augmentation; photometric: also change colours, focus and shape. ``[i]`` is a
+    dictionary of ``image`` float32 (C, S, S), ``label`` int64 (S, S) and ``name``. A subclass defines ``read(index)``,
+    which returns a sample's checked image and label, the same in every epoch; ``fit(image, label)``, which resizes them
+    to (C, S, S) and (S, S); ``samples``, the names of the samples; and ``names``, those of the images or volumes.
     Sample i of an epoch draws from a generator seeded by (seed, epoch, i), so it does not depend on the number of
     workers or on the order. Call ``set_epoch`` before iterating over the epoch's loader.
     """
@@ -28,7 +28,7 @@ class TrainingSet(Dataset):
     def __init__(self, seed: int, img_size: int = 0, augment: bool = False, photometric: bool = False):
         self.seed, self.img_size, self.augment, self.photometric = seed, img_size, augment, photometric
         self._kept: list[tuple[np.ndarray, np.ndarray]] = []  # the first samples, as read
-        # In shared memory, so that workers which live through several epochs see the new one.
+        # In shared memory, so that workers that live for several epochs see each new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
@@ -46,7 +46,7 @@ class TrainingSet(Dataset):
         return {"image": torch.from_numpy(image), "label": label, "name": self.samples[index]}
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose augmentation is drawn, in this process and in its loader's workers."""
+        """Set the epoch that seeds the augmentation, in this process and in its loader's workers."""
         self._epoch.fill_(epoch)
 
     def generator(self, index: int) -> np.random.Generator:
@@ -61,7 +61,7 @@ class TrainingSet(Dataset):
     def keep(self, max_bytes: int, threads: int = 4, chunk: int = 32) -> int:
         """Read the first samples and keep them, up to ``max_bytes`` of arrays; return how many are kept.
 
-        Workers of a loader share this memory where they are forked from this process (on Linux).
+        Workers of a loader share this memory if they are forked from this process (on Linux).
         """
         self._kept, held = [], 0
         with ThreadPoolExecutor(threads) as pool:

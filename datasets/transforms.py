@@ -6,7 +6,7 @@ axis. scipy computes both once per pair of sizes.
 
 One departure from scipy's default, and so from the release: for about one pair of sizes in twenty (512 to 224, 256 to
 216) rounding puts the last position slightly outside the map, and mode "constant" makes that whole row or column zero.
-Modes "mirror" and "nearest" give the same values elsewhere and the map's own border there.
+Here, modes "mirror" and "nearest" put the map's border there; all other values are the same.
 """
 
 from functools import lru_cache
@@ -20,10 +20,10 @@ from torch import Tensor
 def augment(image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Turn and flip, or rotate, an image and its label in the same way.
 
-    With probability 1/2 a random multiple of 90 degrees and a flip of a random axis; else with probability 1/2 a
-    rotation by a whole angle in [-20, 20) degrees, nearest neighbour, filled with 0; else nothing.
+    With probability 1/2, turn by a random multiple of 90 degrees and flip a random axis. With probability 1/4, rotate
+    by a random whole angle in [-20, 20) degrees (nearest neighbour, filled with 0). Otherwise change nothing.
 
-    image: (H, W) or (H, W, C); label: (H, W). Returns (image, label), after an odd number of quarter turns (W, H).
+    image: (H, W) or (H, W, C); label: (H, W). Returns (image, label); an odd number of quarter turns swaps H and W.
     """
     if rng.random() < 0.5:
         turns, axis = int(rng.integers(4)), int(rng.integers(2))
@@ -62,7 +62,7 @@ def resize_nearest(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def _cubic_matrix(size_in: int, size_out: int) -> Tensor:
     """Return the float32 (size_out, size_in) matrix of scipy's cubic zoom along one axis; read only."""
     matrix = ndimage.zoom(np.eye(size_in), (size_out / size_in, 1), order=3, mode="mirror")
-    # The weights of a spline never decay to 0; subnormal ones would slow the product down many times.
+    # The weights of a spline never decay to 0; subnormal weights would make the product many times slower.
     matrix[np.abs(matrix) < 1e-9] = 0
     return torch.from_numpy(matrix.astype(np.float32))
 

@@ -1,8 +1,8 @@
 """Volumes and slices in memory, on disk and as data sets.
 
 On disk a volume is HDF5 (``<name>.npy.h5``) and a slice is npz (``<name>_sliceZZZ.npz``). Both hold ``image`` and
-``label``, as in TransUNet's family, and ``class_names`` and ``spacing``. A volume also has ``affine``, ``orientation``
-and ``stored_type``.
+``label``, as for TransUNet and its successors, and ``class_names`` and ``spacing``. A volume also has ``affine``,
+``orientation`` and ``stored_type``.
 """
 
 import io
@@ -33,11 +33,11 @@ COMPRESSION = 1  # zlib level of prepared files: the fastest
 class Volume:
     """One scan with its label; axes are (z, y, x). A ``Picture`` of ``images.py`` is a Volume of one slice.
 
-    image: float32 (D, H, W), of several channels (D, H, W, C); label: uint8 (D, H, W) or None; spacing: (z, y, x) in mm
-    or None; affine: float64 (4, 4) from voxel index (x, y, z) to mm in NIfTI's right-anterior-superior space, or None;
-    class_names: without background. orientation and stored_type describe the original file: the direction of its x, y
-    and z (``RAS``; None: as here), and the number type of its label, or of its image where it has no label (None:
-    unknown).
+    image: float32 (D, H, W), or (D, H, W, C) if it has channels; label: uint8 (D, H, W) or None; spacing: (z, y, x) in
+    mm or None; affine: float64 (4, 4) from voxel index (x, y, z) to mm in NIfTI's right-anterior-superior space, or
+    None; class_names: without background. orientation and stored_type describe the original file: the directions of its
+    x, y and z axes (``RAS``; None: the same as here), and the number type of its label, or of its image if it has no
+    label (None: unknown).
     """
 
     name: str
@@ -56,18 +56,18 @@ class Volume:
         return resize_cubic(_channels_first(self.image[part], self.image.ndim == 4), (img_size, img_size))
 
     def restore(self, prediction: np.ndarray) -> np.ndarray:
-        """Return a prediction (D, S, S) at the volume's size, nearest neighbour: (D, H, W), same type."""
+        """Return a prediction (D, S, S) resized to the volume by nearest neighbour: (D, H, W), same type."""
         return resize_nearest(prediction, self.image.shape[1:3])
 
     def plane(self, z: int) -> np.ndarray:
-        """Return slice ``z`` as figures show it, float32 (H, W): the first channel."""
+        """Return slice ``z`` for figures, float32 (H, W); of several channels, return the first one."""
         return self.image[z][..., 0] if self.image.ndim == 4 else self.image[z]
 
     def to_nifti(self, array: np.ndarray):
         """Return a nibabel image of an array (D, H, W) of this volume, with axes as in the original file.
 
-        Class indices (uint8) get the number type of the original file if that is an integer type. Without an affine
-        it is diagonal with the spacing, or with 1 mm.
+        Class indices (uint8) get the number type of the original file if that is an integer type. If the volume
+        has no affine, a diagonal one is made from the spacing, or from 1 mm.
         """
         import nibabel
 
@@ -92,11 +92,11 @@ def read_volume(
     path: str | Path, num_classes: int | None = None, label_order: LabelOrder | None = None, ndim: int = 3,
     class_names: tuple[str, ...] | None = None, labelled: bool = True,
 ) -> Volume:  # fmt: skip
-    """Read and check one volume, HDF5 or npz; with ``ndim`` 2 one slice, whose arrays are (H, W).
+    """Read and check one volume (HDF5 or npz), or one slice with arrays (H, W) if ``ndim`` is 2.
 
-    num_classes, with background, bounds the label ids; label_order translates a file's ids to ours; class_names are
-    those that the file must name, if it names any; not labelled: read only the image. Raises DataError, which names
-    the file.
+    num_classes, background included, limits the label ids; label_order translates a file's ids to ours; class_names:
+    if the file names its classes, it must use these names; labelled: if False, read only the image. Raises DataError,
+    which names the file.
     """
     with reading(path, "npz or HDF5 file"):
         facts = read_fields(path, ndim, labelled)
@@ -114,25 +114,25 @@ def read_volume(
         )
     if named and class_names and named != class_names:
         raise DataError(
-            f"{path}: names its classes {', '.join(named)}; expected {', '.join(class_names)}, as in training "
-            "(other files, --class_names or the checkpoint): correct one of them"
+            f"{path}: names its classes {', '.join(named)}; expected {', '.join(class_names)}, as in the other files, "
+            "--class_names or the checkpoint; correct one of them"
         )
     return Volume(data_name(path), image, label, **facts)
 
 
 def write_volume(path: str | Path, volume: Volume) -> None:
     """Write a Volume with its label to compressed HDF5; the file appears whole or not at all."""
-    # Through memory: on a full disk HDF5's own writing prints tracebacks and may crash the interpreter.
+    # Write to memory first: on a full disk, HDF5 itself prints tracebacks and may crash the interpreter.
     content = io.BytesIO()
     packing = dict(compression="gzip", compression_opts=COMPRESSION, shuffle=True)
-    with h5py.File(content, "w", libver=("v110", "v110")) as file:  # this format has checksums for all but the arrays
+    with h5py.File(content, "w", libver=("v110", "v110")) as file:  # its checksums cover all but the arrays
         for key in ("image", "label"):
             data = getattr(volume, key)
             file.create_dataset(key, data=data, chunks=(1, *data.shape[1:]), **packing)
         for key in FACTS:
             value = getattr(volume, key)
             if value is not None and len(value):
-                # Texts of fixed length: others lie in HDF5's heap, in which damage may make it loop for ever.
+                # Texts of fixed length: HDF5 keeps others in its heap, and a damaged heap may make it loop for ever.
                 is_text = key in ("class_names", "orientation", "stored_type")
                 file.attrs[key] = np.char.encode(value, "utf-8") if is_text else value
     with atomic_write(path) as temporary:
@@ -158,9 +158,8 @@ class VolumeDataset(Sequence[Volume]):
     volume_path: folder of ``.npy.h5``, ``.h5`` or ``.npz`` volumes, or of slices, which are stacked to volumes
     (MT-UNet's validation data are slices); a folder inside it with the split's name takes precedence. num_classes
     counts the background; label_order translates a file's ids to ours; only: names in the list to keep, or None for
-    all. ``[i]`` returns a Volume; ``names`` are the volumes' names, ``source`` is the list, ``class_names`` those that
-    the files must name, if they name any. Raises DataError: for a bad list in the constructor, for a bad file on
-    indexing.
+    all. ``[i]`` returns a Volume; ``names`` are the volumes' names, ``source`` the list. A file that names its classes
+    must use ``class_names``. The constructor raises DataError for a bad list, and indexing raises it for a bad file.
     """
 
     def __init__(
@@ -178,7 +177,7 @@ class VolumeDataset(Sequence[Volume]):
     def __getitem__(self, index: int) -> Volume:
         return read_parts(self.files[self.names[index]], self.num_classes, self.label_order, self.class_names)
 
-    open = __getitem__  # as of the other three sets: a case as stored
+    open = __getitem__  # like the other three data sets: return a case as stored
 
 
 def read_parts(
@@ -193,7 +192,7 @@ def read_parts(
     first = parts[0].image.shape
     for file, part in zip(files, parts, strict=True):
         if part.image.shape != first:
-            raise DataError(f"{file}: shape {part.image.shape}, but {files[0].name} has {first}; {PREPARE}")
+            raise DataError(f"{file}: has shape {part.image.shape}, but {files[0].name} has {first}; {PREPARE}")
     image, label = (np.stack([getattr(part, key) for part in parts]) for key in ("image", "label"))
     return Volume(volume_name(files[0]), image, label, parts[0].spacing, class_names=parts[0].class_names)
 
@@ -211,7 +210,8 @@ def group_by_volume(paths: Iterable[Path]) -> dict[str, list[Path]]:
         missing = [number for number in range(numbers[0], numbers[-1]) if number not in numbers] if numbers else []
         if missing:
             logger.warning(
-                "%s: slice %d of %s is missing (%d in all), so distances across it are too short; add it, listed too",
+                "%s: slice %d of %s is missing (%d in all), so distances across the gap are too short; add the slice "
+                "to the folder and to the list",
                 members[0].parent, missing[0], name, len(missing),
             )  # fmt: skip
     return files
@@ -222,8 +222,8 @@ class SliceDataset(TrainingSet):
 
     root_path: folder of the slices; a folder inside it with the split's name takes precedence. num_classes counts the
     background; label_order translates a file's ids to ours; without: names in the list to leave out. ``names`` are the
-    volumes' names; ``source`` and ``class_names`` are those of VolumeDataset. Raises DataError: for a bad list in the
-    constructor, for a bad file on indexing.
+    volumes' names; ``source`` and ``class_names`` are as in VolumeDataset. The constructor raises DataError for a bad
+    list, and indexing raises it for a bad file.
     """
 
     def __init__(
@@ -247,6 +247,6 @@ class SliceDataset(TrainingSet):
         return single.image, single.label
 
     def fit(self, image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return a slice resized by cubic splines, and its label, nearest neighbour."""
+        """Return a slice resized by cubic splines, and its label resized by nearest neighbour."""
         size = (self.img_size, self.img_size)
         return resize_cubic(_channels_first(image, image.ndim == 3), size), resize_nearest(label, size)

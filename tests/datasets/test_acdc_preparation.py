@@ -176,7 +176,7 @@ def test_a_missing_frame_is_logged_and_a_label_elsewhere_in_space_is_logged_or_r
     shifted[:3, 3] += 9
     nibabel.save(nibabel.Nifti1Image(label, shifted), path)
     acdc.prepare(raw, tmp_path / "out")
-    assert "patient001 has 1 frame," in caplog.text and f"{path}: lies 15.6 mm from" in caplog.text
+    assert "patient001 has 1 frame," in caplog.text and f"{path}: its position is 15.6 mm from" in caplog.text
     for affine in (np.eye(4), AFFINE @ np.diag([1, 1, 1.5, 1]), AFFINE @ np.diag([-1, 1, 1, 1])):  # not where it was
         nibabel.save(nibabel.Nifti1Image(label, affine), path)
         refused(lambda: acdc.prepare(raw, tmp_path / "out", overwrite=True), path, "affine")
