@@ -70,7 +70,7 @@ def test_the_tested_checkpoint_is_named_and_results_before_a_better_epoch_warn(r
         (run / "results_test" / "summary.json").write_text(json.dumps({"checkpoint": tested}))
     runs = [tmp_path / name for name in ("old", "last", "new")]
     done = run_script("compare.py", *runs, "--output_dir", tmp_path / "out").succeeded()
-    assert "old: its results are of epoch 2, but best.pth is now" in done.error
+    assert "old: its results are of epoch 2, but best.pth now holds" in done.error
     assert "last: its results are of epoch 5, but last.pth" in done.error and done.error.count("warning") == 2
     page = (tmp_path / "out" / "comparison.md").read_text("utf-8")
     assert all(text in page for text in ("best.pth, epoch 2", "last.pth, epoch 5", "best.pth, epoch 6, prediction sum"))

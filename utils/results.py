@@ -77,7 +77,7 @@ def read_cases(path: str | Path) -> "pd.DataFrame":
         ) from error
     classes = table.groupby("case", sort=False)["class"].agg(tuple)
     if classes.nunique() != 1 or not table["selected_on"].isin(("val", "test")).all():
-        raise RunError(f"{path}: the file is cut off; expected the same classes in every case: test again")
+        raise RunError(f"{path}: is damaged; expected the same classes in each case, chosen on val or test: test again")
     return table
 
 

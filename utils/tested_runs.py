@@ -81,7 +81,7 @@ def read_run(folder: str | Path, method: str = "", splits: Sequence[str] = (), v
             text = "%s: its results are of epoch %s, but %s now holds epoch %d: test it again"
             logger.warning(text, folder, epoch, file, newest[file])
     files = [str(checkpoint.get("file")) for checkpoint in checkpoints]
-    if len({*files}) > 1 or len({*predictions}) > 1:
+    if len({*tested}) > 1:
         logger.warning("%s: its splits were tested differently (%s): choose one with --split", folder, _and(tested))
     # The tested checkpoint is part of the method too.
     settings |= {"checkpoint": _and(files) or "best.pth", "ranks": str(ranks)}
