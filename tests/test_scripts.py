@@ -99,7 +99,7 @@ def test_resume_refuses_other_data_and_leaves_the_run_as_it_was(trained, data, r
         np.savez(slices[0], image=stored["image"] / 2, label=stored["label"])
     assert_one_line(run_script("train_acdc.py", *flags), "training sample 1 with mean", "--init_from")
     (data / "lists/train.txt").write_text("patient002\n")
-    assert_one_line(run_script("train_acdc.py", *flags), "training case patient001_frame01 there")
+    assert_one_line(run_script("train_acdc.py", *flags), "training case patient001_frame01 then")
     assert files(folder) == before
 
 
