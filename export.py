@@ -143,8 +143,8 @@ def check(path: Path, network: SummedLogits) -> None:
             logger.info("%s, batch of %d: %s", device, batch_size, numbers)
             if not difference <= TOLERANCE * max(largest, 1):  # NaN fails too
                 raise RunError(
-                    f"no file was written: on {device}, {numbers}; expected at most {TOLERANCE:g} of that "
-                    "logit, or of 1: install the versions in constraints.txt"
+                    f"no file was written: on {device}, {numbers}; expected at most {TOLERANCE:g} times "
+                    "the larger of that logit and 1: install the versions in constraints.txt"
                 )
 
 

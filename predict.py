@@ -45,7 +45,7 @@ def parse_args() -> Namespace:
     add("--input", type=Path, required=True, help="scan or image, or a folder of them")
     add("--output", type=Path, required=True, help="file (.nii.gz, .nrrd, .mha, .mgz, .png), or a folder")
     add("--time_point", type=int, help="index, from 0, of the volume to segment if a scan has several")
-    text = "number of PNGs per scan, of slices that show classes; an image gets one"
+    text = "number of PNGs per scan, of slices that show classes; 1 or more: one per image"
     add("--overlays", type=number(int, 0), default=0, help=text)
     add("--dataset", choices=DATASETS, help="data set that a checkpoint of the release was trained on")
     add_prediction(add)
@@ -77,7 +77,7 @@ def find_inputs(source: Path, planar: bool, channels: int) -> list[Path]:
     second = {scan.scan_name(path) + ending for path in found for ending in SECOND_FILES}  # hold the voxels of a scan
     others = [path.name + "/" * path.is_dir() for path in inside if path not in found and path.name not in second]
     if others:
-        logger.warning("%s: left out (give a scan among them alone as --input): %s", source, brief(", ".join(others)))
+        logger.warning("left out of %s (give a scan or folder alone as --input): %s", source, brief(", ".join(others)))
     return found if planar else list(dict.fromkeys(scan.channel_files(path, channels)[0] for path in found))
 
 

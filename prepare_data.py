@@ -59,7 +59,7 @@ def parse_args() -> argparse.Namespace:
     add("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="intensities that become 0 and 1 in all scans")
     add = of["custom"].add_argument
     add("--axis", choices=custom.AXES, help="plane of the slices; default: across the axis of the largest spacing")
-    add("--class_names", nargs="+", help="names of the classes, by ascending label value; default: as declared")
+    add("--class_names", nargs="+", help="class names by ascending label value; default: as declared, or class 1, ...")
     add("--folds", type=number(int, 2), help="number of folds; default: 5, or the number of patients if smaller")
     add("--test", type=number(int, 0, 90), default=0, help="percentage of patients that are used only for the test")
     add("--splits", type=Path, help="nnU-Net's splits_final.json, or a folder of lists, to take the folds from")

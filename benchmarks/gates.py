@@ -31,7 +31,7 @@ KINDS = {  # each kind of gate, and a pattern of its columns
 
 
 def train(flags: list[str], steps: int) -> pd.DataFrame:
-    """Train for ``steps`` steps. Return the loss per combination and the mean of each gate, with one row per step."""
+    """Train at most ``steps`` steps. Return the loss per combination and mean of each gate, one row per step."""
     parser = training_parser(__doc__, acdc.INFO, feature_dim=128)
     parser.prog = "train_acdc.py"  # the --help of this script lists the flags
     args, checkpoint = parse_training(parser, acdc.INFO, flags)

@@ -132,7 +132,7 @@ class DMWLA(PlainAttention):
     def forward(self, x: Tensor, to_write: list | None = None) -> Tensor:
         """Return ``x + o(A + X')`` (B, C, H, W) of ``x`` (B, C, H, W), and write the bank in training mode.
 
-        to_write: a list to which the block adds itself and its tokens; the caller then calls ``write_memories``.
+        to_write: a list to which the block instead adds itself and its tokens; the caller calls ``write_memories``.
         """
         tokens = self.tokens(x)  # (B, N, C)
         update = self.global_interaction(tokens) if self.bank.in_warmup or self.attends_globally else 0
@@ -175,7 +175,7 @@ class DMWLA(PlainAttention):
 
 @torch.no_grad()
 def write_memories(to_write: list[tuple[DMWLA, Tensor]]) -> None:
-    """Write tokens (B, N, C) of each block to its bank: mapped by phi in the warm-up, by phi_k, as keys, after it."""
+    """Write tokens (B, N, C) to each block's bank: mapped by phi in the warm-up, then by phi_k, which follows phi."""
     steady, keys = [], []
     with in_full_precision(to_write[0][1]):
         for block, tokens in to_write:

@@ -51,7 +51,7 @@ def resize(x: Tensor, size: int | tuple[int, int]) -> Tensor:
 
 
 def normalise(x: Tensor) -> Tensor:
-    """Return a map (B, C, H, W) normalised to mean 0 and variance 1 over each image's map, without parameters."""
+    """Return a map (B, C, H, W) with mean 0 and variance 1 over C, H and W of each image, without parameters."""
     return F.group_norm(x, 1)
 
 

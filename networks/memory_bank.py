@@ -43,7 +43,7 @@ class PrototypeMemoryBank(nn.Module):
 
     Buffers:
         pool: float32 (P, M, d), the stored columns.
-        prototypes: float32 (P, d), the mean column of each cluster.
+        prototypes: float32 (P, d), the mean column of each cluster; until the first update, the centroid at length 1.
         warmup_counter: int64 (), warm-up steps done.
         replaced_columns: int64 (), K.
         key_counts: int64 (P,), keys that each cluster has received; used only in reports.
@@ -109,7 +109,7 @@ class PrototypeMemoryBank(nn.Module):
     def order(self) -> None:
         """Sort the pool into clusters by K-means, and set the prototypes to the centroids, scaled to length 1.
 
-        A cluster with more than M columns keeps its first M. A smaller one repeats columns at random. An empty one
+        A cluster with more than M columns keeps its first M. A smaller one repeats its own at random. An empty one
         is filled with its centroid. In a distributed run rank 0 computes this for all ranks.
         """
         if rank() == 0 or not self.training:

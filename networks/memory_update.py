@@ -63,7 +63,7 @@ class _Update:
         num_chunks_of = (self.counts + self.size - 1) // self.size  # of each cluster, (P,)
         end_chunk = num_chunks_of.cumsum(0)
         self.first = end_chunk - num_chunks_of  # first chunk of each cluster, (P,)
-        # Upper bounds, because a GPU would wait for the true numbers. A CPU reads them, and they are much smaller.
+        # Upper bounds: a GPU would wait for the true numbers. A CPU reads them: a cluster often has far fewer chunks.
         num_chunks, of_a_cluster = len(order) // self.size + num_clusters, -(-longest // self.size)
         if device.type == "cpu" and not torch.compiler.is_compiling():
             num_chunks, of_a_cluster = int(end_chunk[-1]), int(num_chunks_of.max())

@@ -1,9 +1,9 @@
 """Every network by its name: Sim-MPNet, the baselines, and your own (``docs/adding_a_network.md``).
 
-Every network here has the same interface, and training, testing and prediction use nothing else. ``forward`` takes
-images (B, in_channels, S, S) and returns a list of logit maps (B, num_classes, S, S); the arg max of their sum is the
+Training, testing and prediction use only this interface, which every network here has. ``forward`` takes images
+(B, in_channels, S, S) and returns a list of logit maps (B, num_classes, S, S); the arg max of their sum is the
 prediction. ``config`` holds the arguments that rebuild the network. ``memory_banks`` yields its memories, and
-``gates_observed`` collects its gates, if it has any. ``parameter_groups`` goes to the optimizer.
+``gates_observed`` collects any gates. ``parameter_groups`` goes to the optimizer, ``leaves_parameters_out`` to DDP.
 """
 
 import inspect
