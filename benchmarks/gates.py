@@ -1,6 +1,6 @@
 """Train a few hundred steps on ACDC from several seeds, and report the loss and what every gate lets through.
 
-    python -m benchmarks.gates --seeds 1 2 3 --output_dir runs/gates -- --model_scale pico --pretrained none \
+    python -m benchmarks.gates --seeds 1 2 3 --output_dir runs/gates -- --model_scale pico --pretrained none \\
         --img_size 128 --img_size_dmwla 96 --batch_size 12 --base_lr 1e-3 --lr_schedule cosine --max_epochs 4
 
 The flags after ``--`` are those of train_acdc.py. The command writes ``seed_<seed>.csv``, with one row per step. For

@@ -80,7 +80,7 @@ class Form:
     def training_step(self) -> Callable[[], None]:
         """Return a function that does one training step on a random batch."""
         model, (images, label) = self.network(), self.batch()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=self.name != "plain")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=None if self.name == "plain" else True)
         loss_of = plain.subset_loss if self.name == "plain" else subset_loss
 
         def loss(images: Tensor, label: Tensor) -> Tensor:
