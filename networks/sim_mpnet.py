@@ -3,8 +3,8 @@
 Tang et al., "Similarity Memory Prior is All You Need for Medical Image Segmentation", ICCV 2025,
 arXiv 2507.00585. The variant ``paper`` is what the paper describes. The variant ``release`` computes what the authors'
 program of December 2025 computes, so that their checkpoints give their numbers; ``docs/architecture.md`` lists the
-differences. The variant ``stable`` is ``paper`` with gates and attention that read normalised features
-(``networks/gates.py``, ``networks/dmwla.py``).
+differences. In the variant ``stable``, which is ``paper`` otherwise, gates and attention read normalised features, and
+DS-GIM has no running statistics (``networks/gates.py``, ``dmwla.py``, ``dsgim.py``).
 Symbols: B batch, S image side, s side of the DMW-LA encoder's image, C_i width of stage i.
 """
 
