@@ -29,8 +29,8 @@ NETWORK_HELP = {
     "img_size": "side of the network's input in pixels, a multiple of 32",
     "img_size_dmwla": "side of the DMW-LA encoder's image",
     "model_scale": "size of MaxViT; the paper's is small",
-    "variant": "release: compute what the authors' program computes; stable: gates, attention and DS-GIM's norms read "
-    "normalised features, to train from random weights or at learning rates above the paper's",
+    "variant": "release: compute what the authors' program computes; stable: gates and attention read normalised "
+    "features, DS-GIM's norms have no running statistics; for random weights, or learning rates above the paper's",
     "feature_dim": "memory width d in the encoder",
     "num_clusters": "clusters in the encoder; default: num_classes",
     "decoder_feature_dim": "memory width d in the decoder",
@@ -93,7 +93,7 @@ def training_parser(description: str, info: DatasetInfo, **defaults: Any) -> Arg
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", type=Path, help="run folder")
     add("--resume", type=Path, help="last.pth to continue from; auto: the one in --output_dir, if it exists")
-    add("--checkpoint_minutes", type=some, default=10, help="save after this many minutes; 0: save only after an epoch")
+    add("--checkpoint_minutes", type=some, default=10, help="also save every N minutes within an epoch; 0: never")
     add("--checkpoint_iterations", type=count, help="also save every N iterations")
     add("--keep", type=number(int, 0), default=0, help="number of newest epochs to keep, as epoch_0001.pth and so on")
     add("--eval_interval", type=count, default=1, help="validate every N epochs")
@@ -174,7 +174,7 @@ def testing_parser(description: str, info: DatasetInfo) -> ArgumentParser:
         saving = ("--save_masks", "save predictions as PNG")
     else:
         add("--volume_path", type=Path, help=f"folder of the volumes; {own}")
-        add("--cases", nargs="+", help="test only these patients of the list (such as case0005), into cases_SPLIT")
+        add("--cases", nargs="+", help="test only these patients of the list (as case0005); results in cases_SPLIT")
         saving = ("--is_savenii", "save images, labels and predictions as NIfTI")
     add(saving[0], dest="save_predictions", action="store_true", help=saving[1])
     add("--overlays", type=number(int, 0), default=0, help="PNGs per volume, of the slices with the most errors")
@@ -290,7 +290,7 @@ def check_n_gpu(args: Namespace) -> None:
     """Let ``--n_gpu 0`` mean the CPU; raise RunError if it contradicts ``--device``, or is not 0 or 1."""
     if args.n_gpu not in (0, 1):  # DataParallel would lose what its replicas write into their memory
         raise RunError(
-            f"--n_gpu {args.n_gpu}: expected 0 or 1; for several GPUs, start one process per GPU with "
+            f"--n_gpu {args.n_gpu}: expected 0 or 1; to train on several GPUs, start one process per GPU with "
             f"torchrun --nproc_per_node {args.n_gpu} (docs/several_gpus.md)"
         )
     if args.n_gpu == 0:

@@ -102,7 +102,7 @@ def setup_logging(file: str | Path | None = None) -> None:
     """Log to stderr and, if given, append to ``file``, whose folder is created; a second call replaces the first.
 
     On stderr, a warning or error begins with its level (``error: ...``), and every other line begins with the time.
-    Under torchrun, the first process logs everything, and the others log only errors.
+    Under torchrun, the first process logs everything, and the others log only errors, as ``[rank 1] error: ...``.
     """
     rank = int(os.environ.get("RANK", 0))
     handlers: list[logging.Handler] = [_Terminal(sys.stderr)]

@@ -68,7 +68,7 @@ class Split:
         self.data, self.info = data, info
         self.kind = "images" if info.planar else "slices" if isinstance(data, SliceDataset) else "volumes"
         names = data.whole_images if info.planar else data.names
-        self.patients = {patient_of(name, pattern): name for name in names}  # each with one of its names in the list
+        self.patients = {patient_of(name, pattern): name for name in names}  # each with one of its cases
         self.exact = info.planar or pattern is not None  # a list entry never stands for several patients
         self.grouped = self.exact or any(map(has_person, names))
         self.read = 0  # number of cases
@@ -140,7 +140,7 @@ class Split:
         if self.spacings and self.unmeasured:
             doubts["some files have a voxel spacing and others have none: were they prepared in two ways?"] = 1
         if self.unscaled != bool(trained_on) or not alike:
-            text = "" if trained_on else " (predict.py scales to this range and refuses networks trained on others)"
+            text = "" if trained_on else " (predict.py scales scans to this and refuses networks trained on others)"
             doubts[f"intensities run from {self.low:g} to {self.high:g}; expected {low:g} to {high:g}{text}"] = 1
         if self.class_names == self.info.class_names and (self.kind != "slices" or self.read == len(self.data)):
             doubts.update(self.info.doubtful_sizes(self.voxels))
@@ -169,9 +169,9 @@ class Split:
 def quick_check(train_set: Samples, val_set: Cases, info: DatasetInfo, args: Namespace) -> DatasetInfo:
     """Check in seconds what training relies on, and return the facts of the data set as its files state them.
 
-    No patient may be in two of the training, validation and test splits. Three cases of the first two are read. The
-    class names are those of ``--class_names``, else of the files, else of ``info``; files that are read later must not
-    have others. Logs a warning for what looks wrong. Raises DataError for the first error.
+    No patient may be in two of the training, validation and test splits. Three cases of each of the first two are
+    read. The class names are those of ``--class_names``, else of the files, else of ``info``; files that are read later
+    must not have others. Logs a warning for what looks wrong. Raises DataError for the first error.
 
     args: arguments of the training script.
     """

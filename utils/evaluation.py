@@ -35,7 +35,7 @@ def predict_case(
 
     Slices are resized to (img_size, img_size) and predicted ``batch_size`` at a time on ``device``, where the model is.
     The arg max of the summed logit maps is resized back. The model is put into evaluation mode. amp_dtype: type for
-    autocast, or None for float32. Raises RunError if a logit is not finite.
+    autocast, or None for float32. Raises RunError if the largest logit of a pixel is not finite.
     """
     model.eval()
     if getattr(model, "config", {}).get("variant") == "release":

@@ -42,8 +42,8 @@ def save_overlays(folder: str | Path, volume: Volume, prediction: np.ndarray, co
 
     The files are ``<case>_slice<z>.png``, for an image ``<case>.png``. Slice files of an earlier call are deleted. With
     a label, the slices with the most wrong voxels are drawn, the worst first; of equally wrong ones, those with more
-    labelled voxels come first. Without a label, the slices are spread evenly over those in which a class is predicted.
-    prediction: class indices (D, H, W).
+    labelled voxels come first. Without a label, the slices are spread evenly over those with a predicted class, or
+    over all slices if there are none. prediction: class indices (D, H, W).
     """
     if volume.label is None:
         found = np.flatnonzero(prediction.any((1, 2)))
@@ -67,7 +67,7 @@ def draw_masks(path: str | Path, volume: Volume, z: int, prediction: np.ndarray)
 
     With a label, the strict Dice of each class in the slice and the number of wrong voxels are written below the
     prediction. The first channel of a scan is shown, with grey values from their 0.5th to their 99.5th percentile. If
-    the affine is known, the patient's front is at the top and the patient's right is at the left.
+    the affine is known, an axial slice has the patient's front at the top and the patient's right at the left.
     """
     from matplotlib.figure import Figure
 
@@ -122,7 +122,7 @@ def make_panels(count: int, columns: int) -> tuple["Figure", list["Axes"]]:
 
 
 def upright_steps(volume: Volume) -> tuple[slice, slice]:
-    """Return slices of rows and columns that put the patient's front at the top and the right side at the left."""
+    """Return slices of rows and columns that put, in axial slices, the front at the top and the right at the left."""
     if volume.affine is None:
         return slice(None), slice(None)
     from nibabel import aff2axcodes
@@ -132,7 +132,7 @@ def upright_steps(volume: Volume) -> tuple[slice, slice]:
 
 
 def coloured(mask: np.ndarray) -> np.ndarray:
-    """Return class indices (H, W) as RGBA, uint8 (H, W, 4): half transparent inside a class, opaque at its border."""
+    """Return class indices (H, W) as RGBA, uint8 (H, W, 4): partly transparent inside a class, opaque at its border."""
     colours = [(0, 0, 0, 0), *((*class_rgb(c), 89) for c in range(1, int(mask.max()) + 1))]
     painted = np.array(colours, np.uint8)[mask]
     border = morphological_gradient(mask, footprint=generate_binary_structure(2, 1)) > 0

@@ -3,7 +3,7 @@
     python -m utils.inspection --checkpoint runs/acdc/best.pth
     python -m utils.inspection --checkpoint runs/acdc/best.pth --input scan.nii.gz --slice 5
 
-Writes to the folder inspection next to the checkpoint; with --input, to a subfolder of it named after the input:
+Writes to the folder inspection next to the checkpoint; with --input, to a subfolder named after input and slice:
     memory_use.png     share of the last epoch's keys in each cluster, for each block
     prototypes.png     cosine similarity of the prototypes of each block
     clusters.png       with --input: the cluster of each token over the image, for each block

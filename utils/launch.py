@@ -58,7 +58,7 @@ def make_trainer(
     options |= {"photometric": args.photometric} if info.planar else {}
     held_out = vars(args).get("val_cases") if args.val_split == args.train_split else None
     train_set = open_samples(info, args, args.train_split, held_out or (), **options)
-    # Held-out cases of the training list exist only as slices, in root_path.
+    # Held-out cases are in the training list; in public files these exist only as slices, in root_path.
     val_set = open_cases(info, args, args.val_split, held_out, args.root_path if held_out else None)
     info = quick_check(train_set, val_set, info, args)
     seed_everything(args.seed, deterministic=bool(args.deterministic))
@@ -67,7 +67,7 @@ def make_trainer(
     resumed = args.resume is not None
     lines = load_fitting(model, checkpoint, args.init_from) if checkpoint and not resumed else []
     if args.num_workers and multiprocessing.get_start_method() != "fork":
-        logger.info("data are not kept in memory: on this system each worker would need a copy; use --num_workers 0")
+        logger.info("data are not kept in memory: here each worker would need a copy (--num_workers 0 keeps them)")
     else:  # reads the files, so that a damaged one is found before anything is written
         kept = train_set.keep(int(args.cache_gib * 2**30))
         if kept < len(train_set):
@@ -191,7 +191,7 @@ def test(parser: ArgumentParser, info: DatasetInfo, argv: list[str] | None = Non
 def _warn_of_misleading_scores(args: Namespace, predictor: Predictor, cases: Cases) -> None:
     """Warn if the training has used cases of this test, or if the images are of another kind than in training."""
     data = predictor.data
-    if args.checkpoint.name == "best.pth" and data.get("selected_on") != "test":  # otherwise the tables say it
+    if args.checkpoint.name == "best.pth" and data.get("selected_on") != "test":  # for "test", the tables say it
         chosen_on = cases_described(predictor.origin, "validation")
         if not chosen_on and args.split == predictor.origin.get("args", {}).get("val_split"):
             chosen_on = {*cases.names}  # an old checkpoint does not describe its data

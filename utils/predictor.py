@@ -83,7 +83,7 @@ class Predictor:
         try:
             self.preprocessing = preprocessing_from_dict(data.get("preprocessing"))
         except DataError as error:
-            raise RunError(f"{checkpoint}: {error}: train again") from error
+            raise RunError(f"{checkpoint}: {error}: copy it again, or train again") from error
         self.planar = isinstance(self.preprocessing, ColourPreprocessing)
         channels = 3 if self.planar else self.preprocessing.channels
         if not is_onnx(checkpoint):

@@ -171,7 +171,7 @@ def _summary(cases: Path) -> dict[str, Any]:
 
 
 def _text(name: str, value: object) -> str:
-    """Return an argument as text; for a path, only its last two parts, because the rest differs between machines.
+    """Return an argument as text; for a folder, only the last two names, because the rest differs between machines.
 
     The fold is removed from ``list_dir``: folds are runs of one method, like seeds.
     """

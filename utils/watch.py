@@ -48,7 +48,7 @@ class NumberWatch:
             self.check()
 
     def check(self) -> None:
-        """Raise RunError if a number not yet checked is not finite or, with fp16, after too many overflows in a row."""
+        """Raise RunError if a new loss or gradient is not finite (with fp16, a gradient only after many in a row)."""
         steps, self.unseen = self.unseen, []
         numbers = torch.stack([step[0] for step in steps]).tolist() if steps else ()
         for (_, *step), (loss, norm) in zip(steps, numbers, strict=True):
