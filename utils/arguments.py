@@ -155,6 +155,7 @@ def own_data(*resume: str) -> Iterator[tuple[DatasetInfo, list[str]]]:
             flags = ["--data", known.data, "--fold", str(fold)]
             for name in ("output_dir", "checkpoint", "test_save_dir"):
                 if (path := getattr(known, name)) is not None:
+                    path = path if path.parent.name else path.resolve()  # `.` and the folder of `best.pth` have no name
                     folder = path.parent if path.suffix == ".pth" else path
                     own = folder.with_name(folder.name + _of_fold(fold))
                     flags += [f"--{name}", str(own / path.relative_to(folder))]
