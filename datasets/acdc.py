@@ -68,7 +68,7 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
 
 
 def _hdf5_cases(raw: Path, files: list[Path]) -> list[RawCase]:
-    """Return a case for each frame below a folder: its HDF5 volume, or its slices without one. Skip prepared files."""
+    """Return a case for each frame below a folder: its HDF5 volume, else its slices. Skip prepared files."""
     files = [path for path in files if VOLUME_FOLDER not in path.relative_to(raw).parts]
     volumes = files_by_name(files, rf"({_FRAME})(?:\.npy)?\.h5")
     without = (path for path in files if volume_name(path) not in volumes)

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 # Directions of x, y and z for slices in each plane. Figures then show the patient's front or head at the top.
 AXES = {"axial": "LPS", "coronal": "LIP", "sagittal": "PIL"}
 _PLANES = dict(S="axial", I="axial", A="coronal", P="coronal", L="sagittal", R="sagittal")  # by slice axis
-# Intensities that become 0 and 1 by default. nnU-Net uses these percentiles of the foreground of all CT scans.
+# Percentiles, or z-scores, that become 0 and 1. nnU-Net uses 0.5 and 99.5, of the foreground of all CT scans.
 PERCENTILES, DEVIATIONS = (0.5, 99.5), (-4.0, 4.0)
 SAMPLES = 10_000  # largest number of foreground voxels per case from which the CT window is computed
 _HOW_TO_GET = "prepare the data first: python prepare_data.py custom"
@@ -74,7 +74,7 @@ def info_from(facts: dict[str, Any], folder: str | Path, fold: int = 0) -> Datas
         path, reason = Path(folder) / JSON, brief(error)
         raise DataError(f"{path}: is not from a prepared folder ({reason}); {_HOW_TO_GET} --raw {folder}") from error
     if not 0 <= fold < count:
-        raise DataError(f"{folder}: has no fold {fold}, only 0 to {count - 1}; prepare it again with more --folds")
+        raise DataError(f"{folder}: has no fold {fold}, only 0 to {count - 1}; choose one or prepare with more --folds")
     return info
 
 
@@ -147,9 +147,9 @@ def prepare(
 
     axis: a key of AXES; None: across the coarsest spacing. normalize: ``percentiles`` or ``zscore`` of each scan; None:
     a window for CT, percentiles for other channels. window: intensities that become 0 and 1. class_names: names of the
-    label values in ascending order; None: the declared names. folds, test, splits, seed, patient_pattern: as in
-    ``divide``. skip_bad: leave out the cases that cannot be used. jobs, overwrite: as in ``prepare_volumes``. Raises
-    DataError for missing or unusable raw data, before anything is written.
+    label values in ascending order; None: as declared, else class 1, class 2, ... folds, test, splits, seed,
+    patient_pattern: as in ``divide``. skip_bad: leave out the cases that cannot be used. jobs, overwrite: as in
+    ``prepare_volumes``. Raises DataError for missing or unusable raw data, before anything is written.
     """
     if window is not None and not -np.inf < window[0] < window[1] < np.inf:
         raise DataError(f"--window {window[0]:g} {window[1]:g}: expected two finite intensities, the lower one first")
@@ -205,7 +205,7 @@ def prepare(
 
 
 def _original(names: Collection[str], name: str) -> str:
-    """Return the first words of a picture's name that are a name as well (100 for 100_flip), else its image's name."""
+    """Return the shortest beginning of a picture's name that is a name too (100 of 100_flip), else its image's name."""
     image = image_of(name)
     return next((start for start in beginnings(image) if start in names), image)
 
@@ -309,7 +309,7 @@ def _preprocessing(
             inside = np.concatenate([look.foreground[number] for look in used])
             low, high = np.percentile(inside, PERCENTILES) if len(inside) else (0, 0)
             if not low < high:
-                raise DataError(f"channel {channel}: intensities in the labels do not differ; give --window LOW HIGH")
+                raise DataError(f"channel {channel}: too few different intensities in labels; give --window LOW HIGH")
             scale = Scale("window", round(float(low), 3), round(float(high), 3))
         scales.append(scale)
     orientation = AXES[axis or coarsest]
@@ -319,7 +319,7 @@ def _preprocessing(
 
 
 def _write_facts(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
-    """Write ``dataset.json``; overwrite: remove all cases first. Raises DataError if its cases have other facts."""
+    """Write ``dataset.json``; overwrite: remove all cases first. Raises DataError if ``out`` holds other data."""
     text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
     if (out / JSON).is_file() and overwrite:  # no old file stays beside the new facts, even after an interruption
         remove_prepared(out)

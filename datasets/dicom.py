@@ -46,7 +46,7 @@ def load_dicom(path: Path, time_point: int | None = None) -> tuple[np.ndarray, n
         if single.size != first.size or not np.allclose(single.axes, first.axes, rtol=1e-5, atol=1e-3, equal_nan=True):
             raise DataError(
                 f"{single.file}: differs from {first.file.name} in size, spacing or direction, but both belong to one "
-                "series; expected one stack of slices: move the files of other stacks (localizers) elsewhere"
+                "series; expected one stack of slices: move other stacks, such as localizers, elsewhere"
             )
     check_declared(path, "image", (len(slices), *first.size), np.dtype(np.int32), remedy="crop it")
     slices, affine = _stack(path, slices, time_point)

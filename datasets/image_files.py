@@ -137,7 +137,7 @@ def read_image(path: str | Path, bits: int | None = None) -> np.ndarray:
 
     Grey becomes RGB, palettes are applied, alpha is dropped. 16-bit values are reduced to the highest 8 bits in use.
     The number in use is what the file states, or else ``bits`` (from ``common_bits``), or more if the largest value of
-    the file needs more, which is logged. Raises DataError for a file that is missing, damaged, not an image, larger
+    the file needs more (logged if under 16). Raises DataError for a file that is missing, damaged, not an image, larger
     than ``MAX_PIXELS``, of several pages or of floating-point numbers.
     """
     with _opened(path) as file:

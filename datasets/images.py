@@ -116,7 +116,7 @@ class ImageFolder(Sequence[Picture]):
 
     @property
     def whole_images(self) -> set[str]:
-        """The names of the whole images of this split; they stand for patients, which are not known."""
+        """The names of this split's images, or of its crops' images; they stand for patients, which are not known."""
         return {image_of(name) for name in self.names}
 
     def __len__(self) -> int:

@@ -111,7 +111,7 @@ def read_list(list_dir: str | Path, split: str) -> list[str]:
         raise DataError(f"{path}: the list is empty; write one patient, volume or slice name per line")
     for entry in entries:
         if has_path(entry):
-            raise DataError(f"{path}: entry {brief(repr(entry))} has a folder or a leading dot; write a name alone")
+            raise DataError(f"{path}: entry {brief(repr(entry))} has a folder, .. or a leading dot; write a name alone")
     twice = [entry for entry, count in Counter(entries).items() if count > 1]
     if twice:
         raise DataError(f"{path}: entries listed twice: {brief(', '.join(twice[:3]))}; keep one line of each")
@@ -252,7 +252,7 @@ def divide(
     """Return the lists of each fold: the names of its parts ``train``, ``val`` and, if any are held out, ``test``.
 
     Patients are shuffled once; ``test`` percent of them are held out, each other patient validates in one fold. folds:
-    None means 5, or one per patient if there are fewer. pattern: as in ``patient_of``, applied to ``owner(name)`` of
+    None means 5, or 2 to 4 if there are too few patients. pattern: as in ``patient_of``, applied to ``owner(name)`` of
     each case. splits: nnU-Net's ``splits_final.json`` or a folder of lists, to use instead; they may also name the
     cases in ``left_out``. Raises DataError for too few patients and for splits that name unknown cases.
     """

@@ -1,7 +1,7 @@
 """Functions for the preparation of every data set: pair raw files, read cases, write prepared files, show progress.
 
 A case (one frame of a patient, one picture, one cell) becomes prepared files. Its last file is written when all its
-other files are complete. A later run skips the cases that have this file and prepares the other cases again.
+other files are complete. A later run skips a case that has this file, unless its raw files have changed.
 """
 
 import logging

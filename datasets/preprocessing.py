@@ -143,9 +143,9 @@ class ColourPreprocessing:
         """Return the steps from an image to the network's input in words, for users of an exported network."""
         deep = f"; 16-bit values are divided by {2 ** (self.bits - 8)}" if self.bits else ""
         return (
-            f"RGB of 8 bits{deep}; if the shorter side is longer than {img_size}, the image is shrunk in proportion to "
-            f"this length; then it is resized to {img_size} x {img_size}; both steps are bicubic with antialiasing; v "
-            "becomes (v / 255 - mean) / std in each channel"
+            f"RGB of 8 bits{deep}; an image with a shorter side above {img_size} is shrunk in proportion "
+            f"until that side has this length; then it is resized to {img_size} x {img_size}; both steps are bicubic "
+            "with antialiasing; v becomes (v / 255 - mean) / std in each channel"
         )
 
     def normalise(self, image: np.ndarray) -> np.ndarray:
