@@ -321,10 +321,12 @@ def _preprocessing(
 def _write_facts(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
     """Write ``dataset.json``; overwrite: remove all cases first. Raises DataError if ``out`` holds other data."""
     text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
-    if (out / JSON).is_file() and overwrite:  # no old file stays beside the new facts, even after an interruption
+    before, now = read_json(out / JSON) if (out / JSON).is_file() else {}, json.loads(text)
+    if before and not {"label_values", "preprocessing"} <= before.keys():
+        raise DataError(f"{out}: its {JSON} is not from a prepared folder; give another --out")
+    if before and overwrite:  # no old file stays beside the new facts, even after an interruption
         remove_prepared(out)
-    elif (out / JSON).is_file():
-        before, now = read_json(out / JSON), json.loads(text)
+    elif before:
         # Earlier versions did not write the source. If it was moved, its old path may now be a link to it.
         before["source"] = str(Path(before.get("source", now["source"])).resolve())
         for key in ("source", "class_names", "channels", "planar", "preprocessing", "label_values"):
