@@ -97,7 +97,7 @@ def _find_series(path: Path) -> dict[Path, Any]:
     whole = path.is_dir() or path.name.upper() == "DICOMDIR"
     folder = path if path.is_dir() else path.parent
     files = find_files(folder) if whole else sorted(file for file in folder.iterdir() if file.is_file())
-    headers = {file: _header(file) for file in files if not file.name.startswith(".")}
+    headers = {file: _header(file) for file in files if file == path or not file.name.startswith(".")}
     others = {file: kind for file, header in headers.items() if (kind := _kind(header))}
     if path in others and not whole:
         raise DataError(f"{path}: is {others[path]}; expected an image of a DICOM series")
@@ -261,7 +261,7 @@ def _irregular(slices: list[Slice], gaps: np.ndarray) -> str:
     found = ", ".join(f"{gap:g} mm ({counted(n, 'time')})" for gap, n in Counter(gaps.round(2).tolist()).most_common(4))
     found += f"; the largest is after {slices[gaps.argmax()].file.name}"
     ratios = gaps / np.median(gaps)
-    if np.abs(ratios - ratios.round()).max() < 2 * JITTER:
+    if ratios.max() > 1.5 and np.abs(ratios - ratios.round()).max() < 2 * JITTER:
         return f"a slice is missing: the slice distances are {found}; export the series again"
     return f"the distance of its slices changes: {found}; resample it, or move slices with another distance elsewhere"
 

@@ -134,6 +134,7 @@ def test_without_geometry_no_millimetres_are_invented(tmp_path, caplog, left_out
 
 REFUSED = {
     "two spacings": ({"positions": [0, 1, 2, 3, 5.2, 7.4, 9.6]}, "its slices changes", "5.5 mm (3 times)"),
+    "uneven": ({"positions": [0, 1.08, 2, 3, 4, 5]}, "its slices changes", "2.7 mm (1 time)"),
     "two phases": ({"positions": [0, 1, 2, 0, 1, 2]}, "2 images at each of 3 positions", "--time_point 0 to 1"),
     "one position": ({"positions": [0] * 5}, "5 images at one position", "--time_point 0 to 4"),
     "one doubled": ({"positions": [0, 1, 1, 2]}, "1 to 2 images at each of its 3 positions"),
