@@ -261,7 +261,7 @@ def divide(
     patients: dict[str, list[str]] = {}
     for name in names:
         patients.setdefault(patient_of(owner(name), pattern), []).append(name)
-    folds = folds or max(2, min(5, len(patients) - bool(test)))
+    folds = folds or max(2, min(5, len(patients) - round(len(patients) * test / 100)))
     # The first count is the size of the test part in folds; it makes ``test`` percent of all patients.
     divided = split_names(patients, [test * folds / (100 - test), *[1] * folds], seed)
     held, *validating = ([name for patient in part for name in patients[patient]] for part in divided)

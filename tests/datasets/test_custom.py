@@ -118,7 +118,7 @@ def test_each_form_is_said_and_prepared_like_the_named_sets(tmp_path, caplog, re
     refused(lambda: prepare(raw, out, window=(0, 1)), "preprocessing ", "--overwrite")
     refused(lambda: prepare(make(tmp_path / "other"), out), "was prepared with source", "--overwrite")
     write_json(out, labels={})  # raw data of another set
-    refused(lambda: prepare(raw, out), "was prepared with class_names None")
+    refused(lambda: prepare(raw, out, overwrite=True), "is not from a prepared folder")
     (out / JSON).unlink()
     refused(lambda: prepare(raw, out), "files of another preparation")
 
@@ -201,6 +201,7 @@ def test_patients_are_divided_once_and_never_into_two_parts():
     for one in lists:
         owners = [{name.split("_")[0] for name in one[part]} for part in ("train", "val", "test")]
         assert sum(map(len, owners)) == len(set.union(*owners)) == 11 and len(owners[2]) == 2
+    assert [len(divide("abcdefgh"[:count], test=test)) for count, test in ((5, 40), (6, 50), (8, 0))] == [3, 3, 5]
 
 
 def rename_b(raw: Path, name: str) -> None:
