@@ -151,7 +151,7 @@ def main() -> None:
         logger.info("%d/%d %s: classes found: %d of %d", i, len(inputs), target, found, len(predictor.class_names))
     if not sizes:
         raise RunError(f"none of the {failed} inputs could be read (see above)")
-    write_csv(f"{beside}{'areas' if planar else 'volumes'}.csv", sizes)
+    write_csv(f"{beside}{'areas' if planar else 'volumes'}.csv", sizes, "%.6g")
     if not planar:
         write_colour_tables(beside, predictor.class_names)
     logger.info("tables, and overlays if any, were written to %s*", beside)
