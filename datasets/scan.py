@@ -25,7 +25,7 @@ _ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 _DICOM = (".dcm", ".ima")
 _IMG = (".img.gz", ".img")  # they hold the voxels of a .hdr file
 FOLDER_ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr.gz", ".hdr", *_ITK, *PREPARED_ENDINGS)
-"""Extensions of the files that are read from a folder of scans; each of these files is one scan."""
+"""Extensions of the files that are read from a folder of scans; each file is one scan, or one channel of a scan."""
 SCAN_ENDINGS = (*FOLDER_ENDINGS, *_DICOM, *_IMG)
 LABEL_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mgz")  # extensions of segmentations
 _FORMS = "qform_code sform_code quatern_b quatern_c quatern_d qoffset_x qoffset_y qoffset_z srow_x srow_y srow_z pixdim"
@@ -63,7 +63,7 @@ class Scan(Volume):
         if self.header is None:
             return image
         keys = [*_FORMS.split(), "xyzt_units"]
-        if not is_rigid(self.affine) and not self.header["qform_code"]:  # ITK's programs need the upright qform
+        if not is_rigid(self.affine) and not self.header["qform_code"]:  # keep the upright qform for ITK's programs
             keys = [key for key in keys if key[0] not in "qp"]
         for key in keys:
             image.header[key] = self.header[key]
@@ -160,7 +160,7 @@ def load_scan(files: Sequence[Path], count: int = 1, time_point: int | None = No
     holds NaN or infinite values, and for channels that are not on one grid.
     """
     if len(files) not in (1, count):
-        raise DataError(f"{files[0]}: has {counted(len(files), 'channel')}; expected {count} files, or one for all")
+        raise DataError(f"{files[0]}: has {counted(len(files), 'channel')}; expected {count}, or one file with all")
     scans = [_load(file, time_point, count if len(files) == 1 else 1) for file in files]
     grids = [np.zeros((4, 4)) if scan.affine is None else scan.affine for scan in scans]
     shapes = [scan.channels[0].shape[::-1] for scan in scans]
@@ -189,8 +189,8 @@ def read_scan_label(path: str | Path, volume: Volume, num_classes: int | None = 
     apart = not np.allclose(between[:3, 3], 0, atol=0.1)
     if not np.allclose(between[:3, :3], np.eye(3), atol=0.1) or (apart and found != wanted):
         raise DataError(
-            f"{path}: its axes ({found}), spacing or position do not fit its image ({wanted}); resample the label, "
-            "or copy the image's affine to it if their voxels match by index"
+            f"{path}: its axes ({found}), spacing or position do not fit its image (read as {wanted}); "
+            "resample the label, or copy the affine of the image file to it if their voxels match by index"
         )
     if apart:
         distance = np.linalg.norm(affine[:3, 3] - volume.affine[:3, 3])
@@ -199,7 +199,7 @@ def read_scan_label(path: str | Path, volume: Volume, num_classes: int | None = 
 
 
 def write_segmentation(path: Path, volume: Volume, prediction: np.ndarray) -> None:
-    """Write class indices, uint8 (D, H, W), on the volume's grid. The extension of ``path`` chooses the format."""
+    """Write class indices, uint8 (D, H, W), on the volume's grid; ``path`` ends in one of ``LABEL_ENDINGS``."""
     import nibabel
 
     ending = path.suffix.lower()
@@ -261,8 +261,8 @@ def _load(path: Path, time_point: int | None, count: int) -> Stored:
             stored = stored._replace(channels=channels)
     if len(stored.channels) != count:
         raise DataError(
-            f"{path}: has {counted(len(stored.channels), 'channel')}; expected {count}: give one file with all "
-            "channels, or one file per channel"
+            f"{path}: is read as {counted(len(stored.channels), 'channel')}; expected {count}: give one file with all "
+            "channels (predict.py: without --time_point), or one file per channel"
         )
     if not all(np.isfinite([one.min(), one.max()]).all() for one in stored.channels):
         raise DataError(f"{path}: holds NaN or infinite values; replace them, for example with numpy.nan_to_num")

@@ -55,9 +55,9 @@ def prepare(raw: str | Path, out: str | Path, jobs: int = 1, overwrite: bool = F
     """Write ``out/images`` and ``out/masks`` for every image with masks, and ``out/lists``. Return all names.
 
     raw: the folder of the challenge's ``train`` and ``valid`` (or ``validation``) with ``x/<id>.bmp`` and
-    ``y/<id>_<k>.bmp``, or one of these two, or a folder with ``images/<id>`` and ``masks/<id>.png``. Images in a folder
-    with another name are training data. crops: write single cells, ``<id>_cell<k>``, instead of whole images. jobs,
-    overwrite: as in ``prepare_images``. Raises DataError if raw data are missing or cannot be used.
+    ``y/<id>_<k>.bmp``, or one of these two, or a folder with ``images/<id>`` and ``masks/<id>.png``. A folder with
+    another name is training data if it is the only one. crops: write single cells, ``<id>_cell<k>``, not whole images.
+    jobs, overwrite: as in ``prepare_images``. Raises DataError if raw data are missing or cannot be used.
 
     Images are copied, because a BMP is read faster than a PNG. Crops of empty masks are left out. The lists contain
     names of images, also for crops. For all images of the challenge they equal ``lists/lists_SegPC``.

@@ -2,7 +2,7 @@
 
 Landman et al., synapse.org, syn3193805. TransUNet (Chen et al., 2021) chose eight of BTCV's thirteen organs, the
 split and the file names. Arrays are (z, y, x): x runs to the patient's left, y to the front, z up (LAS). To our
-knowledge BTCV stores its files in this orientation, so our slices look like the public ones. Others are reoriented.
+knowledge BTCV stores its files like this, so our slices look like the public ones. Other files are reoriented.
 """
 
 from functools import partial
@@ -48,7 +48,7 @@ _SMALLER = {
 
 
 def doubtful_sizes(voxels: np.ndarray) -> list[str]:
-    """Return one line for each organ that is larger than a normally much larger one, and for some absent organs.
+    """Return one line for each pair of organs whose normally much smaller one is larger, and for some absent organs.
 
     voxels: (9,), number of voxels of each class in a volume or a split. Sizes of absent organs are not compared.
     """
@@ -64,7 +64,7 @@ def doubtful_sizes(voxels: np.ndarray) -> list[str]:
 
 
 def doubtful_places(label: np.ndarray) -> list[str]:
-    """Return one line if the right kidney is not on the liver's side; label: (D, H, W), slices in any orientation."""
+    """Return one line if the right kidney is not on the liver's side; label: (D, H, W), axial, turned in any way."""
     ids = [1 + CLASS_NAMES.index(name) for name in ("liver", "spleen", "left kidney", "right kidney")]
     organs = [np.argwhere(label == index)[:, 1:] for index in ids]  # rows and columns
     if not all(map(len, organs)):

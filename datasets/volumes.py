@@ -33,7 +33,7 @@ COMPRESSION = 1  # zlib level of prepared files: the fastest
 class Volume:
     """One scan with its label; axes are (z, y, x). A ``Picture`` of ``images.py`` is a Volume of one slice.
 
-    image: float32 (D, H, W), or (D, H, W, C) if it has channels; label: uint8 (D, H, W) or None; spacing: (z, y, x) in
+    image: float32 (D, H, W), of several channels (D, H, W, C); label: uint8 (D, H, W) or None; spacing: (z, y, x) in
     mm or None; affine: float64 (4, 4) from voxel index (x, y, z) to mm in NIfTI's right-anterior-superior space, or
     None; class_names: without background. orientation and stored_type describe the original file: the directions of its
     x, y and z axes (``RAS``; None: the same as here), and the number type of its label, or of its image if it has no
@@ -125,7 +125,7 @@ def write_volume(path: str | Path, volume: Volume) -> None:
     # Write to memory first: on a full disk, HDF5 itself prints tracebacks and may crash the interpreter.
     content = io.BytesIO()
     packing = dict(compression="gzip", compression_opts=COMPRESSION, shuffle=True)
-    with h5py.File(content, "w", libver=("v110", "v110")) as file:  # its checksums cover all but the arrays
+    with h5py.File(content, "w", libver=("v110", "v110")) as file:  # this format has checksums for all but the arrays
         for key in ("image", "label"):
             data = getattr(volume, key)
             file.create_dataset(key, data=data, chunks=(1, *data.shape[1:]), **packing)
@@ -159,7 +159,7 @@ class VolumeDataset(Sequence[Volume]):
     (MT-UNet's validation data are slices); a folder inside it with the split's name takes precedence. num_classes
     counts the background; label_order translates a file's ids to ours; only: names in the list to keep, or None for
     all. ``[i]`` returns a Volume; ``names`` are the volumes' names, ``source`` the list. A file that names its classes
-    must use ``class_names``. The constructor raises DataError for a bad list, and indexing raises it for a bad file.
+    must use ``class_names`` (None: any). The constructor raises DataError for a bad list, indexing for a bad file.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ def group_by_volume(paths: Iterable[Path]) -> dict[str, list[Path]]:
         if missing:
             logger.warning(
                 "%s: slice %d of %s is missing (%d in all), so distances across the gap are too short; add the slice "
-                "to the folder and to the list",
+                "to the folder, and to the list if it names slices",
                 members[0].parent, missing[0], name, len(missing),
             )  # fmt: skip
     return files
