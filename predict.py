@@ -20,12 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import DATASETS, DataError, scan
+from datasets import DATASETS, DataError, scan_files
 from datasets.dicom import several_series
 from datasets.errors import brief
 from datasets.files import atomic_write, check_writable, file_stem
 from datasets.image_files import IMAGE_ENDINGS, common_bits, save_png
 from datasets.lists import is_one_line
+from datasets.scan import write_segmentation
 from utils.arguments import add_prediction
 from utils.cli import AMP_DTYPES, ArgumentParser, number, run_script, seed_everything
 from utils.errors import RunError
@@ -33,7 +34,8 @@ from utils.figures import save_overlays, save_picture_overlay
 from utils.predictor import Predictor, class_sizes, write_colour_tables
 from utils.results import write_csv
 
-SECOND_FILES = (".img", ".img.gz", ".raw", ".raw.gz", ".zraw")
+SECOND_FILES = (".img", ".img.gz", ".raw", ".raw.gz", ".zraw")  # they hold the voxels of a scan
+OTHER_FILES = (".gz", ".gif", ".webp")  # more extensions of an --output that is a file, not a folder
 
 logger = logging.getLogger("predict")
 
@@ -60,7 +62,7 @@ def find_inputs(source: Path, planar: bool, channels: int) -> list[Path]:
 
     If a scan has one file per channel, only the first of these files is returned.
     """
-    endings, other = (IMAGE_ENDINGS, scan.SCAN_ENDINGS) if planar else (scan.FOLDER_ENDINGS, IMAGE_ENDINGS)
+    endings, other = (IMAGE_ENDINGS, scan_files.SCAN_ENDINGS) if planar else (scan_files.FOLDER_ENDINGS, IMAGE_ENDINGS)
     if source.name.lower().endswith(other):
         found, expected = ("scan", "pictures") if planar else ("picture", "scans")
         raise RunError(
@@ -74,26 +76,26 @@ def find_inputs(source: Path, planar: bool, channels: int) -> list[Path]:
         raise RunError(f"--input {source} contains no image ({', '.join(endings)})")
     if not found:
         return several_series(source) or [source]
-    second = {scan.scan_name(path) + ending for path in found for ending in SECOND_FILES}  # hold the voxels of a scan
+    second = {scan_files.scan_name(path) + ending for path in found for ending in SECOND_FILES}
     others = [path.name + "/" * path.is_dir() for path in inside if path not in found and path.name not in second]
     if others:
         logger.warning("left out of %s (give a scan or folder alone as --input): %s", source, brief(", ".join(others)))
-    return found if planar else list(dict.fromkeys(scan.channel_files(path, channels)[0] for path in found))
+    return found if planar else list(dict.fromkeys(scan_files.channel_files(path, channels)[0] for path in found))
 
 
 def name_outputs(inputs: list[Path], target: Path, planar: bool, channels: int) -> tuple[list[Path], str]:
     """Return the output file of each input, and the path with which all other output files begin."""
-    written = (".png",) if planar else scan.LABEL_ENDINGS
-    stem = (lambda path: path.stem) if planar else scan.case_name if channels > 1 else scan.scan_name
+    written = (".png",) if planar else scan_files.LABEL_ENDINGS
+    stem = (lambda path: path.stem) if planar else scan_files.case_name if channels > 1 else scan_files.scan_name
     names = [file_stem(stem(path)) for path in inputs]
     if target.name.lower().endswith(written):
         if len(inputs) > 1:
             raise RunError(f"--output {target} is one file, but there are {len(inputs)} inputs: give a folder")
         outputs, beside = [target], f"{target.parent / stem(target)}_"
-    elif target.suffix.lower() in (*scan.SCAN_ENDINGS, *IMAGE_ENDINGS, ".gz", ".gif", ".webp") and not target.is_dir():
+    elif not target.is_dir() and target.suffix.lower() in (*scan_files.SCAN_ENDINGS, *IMAGE_ENDINGS, *OTHER_FILES):
         raise RunError(f"--output {target}: expected a name that ends in {', '.join(written)}, or a folder")
     else:
-        endings = [".png" if planar else scan.label_ending(path) for path in inputs]
+        endings = [".png" if planar else scan_files.label_ending(path) for path in inputs]
         outputs, beside = [target / (name + ending) for name, ending in zip(names, endings, strict=True)], f"{target}/"
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
@@ -101,7 +103,7 @@ def name_outputs(inputs: list[Path], target: Path, planar: bool, channels: int) 
     for path in inputs:
         if not is_one_line(path.name):
             raise RunError(f"{path.name!r} in {path.parent}: this name cannot be written to a table: rename it")
-    files = [[path] if planar else scan.channel_files(path, channels) for path in inputs]
+    files = [[path] if planar else scan_files.channel_files(path, channels) for path in inputs]
     originals = {path.resolve() for of_one in files for path in of_one}
     for output in outputs:
         if output.resolve() in originals:
@@ -121,7 +123,7 @@ def main() -> None:
     if planar:
         bits = common_bits(inputs, predictor.preprocessing.bits)
         predictor.preprocessing = replace(predictor.preprocessing, bits=bits)
-    endings = (".png",) if planar else scan.LABEL_ENDINGS
+    endings = (".png",) if planar else scan_files.LABEL_ENDINGS
     former = {path.name for path in args.output.glob("*") if path.name.endswith(endings)} - {o.name for o in outputs}
     if former:
         text = "%s holds other files (%s), which the tables and colours of this call do not describe"
@@ -141,7 +143,7 @@ def main() -> None:
             save_png(target, prediction[0])
         else:
             with atomic_write(target) as temporary:
-                scan.write_segmentation(temporary, case, prediction)
+                write_segmentation(temporary, case, prediction)
         if args.overlays and planar:
             save_picture_overlay(f"{beside}overlays/{target.stem}.png", case.image[0], prediction[0])
         elif args.overlays:

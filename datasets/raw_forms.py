@@ -16,7 +16,7 @@ from datasets.image_files import IMAGE_ENDINGS
 from datasets.lists import PREPARED_ENDINGS, files_by_name
 from datasets.preparation import RawCase, refuse_twins
 from datasets.preprocessing import RGB
-from datasets.scan import FOLDER_ENDINGS, channel_files, scan_name
+from datasets.scan_files import FOLDER_ENDINGS, channel_files, scan_name
 from datasets.storage import MAX_VALUE, reading
 
 JSON = "dataset.json"

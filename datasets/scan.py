@@ -16,18 +16,12 @@ from datasets.dicom import TO_RAS, choose, itk, load_dicom
 from datasets.errors import DataError, brief, counted
 from datasets.lists import PREPARED_ENDINGS, is_slice
 from datasets.preprocessing import Preprocessing, is_affine, is_rigid, orientation_of, reorient, upright
+from datasets.scan_files import DICOM_ENDINGS, IMG_ENDINGS, ITK_ENDINGS, case_name, channel_files, scan_name
 from datasets.storage import MAX_INFLATION, MAX_VALUE, check_declared, checked_label, reading
 from datasets.volumes import Volume, read_volume
 
 logger = logging.getLogger(__name__)
 
-_ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
-_DICOM = (".dcm", ".ima")
-_IMG = (".img.gz", ".img")  # they hold the voxels of a .hdr file
-FOLDER_ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr.gz", ".hdr", *_ITK, *PREPARED_ENDINGS)
-"""Extensions of the files that are read from a folder of scans; each file is one scan, or one channel of a scan."""
-SCAN_ENDINGS = (*FOLDER_ENDINGS, *_DICOM, *_IMG)
-LABEL_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mgz")  # extensions of segmentations
 _FORMS = "qform_code sform_code quatern_b quatern_c quatern_d qoffset_x qoffset_y qoffset_z srow_x srow_y srow_z pixdim"
 _MILLIMETRES = {1: 1000.0, 3: 0.001}  # per metre and per micrometre, by NIfTI's unit code; a missing unit means mm
 
@@ -68,38 +62,6 @@ class Scan(Volume):
         for key in keys:
             image.header[key] = self.header[key]
         return nibabel.Nifti1Image(image.dataobj, image.header.get_best_affine(), image.header)
-
-
-def scan_name(path: str | Path) -> str:
-    """Return the name of a scan: the name of its folder, or of its file without the extension."""
-    name = Path(path).absolute().name
-    return next((name[: -len(ending)] for ending in SCAN_ENDINGS if name.lower().endswith(ending)), name)
-
-
-def case_name(path: str | Path) -> str:
-    """Return the name of a case with several channels: ``case`` for ``case_0000.nii.gz``."""
-    return re.sub(r"_[0-9]{4}$", "", scan_name(path))
-
-
-def label_ending(path: str | Path) -> str:
-    """Return the extension of a scan's segmentation: the one-file form of the scan's format, or ``.nii.gz``."""
-    alike = {".nrrd": ".nrrd", ".nhdr": ".nrrd", ".mha": ".mha", ".mhd": ".mha", ".mgz": ".mgz", ".mgh": ".mgz"}
-    return alike.get(Path(path).suffix.lower(), ".nii.gz")
-
-
-def channel_files(path: str | Path, count: int) -> list[Path]:
-    """Return the files of a scan with ``count`` channels: ``case_0000.nii.gz``, ``case_0001.nii.gz``, ..., or one file.
-
-    path: one of these files. Raises DataError if there is a file for one more channel.
-    """
-    path = Path(path)
-    numbered = re.fullmatch(r"(.+_)[0-9]{4}(\.[^_]+)", path.name) if count > 1 else None
-    if numbered is None:
-        return [path]
-    *files, more = (path.with_name(f"{numbered[1]}{channel:04d}{numbered[2]}") for channel in range(count + 1))
-    if more.exists():
-        raise DataError(f"{more}: is one channel too many; expected {count}; remove it, or train on all channels")
-    return files
 
 
 def read_scan(path: str | Path | Sequence[Path], preprocessing: Preprocessing, time_point: int | None = None) -> Volume:
@@ -248,11 +210,11 @@ def _load(path: Path, time_point: int | None, count: int) -> Stored:
     """Read all ``count`` volumes of a file as channels, or only one volume, and check values and geometry."""
     name = path.name.lower()
     with reading(path, "scan", "copy, unpack or export it again"):
-        if path.is_dir() or name.endswith(("dicomdir", *_DICOM)) or _beginning(path, 132)[128:] == b"DICM":
+        if path.is_dir() or name.endswith(("dicomdir", *DICOM_ENDINGS)) or _beginning(path, 132)[128:] == b"DICM":
             voxels, affine = load_dicom(path, time_point)
             stored = Stored([voxels], affine, voxels.dtype.name)
         else:
-            stored, line = _load_itk(path) if name.endswith(_ITK) else _load_nibabel(path)
+            stored, line = _load_itk(path) if name.endswith(ITK_ENDINGS) else _load_nibabel(path)
             channels = stored.channels
             if count == 1 or time_point is not None:
                 channels = [channels[choose(path, len(channels), time_point, "volumes")]]
@@ -352,7 +314,7 @@ def _load_nibabel(path: Path) -> tuple[Stored, tuple[float, float]]:
     import nibabel
 
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # the errors below report the same
-    is_mgh_or_pair = path.name.lower().endswith((".mgz", ".mgh", ".hdr", ".hdr.gz", *_IMG))
+    is_mgh_or_pair = path.name.lower().endswith((".mgz", ".mgh", ".hdr", ".hdr.gz", *IMG_ENDINGS))
     image = nibabel.load(path) if is_mgh_or_pair else None
     data, sides = Path(image.file_map["image"].filename) if is_mgh_or_pair else path, (1,)
     # Decide by content, not by name: some browsers unpack a .nii.gz file but keep its name.

@@ -11,7 +11,8 @@ from scipy.spatial.transform import Rotation
 
 from datasets import Preprocessing, Volume, read_scan, read_volume, write_volume
 from datasets.preprocessing import orientation_of, reorient
-from datasets.scan import label_ending, load_scan, read_scan_label, write_segmentation
+from datasets.scan import load_scan, read_scan_label, write_segmentation
+from datasets.scan_files import label_ending
 from utils.evaluation import save_nifti
 
 CT = Preprocessing("LAS", (-125.0, 275.0))
