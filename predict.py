@@ -86,12 +86,13 @@ def find_inputs(source: Path, planar: bool, channels: int) -> list[Path]:
 def name_outputs(inputs: list[Path], target: Path, planar: bool, channels: int) -> tuple[list[Path], str]:
     """Return the output file of each input, and the path with which all other output files begin."""
     written = (".png",) if planar else scan_files.LABEL_ENDINGS
-    stem = (lambda path: path.stem) if planar else scan_files.case_name if channels > 1 else scan_files.scan_name
-    names = [file_stem(stem(path)) for path in inputs]
+    files = [[path] if planar else scan_files.channel_files(path, channels) for path in inputs]
+    names = [file_stem(paths[0].stem if planar else scan_files.case_name(paths)) for paths in files]
     if target.name.lower().endswith(written):
         if len(inputs) > 1:
             raise RunError(f"--output {target} is one file, but there are {len(inputs)} inputs: give a folder")
-        outputs, beside = [target], f"{target.parent / stem(target)}_"
+        stem = target.stem if planar else scan_files.scan_name(target)
+        outputs, beside = [target], f"{target.parent / stem}_"
     elif not target.is_dir() and target.suffix.lower() in (*scan_files.SCAN_ENDINGS, *IMAGE_ENDINGS, *OTHER_FILES):
         raise RunError(f"--output {target}: expected a name that ends in {', '.join(written)}, or a folder")
     else:
@@ -103,7 +104,6 @@ def name_outputs(inputs: list[Path], target: Path, planar: bool, channels: int) 
     for path in inputs:
         if not is_one_line(path.name):
             raise RunError(f"{path.name!r} in {path.parent}: this name cannot be written to a table: rename it")
-    files = [[path] if planar else scan_files.channel_files(path, channels) for path in inputs]
     originals = {path.resolve() for of_one in files for path in of_one}
     for output in outputs:
         if output.resolve() in originals:

@@ -16,7 +16,7 @@ from datasets.dicom import TO_RAS, choose, itk, load_dicom
 from datasets.errors import DataError, brief, counted
 from datasets.lists import PREPARED_ENDINGS, is_slice
 from datasets.preprocessing import Preprocessing, is_affine, is_rigid, orientation_of, reorient, upright
-from datasets.scan_files import DICOM_ENDINGS, IMG_ENDINGS, ITK_ENDINGS, case_name, channel_files, scan_name
+from datasets.scan_files import DICOM_ENDINGS, IMG_ENDINGS, ITK_ENDINGS, case_name, channel_files, itk_header
 from datasets.storage import MAX_INFLATION, MAX_VALUE, check_declared, checked_label, reading
 from datasets.volumes import Volume, read_volume
 
@@ -111,8 +111,7 @@ def read_scan(path: str | Path | Sequence[Path], preprocessing: Preprocessing, t
     turned = [reorient(one, affine, preprocessing.orientation or orientation) for one in channels]
     image, affine = preprocessing.scaled([voxels for voxels, _ in turned]), turned[0][1]
     spacing = tuple(np.linalg.norm(affine[:3, :3], axis=0)[::-1].tolist()) if measured else None
-    name = case_name(path) if len(files) > 1 else scan_name(path)
-    return Scan(name, image, None, spacing, affine, (), orientation, stored_type, header)
+    return Scan(case_name(files), image, None, spacing, affine, (), orientation, stored_type, header)
 
 
 def load_scan(files: Sequence[Path], count: int = 1, time_point: int | None = None) -> Stored:
@@ -272,10 +271,7 @@ def _load_itk(path: Path) -> tuple[Stored, tuple[float, float]]:
     import SimpleITK
     from nibabel import Nifti1Header
 
-    reader = SimpleITK.ImageFileReader()
-    reader.SetFileName(str(path))
-    with itk():
-        reader.ReadImageInformation()
+    reader = itk_header(path)
     shape = (*reader.GetSize(), reader.GetNumberOfComponents())
     count = math.prod(shape[3:])
     if len(shape) < 4 or 1 not in (shape[-1], count // shape[-1]):

@@ -12,7 +12,7 @@ from scipy.spatial.transform import Rotation
 from datasets import Preprocessing, Volume, read_scan, read_volume, write_volume
 from datasets.preprocessing import orientation_of, reorient
 from datasets.scan import load_scan, read_scan_label, write_segmentation
-from datasets.scan_files import label_ending
+from datasets.scan_files import case_name, channel_files, label_ending
 from utils.evaluation import save_nifti
 
 CT = Preprocessing("LAS", (-125.0, 275.0))
@@ -242,6 +242,19 @@ def test_one_of_several_volumes_is_chosen(tmp_path, refused):
         np.testing.assert_array_equal(load_scan([tmp_path / name], time_point=1).channels[0], array[1])
         refused(lambda name=name: read_scan(tmp_path / name, Preprocessing(), 3), name, "no time point 3")
         refused(lambda name=name: load_scan([tmp_path / name] * 3, 2, 1), name, "has 3 channels; expected 2")
+
+
+def test_a_file_that_holds_all_channels_is_no_channel_of_another_scan(tmp_path):
+    voxels = np.random.default_rng(0).normal(size=(2, 3, 4, 5, 6))  # of two scans of three channels
+    for number, scan in enumerate(voxels):
+        nibabel.save(nibabel.Nifti1Image(scan.T, np.eye(4)), tmp_path / f"a_{number:04d}.nii.gz")
+        image = SimpleITK.GetImageFromArray(np.moveaxis(scan, 0, 3), isVector=True)
+        SimpleITK.WriteImage(image, str(tmp_path / f"a_{number:04d}.mha"))
+    for path in (tmp_path / "a_0001.nii.gz", tmp_path / "a_0001.mha", tmp_path / "a_0001.npy.h5"):
+        assert channel_files(path, 3) == [path] and case_name([path]) == "a_0001"
+    nibabel.save(nibabel.Nifti1Image(voxels[0, 0].T, np.eye(4)), tmp_path / "a_0001.nii.gz")
+    files = channel_files(tmp_path / "a_0001.nii.gz", 3)
+    assert [path.name for path in files] == [f"a_{n:04d}.nii.gz" for n in range(3)] and case_name(files) == "a"
 
 
 BARE = bytearray(nibabel.Nifti1Image(np.zeros((6, 5, 4), np.int16), None).to_bytes()[:352])
