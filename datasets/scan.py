@@ -143,18 +143,18 @@ def read_scan_label(path: str | Path, volume: Volume, num_classes: int | None = 
     """
     (voxels,), affine, volume.stored_type, _ = load_scan([Path(path)])
     affine = TO_RAS if affine is None else affine
-    found, wanted = orientation_of(affine), orientation_of(volume.affine)
-    voxels, affine = reorient(voxels, affine, wanted)
-    label = checked_label(path, voxels, volume.image.shape[:3], num_classes, 255 if num_classes else MAX_VALUE)
+    found, wanted = orientation_of(affine), volume.orientation or orientation_of(volume.affine)  # as stored
     between = np.linalg.inv(volume.affine) @ affine  # from the label's voxels to the image's
+    voxels, between = reorient(voxels, between, "RAS")  # the image's axes take the place of R, A and S
+    label = checked_label(path, voxels, volume.image.shape[:3], num_classes, 255 if num_classes else MAX_VALUE)
     apart = not np.allclose(between[:3, 3], 0, atol=0.1)
     if not np.allclose(between[:3, :3], np.eye(3), atol=0.1) or (apart and found != wanted):
         raise DataError(
-            f"{path}: its axes ({found}), spacing or position do not fit its image (read as {wanted}); "
+            f"{path}: its axes ({found}), spacing or position do not fit its image ({wanted}); "
             "resample the label, or copy the affine of the image file to it if their voxels match by index"
         )
     if apart:
-        distance = np.linalg.norm(affine[:3, 3] - volume.affine[:3, 3])
+        distance = np.linalg.norm(volume.affine[:3, :3] @ between[:3, 3])
         logger.warning("%s: its position is %.3g mm from its image's; voxels are matched by index", path, distance)
     return label
 

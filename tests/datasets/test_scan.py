@@ -257,6 +257,33 @@ def test_a_file_that_holds_all_channels_is_no_channel_of_another_scan(tmp_path):
     assert [path.name for path in files] == [f"a_{n:04d}.nii.gz" for n in range(3)] and case_name(files) == "a"
 
 
+@pytest.mark.parametrize("axes", [(0, 1, 2), (1, 0, 2), (2, 1, 0)])
+def test_a_label_along_other_axes_fits_its_image_at_any_angle(tmp_path, axes):
+    turned = np.eye(4)
+    turned[:2, :2] = np.array([[1, -1], [1, 1]]) / 2**0.5  # at 45 degrees two codes are equally near
+    voxels = np.random.default_rng(0).integers(3, size=(4, 5, 6), dtype=np.uint8)
+    nibabel.save(nibabel.Nifti1Image(voxels, turned), tmp_path / "image.nii")
+    permuted = nibabel.Nifti1Image(voxels.transpose(axes), turned @ np.eye(4)[:, [*axes, 3]])
+    nibabel.save(permuted, tmp_path / "label.nii")
+    volume = read_scan(tmp_path / "image.nii", Preprocessing("LPS"))
+    expected = read_scan_label(tmp_path / "image.nii", volume)
+    np.testing.assert_array_equal(read_scan_label(tmp_path / "label.nii", volume), expected)
+
+
+@pytest.mark.parametrize(("header", "fits"), [(np.diag([1.0, 1, 1, 1]), True), (np.diag([-1.0, -1, 1, 1]), False)])
+def test_a_label_elsewhere_fits_only_with_the_axes_of_the_image_file(tmp_path, refused, caplog, header, fits):
+    header[:3, 3] = 5
+    voxels = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), tmp_path / "image.nii")
+    nibabel.save(nibabel.Nifti1Image(voxels, header), tmp_path / "label.nii")
+    volume = read_scan(tmp_path / "image.nii", Preprocessing("LPS"))
+    if fits:
+        np.testing.assert_array_equal(read_scan_label(tmp_path / "label.nii", volume), voxels.T[:, ::-1, ::-1])
+        assert "is 8.66 mm from its image's" in caplog.text
+    else:
+        refused(lambda: read_scan_label(tmp_path / "label.nii", volume), "its axes (LPS)", "its image (RAS)")
+
+
 BARE = bytearray(nibabel.Nifti1Image(np.zeros((6, 5, 4), np.int16), None).to_bytes()[:352])
 BARE[80:92] = bytes(12)  # sides of voxels of 0; both codes of the forms are 0
 NRRD = "NRRD0004\ntype: int16\ndimension: 3\nsizes: 6 5 4\nencoding: raw\nendian: little\n"
