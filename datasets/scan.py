@@ -23,7 +23,8 @@ from datasets.volumes import Volume, read_volume
 logger = logging.getLogger(__name__)
 
 _FORMS = "qform_code sform_code quatern_b quatern_c quatern_d qoffset_x qoffset_y qoffset_z srow_x srow_y srow_z pixdim"
-_MILLIMETRES = {1: 1000.0, 3: 0.001}  # per metre and per micrometre, by NIfTI's unit code; a missing unit means mm
+# Of units by their names, and by NIfTI's codes of the metre and the micrometre; a missing unit means mm.
+_MILLIMETRES = {"mm": 1.0, "cm": 10.0, "m": 1000.0, "um": 0.001, 1: 1000.0, 3: 0.001}
 
 
 class Stored(NamedTuple):
@@ -291,14 +292,15 @@ def _load_itk(path: Path) -> tuple[Stored, tuple[float, float]]:
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (dims, dims))[:3, :3] * image.GetSpacing()[:3]
     affine[:3, 3] = image.GetOrigin()[:3]
+    sized = {"spacings", "space directions", "elementspacing", "elementsize"} & said.keys()
+    units = said.get("space units") or said.get("units") or said.get("distanceunits") or "mm"
+    millimetres = _MILLIMETRES.get(re.split('["? ]+', units.lower().strip('"? '))[0] or "mm")
+    affine = np.diag([millimetres] * 3 + [1]) @ TO_RAS @ affine if sized and millimetres else None
     forms = None
     directed = {"transformmatrix", "orientation", "rotation"} & said.keys()
     if not directed and not said.get("space", "").upper().startswith(("L", "R")):
         forms = Nifti1Header()
-        forms["pixdim"][1:4] = image.GetSpacing()[:3]
-    sized = {"spacings", "space directions", "elementspacing", "elementsize"} & said.keys()
-    units = said.get("space units") or said.get("units") or said.get("distanceunits") or "?"
-    affine = TO_RAS @ affine if sized and units.strip('"').lower().startswith(("mm", "?")) else None
+        forms["pixdim"][1:4] = np.multiply(image.GetSpacing()[:3], millimetres or 1)
     # ITK does not apply slope and intercept of a MetaImage.
     slope = float(said.get("elementtointensityfunctionslope", 1))
     intercept = float(said.get("elementtointensityfunctionoffset", 0))

@@ -66,13 +66,14 @@ class Volume:
     def to_nifti(self, array: np.ndarray):
         """Return a nibabel image of an array (D, H, W) of this volume, with axes as in the original file.
 
-        Class indices (uint8) get the number type of the original file if that is an integer type. If the volume
-        has no affine, a diagonal one is made from the spacing, or from 1 mm.
+        Class indices (uint8) get the number type of the original file if that is an integer type that can hold them. If
+        the volume has no affine, a diagonal one is made from the spacing, or from 1 mm.
         """
         import nibabel
 
-        if array.dtype == np.uint8 and self.stored_type and np.dtype(self.stored_type).kind in "iu":
-            array = array.astype(self.stored_type)
+        stored = np.dtype(self.stored_type or np.float32)
+        if array.dtype == np.uint8 and stored.kind in "iu" and array.max(initial=0) <= np.iinfo(stored).max:
+            array = array.astype(stored)
         affine = np.diag([*(self.spacing or (1.0, 1.0, 1.0))[::-1], 1.0]) if self.affine is None else self.affine
         if self.orientation is not None:
             array, affine = reorient(array, affine, self.orientation)

@@ -294,7 +294,8 @@ MHA = "ObjectType = Image\nNDims = 3\nDimSize = 6 5 4\nElementType = MET_SHORT\n
     ("name", "header", "spacing"),
     [("a.nrrd", f"{NRRD}\n", None), ("b.nrrd", f"{NRRD}spacings: 1.5 1.5 5\nunits:=HU\n\n", (5, 1.5, 1.5)),
      ("a.mha", MHA, None),
-     ("c.nrrd", f'{NRRD}spacings: 1.5 1.5 5\nunits: "cm" "cm" "cm"\n\n', None), ("a.nii", BARE, None)],
+     ("c.nrrd", f'{NRRD}spacings: 1.5 1.5 5\nunits: "cm" "cm" "cm"\n\n', (50, 15, 15)),
+     ("d.nrrd", f'{NRRD}spacings: 1.5 1.5 5\nunits: "inch" "inch" "inch"\n\n', None), ("a.nii", BARE, None)],
 )  # fmt: skip
 def test_what_the_header_does_not_say_is_not_invented(tmp_path, caplog, refused, capfd, name, header, spacing):
     path = tmp_path / name
