@@ -214,12 +214,12 @@ def _load(path: Path, time_point: int | None, count: int) -> Stored:
             voxels, affine = load_dicom(path, time_point)
             stored = Stored([voxels], affine, voxels.dtype.name)
         else:
-            stored, line = _load_itk(path) if name.endswith(ITK_ENDINGS) else _load_nibabel(path)
+            stored, rescale = _load_itk(path) if name.endswith(ITK_ENDINGS) else _load_nibabel(path)
             channels = stored.channels
             if count == 1 or time_point is not None:
                 channels = [channels[choose(path, len(channels), time_point, "volumes")]]
-            if line != (1, 0):
-                channels = [_on_line(voxels, *line) for voxels in channels]
+            if rescale != (1, 0):
+                channels = [_rescaled(voxels, *rescale) for voxels in channels]
             stored = stored._replace(channels=channels)
     if len(stored.channels) != count:
         raise DataError(
@@ -234,7 +234,7 @@ def _load(path: Path, time_point: int | None, count: int) -> Stored:
     return stored
 
 
-def _on_line(voxels: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+def _rescaled(voxels: np.ndarray, slope: float, intercept: float) -> np.ndarray:
     """Return ``slope * voxels + intercept`` as float32, or as float64 for 32-bit integers and 64-bit numbers."""
     intensities = np.empty(voxels.shape, np.result_type(voxels, np.float32))
     for z, plane in enumerate(voxels):  # only one slice at a time is in double precision
@@ -283,28 +283,28 @@ def _load_itk(path: Path) -> tuple[Stored, tuple[float, float]]:
     array = SimpleITK.GetArrayFromImage(image)  # (t, z, y, x) or (z, y, x, t)
     array = np.moveaxis(array, -1, 0) if shape[-1] > 1 else array
     array = array.reshape((count, *shape[2::-1]))
-    header = _beginning(path, 2**16).decode("latin-1")
-    said = {key.lower(): value for key, value in re.findall(r"(?m)^([\w ]+?) *(?::(?!=)|=) *(.*?)\r?$", header)}
-    if said.get("compresseddata", "").lower() == "true" and said.get("elementdatafile") == "LOCAL":
+    text = _beginning(path, 2**16).decode("latin-1")
+    fields = {key.lower(): value for key, value in re.findall(r"(?m)^([\w ]+?) *(?::(?!=)|=) *(.*?)\r?$", text)}
+    if fields.get("compresseddata", "").lower() == "true" and fields.get("elementdatafile") == "LOCAL":
         content = path.read_bytes()
         zlib.decompress(re.split(rb"LOCAL\r?\n", content, maxsplit=1)[1])  # checks the checksum, because ITK does not
     dims = image.GetDimension()
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (dims, dims))[:3, :3] * image.GetSpacing()[:3]
     affine[:3, 3] = image.GetOrigin()[:3]
-    sized = {"spacings", "space directions", "elementspacing", "elementsize"} & said.keys()
-    units = said.get("space units") or said.get("units") or said.get("distanceunits") or "mm"
+    sized = {"spacings", "space directions", "elementspacing", "elementsize"} & fields.keys()
+    units = fields.get("space units") or fields.get("units") or fields.get("distanceunits") or "mm"
     millimetres = _MILLIMETRES.get(re.split('["? ]+', units.lower().strip('"? '))[0] or "mm")
     affine = np.diag([millimetres] * 3 + [1]) @ TO_RAS @ affine if sized and millimetres else None
-    forms = None
-    directed = {"transformmatrix", "orientation", "rotation"} & said.keys()
-    if not directed and not said.get("space", "").upper().startswith(("L", "R")):
-        forms = Nifti1Header()
-        forms["pixdim"][1:4] = np.multiply(image.GetSpacing()[:3], millimetres or 1)
+    header = None
+    directed = {"transformmatrix", "orientation", "rotation"} & fields.keys()
+    if not directed and not fields.get("space", "").upper().startswith(("L", "R")):
+        header = Nifti1Header()
+        header["pixdim"][1:4] = np.multiply(image.GetSpacing()[:3], millimetres or 1)
     # ITK does not apply slope and intercept of a MetaImage.
-    slope = float(said.get("elementtointensityfunctionslope", 1))
-    intercept = float(said.get("elementtointensityfunctionoffset", 0))
-    return Stored(array, affine, array.dtype.name, forms), (slope, intercept)
+    slope = float(fields.get("elementtointensityfunctionslope", 1))
+    intercept = float(fields.get("elementtointensityfunctionoffset", 0))
+    return Stored(array, affine, array.dtype.name, header), (slope, intercept)
 
 
 def _load_nibabel(path: Path) -> tuple[Stored, tuple[float, float]]:
