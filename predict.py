@@ -85,19 +85,19 @@ def find_inputs(source: Path, planar: bool, channels: int) -> list[Path]:
 
 def name_outputs(inputs: list[Path], target: Path, planar: bool, channels: int) -> tuple[list[Path], str]:
     """Return the output file of each input, and the path with which all other output files begin."""
-    written = (".png",) if planar else scan_files.LABEL_ENDINGS
+    extensions = (".png",) if planar else scan_files.LABEL_ENDINGS
     files = [[path] if planar else scan_files.channel_files(path, channels) for path in inputs]
     names = [file_stem(paths[0].stem if planar else scan_files.case_name(paths)) for paths in files]
-    if target.name.lower().endswith(written):
+    if target.name.lower().endswith(extensions):
         if len(inputs) > 1:
             raise RunError(f"--output {target} is one file, but there are {len(inputs)} inputs: give a folder")
         stem = target.stem if planar else scan_files.scan_name(target)
-        outputs, beside = [target], f"{target.parent / stem}_"
+        outputs, prefix = [target], f"{target.parent / stem}_"
     elif not target.is_dir() and target.suffix.lower() in (*scan_files.SCAN_ENDINGS, *IMAGE_ENDINGS, *OTHER_FILES):
-        raise RunError(f"--output {target}: expected a name that ends in {', '.join(written)}, or a folder")
+        raise RunError(f"--output {target}: expected a name that ends in {', '.join(extensions)}, or a folder")
     else:
         endings = [".png" if planar else scan_files.label_ending(path) for path in inputs]
-        outputs, beside = [target / (name + ending) for name, ending in zip(names, endings, strict=True)], f"{target}/"
+        outputs, prefix = [target / (name + ending) for name, ending in zip(names, endings, strict=True)], f"{target}/"
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
         raise RunError(f"--input: {count} inputs would have the same output name {name}: rename all but one")
@@ -108,7 +108,7 @@ def name_outputs(inputs: list[Path], target: Path, planar: bool, channels: int) 
     for output in outputs:
         if output.resolve() in originals:
             raise RunError(f"--output {target}: {output} is an input and would be lost: give another name or folder")
-    return outputs, beside
+    return outputs, prefix
 
 
 def main() -> None:
@@ -118,7 +118,7 @@ def main() -> None:
     predictor = Predictor(args.checkpoint, args.device, args.amp, args.batch_size, info, args.prediction)
     planar, channels = predictor.planar, len(predictor.channels)
     inputs = find_inputs(args.input, planar, channels)
-    outputs, beside = name_outputs(inputs, args.output, planar, channels)
+    outputs, prefix = name_outputs(inputs, args.output, planar, channels)
     check_writable(outputs[0].parent)
     if planar:
         bits = common_bits(inputs, predictor.preprocessing.bits)
@@ -145,18 +145,18 @@ def main() -> None:
             with atomic_write(target) as temporary:
                 write_segmentation(temporary, case, prediction)
         if args.overlays and planar:
-            save_picture_overlay(f"{beside}overlays/{target.stem}.png", case.image[0], prediction[0])
+            save_picture_overlay(f"{prefix}overlays/{target.stem}.png", case.image[0], prediction[0])
         elif args.overlays:
-            save_overlays(f"{beside}overlays", case, prediction, args.overlays)
+            save_overlays(f"{prefix}overlays", case, prediction, args.overlays)
         sizes += class_sizes(case, prediction)
         found = len(np.unique(prediction[prediction > 0]))
         logger.info("%d/%d %s: classes found: %d of %d", i, len(inputs), target, found, len(predictor.class_names))
     if not sizes:
         raise RunError(f"none of the {failed} inputs could be read (see above)")
-    write_csv(f"{beside}{'areas' if planar else 'volumes'}.csv", sizes, "%.6g")
+    write_csv(f"{prefix}{'areas' if planar else 'volumes'}.csv", sizes, "%.6g")
     if not planar:
-        write_colour_tables(beside, predictor.class_names)
-    logger.info("tables, and overlays if any, were written to %s*", beside)
+        write_colour_tables(prefix, predictor.class_names)
+    logger.info("tables, and overlays if any, were written to %s*", prefix)
     if failed:
         raise RunError(f"{failed} of {len(inputs)} inputs could not be read (see above); the others are segmented")
 

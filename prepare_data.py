@@ -38,8 +38,8 @@ SETS = {
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     parsers = parser.add_subparsers(dest="dataset", required=True, metavar="DATASET")
-    of = {name: parsers.add_parser(name, help=about) for name, (_, about, _) in SETS.items()}
-    for name, one in of.items():
+    parser_of = {name: parsers.add_parser(name, help=about) for name, (_, about, _) in SETS.items()}
+    for name, one in parser_of.items():
         if raw := SETS[name][2]:
             one.add_argument("--raw", required=True, help=raw)
             one.add_argument("--overwrite", action="store_true", help="prepare finished files again")
@@ -47,17 +47,17 @@ def parse_args() -> argparse.Namespace:
         one.add_argument("--out", help=f"folder to write to (default: {folder})")
         one.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="parallel processes")
     text = "order of the label ids in the raw files"
-    of["synapse"].add_argument("--label_order", default="btcv13", choices=synapse.LABEL_ORDERS, help=text)
+    parser_of["synapse"].add_argument("--label_order", default="btcv13", choices=synapse.LABEL_ORDERS, help=text)
     text = f"write single cells, by default to {segpc.CROPS_FOLDER}"
-    of["segpc"].add_argument("--crops", action="store_true", help=text)
-    add, parts = of["phantom"].add_argument, ("TRAIN", "VAL", "TEST")
+    parser_of["segpc"].add_argument("--crops", action="store_true", help=text)
+    add, parts = parser_of["phantom"].add_argument, ("TRAIN", "VAL", "TEST")
     count, about = number(int, 1), "number of patients in each list"
     add("--num_patients", type=count, nargs=3, default=phantom.NUM_PATIENTS, metavar=parts, help=about)
     add("--seed", type=number(int, 0), default=2222, help="seed of the random hearts")
-    add = of["custom"].add_mutually_exclusive_group().add_argument
+    add = parser_of["custom"].add_mutually_exclusive_group().add_argument
     add("--normalize", choices=("percentiles", "zscore"), help="scale each scan; default: percentiles, for CT a window")
     add("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="intensities that become 0 and 1 in all scans")
-    add = of["custom"].add_argument
+    add = parser_of["custom"].add_argument
     add("--axis", choices=custom.AXES, help="plane of the slices; default: across the axis of the largest spacing")
     add("--class_names", nargs="+", help="class names by ascending label value; default: as declared, or class 1, ...")
     add("--folds", type=number(int, 2), help="number of folds; default: 5, or the number of patients if smaller")

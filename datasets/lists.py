@@ -51,7 +51,7 @@ def volume_name(path: str | Path) -> str:
     return "_volume_".join(filter(None, found.group("volume", "phase"))) if found else data_name(path)
 
 
-def has_path(name: str) -> bool:
+def is_unsafe_name(name: str) -> bool:
     """Return whether a name could point outside its folder, or begins with a dot (a hidden file)."""
     return re.search(r"[/\\\0]|\.\.|^\.", name) is not None
 
@@ -110,7 +110,7 @@ def read_list(list_dir: str | Path, split: str) -> list[str]:
     if not entries:
         raise DataError(f"{path}: the list is empty; write one patient, volume or slice name per line")
     for entry in entries:
-        if has_path(entry):
+        if is_unsafe_name(entry):
             raise DataError(f"{path}: entry {brief(repr(entry))} has a folder, .. or a leading dot; write a name alone")
     twice = [entry for entry, count in Counter(entries).items() if count > 1]
     if twice:
@@ -238,7 +238,7 @@ def refuse_names(raw: str | Path, names: Collection[str], planar: bool = False) 
         other = next((start for start in beginnings(name)[:-1] if start in names), None)
         if other is not None and not planar:
             raise DataError(f"{raw}: in a list, {other} would also stand for {name}; rename one of the two cases")
-        if (is_slice(name) and not planar) or has_path(name) or name != name.strip() or not is_one_line(name):
+        if (is_slice(name) and not planar) or is_unsafe_name(name) or name != name.strip() or not is_one_line(name):
             raise DataError(f"{raw}: a list cannot hold the case name {name!r} (slice, path, bad character); rename it")
     for stem, alike in groupby(sorted(names, key=file_stem), file_stem):
         if len(alike := [*alike]) > 1:

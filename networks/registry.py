@@ -43,8 +43,8 @@ def register(name: str, size_step: int = 32) -> Callable:
         raise NetworkError(f"a network {name} already exists: choose another name")
 
     def enter(builder: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        taken = inspect.signature(builder).parameters
-        lacking = [needed for needed in ("num_classes", "in_channels", "img_size") if needed not in taken]
+        parameters = inspect.signature(builder).parameters
+        lacking = [needed for needed in ("num_classes", "in_channels", "img_size") if needed not in parameters]
         if lacking:
             raise NetworkError(f"the builder of network {name} lacks {', '.join(lacking)}: add these arguments")
         NETWORKS[name], _SIZE_STEPS[name] = builder, size_step
