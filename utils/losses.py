@@ -20,6 +20,8 @@ from utils.errors import RunError
 logger = logging.getLogger(__name__)
 
 SMOOTH = 1e-5  # keeps the Dice of an absent class defined
+# For larger logit maps, backward computes the softmax of each subset again: all 15 would fill memory at batch 20.
+LARGE_MAP = 2**21
 
 
 def subset_loss(logits: Sequence[Tensor], label: Tensor, ce_weight: float = 0.3, dice_weight: float = 0.7) -> Tensor:
@@ -79,9 +81,10 @@ def _sums(maps: Sequence[Tensor], label: Tensor) -> Tensor:
     subsets: list[Tensor] = []
     for m in maps:
         subsets += [m, *(z + m for z in subsets)]
-    # Checkpointing computes a subset's softmax again in backward: to keep all 15 would fill memory at batch 20.
-    again = {"use_reentrant": False, "preserve_rng_state": False}
-    sums = [x for z in subsets for x in checkpoint(_class_sums, z, y, **again)]  # (B, C) each
+    terms = _class_sums
+    if y.numel() > LARGE_MAP:
+        terms = functools.partial(checkpoint, _class_sums, use_reentrant=False, preserve_rng_state=False)
+    sums = [x for z in subsets for x in terms(z, y)]  # (B, C) each
     sums = torch.stack(sums).sum(1).unflatten(0, (-1, 3))  # (15, 3, C)
     return torch.cat([sums, y.sum((0, 2)).expand(len(sums), 1, -1)], dim=1)
 
