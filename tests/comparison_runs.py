@@ -34,6 +34,7 @@ def write_run(
     unit: str = "mm",
     selected_on: str = "val",
     results: Sequence[CaseResult] | None = None,
+    summary: Mapping[str, object] | None = None,
     **args: object,
 ) -> Path:
     """Write `config.json`, `metrics.csv` and the results of a split; dice: of each class, by case."""
@@ -48,6 +49,8 @@ def write_run(
         results = [CaseResult(case, unit, tuple(map(class_result, values))) for case, values in dice.items()]
     if results:
         write_csv(folder / f"results_{split}" / "cases.csv", case_table(results, class_names, selected_on))
+    if summary:
+        (folder / f"results_{split}" / "summary.json").write_text(json.dumps(summary))
     return folder
 
 

@@ -1,7 +1,6 @@
 """compare.py as a user runs it: tested run folders to tables, figures and a page, one line for whatever is wrong."""
 
 import html
-import json
 import re
 
 import pandas as pd
@@ -65,9 +64,8 @@ def test_a_run_chosen_on_the_test_cases_is_marked_and_needs_no_history_and_no_da
 
 def test_the_tested_checkpoint_is_named_and_results_before_a_better_epoch_warn(run_script, tmp_path):
     for name, seed, file, epoch in (("old", 1, "best.pth", 2), ("last", 2, "last.pth", 5), ("new", 3, "best.pth", 6)):
-        run = write_run(tmp_path / name, random_dice(3, 0), seed=seed)  # its best epoch is 6
         tested = {"file": file, "epoch": epoch, "prediction": "sum" if seed == 3 else None}
-        (run / "results_test" / "summary.json").write_text(json.dumps({"checkpoint": tested}))
+        write_run(tmp_path / name, random_dice(3, 0), seed=seed, summary={"checkpoint": tested})  # its best epoch is 6
     runs = [tmp_path / name for name in ("old", "last", "new")]
     done = run_script("compare.py", *runs, "--output_dir", tmp_path / "out").succeeded()
     assert "old: its results are of epoch 2, but best.pth now holds" in done.error

@@ -41,8 +41,7 @@ def test_folds_of_two_channels_are_trained_resumed_tested_compared_and_applied(t
     flags = "--data", other, "--checkpoint", run / "best.pth"
     assert_one_line(run_script("test_custom.py", *flags), "prepared with orientation")
 
-    moved = data.rename(tmp_path / "moved")
-    do("train_custom.py", "--data", moved, *small, "--resume", "auto")
+    do("train_custom.py", "--data", data.rename(tmp_path / "moved"), *small, "--resume", "auto")
     where = tmp_path / "segmented"
     do("predict.py", "--checkpoint", run / "best.pth", "--input", raw / "imagesTr", "--output", where, "--overlays", 1)
     assert {path.name for path in where.glob("*.nii.gz")} == {"a.nii.gz", "b.nii.gz", "c_d.nii.gz", "é.nii.gz"}

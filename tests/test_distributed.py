@@ -16,7 +16,7 @@ from utils.checkpoint import load_checkpoint
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-TINY = [*SMALL, "--batch_size", "2", "--resume", "auto"]
+TINY = [*SMALL, *"--batch_size 2 --checkpoint_iterations 2 --resume auto".split()]
 
 
 def start(command: list[object]) -> subprocess.Popen:
@@ -48,13 +48,11 @@ def test_two_processes_train_as_one_with_twice_the_batch_and_have_its_memory(tmp
     whole = torch.cat([gradient.flatten() for gradient in one["gradients"].values()]).norm()  # of the first step
     for name, gradient in one["gradients"].items():
         assert (two["gradients"][name] - gradient).norm() < 1e-7 * (gradient.norm() + whole), name
-    histories = [run["checkpoint"]["history"] for run in runs]
-    for a, b in zip(*histories, strict=True):
+    for a, b in zip(*(run["checkpoint"]["history"] for run in runs), strict=True):
         assert b["val_dice"] == pytest.approx(a["val_dice"], abs=1e-3)  # of volumes that two ranks share
     states = [run["checkpoint"]["model"] for run in runs]
     assert one["checkpoint"]["iteration"] == two["checkpoint"]["iteration"] == 6
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0] if name.endswith("counter"))
-
     torch.testing.assert_close(two["pools"], one["pools"])
     assert len(one["pools"]) == 8
     for step in two["steps"]:
@@ -66,8 +64,7 @@ def test_two_processes_train_as_one_with_twice_the_batch_and_have_its_memory(tmp
 def test_a_rank_that_dies_ends_the_run_in_view_and_torchrun_starts_it_again(phantom, tmp_path):
     folder = tmp_path / "run"
     command = [*TORCHRUN, "--max_restarts", 1, "train_acdc.py", *data_flags(phantom), *TINY, "--output_dir", folder]
-    command += ["--max_iterations", 1000, "--checkpoint_iterations", 2]
-    process = start(command)
+    process = start([*command, "--max_iterations", 1000])
     try:
         killed = None
         for _ in range(2):
@@ -90,7 +87,6 @@ def test_a_rank_that_dies_ends_the_run_in_view_and_torchrun_starts_it_again(phan
 def test_sigterm_stops_all_ranks_at_one_step_and_the_same_command_goes_on(phantom, tmp_path):
     folder = tmp_path / "run"
     command = [*TORCHRUN, "train_acdc.py", *data_flags(phantom), *TINY, "--output_dir", folder]
-    command += ["--checkpoint_iterations", 2]
     process = start([*command, "--max_iterations", 1000])
     try:
         wait_until(lambda: saved_at(folder) > 0, process)

@@ -76,7 +76,6 @@ def test_every_command_and_example_of_the_readme_runs_in_its_order(phantom, tmp_
 def test_the_demo_learns_its_phantom():
     done = subprocess.run(["make", "demo"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    summary = json.loads((ROOT / "runs/demo/results_test/summary.json").read_text())
-    assert summary["strict"]["mean"]["dice"] >= 0.80
+    assert json.loads((ROOT / "runs/demo/results_test/summary.json").read_text())["strict"]["mean"]["dice"] >= 0.80
     for place in ("best.pth", "train.log", "progress.png", "results_test/overlays"):
         assert f"runs/demo/{place}" in done.stdout and (ROOT / "runs/demo" / place).exists()

@@ -156,16 +156,13 @@ def test_other_files_need_their_label_order(data, rows, run_script, tmp_path):
     assert_one_line(run_script("train_synapse.py", *flags), "--label_order transunet")
 
 
-def test_weights_that_were_chosen_on_test_cases_stay_so_in_a_new_run(data, rows, run_script, tmp_path):
-    flags = [*data_flags(data["synapse"]), *TINY, "--output_dir", tmp_path, "--val_cases", "case0007"]
-    done = run_script("train_synapse.py", "--init_from", rows[0] / "synapse_by_test/best.pth", *flags).succeeded()
+def test_weights_chosen_on_test_cases_stay_so_in_new_runs_and_wrong_data_are_one_line(data, rows, run_script, tmp_path):
+    flags = [*data_flags(data["synapse"]), *TINY, "--output_dir", tmp_path, "--val_cases"]
+    done = run_script("train_synapse.py", *flags, "case0001")
+    assert_one_line(done, "train.txt", "case0001", "case0007", "--val_cases")
+    flags += ["case0007", "--init_from", rows[0] / "synapse_by_test/best.pth"]
+    done = run_script("train_synapse.py", *flags).succeeded()
     assert "this run starts from were chosen on the test cases" in done.error
     assert torch.load(tmp_path / "last.pth", weights_only=True)["data"]["selected_on"] == "test"
-
-
-def test_what_is_wrong_is_one_line(data, rows, run_script, tmp_path):
-    flags = [*data_flags(data["synapse"]), *TINY, "--output_dir", tmp_path / "run", "--val_cases", "case0001"]
-    done = run_script("train_synapse.py", *flags)
-    assert_one_line(done, "train.txt", "case0001", "case0007", "--val_cases")
     done = run_script("test_synapse.py", "--checkpoint", rows[0] / "acdc/best.pth", *data_flags(data["synapse"])[2:])
     assert_one_line(done, "best.pth", "test_acdc.py")

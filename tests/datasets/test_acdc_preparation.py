@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from functools import partial
 
 import nibabel
 import numpy as np
@@ -136,25 +137,22 @@ def test_two_processes_write_the_same_files_and_report_errors(raw, tmp_path, ref
 def test_unfit_raw_folders_are_refused(raw, tmp_path, refused):
     out, patient = tmp_path / "out", raw / "training" / "patient001"
     image, label = patient / "patient001_frame12.nii.gz", patient / "patient001_frame12_gt.nii.gz"
-
-    def refuse(*words):
-        refused(lambda: acdc.prepare(raw, out), *words)
-
+    prepare = partial(acdc.prepare, raw, out)
     refused(lambda: acdc.prepare(tmp_path / "none", out), tmp_path / "none", "--raw", "download")
     (tmp_path / "empty").mkdir()
     refused(lambda: acdc.prepare(tmp_path / "empty", out), tmp_path / "empty", "patientXXX_frameYY.h5")
     shutil.copy(image, raw / image.name)
-    refuse(image, raw / image.name, "same name")
+    refused(prepare, image, raw / image.name, "same name")
     (raw / image.name).unlink()
     image.rename(tmp_path / image.name)
-    refuse(label, "patient001_frame12.nii.gz is missing")
+    refused(prepare, label, "patient001_frame12.nii.gz is missing")
     (tmp_path / image.name).rename(image)
     good = nibabel.load(label).get_fdata()
     for bad, word in ((good + 2, "label id 5"), (good + 0.5, "whole numbers"), (good[:-1], "(4, 13, 10)")):
         nibabel.save(nibabel.Nifti1Image(bad.astype(np.float32), AFFINE), label)
-        refuse(label, word)
+        refused(prepare, label, word)
     label.unlink()
-    refuse(image, "patient001_frame12_gt.nii.gz is missing")
+    refused(prepare, image, "patient001_frame12_gt.nii.gz is missing")
     assert not (out / "test_vol_h5" / f"{NAMES[1]}.npy.h5").exists()
 
 

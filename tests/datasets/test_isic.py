@@ -57,9 +57,8 @@ def test_every_form_of_mask_gives_the_same(tmp_path, form):
 
 def test_the_lists_divide_the_images_reproducibly(tmp_path):
     raw = write_raw(tmp_path / "raw", IDS)
-    (tmp_path / "nested").mkdir()
     for name in (isic.IMAGES, isic.TRUTH):  # as some programs unpack an archive
-        (tmp_path / "nested" / name).mkdir()
+        (tmp_path / "nested" / name).mkdir(parents=True)
         (tmp_path / "nested" / name / name).symlink_to(raw / name)
     isic.prepare(raw, tmp_path / "one")
     isic.prepare(tmp_path / "nested", tmp_path / "two")

@@ -54,21 +54,6 @@ def test_a_folder_is_known_to_be_writable_and_left_as_it_was(tmp_path):
         check_writable(tmp_path / "file" / "folder")
 
 
-def interrupted(stop):
-    """Return an atomic_write for which the disk is full in the middle of its ``stop``-th file."""
-    calls = itertools.count(1)
-
-    @contextmanager
-    def write(path):
-        with atomic_write(path) as temporary:
-            if next(calls) == stop:
-                temporary.write_bytes(b"half of it")
-                raise OSError(errno.ENOSPC, "No space left on device")
-            yield temporary
-
-    return write
-
-
 @pytest.mark.parametrize("kind", ["scans", "images", "crops"])
 def test_an_interrupted_preparation_continues_where_it_stopped(tmp_path, monkeypatch, kind):
     raw, out = tmp_path / "raw", tmp_path / "out"
@@ -81,9 +66,18 @@ def test_an_interrupted_preparation_continues_where_it_stopped(tmp_path, monkeyp
         stops = range(1, 9 if kind == "crops" else 5)  # an image and a mask of each
 
     def fail(stop, **options):
-        disk = interrupted(stop)
+        calls = itertools.count(1)
+
+        @contextmanager
+        def full_in_the_middle_of_a_file(path):
+            with atomic_write(path) as temporary:
+                if next(calls) == stop:
+                    temporary.write_bytes(b"half of it")
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                yield temporary
+
         for module in (preparation, volumes, image_files):
-            monkeypatch.setattr(module, "atomic_write", disk)
+            monkeypatch.setattr(module, "atomic_write", full_in_the_middle_of_a_file)
         with pytest.raises(OSError, match="No space left"):
             prepare(raw, out, **options)
         monkeypatch.undo()

@@ -40,7 +40,7 @@ def union(cells):
     return np.where((cells == 40).any(0), 2, (cells == 20).any(0))
 
 
-def test_whole_images_hold_the_union_of_their_cells(tmp_path):
+def test_whole_images_hold_the_union_of_their_cells_and_a_ready_made_folder_is_taken_as_it_is(tmp_path, refused):
     raw, out = write_raw(tmp_path / "raw"), tmp_path / "out"
     assert segpc.prepare(raw, out) == ["106", "1798"]
     for name in ("106", "1798"):
@@ -48,6 +48,11 @@ def test_whole_images_hold_the_union_of_their_cells(tmp_path):
         assert (out / "images" / f"{name}.bmp").read_bytes() == (raw / "x" / f"{name}.bmp").read_bytes()
     mask = read_mask(out / "masks" / "106.png")
     assert mask[24, 45] == 2 and mask[12, 45] == 1  # the second cell's nucleus on the first one's cytoplasm
+    assert segpc.prepare(out, tmp_path / "second") == ["106", "1798"]
+    assert files(out) == files(tmp_path / "second")
+    refused(lambda: segpc.prepare(out, tmp_path / "crops", crops=True), out / "masks", "one per cell")
+    refused(lambda: segpc.prepare(out, out), out, "--out")
+    refused(lambda: segpc.prepare(raw, out, crops=True), out, "holds 106", "crops", "--out")
 
 
 def test_crops_hold_one_cell_each_around_its_nucleus(tmp_path):
@@ -98,16 +103,6 @@ def test_the_challenges_folders_make_the_lists_and_unlabelled_images_are_logged(
     out = tmp_path / "out"
     parts = [ImageFolder(segpc.INFO, out, out / "lists", part, 3) for part in ("train", "val", "test")]
     assert sorted(name for part in parts for name in part.names) == sorted(names)
-
-
-def test_a_ready_made_folder_is_taken_as_it_is(tmp_path, refused):
-    first = tmp_path / "first"
-    segpc.prepare(write_raw(tmp_path / "raw"), first)
-    assert segpc.prepare(first, tmp_path / "second") == ["106", "1798"]
-    assert files(first) == files(tmp_path / "second")
-    refused(lambda: segpc.prepare(first, tmp_path / "crops", crops=True), first / "masks", "one per cell")
-    refused(lambda: segpc.prepare(first, first), first, "--out")
-    refused(lambda: segpc.prepare(tmp_path / "raw", first, crops=True), first, "holds 106", "crops", "--out")
 
 
 def test_unfit_raw_folders_are_refused(tmp_path, refused):

@@ -13,7 +13,9 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -49,28 +51,21 @@ def volume_named(class_names: tuple[str, ...] = CLASS_NAMES) -> Volume:
     return Volume("a", image, LABEL, (8.0, 1.5, 1.25), affine, class_names, "RAS", "int16")
 
 
-def written(write: Callable[[io.BytesIO], object]) -> bytes:
+def written(write: Callable[..., object], opened: Callable = lambda content, _: nullcontext(content)) -> bytes:
+    """Return what a function writes into a file that is opened in memory."""
     content = io.BytesIO()
-    write(content)
-    return content.getvalue()
-
-
-def hdf5(build: Callable[[h5py.File], object]) -> bytes:
-    content = io.BytesIO()
-    with h5py.File(content, "w") as file:
-        build(file)
+    with opened(content, "w") as file:
+        write(file)
     return content.getvalue()
 
 
 def slice_of(npy: bytes) -> bytes:
     """Return a slice whose image and label are these bytes."""
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in ("image.npy", "label.npy"):
-            archive.writestr(name, npy)
-    return content.getvalue()
+    archive = partial(zipfile.ZipFile, compression=zipfile.ZIP_DEFLATED)
+    return written(lambda file: [file.writestr(name, npy) for name in ("image.npy", "label.npy")], archive)
 
 
+hdf5 = partial(written, opened=h5py.File)
 PLAIN_HDF5 = hdf5(lambda file: file.update(image=VOXELS.astype(np.float64), label=LABEL.astype(np.int32)))
 
 

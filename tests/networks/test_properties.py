@@ -109,8 +109,7 @@ def test_the_default_is_the_papers_network():
     with torch.device("meta"):
         model = SimMPNet(num_classes=9)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(93.49e6, abs=0.005e6)
-    banks = list(model.memory_banks())
-    assert [tuple(b.pool.shape) for b in banks] == [(9, 100, 256)] * 12 + [(10, 100, 128)] * 4
+    assert [tuple(b.pool.shape) for b in model.memory_banks()] == [(9, 100, 256)] * 12 + [(10, 100, 128)] * 4
 
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["block", "network"])

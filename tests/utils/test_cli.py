@@ -3,6 +3,7 @@
 import logging
 import random
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,13 +25,8 @@ def _log_as_before(monkeypatch):
 
 def run_and_catch(error: BaseException, capsys) -> tuple[int, str]:
     """Return exit status and stderr of a script that ends with an error."""
-
-    def main():
-        setup_logging()
-        raise error
-
     with pytest.raises(SystemExit) as stop:
-        run_script(main)
+        run_script(mock.Mock(side_effect=error))
     return stop.value.code, capsys.readouterr().err
 
 

@@ -14,6 +14,8 @@ from utils.comparison_report import notes, published_rows
 from utils.evaluation import CaseResult
 from utils.tested_runs import Run, read_run
 
+CASES = random_dice(3, 0)
+
 
 def named(*runs) -> list[Run]:
     """Name runs given as folders or (folder, name)."""
@@ -49,10 +51,9 @@ def test_a_method_is_called_by_its_network_and_what_sets_it_apart_and_seeds_are_
 
 
 def test_what_was_resumed_otherwise_or_tested_otherwise_is_another_method(tmp_path):
-    runs = [write_run(tmp_path / name, random_dice(3, 0)) for name in "abc"]
-    (runs[1] / "config_resumed.json").write_text(json.dumps({"args": {"ce_weight": 1}}))
     tested = {"checkpoint": {"file": "last.pth", "epoch": 9, "prediction": "last"}, "data": {"list_dir": "my/lists"}}
-    (runs[2] / "results_test/summary.json").write_text(json.dumps(tested))
+    runs = [write_run(tmp_path / name, CASES, summary=tested if name == "c" else None) for name in "abc"]
+    (runs[1] / "config_resumed.json").write_text(json.dumps({"args": {"ce_weight": 1}}))
     names = ["sim_mpnet", "sim_mpnet, ce_weight 1", "sim_mpnet, prediction last, checkpoint last.pth"]
     assert [run.method for run in named(*runs)] == names
     assert len(published_rows(*compared(runs[0]))) and not len(published_rows(*compared(runs[2])))
@@ -92,43 +93,26 @@ def test_the_mean_over_classes_leaves_out_what_strict_leaves_out(tmp_path):
     assert (units["transunet", "hd95"], units["strict", "assd"]) == ({"voxels"}, {"mm"})
 
 
-CASES = random_dice(3, 0)
-
-
 def test_a_case_that_is_not_the_same_in_all_runs_is_refused(tmp_path, refused):
-    """Its unit and the classes of its label tell; what was predicted does not matter."""
+    """Its unit, its label and the classes of its label tell; what was predicted does not matter."""
     missed, absent = (
         {"results": [CaseResult(case, "mm", (class_result(1)._replace(state=state),) * 3) for case in CASES]}
         for state in ("missed", "absent")
     )
-    first = write_run(tmp_path / "a", CASES)
-    compared(first, write_run(tmp_path / "b", {}, **missed, network="unet"))
-    for name, other in (("c", absent), ("d", {"unit": "voxels"})):
+    labels, changed = ({"summary": {"labels": dict.fromkeys(CASES, label)}} for label in ("4, 1", "4, 2"))
+    first = write_run(tmp_path / "a", CASES, **labels)
+    compared(first, write_run(tmp_path / "b", {}, **missed, **labels, network="unet"))
+    for name, other in (("c", absent), ("d", {"unit": "voxels"}), ("e", changed)):
         second = write_run(tmp_path / name, CASES, **other, network="unet")
         words = f"patient000 has another label or unit in the test of {second} than in that of"
         refused(lambda second=second: compared(first, second), words)
 
 
-def summarised(run, **summary):
-    """Return a run folder with this summary.json."""
-    (run / "results_test/summary.json").write_text(json.dumps(summary))
-    return run
-
-
-def test_labels_that_were_changed_between_two_tests_are_refused(tmp_path, refused):
-    first, same, other = (
-        summarised(write_run(tmp_path / name, CASES, network=network), labels=dict.fromkeys(CASES, label))
-        for name, network, label in (("a", "unet", "4, 1"), ("b", "segformer", "4, 1"), ("c", "segformer", "4, 2"))
-    )
-    compared(first, same)
-    refused(lambda: compared(first, other), "patient000 has another label or unit")
-
-
 def test_the_tested_checkpoint_says_with_which_arguments_it_was_trained(tmp_path):
     """Not the run, which was continued with others after its best epoch."""
-    run = write_run(tmp_path / "a", CASES, base_lr=1e-4)
+    tested = {"file": "best.pth", "epoch": 6, "args": {"base_lr": 1e-4, "prediction": "last"}}
+    run = write_run(tmp_path / "a", CASES, base_lr=1e-4, summary={"checkpoint": tested})
     (run / "config_resumed.json").write_text(json.dumps({"args": {"base_lr": 1e-5}, "ranks": 2}))
-    summarised(run, checkpoint={"file": "best.pth", "epoch": 6, "args": {"base_lr": 1e-4, "prediction": "last"}})
     read = read_run(run)
     assert (read.settings["base_lr"], read.settings["ranks"], read.settings["prediction"]) == ("0.0001", "2", "last")
     assert read.tested == "best.pth, epoch 6, prediction last"
@@ -155,13 +139,12 @@ def test_folds_of_two_divisions_unequal_seeds_and_unfinished_runs_are_pointed_ou
 
 def test_the_folder_that_was_tested_names_the_data_or_else_that_of_the_training(tmp_path):
     """On any machine; test_compare.py has a table for each data set."""
-    run = write_run(tmp_path / "a", CASES, volume_path="data/mine/test_vol_h5")
     for tested, name in (
         ({"volume_path": "data/yours/test_vol_h5"}, "acdc in yours/test_vol_h5"),
         ({"volume_path": "/another/machine/ACDC/test_vol_h5"}, "acdc"),
         ({}, "acdc in mine/test_vol_h5"),
     ):
-        (run / "results_test/summary.json").write_text(json.dumps({"data": tested}))
+        run = write_run(tmp_path / "a", CASES, volume_path="data/mine/test_vol_h5", summary={"data": tested})
         assert read_run(run).data == name
 
 

@@ -18,6 +18,7 @@ from utils import inspection
 from utils.inspection import inspect
 
 SIZE = 64
+IMAGE = np.random.default_rng(0).random((1, SIZE, SIZE), np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -94,17 +95,15 @@ def test_what_there_is_is_drawn(model, ablation, in_use, pictures):
     ablated = SimMPNet(**model.config | ablation)
     if in_use:
         past_warm_up(ablated)
-    image = np.random.default_rng(0).random((1, SIZE, SIZE), np.float32)
-    assert inspect(ablated, Volume("case", image)).keys() == pictures
+    assert inspect(ablated, Volume("case", IMAGE)).keys() == pictures
 
 
 def test_pictures_are_drawn_upright(model, monkeypatch):
     drawn = []
     for name in ("draw_clusters", "draw_windows", "draw_gates_of_image"):
         monkeypatch.setattr(inspection, name, lambda *what: drawn.append(what))
-    image = np.random.default_rng(0).random((1, SIZE, SIZE), np.float32)
     for y in (-1.0, 1.0):  # rows run to the back, or to the front
-        inspect(model, Volume("case", image, affine=np.diag([-1.0, y, 1.0, 1.0])))
+        inspect(model, Volume("case", IMAGE, affine=np.diag([-1.0, y, 1.0, 1.0])))
     for (whole, overlay, *_), (turned, turned_overlay, *_) in zip(drawn[:3], drawn[3:], strict=True):
         np.testing.assert_array_equal(turned, whole[::-1])
         maps, turned_maps = (x if isinstance(x, dict) else {"": x} for x in (overlay, turned_overlay))

@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
@@ -324,13 +325,9 @@ def test_the_gate_between_the_encoders_learns_at_its_own_rate_and_an_older_run_r
 
 
 def test_compiled_steps_are_traced_once_in_the_warm_up_and_once_after_it(tmp_path, monkeypatch):
-    traced_at, compile = [], torch.compile
-
-    def backend(graph, _):
-        traced_at.append(made.iteration)
-        return graph
-
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend=backend, **options))
+    traced_at = []
+    recording = partial(torch.compile, backend=lambda graph, _: traced_at.append(made.iteration) or graph)
+    monkeypatch.setattr(torch, "compile", recording)
     made = trainer(tmp_path, "--compile", "--max_epochs", "3")
     made.fit()
     assert made.iteration == 6 and set(traced_at) == {0, 3}  # --warmup_iterations 3
