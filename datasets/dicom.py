@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -268,18 +269,31 @@ def _irregular(slices: list[Slice], gaps: np.ndarray) -> str:
 
 def _pixels(slices: list[Slice]) -> np.ndarray:
     """Decode the slices and rescale each one: returns (D, H, W) in a type that holds all values."""
-    import pydicom
     import SimpleITK
 
     frames = {}
     for single in slices:
         if single.file not in frames:
-            with reading(single.file, "DICOM file", "export the series again"), itk():
-                if single.rescale is None:
-                    array = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(single.file)))
-                else:
-                    array = pydicom.dcmread(single.file).pixel_array
+            error = reading(single.file, "DICOM file", "export the series again")
+            with error, tempfile.TemporaryDirectory() as folder, itk():
+                file = single.file if single.rescale is None else _write_unscaled(single.file, Path(folder, "copy.dcm"))
+                array = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(file)))
                 frames[single.file] = array.reshape(-1, *single.size)
     planes = [frames[single.file][single.frame] for single in slices]
     scales = [single.rescale for single in slices]
     return np.stack([p if s is None else p * s[0] + s[1] for p, s in zip(planes, scales, strict=True)])
+
+
+def _write_unscaled(file: Path, target: Path) -> Path:
+    """Copy a DICOM file without its rescaling, so that SimpleITK returns the stored values; return the copy's path."""
+    import pydicom
+
+    copy = pydicom.dcmread(file, force=True)
+    copy.PhotometricInterpretation = "MONOCHROME2"
+    groups = [copy.get(f"{kind}FunctionalGroupsSequence") or () for kind in ("PerFrame", "Shared")]
+    for place in (copy, *groups[0], *groups[1]):
+        for key in ("RescaleSlope", "RescaleIntercept", "PixelValueTransformationSequence"):
+            if key in place:
+                delattr(place, key)
+    copy.save_as(target)
+    return target
