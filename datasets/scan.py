@@ -31,13 +31,15 @@ class Stored(NamedTuple):
     """The content of a scan's files.
 
     channels: intensities, (z, y, x) each; affine: float64 (4, 4), or None if the file gives no voxel size; type: number
-    type in the file; header: a NIfTI header or None; both its form codes are 0 if the file gives no orientation.
+    type in the file; header: a NIfTI header or None; both its form codes are 0 if the file gives no orientation; unit:
+    of the lengths in the file. The affine is in mm.
     """
 
     channels: Sequence[np.ndarray]
     affine: np.ndarray | None
     type: str
     header: Any = None
+    unit: str = "mm"
 
 
 @dataclass
@@ -49,6 +51,7 @@ class Scan(Volume):
     """
 
     header: Any = None
+    unit: str = "mm"
 
     def to_nifti(self, array: np.ndarray):
         """Return a nibabel image of an array (D, H, W), with the axes, qform and sform of the scan's file."""
@@ -86,7 +89,7 @@ def read_scan(path: str | Path | Sequence[Path], preprocessing: Preprocessing, t
             f"{path}: the network was trained on prepared files with intensities from {preprocessing.stored[0]:g} to "
             f"{preprocessing.stored[1]:g}, and their preparation is unknown; train on files with intensities in [0, 1]"
         )
-    channels, affine, stored_type, header = load_scan(files, preprocessing.channels, time_point)
+    channels, affine, stored_type, header, unit = load_scan(files, preprocessing.channels, time_point)
     measured = affine is not None
     header = header if measured else Nifti1Header()
     if header is not None and not (header["qform_code"] or header["sform_code"]):
@@ -112,7 +115,7 @@ def read_scan(path: str | Path | Sequence[Path], preprocessing: Preprocessing, t
     turned = [reorient(one, affine, preprocessing.orientation or orientation) for one in channels]
     image, affine = preprocessing.scaled([voxels for voxels, _ in turned]), turned[0][1]
     spacing = tuple(np.linalg.norm(affine[:3, :3], axis=0)[::-1].tolist()) if measured else None
-    return Scan(case_name(files), image, None, spacing, affine, (), orientation, stored_type, header)
+    return Scan(case_name(files), image, None, spacing, affine, (), orientation, stored_type, header, unit)
 
 
 def load_scan(files: Sequence[Path], count: int = 1, time_point: int | None = None) -> Stored:
@@ -126,8 +129,9 @@ def load_scan(files: Sequence[Path], count: int = 1, time_point: int | None = No
     scans = [_load(file, time_point, count if len(files) == 1 else 1) for file in files]
     grids = [np.zeros((4, 4)) if scan.affine is None else scan.affine for scan in scans]
     shapes = [scan.channels[0].shape[::-1] for scan in scans]
+    side = np.linalg.norm(grids[0][:3, :3], axis=0).min()
     for file, grid, shape in zip(files, grids, shapes, strict=True):
-        if shape != shapes[0] or not np.allclose(grid, grids[0], rtol=1e-3, atol=1e-2):
+        if shape != shapes[0] or not np.allclose(grid, grids[0], rtol=1e-3, atol=1e-2 * side):
             raise DataError(
                 f"{file}: differs in shape, spacing or position from {files[0].name} ({shape} and {shapes[0]} voxels); "
                 "expected the channels of a case on one grid: resample one of them"
@@ -142,7 +146,7 @@ def read_scan_label(path: str | Path, volume: Volume, num_classes: int | None = 
     result is uint16 if a value is above 255. Sets ``volume.stored_type`` to the number type of the label's file. Raises
     DataError for a damaged file, and for a shape, axes or spacing that do not fit the image.
     """
-    (voxels,), affine, volume.stored_type, _ = load_scan([Path(path)])
+    (voxels,), affine, volume.stored_type, *_ = load_scan([Path(path)])
     affine = TO_RAS if affine is None else affine
     found, wanted = orientation_of(affine), volume.orientation or orientation_of(volume.affine)  # as stored
     between = np.linalg.inv(volume.affine) @ affine  # from the label's voxels to the image's
@@ -174,13 +178,18 @@ def write_segmentation(path: Path, volume: Volume, prediction: np.ndarray) -> No
         return
     import SimpleITK
 
-    affine = TO_RAS @ image.affine
+    unit = volume.unit if isinstance(volume, Scan) else "mm"  # the scan's own, because ITK's programs ignore it
+    affine = np.diag([1 / _MILLIMETRES[unit]] * 3 + [1]) @ TO_RAS @ image.affine
     sides = np.linalg.norm(affine[:3, :3], axis=0)
     written = SimpleITK.GetImageFromArray(np.asarray(image.dataobj).T)
     written.SetSpacing(sides.tolist())
     written.SetDirection((affine[:3, :3] / sides).ravel().tolist())
     written.SetOrigin(affine[:3, 3].tolist())
     SimpleITK.WriteImage(written, str(path), True)
+    if unit != "mm":  # ITK does not write it
+        nrrd = b"space origin:", f'space units: "{unit}" "{unit}" "{unit}"\n'
+        before, line = nrrd if ending == ".nrrd" else (b"ElementSpacing =", f"DistanceUnits = {unit}\n")
+        path.write_bytes(path.read_bytes().replace(before, line.encode() + before, 1))
 
 
 def _read_prepared(path: Path, preprocessing: Preprocessing) -> Volume:
@@ -294,7 +303,8 @@ def _load_itk(path: Path) -> tuple[Stored, tuple[float, float]]:
     affine[:3, 3] = image.GetOrigin()[:3]
     sized = {"spacings", "space directions", "elementspacing", "elementsize"} & fields.keys()
     units = fields.get("space units") or fields.get("units") or fields.get("distanceunits") or "mm"
-    millimetres = _MILLIMETRES.get(re.split('["? ]+', units.lower().strip('"? '))[0] or "mm")
+    unit = re.split('["? ]+', units.lower().strip('"? '))[0] or "mm"
+    millimetres = _MILLIMETRES.get(unit)
     affine = np.diag([millimetres] * 3 + [1]) @ TO_RAS @ affine if sized and millimetres else None
     header = None
     directed = {"transformmatrix", "orientation", "rotation"} & fields.keys()
@@ -304,7 +314,7 @@ def _load_itk(path: Path) -> tuple[Stored, tuple[float, float]]:
     # ITK does not apply slope and intercept of a MetaImage.
     slope = float(fields.get("elementtointensityfunctionslope", 1))
     intercept = float(fields.get("elementtointensityfunctionoffset", 0))
-    return Stored(array, affine, array.dtype.name, header), (slope, intercept)
+    return Stored(array, affine, array.dtype.name, header, unit if millimetres else "mm"), (slope, intercept)
 
 
 def _load_nibabel(path: Path) -> tuple[Stored, tuple[float, float]]:
