@@ -192,13 +192,15 @@ def prepare(
         "seed": seed, "patient_pattern": patient_pattern, "raw": found.form, "source": str(Path(raw).resolve()),
     }  # fmt: skip
     _write_facts(out, facts, overwrite)
+    for path in out.glob("lists/fold_*/*.txt"):  # there may have been more folds
+        path.unlink()
     for fold, parts in enumerate(lists):
         write_lists(out / "lists" / f"fold_{fold}", {"test": [], **parts})
     if found.planar:
-        prepare_images(partial(_read_picture, values), cases, raw, out, jobs, overwrite)
+        prepare_images(partial(_read_picture, values), cases, raw, out, jobs, overwrite, only=True)
     else:
         read = partial(read_case, info_from(facts, out), relabel=partial(_indices, values))
-        prepare_volumes(read, cases, out, jobs, overwrite)
+        prepare_volumes(read, cases, out, jobs, overwrite, only=True)
     for problem in problems.values():
         logger.warning("left out: %s", problem)
     return list(looks)
@@ -294,7 +296,7 @@ def _preprocessing(
 ) -> Preprocessing:  # fmt: skip
     """Return the preprocessing of scans. looks: all cases; used: the cases from which a CT window may be computed."""
     spacings = _spacings(looks) or dict.fromkeys(AXES, 1.0)
-    coarsest = max(spacings, key=lambda name: (round(spacings[name], 2), name == "axial"))
+    coarsest = max(spacings, key=lambda name: (float(f"{spacings[name]:.3g}"), name == "axial"))
     scales = []
     for number, channel in enumerate(channels):
         if window is not None:

@@ -99,19 +99,22 @@ def read_pair(greys: Sequence[int], case: RawCase, bits: int | None) -> Pair:
 
 
 def prepare_volumes(
-    read: Callable[[Any], Volume], cases: Sequence[Any], out: str | Path, jobs: int = 1, overwrite: bool = False
-) -> list[str]:
+    read: Callable[[Any], Volume], cases: Sequence[Any], out: str | Path, jobs: int = 1, overwrite: bool = False,
+    only: bool = False,
+) -> list[str]:  # fmt: skip
     """Write the slices (npz, for training) and the volume (HDF5, for testing) of every case and return the names.
 
     cases: objects with a ``name``; read: returns the Volume of a case and can be pickled; jobs: number of processes;
-    overwrite: prepare finished cases again. Raises the first error; finished cases stay. Logs missing voxel spacings.
+    overwrite: prepare finished cases again; only: remove all other cases from ``out``. Raises the first error; finished
+    cases stay. Logs missing voxel spacings.
     """
     target, names = partial(_volume_file, out), {case.name for case in cases}
     if overwrite:
         remove_prepared(out, names)
     # A list entry selects every volume of a patient and every name that continues it, so old ones must be removed.
     patients = {*map(patient_of, names)}
-    gone = {name for name in prepared_cases(out) - names if patient_of(name) in patients or names & {*beginnings(name)}}
+    there = prepared_cases(out) - names
+    gone = {name for name in there if only or patient_of(name) in patients or names & {*beginnings(name)}}
     if gone:
         logger.warning("removed, because they are not among the cases any more: %s", brief(", ".join(sorted(gone)), 80))
         remove_prepared(out, gone)
@@ -173,13 +176,13 @@ def _volume_file(out: str | Path, name: str) -> Path:
 
 def prepare_images(
     read: Callable[[RawCase, int | None], Pair | None], cases: Sequence[RawCase], raw: str | Path, out: str | Path,
-    jobs: int = 1, overwrite: bool = False,
+    jobs: int = 1, overwrite: bool = False, only: bool = False,
 ) -> list[str]:  # fmt: skip
     """Write the image and the mask of every case and return the names of the cases that were not left out.
 
     Whole images are copied. read: takes a case and the ``common_bits`` of all images, returns the case's Pair or None
-    (leave the case out), can be pickled; raw: the folder of the cases; jobs, overwrite: as in ``prepare_volumes``.
-    Raises DataError if ``out`` is ``raw``, and if whole images and crops of images would mix in ``out``.
+    (leave the case out), can be pickled; raw: the folder of the cases; jobs, overwrite, only: as in
+    ``prepare_volumes``. Raises DataError if ``out`` is ``raw``, and if whole images and crops would mix in ``out``.
     """
     if Path(raw).resolve() == Path(out).resolve():
         raise DataError(f"{out}: this is the raw folder, and its masks would be overwritten; give another --out")
@@ -193,7 +196,7 @@ def prepare_images(
     wanted = {case.name for case in cases}
     images = {*map(image_of, wanted)}
     # A list entry selects every prepared cell of an image, so cells that are not among the cases must be removed.
-    gone = {name for name in there if name != image_of(name) and image_of(name) in images} - wanted
+    gone = {name for name in there if only or (name != image_of(name) and image_of(name) in images)} - wanted
     remove_prepared(out, gone | wanted if overwrite else gone)
     bits = common_bits({case.images[0] for case in cases})
     run_all(partial(_prepare_image, read, bits, out), cases, "images", jobs, mask_file)
