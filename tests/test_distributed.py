@@ -77,8 +77,7 @@ def test_a_rank_that_dies_ends_the_run_in_view_and_torchrun_starts_it_again(phan
         output, _ = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode != 0
-    assert "continue after epoch" in output
+    assert process.returncode != 0 and "continue after epoch" in output
     assert "Signal 9 (SIGKILL)" in output
     state = load_checkpoint(folder / "last.pth")
     assert state["iteration"] >= 4 and len(state["random"]) == 2

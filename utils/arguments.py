@@ -352,7 +352,10 @@ def _resume(parser: ArgumentParser, info: DatasetInfo, argv: list[str], path: Pa
     ends = args.max_iterations
     if ends and ends <= checkpoint["iteration"] and saved["max_epochs"] != args.max_epochs > checkpoint["epoch"]:
         raise RunError(f"--max_epochs {args.max_epochs}: --max_iterations {ends} ended the run: raise it too")
-    if 0 < checkpoint.get("best_epoch", 0) < args.select_from_epoch:
-        best = f"the best epoch so far is {checkpoint['best_epoch']}"
-        raise RunError(f"--select_from_epoch {args.select_from_epoch}: {best}, which is earlier: leave it out")
+    dice = {row["epoch"]: row["val_dice"] for row in checkpoint.get("history", ()) if row.get("val_dice", -1) >= 0}
+    best = max((epoch for epoch in dice if epoch >= args.select_from_epoch), key=dice.get, default=0)
+    chosen = checkpoint.get("best_epoch", best)
+    if best != chosen:  # the weights of that epoch are gone
+        asked = f"--select_from_epoch {args.select_from_epoch} would choose epoch {best or 'none'}"
+        raise RunError(f"{asked}, but best.pth holds epoch {chosen or 'none'}: leave it out")
     return args, checkpoint

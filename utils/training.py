@@ -156,7 +156,7 @@ class Trainer:
             logger.warning(text, self.iteration, before, now)
         # Weights of another run may bring a memory that is past its warm-up.
         waiting = [bank for bank in self.banks if bank.in_warmup and bank.sampling_steps >= self.total_iterations]
-        if waiting and not self.iteration:
+        if waiting and not self.iteration and not self.release:  # there a validation fills the memory, too
             text = "the run ends after %s, before its memory is used: its warm-up has %s: lower --warmup_iterations"
             logger.warning(text, iterations, counted(waiting[0].sampling_steps, "step"))
         first = self.wld.start_epoch + (not self.release)  # at the end of an epoch K is set for the next one

@@ -107,11 +107,11 @@ def known_errors(remedy: str) -> Iterator[None]:
     """Turn an error whose cause is known into a RunError of one line.
 
     The known causes: the memory of the GPU or of the machine is full (``remedy`` says what to do), a worker was killed,
-    or ``--deterministic 1`` refuses an operation on a GPU.
+    ``--deterministic 1`` refuses an operation on a GPU, or a part of a batch is one image with maps of one pixel.
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, ValueError) as error:
         text = str(error)
         wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
         if isinstance(error, torch.OutOfMemoryError) or GPU_MEMORY_FULL.search(text):
@@ -122,6 +122,8 @@ def known_errors(remedy: str) -> Iterator[None]:
             where, remedy = "a data-loader worker was killed", "lower --num_workers or --cache_gib"
         elif "does not have a deterministic implementation" in text:
             where, remedy = f"{text.split()[0]} cannot repeat exactly on a GPU", "give --deterministic 0"
+        elif "more than 1 value per channel" in text:
+            where, remedy = "BatchNorm got one value", "raise --batch_size, lower --accumulate, or use larger images"
         else:
             raise
         raise RunError(f"{where}{f' (allocating {wanted[1]})' if wanted else ''}: {remedy}") from error

@@ -115,6 +115,10 @@ def test_each_form_is_said_and_prepared_like_the_named_sets(tmp_path, caplog, re
     scan(next(raw.glob("labels*/c d.nii.gz")), 0 * LABEL)  # corrected after it was prepared
     prepare(raw, out)
     assert not read_volume(out / "test_vol_h5/c d.npy.h5").label.any()
+    if make is folders:  # one case less, and one fold less
+        for path in raw.rglob("é*"):
+            path.unlink()
+        assert prepare(raw, out, folds=3) == [*NAMES][:3] and not [*out.rglob("é*"), *out.glob("lists/fold_3/*")]
     refused(lambda: prepare(raw, out, window=(0, 1)), "preprocessing ", "--overwrite")
     refused(lambda: prepare(make(tmp_path / "other"), out), "was prepared with source", "--overwrite")
     write_json(out, labels={})  # raw data of another set

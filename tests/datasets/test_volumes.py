@@ -115,8 +115,7 @@ def test_mtunets_files_are_read_as_they_are_unless_a_slice_is_of_another_shape(t
     (root / "test.txt").write_text("case_002_volume_ED.npz\n")
 
     slices = SliceDataset(root, root, "train", 4, 32)
-    assert len(slices) == 12
-    assert slices[0]["image"].shape == (1, 32, 32)
+    assert len(slices) == 12 and slices[0]["image"].shape == (1, 32, 32)
     val = VolumeDataset(root, root, "val", 4)
     assert val.names == ["case_019_volume_ED"]
     np.testing.assert_array_equal(val[0].image, make_volume("case_019", (12, 20, 14)).image)

@@ -197,8 +197,7 @@ def test_the_newest_epochs_are_kept_and_the_folder_does_not_grow(tmp_path):
         (tmp_path / f".tmp{epochs}-last.pth").write_bytes(b"cut")  # of a process that was killed
         trainer(tmp_path, "--resume", "auto", "--max_epochs", str(epochs)).fit()
     assert [path.name for path in sorted(tmp_path.glob("epoch_*"))] == ["epoch_0004.pth", "epoch_0005.pth"]
-    assert len(list(tmp_path.glob("config*"))) == 2
-    assert not list(tmp_path.glob(".tmp*"))
+    assert len(list(tmp_path.glob("config*"))) == 2 and not list(tmp_path.glob(".tmp*"))
     (events,) = (tmp_path / "events").iterdir()
     assert events.read_bytes().count(b"train_loss") == 5
 
