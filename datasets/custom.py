@@ -20,7 +20,7 @@ from datasets.dicom import TO_RAS
 from datasets.errors import DataError, brief, counted, extent
 from datasets.files import write_text
 from datasets.image_files import image_of, read_classes, read_grey, read_image
-from datasets.info import MASK_FOLDER, VOLUME_FOLDER, DatasetInfo
+from datasets.info import IMAGE_FOLDER, MASK_FOLDER, VOLUME_FOLDER, DatasetInfo
 from datasets.lists import beginnings, divide, refuse_names, write_lists
 from datasets.preparation import Pair, RawCase, prepare_images, prepare_volumes, read_case, remove_prepared, run_all
 from datasets.preprocessing import ColourPreprocessing, Preprocessing, Scale, orientation_of, preprocessing_from_dict
@@ -85,7 +85,7 @@ def info_of_run(data: dict[str, Any], folder: str | Path, fold: int) -> DatasetI
 
 
 INFO = DatasetInfo(
-    name="custom",
+    name="NAME",
     class_names=("class 1",),
     folder="data/NAME",
     list_dir="data/NAME/lists/fold_0",
@@ -192,10 +192,10 @@ def prepare(
         "seed": seed, "patient_pattern": patient_pattern, "raw": found.form, "source": str(Path(raw).resolve()),
     }  # fmt: skip
     _write_facts(out, facts, overwrite)
-    for path in out.glob("lists/fold_*/*.txt"):  # there may have been more folds
-        path.unlink()
-    for fold, parts in enumerate(lists):
-        write_lists(out / "lists" / f"fold_{fold}", {"test": [], **parts})
+    folders = {out / "lists" / f"fold_{fold}": parts for fold, parts in enumerate(lists)}
+    # There may have been more folds. Lists of other names are the user's.
+    for folder in {path.parent for path in out.glob("lists/fold_*/train.txt")} | folders.keys():
+        write_lists(folder, {"train": [], "val": [], "test": [], **folders.get(folder, {})})
     if found.planar:
         prepare_images(partial(_read_picture, values), cases, raw, out, jobs, overwrite, only=True)
     else:
@@ -296,7 +296,7 @@ def _preprocessing(
 ) -> Preprocessing:  # fmt: skip
     """Return the preprocessing of scans. looks: all cases; used: the cases from which a CT window may be computed."""
     spacings = _spacings(looks) or dict.fromkeys(AXES, 1.0)
-    coarsest = max(spacings, key=lambda name: (float(f"{spacings[name]:.3g}"), name == "axial"))
+    coarsest = next(name for name in AXES if spacings[name] > 0.99 * max(spacings.values()))  # axial if all are alike
     scales = []
     for number, channel in enumerate(channels):
         if window is not None:
@@ -338,6 +338,6 @@ def _write_facts(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
                     f"{out}: was prepared with {key} {brief(before.get(key), 100)}, not {brief(now[key], 100)}; "
                     f"{moved}prepare all cases again with --overwrite, or give another --out"
                 )
-    elif any(folder.is_dir() for folder in (out / VOLUME_FOLDER, out / MASK_FOLDER)):
+    elif any(folder.is_dir() for folder in (out / VOLUME_FOLDER, out / IMAGE_FOLDER, out / MASK_FOLDER)):
         raise DataError(f"{out}: holds files of another preparation, but no {JSON}; give another --out")
     write_text(out / JSON, text)

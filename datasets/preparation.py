@@ -115,9 +115,7 @@ def prepare_volumes(
     patients = {*map(patient_of, names)}
     there = prepared_cases(out) - names
     gone = {name for name in there if only or patient_of(name) in patients or names & {*beginnings(name)}}
-    if gone:
-        logger.warning("removed, because they are not among the cases any more: %s", brief(", ".join(sorted(gone)), 80))
-        remove_prepared(out, gone)
+    _remove_gone(out, gone)
     done = run_all(partial(_prepare_volume, read, out), cases, "volumes", jobs, target)
     unmeasured = [name for name, spacing in done.items() if spacing is None]
     if unmeasured:
@@ -162,6 +160,12 @@ def remove_prepared(out: str | Path, names: Collection[str] | None = None) -> No
         path.unlink(missing_ok=True)
 
 
+def _remove_gone(out: str | Path, gone: Collection[str]) -> None:
+    if gone:
+        logger.warning("removed, because they are not among the cases any more: %s", brief(", ".join(sorted(gone)), 80))
+        remove_prepared(out, gone)
+
+
 def _slices(out: str | Path) -> Iterator[tuple[str, Path]]:
     """Yield the volume name and the path of every prepared slice."""
     folder = Path(out, SLICE_FOLDER)
@@ -197,7 +201,9 @@ def prepare_images(
     images = {*map(image_of, wanted)}
     # A list entry selects every prepared cell of an image, so cells that are not among the cases must be removed.
     gone = {name for name in there if only or (name != image_of(name) and image_of(name) in images)} - wanted
-    remove_prepared(out, gone | wanted if overwrite else gone)
+    _remove_gone(out, gone)
+    if overwrite:
+        remove_prepared(out, wanted)
     bits = common_bits({case.images[0] for case in cases})
     run_all(partial(_prepare_image, read, bits, out), cases, "images", jobs, mask_file)
     return [case.name for case in cases if mask_file(case.name).is_file()]

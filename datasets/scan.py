@@ -232,8 +232,8 @@ def _load(path: Path, time_point: int | None, count: int) -> Stored:
             stored = stored._replace(channels=channels)
     if len(stored.channels) != count:
         raise DataError(
-            f"{path}: is read as {counted(len(stored.channels), 'channel')}; expected {count}: give one file with all "
-            "channels (predict.py: without --time_point), or one file per channel"
+            f"{path}: is read as {counted(len(stored.channels), 'channel')}; expected {count}: is the file of another "
+            "channel missing (_0001, ...)? One file with all channels is read, too (in predict.py without --time_point)"
         )
     if not all(np.isfinite([one.min(), one.max()]).all() for one in stored.channels):
         raise DataError(f"{path}: holds NaN or infinite values; replace them, for example with numpy.nan_to_num")
@@ -314,14 +314,13 @@ def _load_itk(path: Path) -> tuple[Stored, tuple[float, float]]:
     # ITK does not apply slope and intercept of a MetaImage.
     slope = float(fields.get("elementtointensityfunctionslope", 1))
     intercept = float(fields.get("elementtointensityfunctionoffset", 0))
-    return Stored(array, affine, array.dtype.name, header, unit if millimetres else "mm"), (slope, intercept)
+    return Stored(array, affine, array.dtype.name, header, "mm" if affine is None else unit), (slope, intercept)
 
 
 def _load_nibabel(path: Path) -> tuple[Stored, tuple[float, float]]:
     """Load NIfTI (one file or two), Analyze or FreeSurfer's MGH as ``_load_itk`` does."""
     import nibabel
 
-    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # the errors below report the same
     is_mgh_or_pair = path.name.lower().endswith((".mgz", ".mgh", ".hdr", ".hdr.gz", *IMG_ENDINGS))
     image = nibabel.load(path) if is_mgh_or_pair else None
     data, sides = Path(image.file_map["image"].filename) if is_mgh_or_pair else path, (1,)

@@ -1,5 +1,6 @@
 """The files of scans: their extensions, their names, and the files of a scan that has one for each channel."""
 
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from datasets.lists import PREPARED_ENDINGS
 
 if TYPE_CHECKING:
     from SimpleITK import ImageFileReader
+
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # the errors of ``load_scan`` report the same
 
 ITK_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")
 DICOM_ENDINGS = (".dcm", ".ima")
@@ -44,16 +47,18 @@ def label_ending(path: str | Path) -> str:
 def channel_files(path: str | Path, count: int) -> list[Path]:
     """Return the files of a scan with ``count`` channels: ``case_0000.nii.gz``, ``case_0001.nii.gz``, ..., or one file.
 
-    path: one of these files. A file with several volumes is one scan, also if its name ends in four digits. Raises
+    path: one of these files. A file with ``count`` volumes is one scan, also if its name ends in four digits. Raises
     DataError if there is a file for one more channel.
     """
     path = Path(path)
     numbered = re.fullmatch(r"(.+_)[0-9]{4}(\.[^_]+)", path.name) if count > 1 else None
-    if numbered is None or path.name.lower().endswith(PREPARED_ENDINGS) or _num_volumes(path) > 1:
+    if numbered is None or path.name.lower().endswith(PREPARED_ENDINGS) or _num_volumes(path) == count:
         return [path]
     *files, more = (path.with_name(f"{numbered[1]}{channel:04d}{numbered[2]}") for channel in range(count + 1))
     if more.exists():
         raise DataError(f"{more}: is one channel too many; expected {count}; remove it, or train on all channels")
+    if path not in files:
+        raise DataError(f"{path}: its number is not that of a channel; expected 0000 to {count - 1:04d}; rename it")
     return files
 
 

@@ -244,7 +244,7 @@ def test_one_of_several_volumes_is_chosen(tmp_path, refused):
         refused(lambda name=name: load_scan([tmp_path / name] * 3, 2, 1), name, "has 3 channels; expected 2")
 
 
-def test_a_file_that_holds_all_channels_is_no_channel_of_another_scan(tmp_path):
+def test_a_file_that_holds_all_channels_is_no_channel_of_another_scan(tmp_path, refused):
     voxels = np.random.default_rng(0).normal(size=(2, 3, 4, 5, 6))  # of two scans of three channels
     for number, scan in enumerate(voxels):
         nibabel.save(nibabel.Nifti1Image(scan.T, np.eye(4)), tmp_path / f"a_{number:04d}.nii.gz")
@@ -255,6 +255,8 @@ def test_a_file_that_holds_all_channels_is_no_channel_of_another_scan(tmp_path):
     nibabel.save(nibabel.Nifti1Image(voxels[0, 0].T, np.eye(4)), tmp_path / "a_0001.nii.gz")
     files = channel_files(tmp_path / "a_0001.nii.gz", 3)
     assert [path.name for path in files] == [f"a_{n:04d}.nii.gz" for n in range(3)] and case_name(files) == "a"
+    assert len(channel_files(tmp_path / "a_0000.nii.gz", 2)) == 2  # of three time points each
+    refused(lambda: channel_files(tmp_path / "a_0007.nii.gz", 3), "a_0007.nii.gz", "0000 to 0002")
 
 
 @pytest.mark.parametrize("axes", [(0, 1, 2), (1, 0, 2), (2, 1, 0)])
