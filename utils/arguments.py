@@ -5,6 +5,7 @@ The defaults are the paper's numbers. The defaults of a network are in its signa
 
 import inspect
 import logging
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -155,7 +156,8 @@ def own_data(*resume: str) -> Iterator[tuple[DatasetInfo, list[str]]]:
             flags = ["--data", known.data, "--fold", str(fold)]
             for name in ("output_dir", "checkpoint", "test_save_dir"):
                 if (path := getattr(known, name)) is not None:
-                    path = path if path.parent.name else path.resolve()  # `.` and the folder of `best.pth` have no name
+                    if {path.name, path.parent.name} & {"", ".."}:  # `.` and the folder of `best.pth` have no name
+                        path = Path(os.path.abspath(path))
                     folder = path.parent if path.suffix == ".pth" else path
                     own = folder.with_name(folder.name + _of_fold(fold))
                     flags += [f"--{name}", str(own / path.relative_to(folder))]
@@ -335,7 +337,7 @@ def _resume(parser: ArgumentParser, info: DatasetInfo, argv: list[str], path: Pa
 
     network = network_arguments_of(checkpoint, path)
     fixed = network_defaults(network["network"]) | network  # an old checkpoint lacks new arguments
-    others = ("seed", "select", "pretrained", "init_from", "label_order", "fold", "output_dir")
+    others = ("seed", "select", "select_from_epoch", "pretrained", "init_from", "label_order", "fold", "output_dir")
     fixed |= {name: saved.get(name) for name in others}
     defaults = {"num_clusters": args.num_classes, "label_order": next(iter(info.label_orders), None)}
     for name, value in fixed.items():
@@ -352,10 +354,4 @@ def _resume(parser: ArgumentParser, info: DatasetInfo, argv: list[str], path: Pa
     ends = args.max_iterations
     if ends and ends <= checkpoint["iteration"] and saved["max_epochs"] != args.max_epochs > checkpoint["epoch"]:
         raise RunError(f"--max_epochs {args.max_epochs}: --max_iterations {ends} ended the run: raise it too")
-    dice = {row["epoch"]: row["val_dice"] for row in checkpoint.get("history", ()) if row.get("val_dice", -1) >= 0}
-    best = max((epoch for epoch in dice if epoch >= args.select_from_epoch), key=dice.get, default=0)
-    chosen = checkpoint.get("best_epoch", best)
-    if best != chosen:  # the weights of that epoch are gone
-        asked = f"--select_from_epoch {args.select_from_epoch} would choose epoch {best or 'none'}"
-        raise RunError(f"{asked}, but best.pth holds epoch {chosen or 'none'}: leave it out")
     return args, checkpoint
