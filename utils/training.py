@@ -161,7 +161,7 @@ class Trainer:
             logger.warning(text, iterations, counted(waiting[0].sampling_steps, "step"))
         first = self.wld.start_epoch + (not self.release)  # at the end of an epoch K is set for the next one
         if self.banks and self.args.max_epochs < first < math.inf:
-            logger.info("K stays as it is, because W-LD changes it only from epoch %d on", first)
+            logger.info("the memory's K stays as it is: W-LD sets it from epoch %d on", self.wld.start_epoch)
 
     def is_over(self) -> bool:
         """Return whether all iterations are done and the last epoch is recorded."""
