@@ -129,7 +129,7 @@ def load_scan(files: Sequence[Path], count: int = 1, time_point: int | None = No
     scans = [_load(file, time_point, count if len(files) == 1 else 1) for file in files]
     grids = [np.zeros((4, 4)) if scan.affine is None else scan.affine for scan in scans]
     shapes = [scan.channels[0].shape[::-1] for scan in scans]
-    side = np.linalg.norm(grids[0][:3, :3], axis=0).min()
+    side = np.linalg.norm(grids[0][:3, :3], axis=0).min()  # of a voxel; grids may be in micrometres
     for file, grid, shape in zip(files, grids, shapes, strict=True):
         if shape != shapes[0] or not np.allclose(grid, grids[0], rtol=1e-3, atol=1e-2 * side):
             raise DataError(

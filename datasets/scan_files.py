@@ -48,7 +48,7 @@ def channel_files(path: str | Path, count: int) -> list[Path]:
     """Return the files of a scan with ``count`` channels: ``case_0000.nii.gz``, ``case_0001.nii.gz``, ..., or one file.
 
     path: one of these files. A file with ``count`` volumes is one scan, also if its name ends in four digits. Raises
-    DataError if there is a file for one more channel.
+    DataError if there is a file for one more channel, and if the file's number is not that of a channel.
     """
     path = Path(path)
     numbered = re.fullmatch(r"(.+_)[0-9]{4}(\.[^_]+)", path.name) if count > 1 else None
