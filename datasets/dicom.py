@@ -272,13 +272,12 @@ def _pixels(slices: list[Slice]) -> np.ndarray:
     import SimpleITK
 
     frames = {}
-    for single in slices:
-        if single.file not in frames:
-            error = reading(single.file, "DICOM file", "export the series again")
-            with error, tempfile.TemporaryDirectory() as folder, itk():
-                file = single.file if single.rescale is None else _write_unscaled(single.file, Path(folder, "copy.dcm"))
-                array = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(file)))
-                frames[single.file] = array.reshape(-1, *single.size)
+    with tempfile.TemporaryDirectory() as folder:
+        for file, rescale in {single.file: single.rescale for single in slices}.items():
+            with reading(file, "DICOM file", "export the series again"), itk():
+                source = file if rescale is None else _write_unscaled(file, Path(folder, "copy.dcm"))
+                array = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(source)))
+                frames[file] = array.reshape(-1, *slices[0].size)
     planes = [frames[single.file][single.frame] for single in slices]
     scales = [single.rescale for single in slices]
     return np.stack([p if s is None else p * s[0] + s[1] for p, s in zip(planes, scales, strict=True)])
